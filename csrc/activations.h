@@ -1,0 +1,122 @@
+// The activations: forward above backward, the formula on top.
+//
+// One functor serves float and double, the CPU's vectors, CUDA threads and, as a composite of native operations,
+// at::Tensor: V needs + - * /, < <=, where(), and the functions that the formula names.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <string>
+#include <string_view>
+
+#if defined(__CUDACC__)
+#define MLP_EXT_HOST_DEVICE __host__ __device__
+#else
+#define MLP_EXT_HOST_DEVICE
+#endif
+
+namespace mlp_ext {
+
+// As torch.where(condition, value, otherwise), for scalars.
+template <class V>
+MLP_EXT_HOST_DEVICE V where(bool condition, int value, V otherwise) {
+  return condition ? V(value) : otherwise;
+}
+
+// What backward needs beside dy. An activation that needs the pre-activation z (SiLU, GELU) must first add it here,
+// and the operators must save it: until then it does not compile.
+enum class Saves { nothing, output };
+
+struct Identity {  // y = z,  dz = dy
+  static constexpr const char* name = "identity";
+  static constexpr Saves saves = Saves::nothing;
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V forward(V z) {
+    return z;
+  }
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V backward(V dy, V) {
+    return dy;
+  }
+};
+
+struct ReLU {  // y = max(z, 0), NaN stays,  dz = dy where y > 0 or y is NaN, else 0
+  static constexpr const char* name = "relu";
+  static constexpr Saves saves = Saves::output;
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V forward(V z) {
+    return where(z < 0, 0, z);
+  }
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V backward(V dy, V y) {
+    return where(y <= 0, 0, dy);
+  }
+};
+
+struct Sigmoid {  // y = 1 / (1 + exp(-z)),  dz = dy y (1 - y)
+  static constexpr const char* name = "sigmoid";
+  static constexpr Saves saves = Saves::output;
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V forward(V z) {
+    using std::exp;
+    return 1 / (1 + exp(-z));
+  }
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V backward(V dy, V y) {
+    return dy * (1 - y) * y;
+  }
+};
+
+struct Tanh {  // y = tanh z,  dz = dy (1 - y^2)
+  static constexpr const char* name = "tanh";
+  static constexpr Saves saves = Saves::output;
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V forward(V z) {
+    using std::tanh;
+    return tanh(z);
+  }
+  template <class V>
+  MLP_EXT_HOST_DEVICE static V backward(V dy, V y) {
+    return dy * (1 - y * y);
+  }
+};
+
+template <class... Types>
+struct TypeList {
+  static constexpr size_t size = sizeof...(Types);
+};
+using Activations = TypeList<Identity, ReLU, Sigmoid, Tanh>;
+
+// The place of a name in Activations; Activations::size if it has none.
+template <class... Act>
+constexpr size_t activation_index(std::string_view name, TypeList<Act...>) {
+  size_t index = 0;
+  (void)((name == Act::name ? true : (++index, false)) || ...);
+  return index;
+}
+inline constexpr size_t activation_index(std::string_view name) { return activation_index(name, Activations{}); }
+
+// Calls f with the functor of that place: a run-time name becomes a type once.
+template <class F, class... Act>
+auto visit_activation(size_t index, F&& f, TypeList<Act...>) {
+  using Result = decltype((f(Act{}), ...));
+  Result result{};
+  size_t place = 0;
+  (void)((place++ == index ? (result = f(Act{}), true) : false) || ...);
+  return result;
+}
+template <class F>
+auto visit_activation(size_t index, F&& f) {
+  return visit_activation(index, f, Activations{});
+}
+
+// "identity, relu, ..." for messages.
+template <class... Act>
+std::string activation_names(TypeList<Act...>) {
+  std::string names;
+  (void)((names += names.empty() ? "" : ", ", names += Act::name), ...);
+  return names;
+}
+inline std::string activation_names() { return activation_names(Activations{}); }
+
+}  // namespace mlp_ext

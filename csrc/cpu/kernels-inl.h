@@ -1,0 +1,258 @@
+// The kernels of one instruction set. Compiled once per kernels_*.cpp, which sets the target and the vector width
+// first; everything here is in an anonymous namespace, so that the linker never shares it between them.
+#pragma once
+
+#include "activations.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+// Row i of a matrix of S, from column j on.
+template <class S>
+inline const S* at(const ConstMatrix& m, int64_t i, int64_t j) {
+  return static_cast<const S*>(m.data) + i * m.stride + j;
+}
+template <class S>
+inline S* at(const Matrix& m, int64_t i, int64_t j) {
+  return static_cast<S*>(m.data) + i * m.stride + j;
+}
+
+// f(j, lanes) for every vector of n elements; lanes is a constant for all but the last.
+template <class T, class F>
+inline void for_vectors(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + Vec<T>::lanes <= n; j += Vec<T>::lanes) f(j, AllLanes{});
+  if (j < n) f(j, static_cast<int>(n - j));
+}
+
+template <class T>
+inline T sum(Vec<T> v) {
+  T total = 0;
+  for (int i = 0; i < Vec<T>::lanes; ++i) total += v.v[i];
+  return total;
+}
+
+// ---- packing ----
+
+// Panels [depth, Tile::columns] of rows k0.. of B, which lie as the product wants them.
+template <class S, class T>
+inline void pack_panels(const ConstMatrix& m, int64_t k0, int64_t depth, int64_t j0, int64_t columns, T* packed) {
+  for (int64_t j = 0; j < columns; j += Tile<T>::columns)
+    for (int64_t k = 0; k < depth; ++k, packed += Tile<T>::columns)
+      for (int v = 0; v < Tile<T>::vectors; ++v) {
+        const int64_t column = j + v * Vec<T>::lanes;
+        const auto n = std::clamp<int64_t>(columns - column, 0, Vec<T>::lanes);
+        store(packed + v * Vec<T>::lanes, n ? load(at<S>(m, k0 + k, j0 + column), static_cast<int>(n)) : Vec<T>());
+      }
+}
+
+// The same of B = W^T: column j of the product is row j of W.
+template <class S, class T>
+inline void pack_panels_transposed(const ConstMatrix& w, int64_t k0, int64_t depth, int64_t j0, int64_t columns,
+                                   T* packed) {
+  constexpr int width = Tile<T>::columns;
+  for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
+    const int64_t n = std::min<int64_t>(width, columns - j);
+    for (int64_t c = 0; c < n; ++c)
+      for_vectors<T>(depth, [&](int64_t k, auto lanes) {
+        const Vec<T> v = load(at<S>(w, j0 + j + c, k0 + k), lanes);
+        for (int64_t i = 0; i < std::min<int64_t>(Vec<T>::lanes, depth - k); ++i) packed[(k + i) * width + c] = v.v[i];
+      });
+    for (int64_t c = n; c < width; ++c)
+      for (int64_t k = 0; k < depth; ++k) packed[k * width + c] = 0;
+  }
+}
+
+// ---- the operator ----
+
+// Where sums wait for the next block of depth: in the result, or in scratch where the result has 16 bits.
+template <class S, class T>
+inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, T* scratch) {
+  if constexpr (std::is_same_v<S, T>)
+    return {at<S>(result, rows.begin, columns.begin), result.stride, 1};
+  else
+    return {scratch, Blocking<T>::columns, 0};
+}
+
+// The end of a product whose sums are the result: rounds and stores them.
+template <class S>
+struct StoreSums {
+  S* result;
+  int64_t stride;
+  template <class V, class Lanes>
+  void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
+    store(result + i * stride + j, v, lanes);
+  }
+};
+
+template <class S, class Act>
+struct LinearAct {
+  using T = Accumulator<S>;
+  using V = Vec<T>;
+
+  // z -> y in place of z
+  template <class Lanes>
+  static void finish_output(const Forward& f, int64_t m, int64_t n, V z, Lanes lanes) {
+    if (f.bias) z = z + load(static_cast<const S*>(f.bias) + n, lanes);
+    store(at<S>(f.y, m, n), Act::forward(z), lanes);
+  }
+
+  // dz at row m, columns n...
+  template <class Lanes>
+  static V grad_z(const Backward& b, int64_t m, int64_t n, Lanes lanes) {
+    const V dy = load(at<S>(b.dy, m, n), lanes);
+    return Act::backward(dy, Act::saves == Saves::output ? load(at<S>(b.y, m, n), lanes) : dy);
+  }
+
+  // y = act(x W^T + b)   (M,K)(K,N)
+  static void forward(const Forward& f, Range rows, Range columns, void* scratch) {
+    const auto pack_x = [&](int64_t i, int64_t count, int64_t k0, int64_t depth, bool, T* packed) {
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step)
+        for_vectors<T>(depth, [&](int64_t k, auto lanes) {
+          store(packed + k, load(at<S>(f.x, rows.begin + i + r, k0 + k), lanes));
+        });
+    };
+    const auto pack_w = [&](int64_t k0, int64_t depth, int64_t j, int64_t count, T* packed) {
+      pack_panels_transposed<S>(f.w, k0, depth, columns.begin + j, count, packed);
+    };
+    const auto finish = [&](int64_t i, int64_t j, V z, auto lanes) {
+      finish_output(f, rows.begin + i, columns.begin + j, z, lanes);
+    };
+    T* const begin = static_cast<T*>(scratch);
+    gemm<RowsOfA<T>, T>(rows.size(), columns.size(), f.K, pack_x, pack_w,
+                     partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
+  }
+
+  // dx = dz W   (M,N)(N,K), dz made while packing
+  static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
+    const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed) {
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step)
+        for_vectors<T>(depth, [&](int64_t n, auto lanes) {
+          store(packed + n, grad_z(b, rows.begin + i + r, n0 + n, lanes));
+        });
+    };
+    const auto pack_w = [&](int64_t n0, int64_t depth, int64_t j, int64_t count, T* packed) {
+      pack_panels<S>(b.w, n0, depth, columns.begin + j, count, packed);
+    };
+    const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride};
+    T* const begin = static_cast<T*>(scratch);
+    gemm<RowsOfA<T>, T>(rows.size(), columns.size(), b.N, pack_dz, pack_w,
+                     partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
+  }
+
+  // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
+  static void grad_weight(const Backward& b, Range rows, Range columns, Range samples, void* dw, void* db,
+                          void* scratch) {
+    T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
+    if (sums) std::fill(sums + rows.begin, sums + rows.end, T(0));
+    constexpr int width = Tile<T>::rows;
+    const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed) {
+      for (int64_t r = 0; r < count; r += width, packed += ColumnsOfA<T>::panel)
+        for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
+          const int64_t n = rows.begin + i + r + c;
+          V column_sum;
+          for (int64_t m = 0; m < depth; ++m) {
+            const V dz = grad_z(b, samples.begin + m0 + m, n, lanes);
+            column_sum = column_sum + dz;
+            store(packed + m * ColumnsOfA<T>::depth_step + c, dz);
+          }
+          if (sums && first_columns) store(sums + n, load(sums + n, lanes) + column_sum, lanes);
+        });
+    };
+    T* const begin = static_cast<T*>(scratch);
+    if (!dw) {  // db alone
+      for (int64_t m = 0; sums && m < samples.size(); m += Blocking<T>::depth)
+        for (int64_t i = 0; i < rows.size(); i += Blocking<T>::rows)
+          pack_dz(i, std::min<int64_t>(Blocking<T>::rows, rows.size() - i), m,
+                  std::min<int64_t>(Blocking<T>::depth, samples.size() - m), true, begin);
+      return;
+    }
+    const auto pack_x = [&](int64_t m0, int64_t depth, int64_t j, int64_t count, T* packed) {
+      pack_panels<S>(b.x, samples.begin + m0, depth, columns.begin + j, count, packed);
+    };
+    T* const out = static_cast<T*>(dw) + rows.begin * b.K + columns.begin;
+    gemm<ColumnsOfA<T>, T>(rows.size(), columns.size(), samples.size(), pack_dz, pack_x, Partial<T>{out, b.K, 1},
+                           StoreSums<T>{out, b.K}, begin);
+  }
+
+  static void combine(const void* parts, int64_t count, int64_t size, Range range, void* out) {
+    const T* const from = static_cast<const T*>(parts) + range.begin;
+    for_vectors<T>(range.size(), [&](int64_t i, auto lanes) {
+      V total = load(from + i, lanes);
+      for (int64_t p = 1; p < count; ++p) total = total + load(from + p * size + i, lanes);
+      store(static_cast<S*>(out) + range.begin + i, total, lanes);
+    });
+  }
+
+  // ---- small: one thread, nothing packed but W^T, one row of vectors at a time ----
+
+  // out(j, sum over i of factor(i) * row(i)[j...])
+  template <class Factor, class Row, class Out>
+  static void combine_rows(int64_t count, int64_t columns, const Factor& factor, const Row& row, const Out& out) {
+    for_vectors<T>(columns, [&](int64_t j, auto lanes) {
+      V total;
+      for (int64_t i = 0; i < count; ++i) total = total + V(factor(i)) * load(row(i) + j, lanes);
+      out(j, total, lanes);
+    });
+  }
+
+  static void small_forward(const Forward& f, void* scratch) {
+    T* const wt = static_cast<T*>(scratch);  // [K, N] and one row
+    T* const x = wt + f.K * f.N;
+    for (int64_t n = 0; n < f.N; ++n)
+      for (int64_t k = 0; k < f.K; ++k) wt[k * f.N + n] = scalar(at<S>(f.w, n, k));
+    for (int64_t m = 0; m < f.M; ++m) {
+      for_vectors<T>(f.K, [&](int64_t k, auto lanes) { store(x + k, load(at<S>(f.x, m, k), lanes), lanes); });
+      combine_rows(
+          f.K, f.N, [&](int64_t k) { return x[k]; }, [&](int64_t k) { return wt + k * f.N; },
+          [&](int64_t n, V z, auto lanes) { finish_output(f, m, n, z, lanes); });
+    }
+  }
+
+  static void small_backward(const Backward& b, void* scratch) {
+    T* const dz = static_cast<T*>(scratch);  // [M, N]
+    for (int64_t m = 0; m < b.M; ++m)
+      for_vectors<T>(b.N, [&](int64_t n, auto lanes) { store(dz + m * b.N + n, grad_z(b, m, n, lanes), lanes); });
+    for (int64_t m = 0; b.dx.data && m < b.M; ++m)
+      combine_rows(
+          b.N, b.K, [&](int64_t n) { return dz[m * b.N + n]; }, [&](int64_t n) { return at<S>(b.w, n, 0); },
+          [&](int64_t k, V v, auto lanes) { store(at<S>(b.dx, m, k), v, lanes); });
+    for (int64_t n = 0; b.dw && n < b.N; ++n)
+      combine_rows(
+          b.M, b.K, [&](int64_t m) { return dz[m * b.N + n]; }, [&](int64_t m) { return at<S>(b.x, m, 0); },
+          [&](int64_t k, V v, auto lanes) { store(static_cast<S*>(b.dw) + n * b.K + k, v, lanes); });
+    if (b.db)
+      combine_rows(
+          b.M, b.N, [](int64_t) { return T(1); }, [&](int64_t m) { return dz + m * b.N; },
+          [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
+  }
+
+  static constexpr Kernels kernels{small_forward, small_backward, forward, grad_input, grad_weight, combine};
+
+ private:
+  static T scalar(const S* p) {
+    if constexpr (std::is_same_v<S, T>)
+      return *p;
+    else
+      return load(p, 1).v[0];
+  }
+
+  static_assert(sizeof(T) * (kPackedA<T> + kPackedB<T> +
+                             (std::is_same_v<S, T> ? 0 : kMaxRows * Blocking<T>::columns)) <=
+                kScratchBytes);
+};
+
+template <class... Act>
+constexpr auto make_table(TypeList<Act...>) {
+  return KernelTable<sizeof...(Act)>{{{LinearAct<float, Act>::kernels...},
+                                      {LinearAct<double, Act>::kernels...},
+                                      {LinearAct<BFloat16, Act>::kernels...},
+                                      {LinearAct<Half, Act>::kernels...}}};
+}
+constexpr auto kTable = make_table(Activations{});
+
+}  // namespace
+}  // namespace mlp_ext::cpu

@@ -1,0 +1,89 @@
+// The kernels as the backend sees them: plain pointers in, one table of functions per instruction set.
+// Included before any `#pragma GCC target`, with the standard headers that kernels-inl.h needs, so that no shared
+// inline function is compiled for a processor that may not be there.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace mlp_ext::cpu {
+
+// 16-bit storage; arithmetic is done in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// What a dtype is accumulated in.
+template <class S>
+using Accumulator = std::conditional_t<sizeof(S) == 2, float, S>;
+
+// The order of KernelTable's rows.
+enum class DType { float32, float64, bfloat16, float16 };
+
+template <class Pointer>
+struct MatrixOf {  // rows of unit-stride elements
+  Pointer data = nullptr;
+  int64_t stride = 0;  // elements from row to row; 0 repeats one row
+};
+using ConstMatrix = MatrixOf<const void*>;
+using Matrix = MatrixOf<void*>;
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// y = act(x W^T + b)
+struct Forward {
+  int64_t M, K, N;
+  ConstMatrix x;     // [M, K]
+  ConstMatrix w;     // [N, K]
+  const void* bias;  // [N] or nullptr
+  Matrix y;          // [M, N]
+};
+
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+struct Backward {
+  int64_t M, K, N;
+  ConstMatrix dy, y;  // [M, N]; y unread where the activation saves nothing
+  ConstMatrix x;      // [M, K], for dW
+  ConstMatrix w;      // [N, K], for dx
+  Matrix dx;          // [M, K] or nullptr
+  void* dw;           // [N, K] or nullptr, contiguous
+  void* db;           // [N] or nullptr
+};
+
+// The functions of one dtype and one activation. `scratch` holds scratch_bytes and is aligned to a cache line.
+struct Kernels {
+  // Whole problems on one thread, nothing packed. Needs small_scratch_bytes(M, K, N).
+  void (*small_forward)(const Forward&, void* scratch);
+  void (*small_backward)(const Backward&, void* scratch);
+  // Blocks of rows and columns of the result, packed, for one thread.
+  void (*forward)(const Forward&, Range rows, Range columns, void* scratch);
+  void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
+  // dW and db summed over the rows `samples` into accumulators; either may be nullptr. Only columns.begin == 0 adds db.
+  void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
+  // out[range] = sum in order over parts of the accumulators parts[part * size + range]
+  void (*combine)(const void* parts, int64_t count, int64_t size, Range range, void* out);
+};
+
+template <size_t activations>
+using KernelTable = std::array<std::array<Kernels, activations>, 4>;  // [DType][activation]
+
+// At most this many rows go into one call of forward with K over one block, where 16-bit results need accumulators.
+constexpr int64_t kMaxRows = 1024;
+constexpr size_t kScratchBytes = size_t(3) << 20;  // per thread, whatever the shape
+inline size_t small_scratch_bytes(int64_t M, int64_t K, int64_t N) {
+  return 8 * static_cast<size_t>((M + 16) * (N + 16) + (K + 16) * (N + 16));
+}
+
+}  // namespace mlp_ext::cpu

@@ -1,0 +1,198 @@
+// linear_act on the CPU: tensors to pointers, work to threads.
+#include "linear_act.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <memory>
+
+#include "cpu/introspection.h"
+#include "cpu/plan.h"
+#include "cpu/variants.h"
+
+namespace mlp_ext::cpu {
+
+namespace {
+
+// torch's own choice, which ATEN_CPU_CAPABILITY forces.
+struct Variant {
+  const char* name;
+  const Kernels& (*kernels)(DType, size_t);
+};
+
+const Variant& variant() {
+  static const Variant chosen = [] {
+#if MLP_EXT_X86
+    const auto capability = at::get_cpu_capability();
+    if (capability == "AVX512") return Variant{"avx512", kernels_avx512};
+    if (capability == "AVX2") return Variant{"avx2", kernels_avx2};
+#endif
+    return Variant{"generic", kernels_generic};
+  }();
+  return chosen;
+}
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:  // the checks let no other pass
+      return DType::float16;
+  }
+}
+
+// A tensor [*, columns] as rows of unit-stride elements; copied only where it does not lie so.
+struct Rows {
+  at::Tensor tensor;
+  ConstMatrix matrix;
+
+  Rows() = default;
+  Rows(const at::Tensor& t, int64_t columns) {
+    const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
+    tensor = unit_stride ? t : t.contiguous();
+    matrix = {tensor.const_data_ptr(), unit_stride ? t.stride(0) : columns};
+  }
+};
+
+int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
+
+at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, columns]
+  c10::SmallVector<int64_t, 5> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = columns;
+  return at::empty(sizes, t.options().memory_format(std::nullopt));
+}
+
+// Memory of this thread, kept for the next call.
+void* scratch(size_t bytes) {
+  constexpr size_t line = 64;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    size = 0;
+    memory.reset(std::aligned_alloc(line, (bytes + line - 1) / line * line));
+    TORCH_CHECK(memory, "linear_act: no memory for ", bytes, " bytes of scratch");
+    size = bytes;
+  }
+  return memory.get();
+}
+
+int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// Piece i of n of [0, size), cut at multiples of a cache line's elements.
+Range piece(int64_t i, int64_t n, int64_t size) {
+  constexpr int64_t line = 16;
+  const int64_t lines = (size + line - 1) / line;
+  return {std::min(size, i * lines / n * line), std::min(size, (i + 1) * lines / n * line)};
+}
+
+// f(rows, columns, samples, piece of samples) for all pieces of a grid.
+template <class F>
+void for_pieces(const Grid& grid, int64_t rows, int64_t columns, int64_t samples, const F& f) {
+  at::parallel_for(0, grid.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c = i % grid.columns, r = i / grid.columns % grid.rows, s = i / grid.columns / grid.rows;
+      f(piece(r, grid.rows, rows), piece(c, grid.columns, columns), piece(s, grid.samples, samples), s);
+    }
+  });
+}
+
+// y = act(x W^T + b)
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   std::string_view activation) {
+  const size_t act = check_linear_act(input, weight, bias, activation);
+  const int64_t M = leading_size(input), K = weight.size(1), N = weight.size(0);
+  at::Tensor output = empty_rows_like(input, N);
+  if (output.numel() == 0) return output;
+  const Rows x(input, K), w(weight, K);
+  const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
+  const Forward problem{
+      M, K, N, x.matrix, w.matrix, bias ? b.const_data_ptr() : nullptr, {output.mutable_data_ptr(), N}};
+  const Kernels& kernels = variant().kernels(dtype_of(input), act);
+  const Plan plan = make_plan(M, K, N, threads());
+  if (plan.path == Path::small)
+    kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
+  else
+    for_pieces(plan.forward, M, N, 1, [&](Range rows, Range columns, Range, int64_t) {
+      kernels.forward(problem, rows, columns, scratch(kScratchBytes));
+    });
+  return output;
+}
+
+// dW and db of a blocked plan: each piece of samples sums into accumulators of its own, which are added up in order.
+void grad_weight(const Backward& problem, const Grid& grid, const Kernels& kernels, const at::TensorOptions& options) {
+  const int64_t N = problem.N, size = problem.dw ? N * problem.K : 0;
+  const bool direct = grid.samples == 1 && !at::isReducedFloatingType(c10::typeMetaToScalarType(options.dtype()));
+  char *dw = static_cast<char*>(problem.dw), *db = static_cast<char*>(problem.db);
+  at::Tensor sums;
+  size_t item = options.dtype().itemsize();
+  if (!direct) {
+    const auto accumulator = item == 2 ? options.dtype(at::kFloat) : options;
+    sums = at::empty({grid.samples * (size + (db ? N : 0))}, accumulator);
+    item = accumulator.dtype().itemsize();
+    dw = problem.dw ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr;
+    db = problem.db ? static_cast<char*>(sums.mutable_data_ptr()) + grid.samples * size * item : nullptr;
+  }
+  for_pieces(grid, N, problem.dw ? problem.K : 1, problem.M,
+             [&](Range rows, Range columns, Range samples, int64_t s) {
+               kernels.grad_weight(problem, rows, columns, samples, dw ? dw + s * size * item : nullptr,
+                                   db ? db + s * N * item : nullptr, scratch(kScratchBytes));
+             });
+  if (direct) return;
+  if (dw)
+    at::parallel_for(0, size, kProductsPerThread, [&](int64_t begin, int64_t end) {
+      kernels.combine(dw, grid.samples, size, {begin, end}, problem.dw);
+    });
+  if (db) kernels.combine(db, grid.samples, N, {0, N}, problem.db);
+}
+
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+                   const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                   std::string_view activation, std::array<bool, 3> output_mask) {
+  const size_t act = check_linear_act_backward(grad_output, output, input, weight, activation, output_mask);
+  const auto [needs_dx, needs_dw, needs_db] = output_mask;
+  const auto options = grad_output.options();
+  const int64_t M = leading_size(grad_output), N = grad_output.size(-1);
+  const int64_t K = needs_dx ? weight->size(1) : needs_dw ? input->size(-1) : 1;
+  at::Tensor dx, dw, db;
+  if (needs_dx) dx = empty_rows_like(grad_output, K);
+  if (needs_dw) dw = at::empty({N, K}, options);
+  if (needs_db) db = at::empty({N}, options);
+
+  const Rows dy(grad_output, N), y = output ? Rows(*output, N) : Rows();
+  const Rows x = needs_dw ? Rows(*input, K) : Rows(), w = needs_dx ? Rows(*weight, K) : Rows();
+  const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  const Backward problem{M, K, N, dy.matrix, y.matrix, x.matrix, w.matrix, {data(dx), K}, data(dw), data(db)};
+  const Kernels& kernels = variant().kernels(dtype_of(grad_output), act);
+  const Plan plan = make_plan(M, K, N, threads());
+  if (plan.path == Path::small) {
+    kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
+  } else {
+    if (needs_dx && dx.numel())
+      for_pieces(plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
+        kernels.grad_input(problem, rows, columns, scratch(kScratchBytes));
+      });
+    if (needs_dw || needs_db) grad_weight(problem, plan.grad_weight, kernels, options);
+  }
+  return {dx, dw, db};
+}
+
+}  // namespace
+
+const char* instruction_set() { return variant().name; }
+
+TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) {
+  m.impl("linear_act", forward);
+  m.impl("_linear_act_backward", backward);
+}
+
+}  // namespace mlp_ext::cpu

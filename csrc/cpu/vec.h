@@ -1,0 +1,292 @@
+// Vec<T>: a processor register of float or double, as GCC and Clang vector extensions, so that one source serves every
+// instruction set; loads and stores that convert 16-bit types; exp and tanh.
+// Wants MLP_EXT_VECTOR_BYTES: 16, 32 (AVX2, FMA, F16C) or 64 (AVX-512 F, BW, VL, DQ).
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace mlp_ext::cpu {
+namespace {  // one copy per instruction set
+
+constexpr int kVectorBytes = MLP_EXT_VECTOR_BYTES;
+
+// The attribute needs a type that depends on no template parameter.
+template <class T>
+struct Registers;
+template <>
+struct Registers<float> {
+  typedef float Native __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef float Memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct Registers<double> {
+  typedef double Native __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef double Memory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+
+template <class T>
+struct Vec {
+  using Native = typename Registers<T>::Native;
+  using Bits = typename Registers<T>::Bits;  // comparisons give -1 where true
+  using Memory = typename Registers<T>::Memory;
+  struct Mask {
+    Bits bits;
+  };
+  static constexpr int lanes = kVectorBytes / sizeof(T);
+
+  Native v;
+
+  Vec() : v{} {}
+  Vec(T scalar) : v(scalar - Native{}) {}  // x - 0 is x, also for -0
+  explicit Vec(Native native) : v(native) {}
+
+  friend Vec operator-(Vec a) { return Vec(-a.v); }
+  friend Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+  friend Mask operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+  friend Vec where(Mask m, Vec a, Vec b) { return Vec(m.bits ? a.v : b.v); }
+};
+
+// ---- memory: load(p), load(p, n), store(p, v), store(p, v, n); with n, only the first n lanes are touched ----
+
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
+inline Vec<T> load(const T* p) {
+  return Vec<T>(typename Vec<T>::Native(*reinterpret_cast<const typename Vec<T>::Memory*>(p)));
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Vec<T>::Memory*>(p) = v.v;
+}
+
+#if MLP_EXT_VECTOR_BYTES == 64
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec<float> load(const float* p, int n) {
+  return Vec<float>((Vec<float>::Native)_mm512_maskz_loadu_ps(first_lanes(n), p));
+}
+inline Vec<double> load(const double* p, int n) {
+  return Vec<double>((Vec<double>::Native)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(n)), p));
+}
+inline void store(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v.v); }
+inline void store(double* p, Vec<double> v, int n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(n)), (__m512d)v.v);
+}
+#elif MLP_EXT_VECTOR_BYTES == 32
+template <class Int>
+inline __m256i first_lanes(int n) {  // a window into 8 or 4 times -1, then as many 0
+  constexpr int lanes = 32 / sizeof(Int);
+  alignas(32) static constexpr Int window[16] = {-1, -1, -1, -1, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0,
+                                                 lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window + lanes - n));
+}
+inline Vec<float> load(const float* p, int n) {
+  return Vec<float>((Vec<float>::Native)_mm256_maskload_ps(p, first_lanes<int32_t>(n)));
+}
+inline Vec<double> load(const double* p, int n) {
+  return Vec<double>((Vec<double>::Native)_mm256_maskload_pd(p, first_lanes<int64_t>(n)));
+}
+inline void store(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, first_lanes<int32_t>(n), (__m256)v.v); }
+inline void store(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, first_lanes<int64_t>(n), (__m256d)v.v); }
+#else
+template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
+inline Vec<T> load(const T* p, int n) {
+  Vec<T> v;
+  for (int i = 0; i < Vec<T>::lanes; ++i) v.v[i] = i < n ? p[i] : T(0);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v, int n) {
+  for (int i = 0; i < Vec<T>::lanes; ++i)
+    if (i < n) p[i] = v.v[i];
+}
+#endif
+
+// ---- 16-bit types: read as float, rounded to nearest even when written ----
+
+constexpr int kLanes = Vec<float>::lanes;
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t U16Memory __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline Vec<float> to_float(U16 bits, BFloat16) {
+  return Vec<float>(bit_cast<Vec<float>::Native>(__builtin_convertvector(bits, U32) << 16));
+}
+
+inline U16 from_float(Vec<float> x, BFloat16) {
+  const U32 bits = bit_cast<U32>(x.v);
+  const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32 nan = U32{} + 0x7fc0;
+  return __builtin_convertvector(x.v != x.v ? nan : rounded, U16);
+}
+
+#if MLP_EXT_VECTOR_BYTES == 64
+inline Vec<float> to_float(U16 bits, Half) {
+  return Vec<float>((Vec<float>::Native)_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
+}
+inline U16 from_float(Vec<float> x, Half) {
+  return bit_cast<U16>(_mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif MLP_EXT_VECTOR_BYTES == 32
+inline Vec<float> to_float(U16 bits, Half) {
+  return Vec<float>((Vec<float>::Native)_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+}
+inline U16 from_float(Vec<float> x, Half) {
+  return bit_cast<U16>(_mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline Vec<float> to_float(U16 bits16, Half) {
+  using F32 = Vec<float>::Native;
+  const U32 bits = __builtin_convertvector(bits16, U32);
+  const U32 magnitude = (bits & 0x7fff) << 13;
+  const U32 scaled = bit_cast<U32>(bit_cast<F32>(magnitude) * 0x1p112f);  // subnormals come out right
+  const U32 value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : scaled;
+  return Vec<float>(bit_cast<F32>(value | ((bits & 0x8000) << 16)));
+}
+inline U16 from_float(Vec<float> x, Half) {
+  using F32 = Vec<float>::Native;
+  const U32 bits = bit_cast<U32>(x.v);
+  const U32 sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  const U32 normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
+  const U32 subnormal = bit_cast<U32>(bit_cast<F32>(magnitude) + 0.5f) - 0x3f000000;  // 0.5f has the same ulp
+  const U32 infinity = U32{} + 0x7c00, nan = U32{} + 0x7e00;
+  U32 value = magnitude < 0x38800000 ? subnormal : normal;
+  value = magnitude >= 0x47800000 ? infinity : value;  // normal rounds [65520, 65536) to infinity by itself
+  value = magnitude > 0x7f800000 ? nan : value;
+  return __builtin_convertvector(value | sign, U16);
+}
+#endif
+
+template <class S>
+using Is16Bit = std::enable_if_t<sizeof(S) == 2>;
+
+template <class S, class = Is16Bit<S>>
+inline Vec<float> load(const S* p) {
+  return to_float(U16(*reinterpret_cast<const U16Memory*>(p)), S{});
+}
+template <class S, class = Is16Bit<S>>
+inline Vec<float> load(const S* p, int n) {
+  U16 bits{};
+  std::memcpy(&bits, p, 2 * n);
+  return to_float(bits, S{});
+}
+template <class S, class = Is16Bit<S>>
+inline void store(S* p, Vec<float> v) {
+  *reinterpret_cast<U16Memory*>(p) = from_float(v, S{});
+}
+template <class S, class = Is16Bit<S>>
+inline void store(S* p, Vec<float> v, int n) {
+  const U16 bits = from_float(v, S{});
+  std::memcpy(p, &bits, 2 * n);
+}
+
+// All lanes, known at compile time, where a count of lanes is asked for.
+struct AllLanes {};
+template <class S>
+inline auto load(const S* p, AllLanes) {
+  return load(p);
+}
+template <class S, class V>
+inline void store(S* p, V v, AllLanes) {
+  store(p, v);
+}
+
+// ---- functions: range reduction and polynomials of the Cephes library (S. Moshier) ----
+
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float low = -104.f, high = 89.f, round = 0x1.8p23f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr int mantissa_bits = 23, bias = 127;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double low = -746., high = 710., round = 0x1.8p52;
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr int mantissa_bits = 52, bias = 1023;
+};
+
+inline Vec<float> exp_reduced(Vec<float> r) {  // exp(r) on |r| <= ln 2 / 2
+  Vec<float> p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + r + 1;
+}
+
+inline Vec<double> exp_reduced(Vec<double> r) {
+  const Vec<double> s = r * r;
+  Vec<double> p = 1.26177193074810590878e-4;
+  p = p * s + 3.02994407707441961300e-2;
+  p = (p * s + 9.99999999999999999910e-1) * r;
+  Vec<double> q = 3.00198505138664455042e-6;
+  q = q * s + 2.52448340349684104192e-3;
+  q = q * s + 2.27265548208155028766e-1;
+  q = q * s + 2;
+  return 1 + 2 * p / (q - p);
+}
+
+// exp(x) over the whole range: within 2 ULP of the true value, exact 0 and infinity beyond, NaN for NaN.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  using C = ExpConstants<T>;
+  using V = Vec<T>;
+  using Bits = typename V::Bits;
+  x = where(x < V(C::low), V(C::low), x);
+  x = where(V(C::high) < x, V(C::high), x);
+  const V shifted = x * V(T(1.44269504088896340736)) + C::round;  // n in the low bits
+  const V n = shifted - C::round;
+  const V r = x - n * C::ln2_high - n * C::ln2_low;
+  const Bits i = bit_cast<Bits>(shifted.v) - bit_cast<Bits>(V(C::round).v);
+  const Bits half = i >> 1;  // 2^n as two factors, so that neither under- nor overflows
+  const auto power = [](Bits e) { return V(bit_cast<typename V::Native>((e + C::bias) << C::mantissa_bits)); };
+  return exp_reduced(r) * power(half) * power(i - half);
+}
+
+inline Vec<float> tanh_small(Vec<float> x) {  // |x| < 0.625
+  const Vec<float> s = x * x;
+  Vec<float> p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s + -5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s + -3.33332819422e-1f;
+  return p * s * x + x;
+}
+
+inline Vec<double> tanh_small(Vec<double> x) {
+  const Vec<double> s = x * x;
+  Vec<double> p = -9.64399179425052238628e-1;
+  p = p * s + -9.92877231001918586564e1;
+  p = p * s + -1.61468768441708447952e3;
+  Vec<double> q = s + 1.12811678491632931402e2;
+  q = q * s + 2.23548839060100448583e3;
+  q = q * s + 4.84406305325125486048e3;
+  return x * s * (p / q) + x;
+}
+
+// tanh(x): within 2 ULP, exactly +-1 beyond, NaN for NaN, -0 for -0.
+template <class T>
+inline Vec<T> tanh(Vec<T> x) {
+  const Vec<T> magnitude = where(x < 0, -x, x);
+  const Vec<T> large = 1 - 2 / (exp(2 * magnitude) + 1);
+  return where(magnitude < T(0.625), tanh_small(x), where(x < 0, -large, large));
+}
+
+}  // namespace
+}  // namespace mlp_ext::cpu

@@ -1,0 +1,42 @@
+// The operator linear_act: what autograd and the backends share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace mlp_ext {
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined if not asked for
+
+// y = act(x W^T + b), through the dispatcher.
+at::Tensor linear_act(const at::Tensor& input,                 // [*, K]
+                      const at::Tensor& weight,                // [N, K]
+                      const std::optional<at::Tensor>& bias,   // [N]
+                      std::string_view activation);            // a name in activations.h
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  Through the dispatcher.
+Gradients linear_act_backward(const at::Tensor& grad_output,            // [*, N]
+                              const std::optional<at::Tensor>& output,  // [*, N], unless the activation saves nothing
+                              const std::optional<at::Tensor>& input,   // [*, K], for dW
+                              const std::optional<at::Tensor>& weight,  // [N, K], for dx
+                              std::string_view activation,
+                              std::array<bool, 3> output_mask);  // dx, dW, db
+
+// The same as composites of native operations: the reference, and what runs where no kernel of ours does.
+at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             std::string_view activation);
+Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+                                     const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                     std::string_view activation, std::array<bool, 3> output_mask);
+
+// Throw unless dtypes, devices and shapes fit; return the place of the activation in Activations.
+size_t check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                        std::string_view activation);
+size_t check_linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+                                 const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                 std::string_view activation, std::array<bool, 3> output_mask);
+
+}  // namespace mlp_ext

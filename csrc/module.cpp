@@ -1,0 +1,90 @@
+// The Python module mlp_ext._C: loading it registers the operators; beyond that it only tells about the build and the
+// plans. Tensors never cross here.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "activations.h"
+#include "cpu/introspection.h"
+#include "cpu/plan.h"
+#include "cpu/variants.h"
+
+namespace py = pybind11;
+
+namespace mlp_ext {
+namespace {
+
+std::vector<std::string> instruction_sets() {
+#if MLP_EXT_X86
+  return {"generic", "avx2", "avx512"};
+#else
+  return {"generic"};
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["mlp_ext"] = MLP_EXT_VERSION;
+  info["torch"] = TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["instruction_sets"] = instruction_sets();
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  return info;
+}
+
+// How many threads share a parallel_for that this module compiled: 1 if OpenMP was left out of the build.
+size_t parallel_for_threads() {
+  std::mutex mutex;
+  std::set<std::thread::id> ids;
+  const int64_t pieces = at::get_num_threads();
+  at::parallel_for(0, pieces, 1, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ids.insert(std::this_thread::get_id());
+  });
+  return ids.size();
+}
+
+py::dict plan(int64_t M, int64_t K, int64_t N, int64_t threads) {
+  const cpu::Plan plan = cpu::make_plan(M, K, N, threads);
+  const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
+  py::dict result;
+  result["path"] = plan.path == cpu::Path::small ? "small" : "blocked";
+  result["forward"] = pieces(plan.forward);
+  result["grad_input"] = pieces(plan.grad_input);
+  result["grad_weight"] = pieces(plan.grad_weight);
+  return result;
+}
+
+std::vector<std::string> activations() {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < Activations::size; ++i)
+    names.push_back(visit_activation(i, [](auto act) { return std::string(act.name); }));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of mlp_ext: registers torch.ops.mlp_ext and tells how it was built.";
+  m.def("activations", activations, "Names that the operators take.");
+  m.def("build_info", build_info, "Compiler, torch and instruction sets of this build.");
+  m.def("instruction_set", cpu::instruction_set, "The instruction set that the kernels use in this process.");
+  m.def("parallel_for_threads", parallel_for_threads, "Distinct threads that ran in one at::parallel_for.");
+  m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("threads"),
+        "The CPU plan of a shape: path, and in how many (rows, columns, samples) each product is cut.");
+}
+
+}  // namespace mlp_ext

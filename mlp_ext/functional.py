@@ -1,0 +1,58 @@
+"""Fused linear layers as functions: one operator, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlp_ext.ops import ACTIVATIONS
+
+__all__ = ["ACTIVATIONS", "linear_act", "linear_relu", "linear_sigmoid"]
+
+_linear_act = torch.ops.mlp_ext.linear_act.default
+
+
+def linear_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu"
+) -> Tensor:
+    r"""``activation(input @ weight.T + bias)`` as one operator.
+
+    .. math:: y = \sigma(x W^T + b), \quad dz = \sigma'(dy, y), \quad
+              dx = dz\,W, \quad dW = dz^T x, \quad db = \textstyle\sum_m dz_m
+
+    Equals ``torch.relu(F.linear(input, weight, bias))`` and its like, in values and in every derivative; backward
+    is computed from the output (Rumelhart, Hinton & Williams 1986), only for what requires a gradient.
+    16-bit types are accumulated in float32 and rounded once. Under autocast it behaves as ``F.linear``.
+
+    Args:
+        input: ``[*, K]``, any number of leading dimensions, also none. float32, float64, bfloat16 or float16.
+        weight: ``[N, K]``, of the same dtype and device.
+        bias: ``[N]`` or None.
+        activation: a name in :data:`mlp_ext.ACTIVATIONS`.
+
+    Returns:
+        ``[*, N]``, of the dtype of ``input``.
+
+    Raises:
+        ValueError: ``activation`` is unknown.
+        TypeError: a dtype is not supported, or the dtypes differ.
+        RuntimeError: shapes do not fit, or devices differ. The message names the argument, what was expected and
+            what came.
+    """
+    return _linear_act(input, weight, bias, activation)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``relu(input @ weight.T + bias)``. Shapes, dtypes and errors as :func:`linear_act`.
+
+    ``relu(NaN)`` is NaN and the derivative at 0 is 0, as in torch.
+    """
+    return _linear_act(input, weight, bias, "relu")
+
+
+def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``sigmoid(input @ weight.T + bias)``. Shapes, dtypes and errors as :func:`linear_act`.
+
+    Saturates to exactly 0 and 1, as in torch.
+    """
+    return _linear_act(input, weight, bias, "sigmoid")
