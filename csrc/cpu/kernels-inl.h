@@ -53,17 +53,17 @@ inline void pack_panels(const ConstMatrix& m, int64_t k0, int64_t depth, int64_t
 template <class S, class T>
 inline void pack_panels_transposed(const ConstMatrix& w, int64_t k0, int64_t depth, int64_t j0, int64_t columns,
                                    T* packed) {
-  constexpr int width = Tile<T>::columns;
-  for (int64_t j = 0; j < columns; j += width, packed += depth * width) {
-    const int64_t n = std::min<int64_t>(width, columns - j);
-    for (int64_t c = 0; c < n; ++c)
-      for_vectors<T>(depth, [&](int64_t k, auto lanes) {
-        const Vec<T> v = load(at<S>(w, j0 + j + c, k0 + k), lanes);
-        for (int64_t i = 0; i < std::min<int64_t>(Vec<T>::lanes, depth - k); ++i) packed[(k + i) * width + c] = v.v[i];
+  constexpr int width = Tile<T>::columns, lanes = Vec<T>::lanes;
+  for (int64_t j = 0; j < columns; j += width, packed += depth * width)
+    for (int64_t c = 0; c < width; c += lanes)
+      for_vectors<T>(depth, [&](int64_t k, auto n) {
+        Vec<T> square[lanes];
+        const int64_t rows = std::clamp<int64_t>(columns - j - c, 0, lanes);
+        for (int64_t i = 0; i < rows; ++i) square[i] = load(at<S>(w, j0 + j + c + i, k0 + k), n);
+        transpose(square);
+        const int64_t filled = std::min<int64_t>(lanes, depth - k);
+        for (int64_t i = 0; i < filled; ++i) store(packed + (k + i) * width + c, square[i]);
       });
-    for (int64_t c = n; c < width; ++c)
-      for (int64_t k = 0; k < depth; ++k) packed[k * width + c] = 0;
-  }
 }
 
 // ---- the operator ----

@@ -80,8 +80,8 @@ template <size_t activations>
 using KernelTable = std::array<std::array<Kernels, activations>, 4>;  // [DType][activation]
 
 // At most this many rows go into one call of forward with K over one block, where 16-bit results need accumulators.
-constexpr int64_t kMaxRows = 1024;
-constexpr size_t kScratchBytes = size_t(3) << 20;  // per thread, whatever the shape
+constexpr int64_t kMaxRows = 512;
+constexpr size_t kScratchBytes = size_t(5) << 20;  // per thread, whatever the shape
 inline size_t small_scratch_bytes(int64_t M, int64_t K, int64_t N) {
   return 8 * static_cast<size_t>((M + 16) * (N + 16) + (K + 16) * (N + 16));
 }

@@ -24,7 +24,7 @@ constexpr int64_t kSmallProducts = 1 << 12;      // above, packing pays for itse
 constexpr int64_t kProductsPerThread = 1 << 17;  // below, waking a thread costs more than it takes over
 constexpr int64_t kNarrow = 256 * 256;           // dW up to this size is summed privately by each thread
 constexpr int64_t kSamplesPerThread = 512;       // and then reads at least so many rows
-constexpr int64_t kRowsPerPiece = 1024;          // bounds the accumulators of 16-bit results (kernels.h)
+constexpr int64_t kRowsPerPiece = 512;           // bounds the accumulators of 16-bit results (kernels.h)
 constexpr int64_t kPieceEdge = 64;               // a piece is not cut narrower than a few tiles
 
 // Cuts [rows, columns] into about `pieces`, so that the operands that several pieces pack again are smallest.

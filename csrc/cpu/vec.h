@@ -203,6 +203,42 @@ inline void store(S* p, V v, AllLanes) {
   store(p, v);
 }
 
+// Lanes of a and, counting on, of b.
+template <class Native, class Bits>
+inline Native shuffle(Native a, Native b, Bits lanes) {
+#if defined(__clang__)  // __builtin_shuffle is GCC's
+  constexpr int count = sizeof(Native) / sizeof(a[0]);
+  Native picked;
+#pragma clang loop unroll(full)
+  for (int i = 0; i < count; ++i) picked[i] = lanes[i] < count ? a[lanes[i]] : b[lanes[i] - count];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// Rows to columns: for each bit of the lane number, swap the blocks that lie across the diagonal.
+template <class T>
+inline void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
+  constexpr int lanes = Vec<T>::lanes;
+#pragma GCC unroll 4
+  for (int bit = 1; bit < lanes; bit *= 2) {
+    typename Vec<T>::Bits low{}, high{};
+#pragma GCC unroll 16
+    for (int l = 0; l < lanes; ++l) {
+      low[l] = l & bit ? lanes + l - bit : l;
+      high[l] = l & bit ? lanes + l : l + bit;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & bit) continue;
+      const auto a = rows[i].v, b = rows[i | bit].v;
+      rows[i].v = shuffle(a, b, low);
+      rows[i | bit].v = shuffle(a, b, high);
+    }
+  }
+}
+
 // ---- functions: range reduction and polynomials of the Cephes library (S. Moshier) ----
 
 template <class T>

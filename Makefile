@@ -1,0 +1,60 @@
+# make demo | test | lint | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+EPOCHS ?= 100
+
+VENV := .venv
+RUN  := $(VENV)/bin
+# What the compiled module is made of; editing Python needs no new build.
+BUILT_FROM := setup.py pyproject.toml VERSION $(shell find csrc -type f)
+
+.PHONY: demo test lint format build clean distclean
+
+demo: build
+	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
+	$(RUN)/mlp-ext train --layers all --data breast_cancer --hidden 16 --epochs $(EPOCHS) --batch-size 32 --lr 0.1
+	@echo "== the tutorial: 10 random rows, 10-5-1"
+	$(RUN)/mlp-ext train --layers all --data seed --epochs $(EPOCHS)
+
+test: build
+	@echo "== tests"
+	$(RUN)/python -m pytest
+
+lint: $(VENV)/tools
+	@echo "== lint: ruff, clang-format, mypy"
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(RUN)/mypy
+
+format: $(VENV)/tools
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $(shell find csrc -type f)
+
+build: $(VENV)/built
+
+$(VENV)/built: $(VENV)/tools $(BUILT_FROM)
+	@echo "== compiling the extension (about two minutes the first time)"
+	$(RUN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# torch first and pinned, so that nothing later picks another.
+$(VENV)/tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mlp_ext needs Python 3.10 or newer; set PYTHON=...")'
+	@command -v $${CXX:-g++} >/dev/null || { echo "mlp_ext needs a C++ compiler: install g++, or set CXX"; exit 1; }
+	@echo "== making the environment $(VENV) with $(TORCH) and the tools"
+	@test -x $(RUN)/pip || $(PYTHON) -m venv $(VENV) || { echo "python3 has no venv: install python3-venv"; exit 1; }
+	$(RUN)/pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools
+	$(RUN)/python -c 'import tomllib, pathlib; d = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["optional-dependencies"]; print(*d["demo"], *d["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(RUN)/pip install --quiet --disable-pip-version-check "$(TORCH)" -r $(VENV)/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info mlp_ext/_built.py mlp_ext/*.so $(VENV)/built
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find mlp_ext tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,231 @@
+"""fuse: swap each (Linear, activation) in a model's Sequentials for one fused layer. unfuse: back.
+
+In every nn.Sequential, at any depth, a fused layer takes the Linear's place and a FusedActivation,
+which is an nn.Identity, the activation's. So indices and state_dict keys stay; Parameters are the
+same objects, so an optimizer made before stays valid. The first modules are kept untouched, still
+good for whoever else holds them, and unfuse puts those very objects back.
+
+A pair is left alone wherever fusing could change what the model computes or lose what its modules
+carry: `_obstacle` is the list, and fusion_report tells it. An activation used in several places is
+no obstacle: it holds nothing. Two things no analysis can see: code that calls one layer of a
+Sequential by its index now gets the activation too, and layers must not be replaced or sliced off
+while the model is fused, since the two modules of a pair belong together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple, TypeVar, cast
+
+import torch
+from torch import nn
+
+from mlp_ext.nn import LinearAct, find_addition, type_name
+
+LEVELS = ("layers",)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FusedActivation(nn.Identity):
+    """Holds the place of an activation that the fused layer before it computes."""
+
+    def __init__(self, layer: LinearAct, linear: nn.Linear, activation: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that none is a child: no state_dict keys, no visits by apply() or train().
+        self.pair = (layer, linear, activation)
+
+    def extra_repr(self) -> str:
+        return repr(self.pair[2])
+
+
+@dataclass(frozen=True)
+class Site:
+    """One Linear of a model: its path, the activation after it, what was or would be done, why."""
+
+    name: str
+    activation: str | None
+    status: Literal["fused", "would fuse", "not fused"]
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class FusionReport:
+    """Every Linear of a model in order; prints as a table, one line each."""
+
+    sites: list[Site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __str__(self) -> str:
+        rows = [(s.name or "(model)", s.status, s.activation or "-", s.reason) for s in self]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join(lines) or "no Linear in this model"
+
+    __repr__ = __str__
+
+
+def fuse(model: Model, level: str = "layers") -> Model:
+    """Fuse, in place, each (Linear, activation) pair of the model's Sequentials; returns `model`.
+
+    Fusing again changes nothing. fusion_report(model) tells what is left alone, and why.
+    Raises TypeError for what is not an nn.Module, ValueError for a level that is not in LEVELS.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"fuse: level must be one of {', '.join(LEVELS)}, got {level!r}")
+    swaps = [
+        (place, _fused(place)) for place, site in _survey(model) if site.status == "would fuse"
+    ]
+    return _swap(model, swaps)
+
+
+def unfuse(model: Model) -> Model:
+    """Put back, in place, the very modules that fuse replaced; returns `model`.
+
+    Parameters and training flags are as the fused layers have them now. A layer that was written
+    as mlp_ext.LinearReLU stays one, having no slot for an activation.
+    Raises TypeError for what is not an nn.Module; ValueError, with nothing changed, if a fused
+    layer has since been given what would be lost, such as a hook.
+    """
+    swaps = []
+    for place, site in _survey(model):
+        if _was_fused(place):
+            if site.reason:
+                raise ValueError(f"unfuse: {site.name} {site.reason}")
+            swaps.append((place, _unfused(place)))
+    return _swap(model, swaps)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """What is fused in `model`, what fuse would fuse, and why each other Linear is left alone."""
+    return FusionReport([site for _, site in _survey(model)])
+
+
+class _Place(NamedTuple):
+    """A Linear, or what goes by that name, where it stands in the model."""
+
+    name: str  # qualified; "" for the model itself
+    layer: nn.Module
+    follower: nn.Module | None  # the next child of the same parent
+    parent: nn.Module | None
+    keys: tuple[str, str]  # of layer and follower in parent
+    uses: int  # how many places hold this same layer
+
+
+def _survey(model: nn.Module) -> list[tuple[_Place, Site]]:
+    """The one analysis behind fuse, unfuse and fusion_report."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"mlp_ext: model must be a torch.nn.Module, got {type(model).__name__}")
+    uses = Counter(id(m) for parent in model.modules() for m in parent._modules.values())
+    seen: set[nn.Module] = set()
+
+    def places(path: str, parent: nn.Module) -> Iterator[_Place]:
+        if parent in seen:  # by another path
+            return
+        seen.add(parent)
+        for (key, child), (next_key, follower) in pairwise([*parent._modules.items(), ("", None)]):
+            if child is not None:
+                name = f"{path}.{key}" if path else key
+                yield _Place(name, child, follower, parent, (key, next_key), uses[id(child)])
+                yield from places(name, child)
+
+    root = _Place("", model, None, None, ("", ""), 1)
+    return [(p, _site(p)) for p in (root, *places("", model)) if _is_linear(p.layer)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """By name as well, to report also the quantized and the scripted."""
+    name = getattr(module, "original_name", type(module).__name__)
+    return isinstance(module, nn.Linear) or name.endswith("Linear")
+
+
+def _site(place: _Place) -> Site:
+    name, layer, follower = place[:3]
+    if isinstance(layer, LinearAct):
+        if _was_fused(place):
+            lost = find_addition(layer, "in_features", "out_features")
+            lost = lost or find_addition(cast(nn.Module, follower), "pair")
+            reason = f"{lost}, which unfuse would lose" if lost else ""
+        else:
+            reason = f"written as {type(layer).__name__}, which unfuse keeps"
+        return Site(name, layer.activation, "fused", reason)
+    obstacle = _obstacle(place)
+    fused_class = LinearAct.by_module.get(type(follower)) if _chains(place.parent) else None
+    activation = fused_class.activation if fused_class else None
+    return Site(name, activation, "not fused" if obstacle else "would fuse", obstacle)
+
+
+def _obstacle(place: _Place) -> str:
+    """Why this Linear is left alone; "" if nothing speaks against fusing it."""
+    layer, follower, parent = place.layer, place.follower, place.parent
+    if type(layer) is not nn.Linear:
+        return f"is a {type_name(layer)}, not exactly a torch.nn.Linear"
+    if parent is None:
+        return "is the whole model"
+    if not _chains(parent):
+        return f"in a {type(parent).__name__}, whose calls are code: write the fused layer there"
+    if follower is None:
+        return "last in its Sequential"
+    if type(follower) not in LinearAct.by_module:
+        return f"followed by {type(follower).__name__}"
+    if place.uses > 1:
+        return f"used in {place.uses} places"
+    if addition := find_addition(layer, "in_features", "out_features"):
+        return addition
+    if addition := find_addition(follower, "inplace"):
+        return f"its {type(follower).__name__} {addition}"
+    for name, parameter in layer._parameters.items():
+        # A subclass is a quantized, sharded or otherwise special tensor.
+        if parameter is not None and type(parameter) is not nn.Parameter:
+            return f"its {name} is a {type_name(parameter)}"
+        if parameter is not None and parameter.layout is not torch.strided:
+            return f"its {name} has layout {parameter.layout}"
+        if parameter is not None and parameter.dtype not in DTYPES:
+            return f"its {name} is {parameter.dtype}"
+    return ""
+
+
+def _chains(parent: nn.Module | None) -> bool:
+    """Whether `parent` calls its children one after the other, as nn.Sequential itself does."""
+    methods = ("__call__", "_call_impl", "forward", "__iter__")
+    return isinstance(parent, nn.Sequential) and all(
+        getattr(type(parent), name) is getattr(nn.Sequential, name) and name not in vars(parent)
+        for name in methods
+    )
+
+
+def _was_fused(place: _Place) -> bool:
+    return isinstance(place.follower, FusedActivation) and place.follower.pair[0] is place.layer
+
+
+def _fused(place: _Place) -> tuple[nn.Module, nn.Module]:
+    linear, activation = cast(nn.Linear, place.layer), cast(nn.Module, place.follower)
+    layer = LinearAct.by_module[type(activation)].from_linear(linear)
+    # One dict for both, so that a Parameter replaced in one, as load_state_dict(assign=True) and
+    # to_empty() do, is replaced in the other.
+    layer._parameters = linear._parameters
+    return layer, FusedActivation(layer, linear, activation)
+
+
+def _unfused(place: _Place) -> tuple[nn.Module, nn.Module]:
+    _, linear, activation = cast(FusedActivation, place.follower).pair
+    return linear, activation
+
+
+def _swap(model: Model, swaps: list[tuple[_Place, tuple[nn.Module, nn.Module]]]) -> Model:
+    """Done last and with nothing left that can fail: a model is changed in whole or not at all."""
+    for place, modules in swaps:
+        parent = cast(nn.Module, place.parent)
+        for key, old, new in zip(place.keys, (place.layer, place.follower), modules, strict=True):
+            new.training = cast(nn.Module, old).training
+            parent._modules[key] = new
+    return model

@@ -1,0 +1,104 @@
+"""Linear layers that compute their activation too: drop-in modules over functional.linear_act."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from mlp_ext.functional import linear_act
+from mlp_ext.ops import ACTIVATIONS
+
+Layer = TypeVar("Layer", bound="LinearAct")
+
+
+class LinearAct(nn.Linear):
+    """y = act(x W^T + b), an nn.Linear and the activation after it in one operator.
+
+    Everything but forward is nn.Linear's: arguments, initialisation, state_dict, repr. A class
+    statement with the activation's name and the torch.nn module of the same meaning makes a layer:
+
+        class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
+
+    Shape: input [*, in_features], output [*, out_features], * any dimensions, also none;
+    weight [out_features, in_features], bias [out_features] or None.
+    Dtypes: float32, float64, bfloat16, float16; input, weight and bias alike, under autocast as
+    nn.Linear. An input of another shape, dtype or device raises before anything is computed.
+    """
+
+    activation: ClassVar[str]  # one of ACTIVATIONS
+    by_module: ClassVar[dict[type, type[LinearAct]]] = {}  # nn.ReLU: LinearReLU, ...
+
+    def __init_subclass__(
+        cls, activation: str | None = None, module: type[nn.Module] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if activation is None:  # a subclass of a layer keeps its activation
+            return
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{cls.__name__}: activation must be one of {', '.join(ACTIVATIONS)}, "
+                f"got {activation!r}"
+            )
+        cls.activation = activation
+        if module is not None:
+            LinearAct.by_module[module] = cls
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_act(input, self.weight, self.bias, self.activation)
+
+    @classmethod
+    def from_linear(cls: type[Layer], linear: nn.Linear) -> Layer:
+        """The layer over the Parameters of `linear`: the same objects, no copy, same training flag.
+
+        Raises TypeError unless `linear` is exactly an nn.Linear, since a subclass may compute
+        something else; ValueError where it carries what would be lost, such as hooks.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(
+                f"{cls.__name__}.from_linear: linear must be exactly a torch.nn.Linear, "
+                f"got {type_name(linear)}"
+            )
+        if addition := find_addition(linear, "in_features", "out_features"):
+            raise ValueError(f"{cls.__name__}.from_linear: linear {addition}, which would be lost")
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta")
+        layer._parameters.update(linear._parameters)
+        layer.training = linear.training
+        return layer
+
+
+class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
+    """y = relu(x W^T + b), relu(z) = max(z, 0) and relu'(0) = 0 (Nair and Hinton, ICML 2010)."""
+
+
+class LinearSigmoid(LinearAct, activation="sigmoid", module=nn.Sigmoid):
+    """y = sigmoid(x W^T + b), sigmoid(z) = 1 / (1 + e^-z) (Rumelhart et al., Nature 1986)."""
+
+
+class LinearTanh(LinearAct, activation="tanh", module=nn.Tanh):
+    """y = tanh(x W^T + b) (LeCun et al., Efficient BackProp, 1998)."""
+
+
+def type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def find_addition(module: nn.Module, *own: str) -> str:
+    """What was added to `module` since it was made, as "has forward hooks"; "" if nothing was.
+
+    `own` names the plain attributes that its class gives it. Found are hooks of every kind, hence
+    also pruning and the older weight_norm and spectral_norm; whatever was set on the instance, as a
+    forward of its own, the call of Module.compile or a qconfig; parameters, buffers and children.
+    """
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") and value:
+            return f"has {name.strip('_').replace('_', ' ')}"
+    attributes = [name for name in vars(module) if name not in (*own, *_MODULE_ATTRIBUTES)]
+    parameters = [name for name in module._parameters if name not in ("weight", "bias")]
+    for name in (*attributes, *parameters, *module._buffers, *module._modules):
+        return f"has an attribute of its own, {name!r}"
+    return ""

