@@ -1,6 +1,7 @@
-"""Builds mlp_ext._C: the CPU kernels and, where torch has CUDA and a toolkit is found, the CUDA kernels.
+"""Builds mlp_ext._C: CPU kernels and, where torch has CUDA and a toolkit is found, CUDA kernels.
 
-MLP_EXT_CUDA = auto (default) | 1 (or fail) | 0 (never look).  MAX_JOBS bounds the parallel compiler runs.
+MLP_EXT_CUDA = auto (default), 1 (CUDA or an error), 0 (never look). MAX_JOBS bounds the compilers
+that run at once.
 """
 
 from __future__ import annotations

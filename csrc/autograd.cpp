@@ -37,9 +37,9 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
     const auto saved = ctx->get_saved_variables();
     const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
     const bool needs_db = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
-    const auto [dx, dw, db] = linear_act_backward(
-        grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]),
-        ctx->saved_data["activation"].toStringView(), {ctx->needs_input_grad(0), ctx->needs_input_grad(1), needs_db});
+    const auto [dx, dw, db] = linear_act_backward(grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]),
+                                                  ctx->saved_data["activation"].toStringView(),
+                                                  {ctx->needs_input_grad(0), ctx->needs_input_grad(1), needs_db});
     return {dx, dw, db, Tensor()};
   }
 };

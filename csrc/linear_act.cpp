@@ -30,9 +30,8 @@ std::string_view dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dt
 
 void check_dtype(const at::Tensor& first, const char* name) {
   const auto dtype = first.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, "linear_act: ", name,
-      " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "linear_act: ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
 }
 
 void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& first, const char* first_name) {
@@ -56,8 +55,9 @@ size_t check_linear_act(const at::Tensor& input, const at::Tensor& weight, const
   check_like(weight, "weight", input, "input");
   TORCH_CHECK(input.dim() >= 1, "linear_act: input must be [*, K], got a 0-dimensional tensor");
   check_weight(weight);
-  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(input.sym_size(-1)), "linear_act: weight must be [N, K=",
-                  input.sym_size(-1), "] to match input ", input.sym_sizes(), ", got ", weight.sym_sizes());
+  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(input.sym_size(-1)),
+                  "linear_act: weight must be [N, K=", input.sym_size(-1), "] to match input ", input.sym_sizes(),
+                  ", got ", weight.sym_sizes());
   if (bias) {
     check_like(*bias, "bias", input, "input");
     TORCH_CHECK(bias->dim() == 1, "linear_act: bias must be [N=", weight.sym_size(0), "], got ", bias->sym_sizes());
@@ -79,15 +79,15 @@ size_t check_linear_act_backward(const at::Tensor& grad_output, const std::optio
   TORCH_CHECK(input || !output_mask[1], "linear_act: input is needed for the gradient of weight");
   if (output) {
     check_like(*output, "output", grad_output, "grad_output");
-    TORCH_CHECK(output->sym_sizes() == grad_output.sym_sizes(), "linear_act: grad_output must be ",
-                output->sym_sizes(), " to match output, got ", grad_output.sym_sizes());
+    TORCH_CHECK(output->sym_sizes() == grad_output.sym_sizes(), "linear_act: grad_output must be ", output->sym_sizes(),
+                " to match output, got ", grad_output.sym_sizes());
   }
   if (weight) {
     check_like(*weight, "weight", grad_output, "grad_output");
     check_weight(*weight);
-    TORCH_SYM_CHECK(weight->sym_size(0).sym_eq(grad_output.sym_size(-1)), "linear_act: weight must be [N=",
-                    grad_output.sym_size(-1), ", K] to match grad_output ", grad_output.sym_sizes(), ", got ",
-                    weight->sym_sizes());
+    TORCH_SYM_CHECK(weight->sym_size(0).sym_eq(grad_output.sym_size(-1)),
+                    "linear_act: weight must be [N=", grad_output.sym_size(-1), ", K] to match grad_output ",
+                    grad_output.sym_sizes(), ", got ", weight->sym_sizes());
   }
   if (input) {
     check_like(*input, "input", grad_output, "grad_output");
@@ -96,14 +96,17 @@ size_t check_linear_act_backward(const at::Tensor& grad_output, const std::optio
                 "linear_act: input must be [*, K] with the leading sizes of grad_output ", grad_output.sym_sizes(),
                 ", got ", input->sym_sizes());
   }
+  if (input && weight)
+    TORCH_SYM_CHECK(weight->sym_size(1).sym_eq(input->sym_size(-1)),
+                    "linear_act: weight must be [N, K=", input->sym_size(-1), "] to match input ", input->sym_sizes(),
+                    ", got ", weight->sym_sizes());
   return index;
 }
 
 at::Tensor linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       std::string_view activation) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mlp_ext::linear_act", "")
-                             .typed<decltype(linear_act)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mlp_ext::linear_act", "").typed<decltype(linear_act)>();
   return op.call(input, weight, bias, activation);
 }
 

@@ -10,20 +10,20 @@
 
 namespace mlp_ext {
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined if not asked for
+using Gradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined if not asked for
 
 // y = act(x W^T + b), through the dispatcher.
-at::Tensor linear_act(const at::Tensor& input,                 // [*, K]
-                      const at::Tensor& weight,                // [N, K]
-                      const std::optional<at::Tensor>& bias,   // [N]
-                      std::string_view activation);            // a name in activations.h
+at::Tensor linear_act(const at::Tensor& input,                // [*, K]
+                      const at::Tensor& weight,               // [N, K]
+                      const std::optional<at::Tensor>& bias,  // [N]
+                      std::string_view activation);           // a name in activations.h
 // dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  Through the dispatcher.
 Gradients linear_act_backward(const at::Tensor& grad_output,            // [*, N]
                               const std::optional<at::Tensor>& output,  // [*, N], unless the activation saves nothing
                               const std::optional<at::Tensor>& input,   // [*, K], for dW
                               const std::optional<at::Tensor>& weight,  // [N, K], for dx
-                              std::string_view activation,
-                              std::array<bool, 3> output_mask);  // dx, dW, db
+                              std::string_view activation, std::array<bool, 3> output_mask);  // dx, dW, db
 
 // The same as composites of native operations: the reference, and what runs where no kernel of ours does.
 at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

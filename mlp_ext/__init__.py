@@ -1,4 +1,4 @@
-"""Fused linear layers for PyTorch: ``LinearReLU(K, N)`` equals ``Sequential(Linear(K, N), ReLU())``."""
+"""Fused linear layers for PyTorch: LinearReLU(K, N) equals Sequential(Linear(K, N), ReLU())."""
 
 from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid
 from mlp_ext.fuse import fuse, fusion_report, unfuse

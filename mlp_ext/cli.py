@@ -56,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except OSError as error:  # of stdout: nobody reads it any more, or its disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -106,7 +109,7 @@ def _train(args: argparse.Namespace) -> None:
 
     native = runs[0] if len(runs) > 1 else None
     results = {run.kind: _result(run, native, data) for run in runs}
-    print(*_table(results), sep="\n")
+    print(*_table(results), sep="\n", flush=True)
     try:
         if args.json:
             _write_json(args, results)

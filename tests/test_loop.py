@@ -125,7 +125,7 @@ def test_an_epoch_is_every_row_once_in_new_order(watch) -> None:
     finish(["a"], make_mlp([1, 2, 1]), counting_rows(10), epochs=3, batch_size=4)
     batches = [rows for _, rows in seen[1:]]
     assert [len(rows) for rows in batches] == [4, 4, 2] * 3
-    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[row for rows in batches[i : i + 3] for row in rows] for i in (0, 3, 6)]
     assert all(sorted(rows) == list(range(10)) for rows in epochs)
     assert len({tuple(rows) for rows in [*epochs, range(10)]}) == 4
 
@@ -163,7 +163,9 @@ def test_each_epoch_is_told_as_it_ends() -> None:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name, lr, bar", [("breast_cancer", 0.5, 0.93), ("digits", 2.0, 0.9)])
+@pytest.mark.parametrize(
+    ("name", "lr", "bar"), [("breast_cancer", 0.5, 0.93), ("digits", 2.0, 0.9)]
+)
 def test_every_kind_learns(name: str, lr: float, bar: float, kind: str) -> None:
     data = load(name)
     model = make_mlp([data.x.shape[1], 32, data.y.shape[1]])

@@ -97,10 +97,13 @@ def test_long_sums_are_accumulated_in_float32_or_better(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    arranged = operands(ODD, dtype)
-    exact = native(**{name: t.double() for name, t in arranged.items()})
-    assert torch.equal(mlp_ext.linear_act(**arranged), exact.to(dtype))
+@pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+def test_half_precision_is_rounded_once(activation: str, dtype: torch.dtype) -> None:
+    """Bias and activation are applied before the result is rounded, to within half a unit."""
+    arranged, limits = operands(ODD, dtype), torch.finfo(dtype)
+    exact = native(**{name: t.double() for name, t in arranged.items()}, activation=activation)
+    error = mlp_ext.linear_act(**arranged, activation=activation).double() - exact
+    assert (error.abs() <= 0.501 * limits.eps * exact.abs().clamp(min=limits.tiny)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,6 @@
-// A blocked product C = A B for one thread (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication").
-// The callers pack A and B, which is where a prologue goes (dz from dy and y), and finish each vector of C while it is
-// in a register, which is where an epilogue goes (bias, activation, rounding).
+// A blocked product C = A B for one thread (Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication"). The callers pack A and B, which is where a prologue goes (dz from dy and y), and finish each vector
+// of C while it is in a register, which is where an epilogue goes (bias, activation, rounding).
 #pragma once
 
 #include "cpu/vec.h"
@@ -16,9 +16,9 @@ struct Tile {  // what one pass of the inner loop holds in registers: rows x vec
 };
 
 template <class T>
-struct Blocking {                                        // the loops around it, measured at 1024x1024x1024 on Zen 4:
-  static constexpr int depth = 2048 / sizeof(T);         // 102 GFLOP/s; with 1024 bytes 98, sums are written twice as often
-  static constexpr int rows = 8 * Tile<T>::rows;         // A: a quarter of L2; 16 tiles are no faster
+struct Blocking {                                 // the loops around it, measured at 1024x1024x1024 on Zen 4:
+  static constexpr int depth = 2048 / sizeof(T);  // 102 GFLOP/s; with 1024 bytes 98, sums are written twice as often
+  static constexpr int rows = 8 * Tile<T>::rows;  // A: a quarter of L2; 16 tiles are no faster
   static constexpr int columns = 32 * Tile<T>::columns;  // B: with 16 tiles 97, A is packed twice as often
 };
 
@@ -54,7 +54,8 @@ template <class... Args>
 class Callable<void(Args...)> {
  public:
   template <class F>
-  Callable(const F& f) : object_(&f), call_([](const void* object, Args... args) { (*static_cast<const F*>(object))(args...); }) {}
+  Callable(const F& f)
+      : object_(&f), call_([](const void* object, Args... args) { (*static_cast<const F*>(object))(args...); }) {}
   void operator()(Args... args) const { call_(object_, args...); }
 
  private:

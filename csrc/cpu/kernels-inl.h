@@ -123,16 +123,15 @@ struct LinearAct {
     };
     T* const begin = static_cast<T*>(scratch);
     gemm<RowsOfA<T>, T>(rows.size(), columns.size(), f.K, pack_x, pack_w,
-                     partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
+                        partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
   }
 
   // dx = dz W   (M,N)(N,K), dz made while packing
   static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed) {
       for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step)
-        for_vectors<T>(depth, [&](int64_t n, auto lanes) {
-          store(packed + n, grad_z(b, rows.begin + i + r, n0 + n, lanes));
-        });
+        for_vectors<T>(depth,
+                       [&](int64_t n, auto lanes) { store(packed + n, grad_z(b, rows.begin + i + r, n0 + n, lanes)); });
     };
     const auto pack_w = [&](int64_t n0, int64_t depth, int64_t j, int64_t count, T* packed) {
       pack_panels<S>(b.w, n0, depth, columns.begin + j, count, packed);
@@ -140,7 +139,7 @@ struct LinearAct {
     const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride};
     T* const begin = static_cast<T*>(scratch);
     gemm<RowsOfA<T>, T>(rows.size(), columns.size(), b.N, pack_dz, pack_w,
-                     partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
+                        partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
   }
 
   // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
@@ -240,8 +239,8 @@ struct LinearAct {
       return load(p, 1).v[0];
   }
 
-  static_assert(sizeof(T) * (kPackedA<T> + kPackedB<T> +
-                             (std::is_same_v<S, T> ? 0 : kMaxRows * Blocking<T>::columns)) <=
+  static_assert(sizeof(T) *
+                    (kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kMaxRows * Blocking<T>::columns)) <=
                 kScratchBytes);
 };
 

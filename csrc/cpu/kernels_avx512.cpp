@@ -6,7 +6,8 @@
 
 // After the shared headers: only what follows may use these instructions.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
@@ -15,9 +16,7 @@
 #include "cpu/kernels-inl.h"
 
 namespace mlp_ext::cpu {
-const Kernels& kernels_avx512(DType dtype, size_t activation) {
-  return kTable[static_cast<size_t>(dtype)][activation];
-}
+const Kernels& kernels_avx512(DType dtype, size_t activation) { return kTable[static_cast<size_t>(dtype)][activation]; }
 }  // namespace mlp_ext::cpu
 
 #if defined(__clang__)

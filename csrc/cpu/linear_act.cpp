@@ -141,11 +141,10 @@ void grad_weight(const Backward& problem, const Grid& grid, const Kernels& kerne
     dw = problem.dw ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr;
     db = problem.db ? static_cast<char*>(sums.mutable_data_ptr()) + grid.samples * size * item : nullptr;
   }
-  for_pieces(grid, N, problem.dw ? problem.K : 1, problem.M,
-             [&](Range rows, Range columns, Range samples, int64_t s) {
-               kernels.grad_weight(problem, rows, columns, samples, dw ? dw + s * size * item : nullptr,
-                                   db ? db + s * N * item : nullptr, scratch(kScratchBytes));
-             });
+  for_pieces(grid, N, problem.dw ? problem.K : 1, problem.M, [&](Range rows, Range columns, Range samples, int64_t s) {
+    kernels.grad_weight(problem, rows, columns, samples, dw ? dw + s * size * item : nullptr,
+                        db ? db + s * N * item : nullptr, scratch(kScratchBytes));
+  });
   if (direct) return;
   if (dw)
     at::parallel_for(0, size, kProductsPerThread, [&](int64_t begin, int64_t end) {

@@ -80,8 +80,8 @@ inline void store(double* p, Vec<double> v, int n) {
 template <class Int>
 inline __m256i first_lanes(int n) {  // a window into 8 or 4 times -1, then as many 0
   constexpr int lanes = 32 / sizeof(Int);
-  alignas(32) static constexpr Int window[16] = {-1, -1, -1, -1, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0,
-                                                 lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0};
+  alignas(32) static constexpr Int window[16] = {
+      -1, -1, -1, -1, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0};
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window + lanes - n));
 }
 inline Vec<float> load(const float* p, int n) {

@@ -1,0 +1,4 @@
+TORCH_VERSION: str
+CXX: str
+CUDA_VERSION: str | None
+CUDA_ARCHS: list[str]
