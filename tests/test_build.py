@@ -1,0 +1,186 @@
+"""Building and installing: what sdist and wheel hold, and what a broken build says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import mlp_ext
+from mlp_ext import _C
+
+ROOT = Path(__file__).parents[1]
+SITE_PACKAGES = sysconfig.get_path("purelib")
+
+
+def run(*command: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, **kwargs)  # type: ignore[call-overload]
+
+
+def checked(*command: str | Path, **kwargs: object) -> str:
+    result = run(*command, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def copy_tree(folder: Path) -> Path:
+    """The source tree as git has it, without what a build leaves behind."""
+    names = checked("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    for name in filter(lambda name: (ROOT / name).is_file(), names.splitlines()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree, out = copy_tree(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("sdist")
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
+    checked(sys.executable, "-c", build, cwd=tree)
+    (archive,) = out.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist alone; the one compilation of this file."""
+    out = tmp_path_factory.mktemp("wheel")
+    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", out]
+    checked(sys.executable, "-m", "pip", "wheel", *flags, sdist)
+    (archive,) = out.glob("*.whl")
+    return archive
+
+
+@pytest.fixture(scope="session")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the wheel, which finds torch in the present one."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    site = Path(checked(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
+    flags = ["--no-deps", "--no-index", "--prefix", folder, "--ignore-installed"]
+    checked(sys.executable, "-m", "pip", "install", *flags, wheel)
+    # A .pth file that is read, but whose own .pth files, such as an editable mlp_ext's, are not.
+    (site / "torch_of_the_present_environment.pth").write_text(SITE_PACKAGES + "\n")
+    return python
+
+
+def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    csrc = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()}
+    assert csrc
+    assert csrc <= names
+    assert {"setup.py", "VERSION", "LICENSE", "README.md", "mlp_ext/py.typed"} <= names
+    assert not {name for name in names if name.endswith(".so")} | ({"mlp_ext/_built.py"} & names)
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_alone(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"mlp_ext/py.typed", "mlp_ext/_C.pyi", "mlp_ext/_built.py"} <= {*names}
+    assert [n for n in names if n.startswith("mlp_ext/_C.") and n.endswith(".so")]
+    assert not [n for n in names if not n.startswith(("mlp_ext/", "mlp_ext-"))]
+
+
+@pytest.mark.slow
+def test_install_from_sdist_computes_in_a_fresh_environment(python: Path, tmp_path: Path) -> None:
+    code = """
+import torch, mlp_ext
+x, layer = torch.randn(64, 10), mlp_ext.LinearReLU(10, 5)
+z = torch.nn.functional.linear(x, layer.weight, layer.bias)
+torch.testing.assert_close(layer(x), torch.relu(z))
+print(mlp_ext.__file__, mlp_ext.__version__)
+"""
+    file, version = checked(python, "-c", code, cwd=tmp_path).split()
+    assert Path(file).is_relative_to(python.parents[1])
+    assert version == mlp_ext.__version__ == (ROOT / "VERSION").read_text().strip()
+    assert f"instruction_set   {_C.instruction_set()}" in checked(
+        python.parent / "mlp-ext", "info", cwd=tmp_path
+    )
+    assert "epoch: 1 loss: 0." in checked(
+        python, "-m", "mlp_ext", "train", "--layers", "fused", "--epochs", "2", cwd=tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [("1", "MLP_EXT_CUDA=1 needs"), ("maybe", "MLP_EXT_CUDA must be auto, 0 or 1, got 'maybe'")],
+)
+def test_wish_for_cuda_that_cannot_be_met_is_an_error(wish: str, message: str) -> None:
+    env = {**os.environ, "MLP_EXT_CUDA": wish, "CUDA_HOME": "/nonexistent"}
+    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, env=env)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("wish", ["0", "auto"])
+def test_no_toolkit_is_no_obstacle(wish: str) -> None:
+    env = {**os.environ, "MLP_EXT_CUDA": wish, "CUDA_HOME": "/nonexistent"}
+    assert checked(sys.executable, "setup.py", "--version", cwd=ROOT, env=env).strip()
+
+
+def test_build_without_torch_says_what_to_type(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, env=env)
+    assert result.returncode != 0
+    assert "pip install torch" in result.stderr
+    assert "pip install --no-build-isolation ." in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def installed_copy(folder: Path, *leave_out: str) -> dict[str, str]:
+    """For `python -S`, where no editable install is found: mlp_ext is a copy of the present one."""
+    shutil.copytree(
+        ROOT / "mlp_ext", folder / "mlp_ext", ignore=shutil.ignore_patterns(*leave_out, "*.pyc")
+    )
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), SITE_PACKAGES))}
+
+
+def test_torch_of_another_minor_version_is_refused(tmp_path: Path) -> None:
+    env = installed_copy(tmp_path)
+    built = tmp_path / "mlp_ext" / "_built.py"
+    built.write_text(built.read_text().replace(torch.__version__, "2.9.1+cpu"))
+    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: mlp_ext was built against torch 2.9.1+cpu, but torch ")
+    assert torch.__version__ in message
+    assert "pip install --no-build-isolation" in message
+
+
+@pytest.mark.parametrize("missing", ["_C.*.so", "_built.py"])
+def test_missing_compiled_part_is_told(tmp_path: Path, missing: str) -> None:
+    env = installed_copy(tmp_path, missing)
+    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
+    assert "ImportError: mlp_ext is here, but its compiled part is not" in result.stderr
+
+
+def test_parallel_for_is_parallel() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert _C.parallel_for_threads() == 2
+        torch.set_num_threads(1)
+        assert _C.parallel_for_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_build_info_tells_versions_and_instruction_sets() -> None:
+    info = mlp_ext.build_info()
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["mlp_ext"] == mlp_ext.__version__
+    assert info["instruction_set"] in info["instruction_sets"]
+    assert info["threads"] == torch.get_num_threads()
