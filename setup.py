@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 try:
     import torch
@@ -20,6 +20,12 @@ except ModuleNotFoundError:
     sys.exit(
         "mlp_ext is compiled against the torch that is installed, and there is none here: type "
         "`pip install torch` and then `pip install --no-build-isolation .`"
+    )
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # without isolation pip does not look
+    sys.exit(
+        f"mlp_ext needs setuptools 77 or newer, and {setuptools.__version__} is installed: type "
+        "`pip install --upgrade setuptools`"
     )
 
 ROOT = Path(__file__).parent
@@ -84,4 +90,4 @@ extension = Extension(
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]} if CUDA else CXX_FLAGS,
     extra_link_args=["-fopenmp"],  # at::parallel_for is inlined here, and serial without
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -2,16 +2,14 @@
 
 from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid
 from mlp_ext.fuse import fuse, fusion_report, unfuse
-from mlp_ext.nn import LinearReLU, LinearSigmoid, LinearTanh
+from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation
+from mlp_ext.nn import __all__ as _layers
 from mlp_ext.ops import ACTIVATIONS, build_info
 
 __version__: str = build_info()["mlp_ext"]
 
 __all__ = [
     "ACTIVATIONS",
-    "LinearReLU",
-    "LinearSigmoid",
-    "LinearTanh",
     "build_info",
     "fuse",
     "fusion_report",
@@ -19,4 +17,5 @@ __all__ = [
     "linear_relu",
     "linear_sigmoid",
     "unfuse",
+    *_layers,
 ]

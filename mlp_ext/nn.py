@@ -80,6 +80,9 @@ class LinearTanh(LinearAct, activation="tanh", module=nn.Tanh):
     """y = tanh(x W^T + b) (LeCun et al., Efficient BackProp, 1998)."""
 
 
+__all__ = [layer.__name__ for layer in LinearAct.by_module.values()]  # public: the layers
+
+
 def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 

@@ -34,14 +34,20 @@ def results(
 
 
 def assert_matches_native(
-    operands: Operands, activation: str, grad_output: Tensor | None = None
+    operands: Operands,
+    activation: str,
+    grad_output: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> None:
-    """linear_act is as accurate as native: its output, and with a grad_output every gradient."""
+    """linear_act is as accurate as native: its output, and with a grad_output every gradient.
+
+    reduce: what follows, as in a loss; then grad_output is the gradient of its result.
+    """
 
     def evaluated(function: Function, activation: str, cast: Callable[[Tensor], Tensor]) -> Results:
         casts = {name: cast(t) for name, t in operands.items()}
         dy = grad_output if grad_output is None else cast(grad_output)
-        return results(function, casts, activation, dy)
+        return results(lambda **kwargs: reduce(function(**kwargs)), casts, activation, dy)
 
     found = evaluated(mlp_ext.linear_act, activation, lambda t: t)
     expected = evaluated(native, activation, lambda t: t)

@@ -6,14 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import (
-    Function,
-    Results,
-    assert_as_accurate_as_native,
-    assert_matches_native,
-    native,
-    results,
-)
+from references import assert_matches_native, native, results
 from shapes import (
     DTYPES,
     LARGE_SHAPES,
@@ -23,7 +16,6 @@ from shapes import (
     SHAPES,
     SMALL,
     THREE_LEADING,
-    Operands,
     Shape,
     grad_output,
     leaves,
@@ -110,19 +102,8 @@ def test_relu_has_no_slope_at_zero_and_passes_no_nan_there(dtype: torch.dtype) -
 def test_gradients_of_a_reduction_match_native(activation: str, reduce: Any) -> None:
     """sum().backward() hands in a grad_output of stride 0."""
     for shape, dtype in product([ONE_ROW, SMALL, ODD, THREE_LEADING], DTYPES):
-        arranged = operands(shape, dtype)
-
-        def reduced(
-            function: Function, dtype: torch.dtype, arranged: Operands = arranged
-        ) -> Results:
-            cast = {name: t.to(dtype) for name, t in arranged.items()}
-            one = torch.ones((), dtype=dtype)
-            return results(lambda **kwargs: reduce(function(**kwargs)), cast, activation, one)
-
-        found, expected = reduced(mlp_ext.linear_act, dtype), reduced(native, dtype)
-        reference = reduced(native, torch.float64)
-        for name in NAMES:
-            assert_as_accurate_as_native(found[name], expected[name], reference[name], name=name)
+        one = torch.ones((), dtype=dtype)
+        assert_matches_native(operands(shape, dtype), activation, one, reduce)
 
 
 class Calls(TorchDispatchMode):

@@ -79,7 +79,7 @@ def test_functional_call_matches_native() -> None:
     x = torch.randn(7, 10)
 
     def per_sample_gradients(model: Net) -> Any:
-        def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        def loss(parameters: dict[str, Tensor], x: Tensor) -> Any:
             return torch.func.functional_call(model, parameters, (x,)).sum()
 
         parameters = {name: p.detach() for name, p in model.named_parameters()}
