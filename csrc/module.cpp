@@ -57,11 +57,12 @@ size_t parallel_for_threads() {
   return ids.size();
 }
 
-py::dict plan(int64_t M, int64_t K, int64_t N, int64_t threads) {
-  const cpu::Plan plan = cpu::make_plan(M, K, N, threads);
+py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads) {
+  const cpu::Plan plan = cpu::make_plan(M, K, N, item_size, threads);
   const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
   py::dict result;
-  result["path"] = plan.path == cpu::Path::small ? "small" : "blocked";
+  result["forward_path"] = cpu::path_name(plan.forward_path);
+  result["backward_path"] = cpu::path_name(plan.backward_path);
   result["forward"] = pieces(plan.forward);
   result["grad_input"] = pieces(plan.grad_input);
   result["grad_weight"] = pieces(plan.grad_weight);
@@ -83,8 +84,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info, "Compiler, torch and instruction sets of this build.");
   m.def("instruction_set", cpu::instruction_set, "The instruction set that the kernels use in this process.");
   m.def("parallel_for_threads", parallel_for_threads, "Distinct threads that ran in one at::parallel_for.");
-  m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("threads"),
-        "The CPU plan of a shape: path, and in how many (rows, columns, samples) each product is cut.");
+  m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
+        "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut.");
 }
 
 }  // namespace mlp_ext

@@ -22,7 +22,7 @@ struct Blocking {                                 // the loops around it, measur
   static constexpr int columns = 32 * Tile<T>::columns;  // B: with 16 tiles 97, A is packed twice as often
 };
 
-// How a block of A lies when packed: element (i, k) at panel(i) + (i % rows) * row_step + k * depth_step.
+// How a block of A lies when packed: element (i, k) at i / rows * panel + i % rows * row_step + k * depth_step.
 template <class T>
 struct RowsOfA {  // as in memory, a copy of rows; the stride is no power of two
   static constexpr int row_step = Blocking<T>::depth + Vec<T>::lanes, depth_step = 1;
@@ -34,17 +34,37 @@ struct ColumnsOfA {  // transposed, a copy of short pieces of rows of A^T
   static constexpr int depth_step = (Tile<T>::rows + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;
   static constexpr int64_t panel = Blocking<T>::depth * depth_step;
 };
+template <class T>
+struct RowsOfATransposed {  // the transposed of what lies as RowsOfA
+  static constexpr int row_step = 1, depth_step = RowsOfA<T>::row_step;
+  static constexpr int64_t panel = Tile<T>::rows;
+};
 
 template <class T>
 constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows * std::max(RowsOfA<T>::panel, ColumnsOfA<T>::panel);
 template <class T>
 constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
 
+// A block of B as panels of Tile::columns columns.
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t depth_step, panel_step;
+
+  static Panels packed(const T* data, int64_t depth) { return {data, Tile<T>::columns, depth * Tile<T>::columns}; }
+  static Panels in_place(const T* data, int64_t stride) { return {data, stride, Tile<T>::columns}; }
+};
+
 // Sums that wait for the next block of depth: the result itself, or a scratch block where it has fewer bits.
 template <class T>
 struct Partial {
   T* data;
   int64_t row_stride, column_stride;  // column_stride 0: every block of columns starts over
+};
+
+// What one call of tiles() does with the sums: add what waits (not first), then finish (last) or let them wait.
+struct Stage {
+  bool first, last;
 };
 
 // A callable by reference, so that the loops are compiled once for all packings.
@@ -67,96 +87,101 @@ using PackA = Callable<void(int64_t i, int64_t rows, int64_t k, int64_t depth, b
 template <class T>
 using PackB = Callable<void(int64_t k, int64_t depth, int64_t j, int64_t columns, T* packed)>;
 
-// acc = A B for R rows and one panel of B.  a: panel of A from its row on,  b: [depth, Tile::columns]
-template <class Layout, int R, class T>
-inline void multiply(const T* __restrict__ a, const T* __restrict__ b, int64_t depth,
-                     Vec<T> (&acc)[R][Tile<T>::vectors]) {
-  for (int64_t k = 0; k < depth; ++k, a += Layout::depth_step, b += Tile<T>::columns) {
-    Vec<T> bk[Tile<T>::vectors];
+// sums[R, Tile::columns] = A B for R rows of A and V vectors of B, the last of `lanes` lanes.
+template <class Layout, int R, int V, class T, class Lanes>
+__attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __restrict__ b, int64_t b_step, int64_t depth,
+                                        Lanes lanes, T* __restrict__ sums) {
+  Vec<T> acc[R][V];
+  for (int64_t k = 0; k < depth; ++k, a += Layout::depth_step, b += b_step) {
+    Vec<T> bk[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < Tile<T>::vectors; ++v) bk[v] = load(b + v * Vec<T>::lanes);
+    for (int v = 0; v < V - 1; ++v) bk[v] = load(b + v * Vec<T>::lanes);
+    bk[V - 1] = load(b + (V - 1) * Vec<T>::lanes, lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const Vec<T> ai = a[i * Layout::row_step];
 #pragma GCC unroll 4
-      for (int v = 0; v < Tile<T>::vectors; ++v) acc[i][v] = acc[i][v] + ai * bk[v];
+      for (int v = 0; v < V; ++v) acc[i][v] = acc[i][v] + ai * bk[v];
     }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(sums + i * Tile<T>::columns + v * Vec<T>::lanes, acc[i][v]);
 }
 
-// The tile of R rows at row i, column j of a block.  finish(i, j, vector, lanes) takes what is complete.
-template <class Layout, int R, class T, class Finish>
-inline void tile(const T* a, const T* b, int64_t depth, int64_t i, int64_t j, int64_t columns, bool first, bool last,
-                 Partial<T> partial, const Finish& finish) {
-  constexpr int lanes = Vec<T>::lanes;
-  const auto pass_on = [&](int row, int column, Vec<T> sums, auto n) {
-    T* const waiting = partial.data + (i + row) * partial.row_stride + j + column;
-    if (!first) sums = sums + load(waiting, n);
-    if (last)
-      finish(i + row, j + column, sums, n);
+// Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete.
+template <class T, class Finish>
+inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
+                    const Finish& finish) {
+  const auto vector = [&](int r, int c, auto lanes) {
+    Vec<T> v = load(sums + r * Tile<T>::columns + c);
+    const int64_t waiting = (i + r) * partial.row_stride + j + c;
+    if (!stage.first) v = v + load(partial.data + waiting, lanes);
+    if (stage.last)
+      finish(i + r, j + c, v, lanes);
     else
-      store(waiting, sums, n);
+      store(partial.data + waiting, v, lanes);
   };
-  Vec<T> acc[R][Tile<T>::vectors];
-  multiply<Layout, R>(a, b, depth, acc);
-  if (R == Tile<T>::rows && columns - j >= Tile<T>::columns) {  // whole: straight from the registers
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < Tile<T>::vectors; ++v) pass_on(r, v * lanes, acc[r][v], AllLanes{});
-    return;
+  for (int r = 0; r < rows; ++r) {
+    int c = 0;
+    for (; c + Vec<T>::lanes <= width; c += Vec<T>::lanes) vector(r, c, AllLanes{});
+    if (c < width) vector(r, c, width - c);
   }
-  alignas(kVectorBytes) T sums[R][Tile<T>::columns];  // an edge: less code
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < Tile<T>::vectors; ++v) store(&sums[r][v * lanes], acc[r][v]);
-  const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
-#pragma GCC unroll 1
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 1
-    for (int c = 0; c < width; c += lanes) pass_on(r, c, load(&sums[r][c]), std::min(lanes, width - c));
 }
 
 // A block of A against a block of B: whole tiles of rows, then halves of what is left.
 template <class Layout, int R, class T, class Finish>
-inline void tiles(const T* a, const T* b, int64_t depth, int64_t i, int64_t rows, int64_t columns, bool first,
-                  bool last, Partial<T> partial, const Finish& finish) {
-  constexpr int whole = Tile<T>::rows;
+inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t rows, int64_t columns, Stage stage,
+                  Partial<T> partial, const Finish& finish) {
+  constexpr int whole = Tile<T>::rows, lanes = Vec<T>::lanes;
+  static_assert(Tile<T>::vectors == 2);
+  alignas(kVectorBytes) T sums[R * Tile<T>::columns];
   for (; i + R <= rows; i += R) {  // a panel of A stays in L1 while those of B stream past
     const T* const ai = a + i / whole * Layout::panel + i % whole * Layout::row_step;
-    for (int64_t j = 0; j < columns; j += Tile<T>::columns)
-      tile<Layout, R>(ai, b + j * depth, depth, i, j, columns, first, last, partial, finish);
+    const T* bj = b.data;
+    for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
+      const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
+      if (width == Tile<T>::columns)
+        multiply<Layout, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, sums);
+      else if (width > lanes)
+        multiply<Layout, R, 2>(ai, bj, b.depth_step, depth, width - lanes, sums);
+      else
+        multiply<Layout, R, 1>(ai, bj, b.depth_step, depth, width, sums);
+      pass_on(sums, R, width, i, j, stage, partial, finish);
+    }
   }
   constexpr int next = R == whole ? (whole > 8 ? 8 : 4) : R / 2;
   if constexpr (next > 0)
-    if (i < rows) tiles<Layout, next>(a, b, depth, i, rows, columns, first, last, partial, finish);
+    if (i < rows) tiles<Layout, next>(a, b, depth, i, rows, columns, stage, partial, finish);
 }
 
 // C[rows, columns] = A[rows, depth] B[depth, columns].
 //   pack_a(i, rows, k, depth, first_columns, packed)  puts a block of A down in Layout
-//   pack_b(k, depth, j, columns, packed)              puts panels [depth, Tile::columns] down, zeros beyond the edge
+//   pack_b(k, depth, j, columns, packed)              puts panels [depth, Tile::columns] down
+//   b                                                 B itself where it need not be packed, else data = nullptr
 //   finish(i, j, vector, lanes)                       stores sums of C at row i from column j on
 template <class Layout, class T, class Finish>
-void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Partial<T> partial,
-          const Finish& finish, T* scratch) {
+void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,
+          Partial<T> partial, const Finish& finish, T* scratch) {
   using Block = Blocking<T>;
-  T* const a = scratch;
-  T* const b = scratch + kPackedA<T>;
+  T* const packed_a = scratch;
+  T* const packed_b = scratch + kPackedA<T>;
   for (int64_t j0 = 0; j0 < columns; j0 += Block::columns) {
     const int64_t nc = std::min<int64_t>(Block::columns, columns - j0);
-    const Partial<T> waiting{partial.data + j0 * partial.column_stride, partial.row_stride, partial.column_stride};
     int64_t k0 = 0;
     do {  // once at least: with no depth at all, C is zero before the epilogue
       const int64_t kc = std::min<int64_t>(Block::depth, depth - k0);
-      const bool first = k0 == 0, last = k0 + kc == depth;
-      pack_b(k0, kc, j0, nc, b);
+      if (!b.data) pack_b(k0, kc, j0, nc, packed_b);
+      const auto panels =
+          b.data ? Panels<T>::in_place(b.data + k0 * b.depth_step + j0, b.depth_step) : Panels<T>::packed(packed_b, kc);
       for (int64_t i0 = 0; i0 < rows; i0 += Block::rows) {
         const int64_t mc = std::min<int64_t>(Block::rows, rows - i0);
-        pack_a(i0, mc, k0, kc, j0 == 0, a);
-        const Partial<T> block{waiting.data + i0 * partial.row_stride, partial.row_stride, 0};
-        const auto finish_block = [&](int64_t i, int64_t j, Vec<T> v, auto n) { finish(i0 + i, j0 + j, v, n); };
-        tiles<Layout, Tile<T>::rows>(a, b, kc, 0, mc, nc, first, last, block, finish_block);
+        pack_a(i0, mc, k0, kc, j0 == 0, packed_a);
+        const Partial<T> waiting{partial.data + i0 * partial.row_stride + j0 * partial.column_stride,
+                                 partial.row_stride, 0};
+        tiles<Layout, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth}, waiting,
+                                     [&](int64_t i, int64_t j, Vec<T> v, auto n) { finish(i0 + i, j0 + j, v, n); });
       }
       k0 += kc;
     } while (k0 < depth);

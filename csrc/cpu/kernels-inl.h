@@ -29,10 +29,8 @@ inline void for_vectors(int64_t n, const F& f) {
 }
 
 template <class T>
-inline T sum(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < Vec<T>::lanes; ++i) total += v.v[i];
-  return total;
+inline int64_t round_up_columns(int64_t columns) {
+  return (columns + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns;
 }
 
 // ---- packing ----
@@ -75,6 +73,14 @@ inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, 
     return {at<S>(result, rows.begin, columns.begin), result.stride, 1};
   else
     return {scratch, Blocking<T>::columns, 0};
+}
+
+// B where it lies, if so few rows of A meet it that packing it would only move it once more.
+template <class S, class T>
+inline Panels<T> in_place_if_read_once(const ConstMatrix& b, int64_t k, int64_t j, int64_t rows_of_a) {
+  if constexpr (std::is_same_v<S, T>)
+    if (rows_of_a <= Tile<T>::rows) return Panels<T>::in_place(at<S>(b, k, j), b.stride);
+  return {};
 }
 
 // The end of a product whose sums are the result: rounds and stores them.
@@ -122,8 +128,18 @@ struct LinearAct {
       finish_output(f, rows.begin + i, columns.begin + j, z, lanes);
     };
     T* const begin = static_cast<T*>(scratch);
-    gemm<RowsOfA<T>, T>(rows.size(), columns.size(), f.K, pack_x, pack_w,
+    gemm<RowsOfA<T>, T>(rows.size(), columns.size(), f.K, pack_x, pack_w, Panels<T>{},
                         partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
+  }
+
+  // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
+  static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
+    if (f.N == 1)
+      dots<V::lanes, 1>(f, rows, columns);
+    else if (f.M == 1)
+      dots<1, V::lanes>(f, rows, columns);
+    else  // as square as the lanes allow
+      dots<V::lanes / kSide, kSide>(f, rows, columns);
   }
 
   // dx = dz W   (M,N)(N,K), dz made while packing
@@ -139,6 +155,7 @@ struct LinearAct {
     const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride};
     T* const begin = static_cast<T*>(scratch);
     gemm<RowsOfA<T>, T>(rows.size(), columns.size(), b.N, pack_dz, pack_w,
+                        in_place_if_read_once<S, T>(b.w, 0, columns.begin, rows.size()),
                         partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
   }
 
@@ -173,8 +190,44 @@ struct LinearAct {
       pack_panels<S>(b.x, samples.begin + m0, depth, columns.begin + j, count, packed);
     };
     T* const out = static_cast<T*>(dw) + rows.begin * b.K + columns.begin;
-    gemm<ColumnsOfA<T>, T>(rows.size(), columns.size(), samples.size(), pack_dz, pack_x, Partial<T>{out, b.K, 1},
-                           StoreSums<T>{out, b.K}, begin);
+    gemm<ColumnsOfA<T>, T>(rows.size(), columns.size(), samples.size(), pack_dz, pack_x,
+                           in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
+                           Partial<T>{out, b.K, 1}, StoreSums<T>{out, b.K}, begin);
+  }
+
+  // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
+  // depth, and W and dW that stay in L2.
+  static void backward_tall(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
+    T* const dz = static_cast<T*>(scratch);
+    T* const x = dz + Blocking<T>::rows * RowsOfA<T>::row_step;
+    T* const w = x + Blocking<T>::rows * round_up_columns<T>(b.K);
+    T *const dw_sums = static_cast<T*>(dw), *const db_sums = static_cast<T*>(db);
+    if (b.dx.data) pack_panels<S>(b.w, 0, b.N, 0, b.K, w);
+    if (db_sums) std::fill(db_sums, db_sums + b.N, T(0));
+    bool first = true;
+    for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
+      const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
+      for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
+        V column_sum;
+        for (int64_t r = 0; r < count; ++r) {
+          const V v = grad_z(b, m0 + r, n, lanes);
+          column_sum = column_sum + v;
+          store(dz + r * RowsOfA<T>::row_step + n, v);
+        }
+        if (db_sums) store(db_sums + n, load(db_sums + n, lanes) + column_sum, lanes);
+      });
+      if (b.dx.data)
+        tiles<RowsOfA<T>, Tile<T>::rows>(dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K, Stage{true, true},
+                                         Partial<T>{}, StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride});
+      if (!dw) continue;
+      auto panels = in_place_if_read_once<S, T>(b.x, m0, 0, b.N);
+      if (!panels.data) {
+        pack_panels<S>(b.x, m0, count, 0, b.K, x);
+        panels = Panels<T>::packed(x, count);
+      }
+      tiles<RowsOfATransposed<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
+                                                 Partial<T>{dw_sums, b.K, 0}, StoreSums<T>{});
+    }
   }
 
   static void combine(const void* parts, int64_t count, int64_t size, Range range, void* out) {
@@ -229,9 +282,49 @@ struct LinearAct {
           [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
   }
 
-  static constexpr Kernels kernels{small_forward, small_backward, forward, grad_input, grad_weight, combine};
+  static constexpr Kernels kernels{small_forward, small_backward, forward,       forward_dots,
+                                   grad_input,    grad_weight,    backward_tall, combine};
 
  private:
+  static constexpr int kSide = V::lanes >= 16 ? 4 : 2;
+
+  // Tiles of P rows of x and Q rows of W, P Q sums of lanes, which one transposition turns into one vector of results.
+  template <int P, int Q>
+  static void dots(const Forward& f, Range rows, Range columns) {
+    static_assert(P * Q == V::lanes);
+    for (int64_t n = columns.begin; n < columns.end; n += Q)
+      for (int64_t m = rows.begin; m < rows.end; m += P) {
+        const S *x[P], *w[Q];  // beyond the edge the last row again
+        for (int p = 0; p < P; ++p) x[p] = at<S>(f.x, std::min<int64_t>(m + p, rows.end - 1), 0);
+        for (int q = 0; q < Q; ++q) w[q] = at<S>(f.w, std::min<int64_t>(n + q, columns.end - 1), 0);
+        V acc[V::lanes];
+        for_vectors<T>(f.K, [&](int64_t k, auto lanes) {
+          V wk[Q];
+#pragma GCC unroll 16
+          for (int q = 0; q < Q; ++q) wk[q] = load(w[q] + k, lanes);
+#pragma GCC unroll 16
+          for (int p = 0; p < P; ++p) {
+            const V xk = load(x[p] + k, lanes);
+#pragma GCC unroll 16
+            for (int q = 0; q < Q; ++q) acc[p * Q + q] = acc[p * Q + q] + xk * wk[q];
+          }
+        });
+        transpose(acc);
+        V z = acc[0];
+#pragma GCC unroll 16
+        for (int i = 1; i < V::lanes; ++i) z = z + acc[i];
+        const int count = static_cast<int>(std::min<int64_t>(Q, columns.end - n));
+        if (Q == 1) {  // N = 1: the results of P rows lie side by side
+          if (f.bias) z = z + V(load(static_cast<const S*>(f.bias), 1).v[0]);
+          store(at<S>(f.y, m, 0), Act::forward(z), static_cast<int>(std::min<int64_t>(P, rows.end - m)));
+          continue;
+        }
+        alignas(kVectorBytes) T z_rows[V::lanes];
+        store(z_rows, z);
+        for (int p = 0; p < P && m + p < rows.end; ++p) finish_output(f, m + p, n, load(z_rows + p * Q, count), count);
+      }
+  }
+
   static T scalar(const S* p) {
     if constexpr (std::is_same_v<S, T>)
       return *p;
@@ -239,9 +332,13 @@ struct LinearAct {
       return load(p, 1).v[0];
   }
 
-  static_assert(sizeof(T) *
-                    (kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kMaxRows * Blocking<T>::columns)) <=
-                kScratchBytes);
+  // What the packed and the tall path take of the scratch memory.
+  static constexpr int64_t kPackedScratch =
+      kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
+  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +  // dz, x
+                                          kTallWeights + kTallOutputs * Tile<T>::columns;             // W, rounded up
+  static_assert(sizeof(T) * std::max(kPackedScratch, kTallScratch) <= kScratchBytes);
+  static_assert(kTallOutputs <= Blocking<T>::depth && kTallInputs % Tile<T>::columns == 0);
 };
 
 template <class... Act>

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/plan.h"
+
 namespace mlp_ext::cpu {
 
 // 16-bit storage; arithmetic is done in float.
@@ -69,9 +71,13 @@ struct Kernels {
   void (*small_backward)(const Backward&, void* scratch);
   // Blocks of rows and columns of the result, packed, for one thread.
   void (*forward)(const Forward&, Range rows, Range columns, void* scratch);
+  void (*forward_dots)(const Forward&, Range rows, Range columns, void* scratch);  // unpacked, for few rows of x or W
   void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
   // dW and db summed over the rows `samples` into accumulators; either may be nullptr. Only columns.begin == 0 adds db.
   void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
+  // dx of the rows `samples`, and dW and db summed over them into accumulators, in one pass. Within the
+  // limits of plan.h for it.
+  void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   // out[range] = sum in order over parts of the accumulators parts[part * size + range]
   void (*combine)(const void* parts, int64_t count, int64_t size, Range range, void* out);
 };
@@ -79,8 +85,6 @@ struct Kernels {
 template <size_t activations>
 using KernelTable = std::array<std::array<Kernels, activations>, 4>;  // [DType][activation]
 
-// At most this many rows go into one call of forward with K over one block, where 16-bit results need accumulators.
-constexpr int64_t kMaxRows = 512;
 constexpr size_t kScratchBytes = size_t(5) << 20;  // per thread, whatever the shape
 inline size_t small_scratch_bytes(int64_t M, int64_t K, int64_t N) {
   return 8 * static_cast<size_t>((M + 16) * (N + 16) + (K + 16) * (N + 16));

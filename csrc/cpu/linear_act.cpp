@@ -117,33 +117,37 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std:
   const Forward problem{
       M, K, N, x.matrix, w.matrix, bias ? b.const_data_ptr() : nullptr, {output.mutable_data_ptr(), N}};
   const Kernels& kernels = variant().kernels(dtype_of(input), act);
-  const Plan plan = make_plan(M, K, N, threads());
-  if (plan.path == Path::small)
+  const Plan plan = make_plan(M, K, N, input.element_size(), threads());
+  if (plan.forward_path == Path::small) {
     kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
-  else
+  } else {
+    const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
     for_pieces(plan.forward, M, N, 1, [&](Range rows, Range columns, Range, int64_t) {
-      kernels.forward(problem, rows, columns, scratch(kScratchBytes));
+      block(problem, rows, columns, scratch(kScratchBytes));
     });
+  }
   return output;
 }
 
-// dW and db of a blocked plan: each piece of samples sums into accumulators of its own, which are added up in order.
-void grad_weight(const Backward& problem, const Grid& grid, const Kernels& kernels, const at::TensorOptions& options) {
+// Runs f(rows, columns, samples, dw, db), which sums dW and db into accumulators. Where samples are cut or the results
+// have 16 bits, each piece of samples has accumulators of its own, which are then added up in order.
+template <class F>
+void sum_weights(const Backward& problem, const Grid& grid, const Kernels& kernels, const at::TensorOptions& options,
+                 const F& f) {
   const int64_t N = problem.N, size = problem.dw ? N * problem.K : 0;
-  const bool direct = grid.samples == 1 && !at::isReducedFloatingType(c10::typeMetaToScalarType(options.dtype()));
+  const auto accumulator = options.dtype().itemsize() == 2 ? options.dtype(at::kFloat) : options;
+  const bool direct = grid.samples == 1 && accumulator.dtype() == options.dtype();
+  const auto item = static_cast<int64_t>(accumulator.dtype().itemsize());
   char *dw = static_cast<char*>(problem.dw), *db = static_cast<char*>(problem.db);
   at::Tensor sums;
-  size_t item = options.dtype().itemsize();
   if (!direct) {
-    const auto accumulator = item == 2 ? options.dtype(at::kFloat) : options;
-    sums = at::empty({grid.samples * (size + (db ? N : 0))}, accumulator);
-    item = accumulator.dtype().itemsize();
-    dw = problem.dw ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr;
-    db = problem.db ? static_cast<char*>(sums.mutable_data_ptr()) + grid.samples * size * item : nullptr;
+    sums = at::empty({grid.samples * (size + N)}, accumulator);
+    char* const begin = static_cast<char*>(sums.mutable_data_ptr());
+    if (dw) dw = begin;
+    if (db) db = begin + grid.samples * size * item;
   }
   for_pieces(grid, N, problem.dw ? problem.K : 1, problem.M, [&](Range rows, Range columns, Range samples, int64_t s) {
-    kernels.grad_weight(problem, rows, columns, samples, dw ? dw + s * size * item : nullptr,
-                        db ? db + s * N * item : nullptr, scratch(kScratchBytes));
+    f(rows, columns, samples, dw ? dw + s * size * item : nullptr, db ? db + s * N * item : nullptr);
   });
   if (direct) return;
   if (dw)
@@ -172,15 +176,26 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
   const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   const Backward problem{M, K, N, dy.matrix, y.matrix, x.matrix, w.matrix, {data(dx), K}, data(dw), data(db)};
   const Kernels& kernels = variant().kernels(dtype_of(grad_output), act);
-  const Plan plan = make_plan(M, K, N, threads());
-  if (plan.path == Path::small) {
-    kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
-  } else {
-    if (needs_dx && dx.numel())
-      for_pieces(plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
-        kernels.grad_input(problem, rows, columns, scratch(kScratchBytes));
+  const Plan plan = make_plan(M, K, N, grad_output.element_size(), threads());
+  switch (plan.backward_path) {
+    case Path::small:
+      kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
+      break;
+    case Path::tall:
+      sum_weights(problem, plan.grad_weight, kernels, options, [&](Range, Range, Range samples, void* dw, void* db) {
+        kernels.backward_tall(problem, samples, dw, db, scratch(kScratchBytes));
       });
-    if (needs_dw || needs_db) grad_weight(problem, plan.grad_weight, kernels, options);
+      break;
+    default:
+      if (needs_dx)
+        for_pieces(plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
+          kernels.grad_input(problem, rows, columns, scratch(kScratchBytes));
+        });
+      if (needs_dw || needs_db)
+        sum_weights(problem, plan.grad_weight, kernels, options,
+                    [&](Range rows, Range columns, Range samples, void* dw, void* db) {
+                      kernels.grad_weight(problem, rows, columns, samples, dw, db, scratch(kScratchBytes));
+                    });
   }
   return {dx, dw, db};
 }

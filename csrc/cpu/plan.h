@@ -6,7 +6,16 @@
 
 namespace mlp_ext::cpu {
 
-enum class Path { small, blocked };
+enum class Path {
+  small,   // one thread, nothing packed
+  dots,    // forward alone: lanes along K, nothing packed
+  tall,    // backward alone: dx, dW and db in one pass over the rows
+  packed,  // blocked and packed, each product by itself
+};
+constexpr const char* path_name(Path path) {
+  constexpr const char* names[] = {"small", "dots", "tall", "packed"};
+  return names[static_cast<int>(path)];
+}
 
 // In how many pieces the rows, columns and summed samples of a product are cut; each piece is one thread's work.
 struct Grid {
@@ -15,17 +24,22 @@ struct Grid {
 };
 
 struct Plan {
-  Path path;
+  Path forward_path, backward_path;
   Grid forward, grad_input, grad_weight;
 };
 
 // Each limit with its reason.
 constexpr int64_t kSmallProducts = 1 << 12;      // above, packing pays for itself
 constexpr int64_t kProductsPerThread = 1 << 17;  // below, waking a thread costs more than it takes over
-constexpr int64_t kNarrow = 256 * 256;           // dW up to this size is summed privately by each thread
-constexpr int64_t kSamplesPerThread = 512;       // and then reads at least so many rows
-constexpr int64_t kRowsPerPiece = 512;           // bounds the accumulators of 16-bit results (kernels.h)
+constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W costs as much as the product
+constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty
+constexpr int64_t kTallOutputs = 256;            // N: a row of dz fits one block of depth
+constexpr int64_t kTallInputs = 1024;            // K: a block of x stays in L2
+constexpr int64_t kTallWeights = 1 << 16;        // N K: W and this thread's dW stay in L2
+constexpr int64_t kRowsPerPiece = 512;           // bounds the accumulators of 16-bit results
 constexpr int64_t kPieceEdge = 64;               // a piece is not cut narrower than a few tiles
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts [rows, columns] into about `pieces`, so that the operands that several pieces pack again are smallest.
 inline Grid cut(int64_t rows, int64_t columns, int64_t pieces) {
@@ -44,16 +58,25 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces) {
   return best;
 }
 
-inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t threads) {
+// item_size: bytes of an element. threads: how many may work.
+inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads) {
   const int64_t products = M * K * N;
-  if (products <= kSmallProducts) return {Path::small, {}, {}, {}};
+  if (products <= kSmallProducts) return {Path::small, Path::small, {}, {}, {}};
   const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
-  Plan plan{Path::blocked, cut(M, N, pieces), cut(M, K, pieces), cut(N, K, pieces)};
-  const int64_t tall = (M + kRowsPerPiece - 1) / kRowsPerPiece;
-  plan.forward.rows = std::max(plan.forward.rows, tall);
-  plan.grad_input.rows = std::max(plan.grad_input.rows, tall);
-  const bool narrow_and_tall = N * K <= kNarrow && M >= pieces * kSamplesPerThread;
-  if (narrow_and_tall) plan.grad_weight = {1, 1, pieces};
+  Plan plan{Path::packed, Path::packed, cut(M, N, pieces), cut(M, K, pieces), cut(N, K, pieces)};
+
+  if (M <= kDotRows || N <= kDotColumns) plan.forward_path = Path::dots;
+
+  const bool weights_stay_in_cache = N <= kTallOutputs && K <= kTallInputs && N * K <= kTallWeights;
+  const bool rows_outweigh_sums = M >= 2 * pieces * std::max(N, K);
+  if (weights_stay_in_cache && rows_outweigh_sums) {
+    plan.backward_path = Path::tall;
+    plan.grad_input = plan.grad_weight = {1, 1, pieces};
+  }
+  if (item_size == 2) {  // sums of 16-bit results wait in scratch
+    plan.forward.rows = std::max(plan.forward.rows, ceil_div(M, kRowsPerPiece));
+    plan.grad_input.rows = std::max(plan.grad_input.rows, ceil_div(M, kRowsPerPiece));
+  }
   return plan;
 }
 
