@@ -1,4 +1,4 @@
-# make demo | test | lint | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
+# make demo | test | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -9,7 +9,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml VERSION $(shell find csrc -type f)
 
-.PHONY: demo test lint format build clean distclean
+.PHONY: demo test lint bench bench-quick format build clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -20,6 +20,21 @@ demo: build
 test: build
 	@echo "== tests"
 	$(RUN)/python -m pytest
+
+# The README's figures and its chart. Leave the machine alone meanwhile.
+RESULTS := benchmarks/results
+bench: build
+	@echo "== benchmarks against native torch and its peers"
+	@mkdir -p $(RESULTS)
+	$(RUN)/mlp-ext bench --suite layers --mode full --peak --csv $(RESULTS)/layers-full-relu.csv --plot $(RESULTS)/layers-full-relu.png
+	$(RUN)/mlp-ext bench --suite layers --mode full --peak --activation sigmoid --csv $(RESULTS)/layers-full-sigmoid.csv
+	$(RUN)/mlp-ext bench --suite layers --mode forward --peak --providers native,native_inplace,compile,mkldnn,fused --csv $(RESULTS)/layers-forward-relu.csv
+	$(RUN)/mlp-ext bench --suite train --peak --csv $(RESULTS)/train-step-relu.csv
+
+bench-quick: build
+	@echo "== native and fused, layers and training steps"
+	$(RUN)/mlp-ext bench --suite layers --providers native,fused --rounds 10
+	$(RUN)/mlp-ext bench --suite train --providers native,fused --rounds 10
 
 lint: $(VENV)/tools
 	@echo "== lint: ruff, clang-format, mypy"
@@ -35,19 +50,20 @@ format: $(VENV)/tools
 
 build: $(VENV)/built
 
+# PATH, so that the environment's ninja is found.
 $(VENV)/built: $(VENV)/tools $(BUILT_FROM)
 	@echo "== compiling the extension (about two minutes the first time)"
-	$(RUN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# torch first and pinned, so that nothing later picks another.
+# torch first and pinned, so that nothing later picks another. Python 3.10 has no tomllib; setuptools has one.
 $(VENV)/tools: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mlp_ext needs Python 3.10 or newer; set PYTHON=...")'
 	@command -v $${CXX:-g++} >/dev/null || { echo "mlp_ext needs a C++ compiler: install g++, or set CXX"; exit 1; }
 	@echo "== making the environment $(VENV) with $(TORCH) and the tools"
 	@test -x $(RUN)/pip || $(PYTHON) -m venv $(VENV) || { echo "python3 has no venv: install python3-venv"; exit 1; }
-	$(RUN)/pip install --quiet --disable-pip-version-check "$(TORCH)" setuptools
-	$(RUN)/python -c 'import tomllib, pathlib; d = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["optional-dependencies"]; print(*d["demo"], *d["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(RUN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77"
+	$(RUN)/python -c 'from setuptools.config.pyprojecttoml import read_configuration as read; d = read("pyproject.toml", expand=False)["project"]["optional-dependencies"]; print(*d["demo"], *d["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check "$(TORCH)" -r $(VENV)/requirements.txt
 	@touch $@
 

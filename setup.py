@@ -7,6 +7,7 @@ that run at once.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +58,17 @@ def use_cuda() -> bool:
 class Build(cpp_extension.BuildExtension):
     """Also records, beside _C, what it was built against, for a check before _C is loaded."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # never keep a _C of another torch; what is stale, ninja knows better
+
     def run(self) -> None:
         super().run()
         package = ROOT / "mlp_ext" if self.inplace else Path(self.build_lib) / "mlp_ext"
         compiler = os.environ.get("CXX", "c++")
-        banner = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+        banner = subprocess.run(
+            [*shlex.split(compiler), "--version"], capture_output=True, text=True
+        ).stdout
         (package / "_built.py").write_text(
             "# Written by setup.py.\n"
             f"TORCH_VERSION = {torch.__version__!r}\n"
@@ -85,8 +92,10 @@ extension = Extension(
     "mlp_ext._C",
     sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") if CUDA else []),
     include_dirs=[str(ROOT / "csrc")],
-    define_macros=[("MLP_EXT_VERSION", f'"{VERSION}"')],
-    depends=sources("**/*.h"),  # rebuild on a changed header without ninja too
+    define_macros=[
+        ("MLP_EXT_VERSION", f'"{VERSION}"'),
+        ("MLP_EXT_TORCH", torch.__version__),  # a changed command line, so that ninja rebuilds
+    ],
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]} if CUDA else CXX_FLAGS,
     extra_link_args=["-fopenmp"],  # at::parallel_for is inlined here, and serial without
 )

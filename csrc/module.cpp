@@ -10,7 +10,6 @@
 #include <thread>
 
 #include "activations.h"
-#include "cpu/introspection.h"
 #include "cpu/plan.h"
 #include "cpu/variants.h"
 
@@ -82,8 +81,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of mlp_ext: registers torch.ops.mlp_ext and tells how it was built.";
   m.def("activations", activations, "Names that the operators take.");
   m.def("build_info", build_info, "Compiler, torch and instruction sets of this build.");
-  m.def("instruction_set", cpu::instruction_set, "The instruction set that the kernels use in this process.");
+  m.def(
+      "instruction_set", [] { return cpu::variant().name; },
+      "The instruction set that the kernels use in this process.");
   m.def("parallel_for_threads", parallel_for_threads, "Distinct threads that ran in one at::parallel_for.");
+  m.def("peak_flops", cpu::peak_flops, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s of float32 that the processor reaches in registers alone.");
   m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
         "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut.");
 }

@@ -1,4 +1,4 @@
-"""The command `mlp-ext`: how the package was built, and the training loop on real data."""
+"""The command `mlp-ext`: how it was built, the training loop on real data, the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,30 +6,22 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 
-from mlp_ext import plots
+from mlp_ext import arguments, plots
+from mlp_ext.arguments import count, number
+from mlp_ext.bench.command import add_bench
 from mlp_ext.data import DATASETS, Dataset, load
 from mlp_ext.loop import LAYERS, Run, accuracy, make_mlp, train
 from mlp_ext.ops import build_info
 
-Number = TypeVar("Number", int, float)
-
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 COLUMNS = {  # of the table at the end: what _result calls it, and how it is printed
     "ms_per_epoch": ".3f",
     "speed_up": ".2f",
@@ -77,19 +69,11 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        args.fail("argument --device: torch finds no cuda device here")
-    dtype = DTYPES[args.dtype]
-    try:
-        if args.plot and args.plot.suffix[1:].lower() not in plots.file_types():
-            args.fail(
-                f"argument --plot: the file must end in one of "
-                f"{', '.join('.' + t for t in sorted(plots.file_types()))}, got '{args.plot}'"
-            )
+    arguments.check_device(args.device, args.fail)
+    arguments.check_picture(args.plot, args.fail)
+    dtype = getattr(torch, args.dtype)
+    with arguments.advising(args.fail):
         data = load(args.data, args.seed, dtype, args.device)
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        args.fail(f'{package} is not installed; try: pip install "mlp_ext[demo]"')
 
     widths = [data.x.shape[1], *args.hidden, data.y.shape[1]]
     try:
@@ -114,7 +98,7 @@ def _train(args: argparse.Namespace) -> None:
         if args.json:
             _write_json(args, results)
         if args.plot:
-            with _replacing(args.plot) as path:
+            with arguments.replacing(args.plot) as path:
                 losses = {run.kind: run.losses for run in runs}
                 plots.loss_curves(losses, title).savefig(path)
     except OSError as error:
@@ -179,30 +163,12 @@ def _write_json(args: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
     }
     # JSON has no NaN and no infinity: null.
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    with _replacing(args.json) as path:
+    with arguments.replacing(args.json) as path:
         path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place when all is written."""
-    path = path.resolve()
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without argparse's usage above it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="mlp-ext", description=__doc__, allow_abbrev=False)
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(prog="mlp-ext", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     info = commands.add_parser("info", help="how this package was built and what it uses here")
@@ -225,48 +191,22 @@ def _parser() -> _Parser:
     add("--layers", choices=[*LAYERS, "all"], default="native", help="what the model is made of")
     add("--data", choices=[*DATASETS], default="seed", help="the data set")
     add("--hidden", type=_widths, default="5", metavar="N[,N...]", help="hidden widths")
-    add("--epochs", type=_count, default=50, metavar="N", help="passes over the data")
+    add("--epochs", type=count, default=50, metavar="N", help="passes over the data")
     add("--lr", type=_rate, default=0.01, metavar="X", help="learning rate")
-    add("--batch-size", type=_count, default=10, metavar="N", help="rows of one step")
+    add("--batch-size", type=count, default=10, metavar="N", help="rows of one step")
     add("--seed", type=_seed, default=0, metavar="N", help="of weights, rows and shuffling")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
-    add("--dtype", choices=[*DTYPES], default="float32", help="of weights and data")
-    add("--plot", type=_file, metavar="FILE.png", help="draw the losses")
-    add("--json", type=_file, metavar="FILE", help="write settings, versions and results")
+    add("--dtype", choices=arguments.DTYPES, default="float32", help="of weights and data")
+    add("--plot", type=arguments.file, metavar="FILE.png", help="draw the losses")
+    add("--json", type=arguments.file, metavar="FILE", help="write settings, versions and results")
+
+    add_bench(commands)
     return parser
 
 
-def _number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], what: str) -> Any:
-    """An argparse type; `what` ends the message "must be ..."."""
-
-    def parse(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, got '{text}'")
-        return value
-
-    return parse
-
-
-_count = _number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2147483647")
-_seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
-_rate = _number(float, lambda x: 0 < x < float("inf"), "a positive number")
+_seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+_rate = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 
 def _widths(text: str) -> list[int]:
-    return [_count(width) for width in text.split(",")]
-
-
-def _file(text: str) -> Path:
-    """A file that can be written, tried now, before anything is computed."""
-    path = Path(text)
-    try:
-        if path.exists() and not path.is_file():
-            raise argparse.ArgumentTypeError(f"'{text}' is not a file")
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write '{text}': {error.strerror}") from None
+    return [count(width) for width in text.split(",")]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -19,7 +19,7 @@ import mlp_ext
 from mlp_ext import _C
 
 ROOT = Path(__file__).parents[1]
-SITE_PACKAGES = sysconfig.get_path("purelib")
+SITE_PACKAGES = [p for p in sys.path if p.endswith("-packages")]
 
 
 def run(*command: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -33,11 +33,11 @@ def checked(*command: str | Path, **kwargs: object) -> str:
 
 
 def copy_tree(folder: Path) -> Path:
-    """The source tree as git has it, without what a build leaves behind."""
-    names = checked("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
-    for name in filter(lambda name: (ROOT / name).is_file(), names.splitlines()):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+    """The source tree with what an editable build left in it, which the sdist must not take."""
+    for name in ("csrc", "mlp_ext"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (p for p in ROOT.iterdir() if p.is_file()):
+        shutil.copy(path, folder)
     return folder
 
 
@@ -67,10 +67,11 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     site = Path(checked(python, "-c", "import site; print(site.getsitepackages()[0])").strip())
-    flags = ["--no-deps", "--no-index", "--prefix", folder, "--ignore-installed"]
-    checked(sys.executable, "-m", "pip", "install", *flags, wheel)
+    # --python, so that the script mlp-ext starts this environment's interpreter.
+    flags = ["install", "--no-deps", "--no-index"]
+    checked(sys.executable, "-m", "pip", "--python", python, *flags, wheel)
     # A .pth file that is read, but whose own .pth files, such as an editable mlp_ext's, are not.
-    (site / "torch_of_the_present_environment.pth").write_text(SITE_PACKAGES + "\n")
+    (site / "torch_of_the_present_environment.pth").write_text("\n".join(SITE_PACKAGES))
     return python
 
 
@@ -101,15 +102,17 @@ z = torch.nn.functional.linear(x, layer.weight, layer.bias)
 torch.testing.assert_close(layer(x), torch.relu(z))
 print(mlp_ext.__file__, mlp_ext.__version__)
 """
-    file, version = checked(python, "-c", code, cwd=tmp_path).split()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    file, version = checked(python, "-c", code, cwd=tmp_path, env=env).split()
     assert Path(file).is_relative_to(python.parents[1])
     assert version == mlp_ext.__version__ == (ROOT / "VERSION").read_text().strip()
-    assert f"instruction_set   {_C.instruction_set()}" in checked(
-        python.parent / "mlp-ext", "info", cwd=tmp_path
-    )
-    assert "epoch: 1 loss: 0." in checked(
-        python, "-m", "mlp_ext", "train", "--layers", "fused", "--epochs", "2", cwd=tmp_path
-    )
+    script = python.parent / "mlp-ext"
+    assert script.read_text().startswith(f"#!{python}")
+    for command in ([script], [python, "-m", "mlp_ext"]):
+        info = json.loads(checked(*command, "info", "--json", cwd=tmp_path, env=env))
+        assert (info["mlp_ext"], info["instruction_set"]) == (version, _C.instruction_set())
+    train = ["train", "--layers", "fused", "--data", "seed", "--epochs", "2"]
+    assert "epoch: 1 loss: 0." in checked(script, *train, cwd=tmp_path, env=env)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,18 @@ def test_no_toolkit_is_no_obstacle(wish: str) -> None:
     assert checked(sys.executable, "setup.py", "--version", cwd=ROOT, env=env).strip()
 
 
+def test_without_ninja_nothing_compiled_for_another_torch_is_kept() -> None:
+    code = """
+from setuptools import setup
+from distutils.core import run_setup
+command = run_setup("setup.py", stop_after="init").get_command_obj("build_ext")
+command.ensure_finalized()
+print(command.use_ninja, command.force)
+"""
+    env = {**os.environ, "PATH": "/nonexistent"}
+    assert checked(sys.executable, "-c", code, cwd=ROOT, env=env).split() == ["False", "True"]
+
+
 def test_build_without_torch_says_what_to_type(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -146,7 +161,7 @@ def installed_copy(folder: Path, *leave_out: str) -> dict[str, str]:
     shutil.copytree(
         ROOT / "mlp_ext", folder / "mlp_ext", ignore=shutil.ignore_patterns(*leave_out, "*.pyc")
     )
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), SITE_PACKAGES))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), *SITE_PACKAGES))}
 
 
 def test_torch_of_another_minor_version_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows * std::max(RowsOf
 template <class T>
 constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
 
+constexpr int64_t kBytesInL1 = 16384;  // half of it, what most processors have at least
+
 // A block of B as panels of Tile::columns columns.
 template <class T>
 struct Panels {
@@ -87,8 +89,24 @@ using PackA = Callable<void(int64_t i, int64_t rows, int64_t k, int64_t depth, b
 template <class T>
 using PackB = Callable<void(int64_t k, int64_t depth, int64_t j, int64_t columns, T* packed)>;
 
+// What a packed element is and what a step of depth does with it.
+template <class T>
+struct Single {  // one number, accumulated by FMA
+  static constexpr int depth = 1;
+  static Vec<T> accumulate(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
+};
+#if MLP_EXT_VECTOR_BYTES == 64
+struct Bfloat16Pair {  // two bfloat16 in the place of a float, both products accumulated by VDPBF16PS
+  static constexpr int depth = 2;
+  static Vec<float> accumulate(Vec<float> sum, Vec<float> a, Vec<float> b) {
+    return Vec<float>(
+        (Vec<float>::Native)_mm512_dpbf16_ps((__m512)sum.v, bit_cast<__m512bh>(a.v), bit_cast<__m512bh>(b.v)));
+  }
+};
+#endif
+
 // sums[R, Tile::columns] = A B for R rows of A and V vectors of B, the last of `lanes` lanes.
-template <class Layout, int R, int V, class T, class Lanes>
+template <class Layout, class Element, int R, int V, class T, class Lanes>
 __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __restrict__ b, int64_t b_step, int64_t depth,
                                         Lanes lanes, T* __restrict__ sums) {
   Vec<T> acc[R][V];
@@ -101,7 +119,7 @@ __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __rest
     for (int i = 0; i < R; ++i) {
       const Vec<T> ai = a[i * Layout::row_step];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[i][v] = acc[i][v] + ai * bk[v];
+      for (int v = 0; v < V; ++v) acc[i][v] = Element::accumulate(acc[i][v], ai, bk[v]);
     }
   }
 #pragma GCC unroll 16
@@ -110,30 +128,41 @@ __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __rest
     for (int v = 0; v < V; ++v) store(sums + i * Tile<T>::columns + v * Vec<T>::lanes, acc[i][v]);
 }
 
-// Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete.
-template <class T, class Finish>
-inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
-                    const Finish& finish) {
-  const auto vector = [&](int r, int c, auto lanes) {
-    Vec<T> v = load(sums + r * Tile<T>::columns + c);
-    const int64_t waiting = (i + r) * partial.row_stride + j + c;
-    if (!stage.first) v = v + load(partial.data + waiting, lanes);
-    if (stage.last)
-      finish(i + r, j + c, v, lanes);
-    else
-      store(partial.data + waiting, v, lanes);
-  };
-  for (int r = 0; r < rows; ++r) {
+// f(row, column, vector, lanes) for all sums of a tile.
+template <class T, class F>
+inline void for_sums(const T* sums, int rows, int width, const F& f) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int r = 0; r < rows; ++r, sums += Tile<T>::columns) {
     int c = 0;
-    for (; c + Vec<T>::lanes <= width; c += Vec<T>::lanes) vector(r, c, AllLanes{});
-    if (c < width) vector(r, c, width - c);
+    for (; c + lanes <= width; c += lanes) f(r, c, load(sums + c), AllLanes{});
+    if (c < width) f(r, c, load(sums + c), width - c);
   }
 }
 
+// Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete.
+template <class T, class Finish>
+inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
+                    const Finish finish) {
+  if (stage.first && stage.last)
+    return for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { finish(i + r, j + c, v, lanes); });
+  T* const waiting = partial.data + i * partial.row_stride + j;
+  const int64_t stride = partial.row_stride;
+  if (stage.last)
+    for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+      finish(i + r, j + c, v + load(waiting + r * stride + c, lanes), lanes);
+    });
+  else if (stage.first)
+    for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { store(waiting + r * stride + c, v, lanes); });
+  else
+    for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+      store(waiting + r * stride + c, v + load(waiting + r * stride + c, lanes), lanes);
+    });
+}
+
 // A block of A against a block of B: whole tiles of rows, then halves of what is left.
-template <class Layout, int R, class T, class Finish>
+template <class Layout, class Element, int R, class T, class Finish>
 inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t rows, int64_t columns, Stage stage,
-                  Partial<T> partial, const Finish& finish) {
+                  Partial<T> partial, const Finish finish) {
   constexpr int whole = Tile<T>::rows, lanes = Vec<T>::lanes;
   static_assert(Tile<T>::vectors == 2);
   alignas(kVectorBytes) T sums[R * Tile<T>::columns];
@@ -143,25 +172,27 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
     for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
       const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
       if (width == Tile<T>::columns)
-        multiply<Layout, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, sums);
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, sums);
       else if (width > lanes)
-        multiply<Layout, R, 2>(ai, bj, b.depth_step, depth, width - lanes, sums);
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, sums);
       else
-        multiply<Layout, R, 1>(ai, bj, b.depth_step, depth, width, sums);
+        multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, sums);
       pass_on(sums, R, width, i, j, stage, partial, finish);
     }
   }
   constexpr int next = R == whole ? (whole > 8 ? 8 : 4) : R / 2;
   if constexpr (next > 0)
-    if (i < rows) tiles<Layout, next>(a, b, depth, i, rows, columns, stage, partial, finish);
+    if (i < rows) tiles<Layout, Element, next>(a, b, depth, i, rows, columns, stage, partial, finish);
 }
 
-// C[rows, columns] = A[rows, depth] B[depth, columns].
+// C[rows, columns] = A[rows, depth] B[depth, columns], depth counted in packed Elements.
 //   pack_a(i, rows, k, depth, first_columns, packed)  puts a block of A down in Layout
 //   pack_b(k, depth, j, columns, packed)              puts panels [depth, Tile::columns] down
 //   b                                                 B itself where it need not be packed, else data = nullptr
-//   finish(i, j, vector, lanes)                       stores sums of C at row i from column j on
-template <class Layout, class T, class Finish>
+//   finish(i, j, vector, lanes)                       stores sums of C at row i from column j on; finish.from(i, j) is
+//                                                     the same for the block that begins there. Copied, so that its
+//                                                     pointers stay in registers: stores of vectors may alias anything.
+template <class Layout, class Element, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,
           Partial<T> partial, const Finish& finish, T* scratch) {
   using Block = Blocking<T>;
@@ -169,9 +200,12 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
   T* const packed_b = scratch + kPackedA<T>;
   for (int64_t j0 = 0; j0 < columns; j0 += Block::columns) {
     const int64_t nc = std::min<int64_t>(Block::columns, columns - j0);
+    // In place, B is walked in pieces of rows that fit L1, so that each is read in the order in which it lies.
+    const int64_t in_l1 = std::max<int64_t>(8, kBytesInL1 / static_cast<int64_t>(sizeof(T)) / nc);
+    const int64_t step = b.data ? std::min<int64_t>(in_l1, Block::depth) : Block::depth;
     int64_t k0 = 0;
     do {  // once at least: with no depth at all, C is zero before the epilogue
-      const int64_t kc = std::min<int64_t>(Block::depth, depth - k0);
+      const int64_t kc = std::min<int64_t>(step, depth - k0);
       if (!b.data) pack_b(k0, kc, j0, nc, packed_b);
       const auto panels =
           b.data ? Panels<T>::in_place(b.data + k0 * b.depth_step + j0, b.depth_step) : Panels<T>::packed(packed_b, kc);
@@ -180,8 +214,8 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
         pack_a(i0, mc, k0, kc, j0 == 0, packed_a);
         const Partial<T> waiting{partial.data + i0 * partial.row_stride + j0 * partial.column_stride,
                                  partial.row_stride, 0};
-        tiles<Layout, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth}, waiting,
-                                     [&](int64_t i, int64_t j, Vec<T> v, auto n) { finish(i0 + i, j0 + j, v, n); });
+        tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth},
+                                              waiting, finish.from(i0, j0));
       }
       k0 += kc;
     } while (k0 < depth);

@@ -29,6 +29,13 @@ inline void for_vectors(int64_t n, const F& f) {
 }
 
 template <class T>
+inline T sum_lanes(Vec<T> v) {
+  T total = 0;
+  for (int i = 0; i < Vec<T>::lanes; ++i) total += v.v[i];
+  return total;
+}
+
+template <class T>
 inline int64_t round_up_columns(int64_t columns) {
   return (columns + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns;
 }
@@ -64,6 +71,48 @@ inline void pack_panels_transposed(const ConstMatrix& w, int64_t k0, int64_t dep
       });
 }
 
+#if MLP_EXT_VECTOR_BYTES == 64
+// The same for pairs of bfloat16, where k counts pairs and `end` is the first row (or column of W) beyond the matrix.
+
+// low and high of each lane's pair, rounded
+inline Vec<float> pairs(Vec<float> low, Vec<float> high) {
+  const U32 l = __builtin_convertvector(from_float(low, BFloat16{}), U32);
+  const U32 h = __builtin_convertvector(from_float(high, BFloat16{}), U32);
+  return Vec<float>(bit_cast<Vec<float>::Native>(l | (h << 16)));
+}
+
+inline void pack_panels_of_pairs(const ConstMatrix& m, int64_t k0, int64_t depth, int64_t end, int64_t j0,
+                                 int64_t columns, float* packed) {
+  for (int64_t j = 0; j < columns; j += Tile<float>::columns)
+    for (int64_t k = k0; k < k0 + depth; ++k, packed += Tile<float>::columns)
+      for (int v = 0; v < Tile<float>::vectors; ++v) {
+        const int64_t column = j + v * kLanes;
+        const int n = static_cast<int>(std::clamp<int64_t>(columns - column, 0, kLanes));
+        Vec<float> low, high;
+        if (n > 0) low = load(at<BFloat16>(m, 2 * k, j0 + column), n);
+        if (n > 0 && 2 * k + 1 < end) high = load(at<BFloat16>(m, 2 * k + 1, j0 + column), n);
+        store(packed + v * kLanes, pairs(low, high));
+      }
+}
+
+inline void pack_panels_of_pairs_transposed(const ConstMatrix& w, int64_t k0, int64_t depth, int64_t end, int64_t j0,
+                                            int64_t columns, float* packed) {
+  constexpr int width = Tile<float>::columns;
+  for (int64_t j = 0; j < columns; j += width, packed += depth * width)
+    for (int64_t c = 0; c < width; c += kLanes)
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        Vec<float> square[kLanes];
+        const int64_t rows = std::clamp<int64_t>(columns - j - c, 0, kLanes);
+        const size_t bytes = 2 * std::min<int64_t>(2 * kLanes, end - 2 * (k0 + k));
+        for (int64_t i = 0; i < rows; ++i)
+          std::memcpy(&square[i].v, at<BFloat16>(w, j0 + j + c + i, 2 * (k0 + k)), bytes);
+        transpose(square);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, depth - k); ++i)
+          store(packed + (k + i) * width + c, square[i]);
+      }
+}
+#endif
+
 // ---- the operator ----
 
 // Where sums wait for the next block of depth: in the result, or in scratch where the result has 16 bits.
@@ -75,12 +124,19 @@ inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, 
     return {scratch, Blocking<T>::columns, 0};
 }
 
+// B where it lies; nothing if it must be converted.
+template <class S, class T>
+inline Panels<T> in_place(const ConstMatrix& b, int64_t k, int64_t j) {
+  if constexpr (std::is_same_v<S, T>)
+    return Panels<T>::in_place(at<S>(b, k, j), b.stride);
+  else
+    return {};
+}
+
 // B where it lies, if so few rows of A meet it that packing it would only move it once more.
 template <class S, class T>
 inline Panels<T> in_place_if_read_once(const ConstMatrix& b, int64_t k, int64_t j, int64_t rows_of_a) {
-  if constexpr (std::is_same_v<S, T>)
-    if (rows_of_a <= Tile<T>::rows) return Panels<T>::in_place(at<S>(b, k, j), b.stride);
-  return {};
+  return rows_of_a <= Tile<T>::rows ? in_place<S, T>(b, k, j) : Panels<T>{};
 }
 
 // The end of a product whose sums are the result: rounds and stores them.
@@ -88,22 +144,34 @@ template <class S>
 struct StoreSums {
   S* result;
   int64_t stride;
+  StoreSums from(int64_t i, int64_t j) const { return {result + i * stride + j, stride}; }
   template <class V, class Lanes>
   void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
     store(result + i * stride + j, v, lanes);
   }
 };
 
-template <class S, class Act>
+template <class S, class Act, class Element = Single<Accumulator<S>>>
 struct LinearAct {
   using T = Accumulator<S>;
   using V = Vec<T>;
+  static constexpr bool kPairs = Element::depth == 2;
+  static int64_t elements(int64_t depth) { return ceil_div(depth, Element::depth); }
 
-  // z -> y in place of z
-  template <class Lanes>
-  static void finish_output(const Forward& f, int64_t m, int64_t n, V z, Lanes lanes) {
-    if (f.bias) z = z + load(static_cast<const S*>(f.bias) + n, lanes);
-    store(at<S>(f.y, m, n), Act::forward(z), lanes);
+  // Sums to results: bias, activation, rounding.
+  struct Epilogue {
+    const S* bias;  // or nullptr
+    S* y;
+    int64_t stride;
+    Epilogue from(int64_t i, int64_t j) const { return {bias ? bias + j : bias, y + i * stride + j, stride}; }
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
+      if (bias) z = z + load(bias + j, lanes);
+      store(y + i * stride + j, Act::forward(z), lanes);
+    }
+  };
+  static Epilogue epilogue(const Forward& f) {
+    return {static_cast<const S*>(f.bias), static_cast<S*>(f.y.data), f.y.stride};
   }
 
   // dz at row m, columns n...
@@ -116,20 +184,27 @@ struct LinearAct {
   // y = act(x W^T + b)   (M,K)(K,N)
   static void forward(const Forward& f, Range rows, Range columns, void* scratch) {
     const auto pack_x = [&](int64_t i, int64_t count, int64_t k0, int64_t depth, bool, T* packed) {
-      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step)
-        for_vectors<T>(depth, [&](int64_t k, auto lanes) {
-          store(packed + k, load(at<S>(f.x, rows.begin + i + r, k0 + k), lanes));
-        });
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
+        if constexpr (kPairs) {
+          packed[depth - 1] = 0;
+          std::memcpy(packed, at<S>(f.x, rows.begin + i + r, 2 * k0), 2 * std::min(2 * depth, f.K - 2 * k0));
+        } else {
+          for_vectors<T>(depth, [&](int64_t k, auto lanes) {
+            store(packed + k, load(at<S>(f.x, rows.begin + i + r, k0 + k), lanes));
+          });
+        }
+      }
     };
     const auto pack_w = [&](int64_t k0, int64_t depth, int64_t j, int64_t count, T* packed) {
-      pack_panels_transposed<S>(f.w, k0, depth, columns.begin + j, count, packed);
-    };
-    const auto finish = [&](int64_t i, int64_t j, V z, auto lanes) {
-      finish_output(f, rows.begin + i, columns.begin + j, z, lanes);
+      if constexpr (kPairs)
+        pack_panels_of_pairs_transposed(f.w, k0, depth, f.K, columns.begin + j, count, packed);
+      else
+        pack_panels_transposed<S>(f.w, k0, depth, columns.begin + j, count, packed);
     };
     T* const begin = static_cast<T*>(scratch);
-    gemm<RowsOfA<T>, T>(rows.size(), columns.size(), f.K, pack_x, pack_w, Panels<T>{},
-                        partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
+    gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(f.K), pack_x, pack_w, Panels<T>{},
+                                 partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>),
+                                 epilogue(f).from(rows.begin, columns.begin), begin);
   }
 
   // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
@@ -145,24 +220,38 @@ struct LinearAct {
   // dx = dz W   (M,N)(N,K), dz made while packing
   static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed) {
-      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step)
-        for_vectors<T>(depth,
-                       [&](int64_t n, auto lanes) { store(packed + n, grad_z(b, rows.begin + i + r, n0 + n, lanes)); });
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
+        const int64_t m = rows.begin + i + r;
+        if constexpr (kPairs) {
+          packed[depth - 1] = 0;
+          S* const rounded = reinterpret_cast<S*>(packed);
+          for_vectors<T>(std::min(2 * depth, b.N - 2 * n0),
+                         [&](int64_t n, auto lanes) { store(rounded + n, grad_z(b, m, 2 * n0 + n, lanes), lanes); });
+        } else {
+          for_vectors<T>(depth, [&](int64_t n, auto lanes) { store(packed + n, grad_z(b, m, n0 + n, lanes)); });
+        }
+      }
     };
     const auto pack_w = [&](int64_t n0, int64_t depth, int64_t j, int64_t count, T* packed) {
-      pack_panels<S>(b.w, n0, depth, columns.begin + j, count, packed);
+      if constexpr (kPairs)
+        pack_panels_of_pairs(b.w, n0, depth, b.N, columns.begin + j, count, packed);
+      else
+        pack_panels<S>(b.w, n0, depth, columns.begin + j, count, packed);
     };
     const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride};
     T* const begin = static_cast<T*>(scratch);
-    gemm<RowsOfA<T>, T>(rows.size(), columns.size(), b.N, pack_dz, pack_w,
-                        in_place_if_read_once<S, T>(b.w, 0, columns.begin, rows.size()),
-                        partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin);
+    gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(b.N), pack_dz, pack_w,
+                                 in_place_if_read_once<S, T>(b.w, 0, columns.begin, rows.size()),
+                                 partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish,
+                                 begin);
   }
 
   // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
   static void grad_weight(const Backward& b, Range rows, Range columns, Range samples, void* dw, void* db,
                           void* scratch) {
     T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
+    if (samples.size() <= kFewSamples)
+      return grad_weight_few_samples(b, rows, columns, samples, static_cast<T*>(dw), sums);
     if (sums) std::fill(sums + rows.begin, sums + rows.end, T(0));
     constexpr int width = Tile<T>::rows;
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed) {
@@ -170,29 +259,163 @@ struct LinearAct {
         for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
           const int64_t n = rows.begin + i + r + c;
           V column_sum;
-          for (int64_t m = 0; m < depth; ++m) {
-            const V dz = grad_z(b, samples.begin + m0 + m, n, lanes);
+          for (int64_t k = 0; k < depth; ++k) {
+            const int64_t m = samples.begin + Element::depth * (m0 + k);
+            V dz = grad_z(b, m, n, lanes);
             column_sum = column_sum + dz;
-            store(packed + m * ColumnsOfA<T>::depth_step + c, dz);
+            if constexpr (kPairs) {
+              const V next = m + 1 < samples.end ? grad_z(b, m + 1, n, lanes) : V();
+              column_sum = column_sum + next;
+              dz = pairs(dz, next);
+            }
+            store(packed + k * ColumnsOfA<T>::depth_step + c, dz);
           }
           if (sums && first_columns) store(sums + n, load(sums + n, lanes) + column_sum, lanes);
         });
     };
     T* const begin = static_cast<T*>(scratch);
     if (!dw) {  // db alone
-      for (int64_t m = 0; sums && m < samples.size(); m += Blocking<T>::depth)
+      const int64_t depth = elements(samples.size());
+      for (int64_t k = 0; sums && k < depth; k += Blocking<T>::depth)
         for (int64_t i = 0; i < rows.size(); i += Blocking<T>::rows)
-          pack_dz(i, std::min<int64_t>(Blocking<T>::rows, rows.size() - i), m,
-                  std::min<int64_t>(Blocking<T>::depth, samples.size() - m), true, begin);
+          pack_dz(i, std::min<int64_t>(Blocking<T>::rows, rows.size() - i), k,
+                  std::min<int64_t>(Blocking<T>::depth, depth - k), true, begin);
       return;
     }
     const auto pack_x = [&](int64_t m0, int64_t depth, int64_t j, int64_t count, T* packed) {
-      pack_panels<S>(b.x, samples.begin + m0, depth, columns.begin + j, count, packed);
+      if constexpr (kPairs)
+        pack_panels_of_pairs({at<S>(b.x, samples.begin, 0), b.x.stride}, m0, depth, samples.size(), columns.begin + j,
+                             count, packed);
+      else
+        pack_panels<S>(b.x, samples.begin + m0, depth, columns.begin + j, count, packed);
     };
     T* const out = static_cast<T*>(dw) + rows.begin * b.K + columns.begin;
-    gemm<ColumnsOfA<T>, T>(rows.size(), columns.size(), samples.size(), pack_dz, pack_x,
-                           in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
-                           Partial<T>{out, b.K, 1}, StoreSums<T>{out, b.K}, begin);
+    gemm<ColumnsOfA<T>, Element, T>(rows.size(), columns.size(), elements(samples.size()), pack_dz, pack_x,
+                                    in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
+                                    Partial<T>{out, b.K, 1}, StoreSums<T>{out, b.K}, begin);
+  }
+
+  // The same with so few samples that it is bound by writing dW: row after row.
+  static void grad_weight_few_samples(const Backward& b, Range rows, Range columns, Range samples, T* dw, T* db) {
+    for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
+      const int64_t n = rows.begin + i;
+      alignas(kVectorBytes) T dz[kFewSamples * V::lanes];
+      V sum;
+      for (int64_t m = 0; m < samples.size(); ++m) {
+        const V v = grad_z(b, samples.begin + m, n, lanes);
+        store(dz + m * V::lanes, v);
+        sum = sum + v;
+      }
+      if (db) store(db + n, sum, lanes);
+      for (int64_t r = 0; dw && r < std::min<int64_t>(V::lanes, rows.size() - i); ++r)
+        combine_rows(
+            samples.size(), columns.size(), [&](int64_t m) { return dz[m * V::lanes + r]; },
+            [&](int64_t m) { return at<S>(b.x, samples.begin + m, columns.begin); },
+            [&](int64_t k, V v, auto n_lanes) { store(dw + (n + r) * b.K + columns.begin + k, v, n_lanes); });
+    });
+  }
+
+  // f(P, m) for rows m, P of them at a time, P a constant.
+  template <class F>
+  static void for_rows(Range samples, const F& f) {
+    int64_t m = samples.begin;
+    for (; m + 4 <= samples.end; m += 4) f(std::integral_constant<int, 4>{}, m);
+    for (; m < samples.end; ++m) f(std::integral_constant<int, 1>{}, m);
+  }
+
+  // f(rows) for short pieces, whose sums are then added up: long plain sums would lose digits.
+  template <class F>
+  static void for_short_sums(Range samples, const F& f) {
+    constexpr int64_t rows = 128;
+    for (int64_t m = samples.begin; m < samples.end; m += rows) f(Range{m, std::min(m + rows, samples.end)});
+  }
+
+  // total[i] += piece[i]
+  static void add_up(T* total, const T* piece, int64_t size) {
+    for_vectors<T>(
+        size, [&](int64_t i, auto lanes) { store(total + i, load(total + i, lanes) + load(piece + i, lanes), lanes); });
+  }
+
+  // dx, dW and db in one pass over rows where K = 1: lanes run along N.
+  static void backward_one_input(const Backward& b, Range samples, void* dw_out, void* db_out, void* scratch) {
+    T *const dw = static_cast<T*>(dw_out), *const db = static_cast<T*>(db_out);
+    T *const w = static_cast<T*>(scratch), *const dw_piece = w + b.N, *const db_piece = dw_piece + b.N;  // [N] each
+    if (dw) std::fill(dw, dw + b.N, T(0));
+    if (db) std::fill(db, db + b.N, T(0));
+    for (int64_t n = 0; n < b.N; ++n) w[n] = b.dx.data ? scalar(at<S>(b.w, n, 0)) : T(0);
+    for_short_sums(samples, [&](Range piece) {
+      std::fill(dw_piece, db_piece + b.N, T(0));
+      for_rows(piece, [&](auto count, int64_t m) {
+        constexpr int P = decltype(count)::value;
+        V dx[P], x[P];
+        for (int p = 0; dw && p < P; ++p) x[p] = scalar(at<S>(b.x, m + p, 0));
+        for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
+          const V wn = load(w + n, lanes);
+          V dw_sum = load(dw_piece + n, lanes), db_sum = load(db_piece + n, lanes);
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) {
+            const V dz = grad_z(b, m + p, n, lanes);
+            dx[p] = dx[p] + dz * wn;
+            dw_sum = dw_sum + dz * x[p];
+            db_sum = db_sum + dz;
+          }
+          store(dw_piece + n, dw_sum, lanes);
+          store(db_piece + n, db_sum, lanes);
+        });
+        for (int p = 0; b.dx.data && p < P; ++p) store(at<S>(b.dx, m + p, 0), V(sum_lanes(dx[p])), 1);
+      });
+      if (dw) add_up(dw, dw_piece, b.N);
+      if (db) add_up(db, db_piece, b.N);
+    });
+  }
+
+  // The same where N = 1: lanes run along K.
+  static void backward_one_output(const Backward& b, Range samples, void* dw_out, void* db_out, void* scratch) {
+    T *const dw = static_cast<T*>(dw_out), *const db = static_cast<T*>(db_out),
+             *const dw_piece = static_cast<T*>(scratch);
+    if (b.K == 1 && b.dy.stride == 1 && b.y.stride <= 1 && b.x.stride <= 1) return one_weight(b, samples, dw, db);
+    if (dw) std::fill(dw, dw + b.K, T(0));
+    if (db) *db = 0;
+    for_short_sums(samples, [&](Range piece) {
+      T db_piece = 0;
+      if (dw) std::fill(dw_piece, dw_piece + b.K, T(0));
+      for_rows(piece, [&](auto count, int64_t m) {
+        constexpr int P = decltype(count)::value;
+        T dz[P];
+        for (int p = 0; p < P; ++p) db_piece += dz[p] = grad_z(b, m + p, 0, 1).v[0];
+        for_vectors<T>(b.dx.data || dw ? b.K : 0, [&](int64_t k, auto lanes) {
+          for (int p = 0; b.dx.data && p < P; ++p)
+            store(at<S>(b.dx, m + p, k), V(dz[p]) * load(at<S>(b.w, 0, k), lanes), lanes);
+          if (!dw) return;
+          V sum = load(dw_piece + k, lanes);
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) sum = sum + V(dz[p]) * load(at<S>(b.x, m + p, k), lanes);
+          store(dw_piece + k, sum, lanes);
+        });
+      });
+      if (dw) add_up(dw, dw_piece, b.K);
+      if (db) *db += db_piece;
+    });
+  }
+
+  // K = N = 1, each a column without gaps: lanes run along the rows.
+  static void one_weight(const Backward& b, Range samples, T* dw, T* db) {
+    const V w = b.dx.data ? scalar(at<S>(b.w, 0, 0)) : T(0);
+    T dw_total = 0, db_total = 0;
+    for_short_sums(samples, [&](Range piece) {
+      V dw_sums, db_sums;
+      for_vectors<T>(piece.size(), [&](int64_t i, auto lanes) {
+        const int64_t m = piece.begin + i;
+        const V dz = grad_z(b, 0, m, lanes);
+        db_sums = db_sums + dz;
+        if (dw) dw_sums = dw_sums + dz * load(at<S>(b.x, 0, m), lanes);
+        if (b.dx.data) store(at<S>(b.dx, 0, m), dz * w, lanes);
+      });
+      dw_total += sum_lanes(dw_sums);
+      db_total += sum_lanes(db_sums);
+    });
+    if (dw) *dw = dw_total;
+    if (db) *db = db_total;
   }
 
   // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
@@ -217,16 +440,17 @@ struct LinearAct {
         if (db_sums) store(db_sums + n, load(db_sums + n, lanes) + column_sum, lanes);
       });
       if (b.dx.data)
-        tiles<RowsOfA<T>, Tile<T>::rows>(dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K, Stage{true, true},
-                                         Partial<T>{}, StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride});
+        tiles<RowsOfA<T>, Single<T>, Tile<T>::rows>(dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K,
+                                                    Stage{true, true}, Partial<T>{},
+                                                    StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride});
       if (!dw) continue;
-      auto panels = in_place_if_read_once<S, T>(b.x, m0, 0, b.N);
+      auto panels = in_place<S, T>(b.x, m0, 0);  // a block of it stays in L1 or L2
       if (!panels.data) {
         pack_panels<S>(b.x, m0, count, 0, b.K, x);
         panels = Panels<T>::packed(x, count);
       }
-      tiles<RowsOfATransposed<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
-                                                 Partial<T>{dw_sums, b.K, 0}, StoreSums<T>{});
+      tiles<RowsOfATransposed<T>, Single<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
+                                                            Partial<T>{dw_sums, b.K, 0}, StoreSums<T>{});
     }
   }
 
@@ -254,13 +478,14 @@ struct LinearAct {
   static void small_forward(const Forward& f, void* scratch) {
     T* const wt = static_cast<T*>(scratch);  // [K, N] and one row
     T* const x = wt + f.K * f.N;
+    const Epilogue finish = epilogue(f);
     for (int64_t n = 0; n < f.N; ++n)
       for (int64_t k = 0; k < f.K; ++k) wt[k * f.N + n] = scalar(at<S>(f.w, n, k));
     for (int64_t m = 0; m < f.M; ++m) {
       for_vectors<T>(f.K, [&](int64_t k, auto lanes) { store(x + k, load(at<S>(f.x, m, k), lanes), lanes); });
       combine_rows(
           f.K, f.N, [&](int64_t k) { return x[k]; }, [&](int64_t k) { return wt + k * f.N; },
-          [&](int64_t n, V z, auto lanes) { finish_output(f, m, n, z, lanes); });
+          [&](int64_t n, V z, auto lanes) { finish(m, n, z, lanes); });
     }
   }
 
@@ -282,8 +507,9 @@ struct LinearAct {
           [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
   }
 
-  static constexpr Kernels kernels{small_forward, small_backward, forward,       forward_dots,
-                                   grad_input,    grad_weight,    backward_tall, combine};
+  static constexpr Kernels kernels{small_forward,       small_backward, forward,       forward_dots,
+                                   grad_input,          grad_weight,    backward_tall, backward_one_input,
+                                   backward_one_output, combine};
 
  private:
   static constexpr int kSide = V::lanes >= 16 ? 4 : 2;
@@ -292,8 +518,16 @@ struct LinearAct {
   template <int P, int Q>
   static void dots(const Forward& f, Range rows, Range columns) {
     static_assert(P * Q == V::lanes);
+    const Epilogue finish = epilogue(f);
     for (int64_t n = columns.begin; n < columns.end; n += Q)
       for (int64_t m = rows.begin; m < rows.end; m += P) {
+        if (Q == 1 && f.K == 1 && f.x.stride == 1) {  // both with one column: element by element
+          const int n_lanes = static_cast<int>(std::min<int64_t>(P, rows.end - m));
+          V z = load(at<S>(f.x, m, 0), n_lanes) * V(load(at<S>(f.w, 0, 0), 1).v[0]);
+          if (f.bias) z = z + V(load(finish.bias, 1).v[0]);
+          store(finish.y + m, Act::forward(z), n_lanes);
+          continue;
+        }
         const S *x[P], *w[Q];  // beyond the edge the last row again
         for (int p = 0; p < P; ++p) x[p] = at<S>(f.x, std::min<int64_t>(m + p, rows.end - 1), 0);
         for (int q = 0; q < Q; ++q) w[q] = at<S>(f.w, std::min<int64_t>(n + q, columns.end - 1), 0);
@@ -315,13 +549,13 @@ struct LinearAct {
         for (int i = 1; i < V::lanes; ++i) z = z + acc[i];
         const int count = static_cast<int>(std::min<int64_t>(Q, columns.end - n));
         if (Q == 1) {  // N = 1: the results of P rows lie side by side
-          if (f.bias) z = z + V(load(static_cast<const S*>(f.bias), 1).v[0]);
-          store(at<S>(f.y, m, 0), Act::forward(z), static_cast<int>(std::min<int64_t>(P, rows.end - m)));
+          if (f.bias) z = z + V(load(finish.bias, 1).v[0]);
+          store(finish.y + m, Act::forward(z), static_cast<int>(std::min<int64_t>(P, rows.end - m)));
           continue;
         }
         alignas(kVectorBytes) T z_rows[V::lanes];
         store(z_rows, z);
-        for (int p = 0; p < P && m + p < rows.end; ++p) finish_output(f, m + p, n, load(z_rows + p * Q, count), count);
+        for (int p = 0; p < P && m + p < rows.end; ++p) finish(m + p, n, load(z_rows + p * Q, count), count);
       }
   }
 
@@ -337,7 +571,8 @@ struct LinearAct {
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
   static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +  // dz, x
                                           kTallWeights + kTallOutputs * Tile<T>::columns;             // W, rounded up
-  static_assert(sizeof(T) * std::max(kPackedScratch, kTallScratch) <= kScratchBytes);
+  static constexpr int64_t kOneScratch = 3 * kOneBreadth;
+  static_assert(sizeof(T) * std::max({kPackedScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
   static_assert(kTallOutputs <= Blocking<T>::depth && kTallInputs % Tile<T>::columns == 0);
 };
 
@@ -349,6 +584,37 @@ constexpr auto make_table(TypeList<Act...>) {
                                       {LinearAct<Half, Act>::kernels...}}};
 }
 constexpr auto kTable = make_table(Activations{});
+
+#if MLP_EXT_VECTOR_BYTES == 64
+template <class... Act>
+constexpr auto make_pairs_row(TypeList<Act...>) {
+  return std::array{LinearAct<BFloat16, Act, Bfloat16Pair>::kernels...};
+}
+constexpr auto kPairsRow = make_pairs_row(Activations{});
+#endif
+
+const Kernels& kernels(DType dtype, size_t activation) {
+#if MLP_EXT_VECTOR_BYTES == 64
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+  if (dtype == DType::bfloat16 && has_bf16) return kPairsRow[activation];
+#endif
+  return kTable[static_cast<size_t>(dtype)][activation];
+}
+
+// Enough independent chains to hide the latency of FMA on any processor so far.
+int64_t fma_loop(int64_t rounds) {
+  constexpr int chains = kVectorBytes == 64 ? 24 : 12;
+  Vec<float> sums[chains];
+  const Vec<float> factor = 0.5f;
+  for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 24
+    for (int i = 0; i < chains; ++i) sums[i] = sums[i] * factor + factor;
+  float total = 0;
+  for (const auto& sum : sums) total += sum.v[0];
+  volatile float keep = total;
+  (void)keep;
+  return rounds * chains * Vec<float>::lanes * 2;
+}
 
 }  // namespace
 }  // namespace mlp_ext::cpu

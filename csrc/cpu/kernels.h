@@ -78,6 +78,8 @@ struct Kernels {
   // dx of the rows `samples`, and dW and db summed over them into accumulators, in one pass. Within the
   // limits of plan.h for it.
   void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);
+  void (*backward_one_input)(const Backward&, Range samples, void* dw, void* db, void* scratch);
+  void (*backward_one_output)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   // out[range] = sum in order over parts of the accumulators parts[part * size + range]
   void (*combine)(const void* parts, int64_t count, int64_t size, Range range, void* out);
 };

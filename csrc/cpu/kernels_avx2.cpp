@@ -15,7 +15,7 @@
 #include "cpu/kernels-inl.h"
 
 namespace mlp_ext::cpu {
-const Kernels& kernels_avx2(DType dtype, size_t activation) { return kTable[static_cast<size_t>(dtype)][activation]; }
+extern const Variant variant_avx2{"avx2", kernels, fma_loop};
 }  // namespace mlp_ext::cpu
 
 #if defined(__clang__)

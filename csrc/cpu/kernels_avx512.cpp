@@ -4,19 +4,20 @@
 #if MLP_EXT_X86
 #include <immintrin.h>
 
-// After the shared headers: only what follows may use these instructions.
+// After the shared headers: only what follows may use these instructions. Those of BF16 are called by name alone, where
+// the processor has them.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
                              apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 #endif
 
 #define MLP_EXT_VECTOR_BYTES 64
 #include "cpu/kernels-inl.h"
 
 namespace mlp_ext::cpu {
-const Kernels& kernels_avx512(DType dtype, size_t activation) { return kTable[static_cast<size_t>(dtype)][activation]; }
+extern const Variant variant_avx512{"avx512", kernels, fma_loop};
 }  // namespace mlp_ext::cpu
 
 #if defined(__clang__)

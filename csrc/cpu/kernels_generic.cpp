@@ -5,7 +5,5 @@
 #include "cpu/kernels-inl.h"
 
 namespace mlp_ext::cpu {
-const Kernels& kernels_generic(DType dtype, size_t activation) {
-  return kTable[static_cast<size_t>(dtype)][activation];
-}
+extern const Variant variant_generic{"generic", kernels, fma_loop};
 }  // namespace mlp_ext::cpu

@@ -2,37 +2,17 @@
 #include "linear_act.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <memory>
 
-#include "cpu/introspection.h"
 #include "cpu/plan.h"
 #include "cpu/variants.h"
 
 namespace mlp_ext::cpu {
 
 namespace {
-
-// torch's own choice, which ATEN_CPU_CAPABILITY forces.
-struct Variant {
-  const char* name;
-  const Kernels& (*kernels)(DType, size_t);
-};
-
-const Variant& variant() {
-  static const Variant chosen = [] {
-#if MLP_EXT_X86
-    const auto capability = at::get_cpu_capability();
-    if (capability == "AVX512") return Variant{"avx512", kernels_avx512};
-    if (capability == "AVX2") return Variant{"avx2", kernels_avx2};
-#endif
-    return Variant{"generic", kernels_generic};
-  }();
-  return chosen;
-}
 
 DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -181,12 +161,7 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
     case Path::small:
       kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
       break;
-    case Path::tall:
-      sum_weights(problem, plan.grad_weight, kernels, options, [&](Range, Range, Range samples, void* dw, void* db) {
-        kernels.backward_tall(problem, samples, dw, db, scratch(kScratchBytes));
-      });
-      break;
-    default:
+    case Path::packed:
       if (needs_dx)
         for_pieces(plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
           kernels.grad_input(problem, rows, columns, scratch(kScratchBytes));
@@ -196,13 +171,20 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
                     [&](Range rows, Range columns, Range samples, void* dw, void* db) {
                       kernels.grad_weight(problem, rows, columns, samples, dw, db, scratch(kScratchBytes));
                     });
+      break;
+    default: {  // one pass over the rows
+      const auto pass = plan.backward_path == Path::tall        ? kernels.backward_tall
+                        : plan.backward_path == Path::one_input ? kernels.backward_one_input
+                                                                : kernels.backward_one_output;
+      sum_weights(problem, plan.grad_weight, kernels, options, [&](Range, Range, Range samples, void* dw, void* db) {
+        pass(problem, samples, dw, db, scratch(kScratchBytes));
+      });
+    }
   }
   return {dx, dw, db};
 }
 
 }  // namespace
-
-const char* instruction_set() { return variant().name; }
 
 TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) {
   m.impl("linear_act", forward);

@@ -7,13 +7,15 @@
 namespace mlp_ext::cpu {
 
 enum class Path {
-  small,   // one thread, nothing packed
-  dots,    // forward alone: lanes along K, nothing packed
-  tall,    // backward alone: dx, dW and db in one pass over the rows
-  packed,  // blocked and packed, each product by itself
+  small,       // one thread, nothing packed
+  dots,        // forward: lanes along K, nothing packed
+  tall,        // backward: dx, dW and db in one pass over blocks of rows
+  one_input,   // backward: the same row by row, K = 1
+  one_output,  // backward: the same row by row, N = 1
+  packed,      // blocked and packed, each product by itself
 };
 constexpr const char* path_name(Path path) {
-  constexpr const char* names[] = {"small", "dots", "tall", "packed"};
+  constexpr const char* names[] = {"small", "dots", "tall", "one_input", "one_output", "packed"};
   return names[static_cast<int>(path)];
 }
 
@@ -35,7 +37,9 @@ constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W
 constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty
 constexpr int64_t kTallOutputs = 256;            // N: a row of dz fits one block of depth
 constexpr int64_t kTallInputs = 1024;            // K: a block of x stays in L2
-constexpr int64_t kTallWeights = 1 << 16;        // N K: W and this thread's dW stay in L2
+constexpr int64_t kTallWeights = 3 << 12;        // N K: beyond, summing dW once per block of rows costs more
+constexpr int64_t kOneBreadth = 1 << 16;         // K = 1: most N, N = 1: most K; bounds the scratch memory
+constexpr int64_t kFewSamples = 4;               // M: dW is written rather than computed
 constexpr int64_t kRowsPerPiece = 512;           // bounds the accumulators of 16-bit results
 constexpr int64_t kPieceEdge = 64;               // a piece is not cut narrower than a few tiles
 
@@ -69,10 +73,13 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
 
   const bool weights_stay_in_cache = N <= kTallOutputs && K <= kTallInputs && N * K <= kTallWeights;
   const bool rows_outweigh_sums = M >= 2 * pieces * std::max(N, K);
-  if (weights_stay_in_cache && rows_outweigh_sums) {
+  if (N == 1 && K <= kOneBreadth)
+    plan.backward_path = Path::one_output;
+  else if (K == 1 && N <= kOneBreadth)
+    plan.backward_path = Path::one_input;
+  else if (weights_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
-    plan.grad_input = plan.grad_weight = {1, 1, pieces};
-  }
+  if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
   if (item_size == 2) {  // sums of 16-bit results wait in scratch
     plan.forward.rows = std::max(plan.forward.rows, ceil_div(M, kRowsPerPiece));
     plan.grad_input.rows = std::max(plan.grad_input.rows, ceil_div(M, kRowsPerPiece));

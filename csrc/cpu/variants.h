@@ -11,10 +11,21 @@
 
 namespace mlp_ext::cpu {
 
-const Kernels& kernels_generic(DType dtype, size_t activation);
+struct Variant {
+  const char* name;
+  const Kernels& (*kernels)(DType, size_t activation);
+  int64_t (*fma_loop)(int64_t rounds);  // multiplies and adds in registers; returns how many operations it did
+};
+
+extern const Variant variant_generic;
 #if MLP_EXT_X86
-const Kernels& kernels_avx2(DType dtype, size_t activation);
-const Kernels& kernels_avx512(DType dtype, size_t activation);
+extern const Variant variant_avx2, variant_avx512;
 #endif
+
+// torch's own choice, which the environment variable ATEN_CPU_CAPABILITY forces.
+const Variant& variant();
+
+// What the processor can do at most in float32, operations per second: fma_loop on so many threads for some time.
+double peak_flops(double seconds, int64_t threads);
 
 }  // namespace mlp_ext::cpu

@@ -1,0 +1,106 @@
+"""The cases: what can be measured, in which modes, on which shapes. Another shape is an entry."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+LARGEST = 2**31 - 1  # of a size
+
+
+class Layer(NamedTuple):
+    """A layer: input [M, K], weight [N, K], output [M, N]. Written MxKxN."""
+
+    M: int
+    K: int
+    N: int
+
+    def __str__(self) -> str:
+        return f"{self.M}x{self.K}x{self.N}"
+
+    def operations(self, mode: str) -> int:
+        """Floating-point operations of the products in one call."""
+        products = {"forward": 1, "backward": 2, "full": 3}[mode]  # y; dx and dW
+        return products * 2 * self.M * self.K * self.N
+
+
+class Net(NamedTuple):
+    """A multi-layer perceptron of these widths, input first, and its batch. Written 10-5-1@10."""
+
+    widths: tuple[int, ...]
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{'-'.join(map(str, self.widths))}@{self.batch}"
+
+    def operations(self, mode: str) -> int:
+        """Floating-point operations of the products in one step; the input has no gradient."""
+        sizes = [k * n for k, n in pairwise(self.widths)]
+        return 2 * self.batch * (3 * sum(sizes) - sizes[0])
+
+
+Case = Layer | Net
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How cases are measured: what their rows have in common."""
+
+    suite: str  # of SUITES
+    mode: str  # of the suite's modes
+    activation: str = "relu"  # of ACTIVATIONS; in train between the layers, with sigmoid at the end
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+
+
+class Suite(NamedTuple):
+    modes: tuple[str, ...]  # the first is the default
+    form: str  # of a case, for people
+    cases: tuple[Case, ...]  # those published
+
+
+SUITES = {
+    "layers": Suite(
+        modes=("full", "forward", "backward"),
+        form="MxKxN, as 64x784x256",
+        cases=(
+            Layer(10, 10, 5),
+            Layer(64, 784, 256),
+            Layer(128, 512, 256),
+            Layer(4096, 64, 64),
+            Layer(65536, 64, 64),
+            Layer(16384, 32, 16),
+            Layer(256, 1024, 1024),
+            Layer(1024, 1024, 1024),
+            Layer(512, 4096, 1024),
+            Layer(2048, 2048, 2048),
+        ),
+    ),
+    "train": Suite(
+        modes=("step",),
+        form="WIDTHS@BATCH, as 784-256-10@64",
+        cases=(
+            Net((10, 5, 1), 10),
+            Net((784, 256, 10), 64),
+            Net((784, 512, 256, 10), 128),
+            Net((64, 64, 64, 64, 64), 4096),
+            Net((1024, 1024, 1024, 1024), 256),
+        ),
+    ),
+}
+
+
+def parse(suite: str, text: str) -> Case:
+    """The case that `text` writes in this suite; str() of the case writes it back.
+
+    Raises ValueError for another form, or a size that is not from 1 to LARGEST.
+    """
+    size = "[1-9][0-9]{0,9}"
+    form = f"{size}(x{size}){{2}}" if suite == "layers" else f"{size}(-{size})+@{size}"
+    sizes = [int(s) for s in re.findall("[0-9]+", text)] if re.fullmatch(form, text) else []
+    if not sizes or max(sizes) > LARGEST:
+        raise ValueError(f"a case of {suite} must be {SUITES[suite].form}, got '{text}'")
+    return Layer(*sizes) if suite == "layers" else Net(tuple(sizes[:-1]), sizes[-1])

@@ -1,0 +1,107 @@
+"""The providers: ways to compute the same thing. Another one is a function and a row."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlp_ext import loop
+from mlp_ext.bench.cases import Setting
+from mlp_ext.functional import linear_act
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # [M, K], [N, K], [N] -> [M, N]
+
+
+def _native(setting: Setting) -> Function:
+    if setting.activation == "identity":
+        return F.linear
+    activation: Callable[[Tensor], Tensor] = getattr(torch, setting.activation)
+    return lambda input, weight, bias: activation(F.linear(input, weight, bias))
+
+
+def _native_inplace(setting: Setting) -> Function:
+    return lambda input, weight, bias: torch.relu_(F.linear(input, weight, bias))
+
+
+def _compile(setting: Setting, mode: str = "default") -> Function:
+    compiled: Function = torch.compile(_native(setting), mode=mode)
+    if setting.mode != "backward":
+        return compiled
+
+    def function(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Its backward may otherwise run once only. It is compiled in the first forward.
+        with torch._functorch.config.patch(donated_buffer=False):
+            return compiled(input, weight, bias)
+
+    return function
+
+
+def _mkldnn(setting: Setting) -> Function:
+    operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    name = "none" if setting.activation == "identity" else setting.activation
+    return lambda input, weight, bias: operator(input, weight, bias, name, [], None)
+
+
+def _fused(setting: Setting) -> Function:
+    activation = setting.activation
+    return lambda input, weight, bias: linear_act(input, weight, bias, activation)
+
+
+def _compiled_model(model: nn.Module, *rest: Any) -> loop.Step:
+    return loop.sgd_step(cast(nn.Module, torch.compile(model)), *rest)
+
+
+def _relu_only(setting: Setting) -> str:
+    return "" if setting.activation == "relu" else "for relu only"
+
+
+def _compiler_here(setting: Setting) -> str:
+    if setting.device == "cuda":
+        return "" if find_spec("triton") else "needs triton"
+    compiler = os.environ.get("CXX", "g++")
+    return "" if shutil.which(compiler) else f"needs the C++ compiler {compiler}"
+
+
+def _onednn_here(setting: Setting) -> str:
+    if setting.mode != "forward" or setting.device != "cpu":
+        return "forward on the CPU only"
+    operators = torch.ops.mkldnn
+    supported: dict[str, Callable[[], bool]] = {
+        "float32": torch.backends.mkldnn.is_available,
+        "bfloat16": operators._is_mkldnn_bf16_supported,
+        "float16": operators._is_mkldnn_fp16_supported,
+    }
+    here = setting.dtype in supported and supported[setting.dtype]()
+    return "" if here else f"has no {setting.dtype} here"
+
+
+class Provider(NamedTuple):
+    """`make` is called with a Setting in layers, and as a row of loop.LAYERS in train."""
+
+    make: Callable[..., Any]
+    obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
+
+
+PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
+    "layers": {
+        "native": Provider(_native),
+        "native_inplace": Provider(_native_inplace, _relu_only),
+        "compile": Provider(_compile, _compiler_here),
+        "compile-max-autotune": Provider(lambda s: _compile(s, "max-autotune"), _compiler_here),
+        "mkldnn": Provider(_mkldnn, _onednn_here),
+        "fused": Provider(_fused),
+    },
+    "train": {
+        "native": Provider(loop.LAYERS["native"]),
+        "compile": Provider(_compiled_model, _compiler_here),
+        "fused": Provider(loop.LAYERS["fused"]),
+    },
+}
+DEFAULT = ("native", "compile", "fused")

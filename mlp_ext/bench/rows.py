@@ -1,0 +1,85 @@
+"""Results are rows: one of a provider in a case, with where and how it was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import exp, fsum, log
+from pathlib import Path
+from typing import Any
+
+from mlp_ext.arguments import replacing
+
+
+@dataclass(frozen=True)
+class Row:
+    suite: str
+    case: str
+    mode: str
+    activation: str
+    dtype: str
+    device: str
+    device_name: str
+    threads: int
+    provider: str
+    median_s: float  # seconds per call, over the rounds
+    q20_s: float
+    q80_s: float
+    ratio_to_native: float  # native's time / this one's, the median over the rounds
+    torch: str
+    mlp_ext: str
+    commit: str
+    timestamp: str  # UTC, ISO 8601
+    gflops: float  # operations of the products / median_s, in 10^9 per second
+    share_of_peak: float | None  # of the processor's multiply-adds; None where not measured
+
+
+COLUMNS = [field.name for field in fields(Row)]
+_READ: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "float | None": lambda text: float(text) if text else None,
+}
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """Writes the file whole: COLUMNS, then a line for each row. Raises OSError."""
+    with replacing(path) as part, part.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(map(asdict, rows))
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows that write_csv wrote. Raises OSError, and ValueError for any other file."""
+    with path.open(newline="") as file:
+        table = csv.DictReader(file, strict=True)
+        if table.fieldnames != COLUMNS:
+            raise ValueError(f"{path} does not have the columns {', '.join(COLUMNS)}")
+        try:
+            types = {field.name: _READ[str(field.type)] for field in fields(Row)}
+            return [Row(**{name: types[name](row[name]) for name in COLUMNS}) for row in table]
+        except (TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {table.line_num}: {error}") from None
+
+
+def write_json(rows: Iterable[Row], path: Path) -> None:
+    """Writes the file whole: a list of objects, a row each. Raises OSError."""
+    with replacing(path) as part:
+        part.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return exp(fsum(map(log, ratios)) / len(ratios))
+
+
+def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each provider but native, whose ratio to itself tells nothing."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.provider != "native":
+            found.setdefault(row.provider, []).append(row)
+    return found

@@ -1,0 +1,183 @@
+"""The runner: providers in turn in each round, so that a drifting machine moves all alike."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from mlp_ext.bench.cases import Case, Setting
+from mlp_ext.bench.machine import Peak, commit, device_name, torch_threads
+from mlp_ext.bench.providers import PROVIDERS
+from mlp_ext.bench.rows import Row
+from mlp_ext.bench.work import Call, Work, set_up
+from mlp_ext.ops import build_info
+
+Clock = Callable[[], float]  # seconds
+SAMPLE_SECONDS = 0.02  # a shorter call is repeated until a sample lasts so long
+# Of a result from native's, as |difference| / |native's|. Loose: relu's mask may differ where z is
+# about 0, and gradients underflow in float16. A wrong tile of a wrong kernel is far above.
+TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.1, "float16": 0.1}
+
+
+class WrongResult(Exception):
+    """A provider computes something else than native, or nothing."""
+
+
+def measure(
+    case: Case,
+    setting: Setting,
+    providers: Sequence[str],
+    rounds: int,
+    peak: Peak | None = None,
+    after_round: Callable[[], object] = lambda: None,
+) -> list[Row]:
+    """A row for each of `providers`, the first of which must be native.
+
+    Raises WrongResult before anything is timed, RuntimeError where memory does not suffice.
+    """
+    try:
+        seconds = _seconds(case, setting, providers, rounds, after_round)
+    finally:
+        _forget()
+    return _rows(case, setting, seconds, peak)
+
+
+def _seconds(
+    case: Case,
+    setting: Setting,
+    providers: Sequence[str],
+    rounds: int,
+    after_round: Callable[[], object],
+) -> dict[str, list[float]]:
+    with torch_threads(setting.threads):
+        start = set_up(case, setting)
+        works = {name: start(PROVIDERS[setting.suite][name]) for name in providers}
+        check(works, case, setting)
+        clock = _synchronised if setting.device == "cuda" else time.perf_counter
+        return in_turn(works, rounds, clock, after_round)
+
+
+def check(works: Mapping[str, Work], case: Case, setting: Setting) -> None:
+    """Compares what each provider computes with the first, native; raises WrongResult."""
+    place = f"in {setting.mode} {setting.activation} {setting.dtype} {case}"
+    expected: dict[str, Tensor] = {}
+    for name, work in works.items():
+        try:
+            found = work.results()
+        except Exception as error:
+            message = str(error).strip().splitlines() or [type(error).__name__]
+            raise WrongResult(f"{name} fails {place}: {message[0]}") from error
+        expected = expected or found
+        for what in expected:
+            distance = _distance(found[what], expected[what])
+            if not distance <= TOLERANCE[setting.dtype]:  # also NaN
+                raise WrongResult(
+                    f"{name} is wrong {place}: "
+                    f"its {what} differs from native's by {distance:.2g} of the norm"
+                )
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|; 0 where they are equal, NaN where the shapes differ."""
+    if found.shape != expected.shape:
+        return float("nan")
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    difference = norm(found.detach() - expected.detach())
+    return (difference / norm(expected.detach())).item() if difference != 0 else 0.0
+
+
+def in_turn(
+    works: Mapping[str, Work],
+    rounds: int,
+    clock: Clock,
+    after_round: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds per call of each, one number per round; each is first in turn."""
+    loops = {name: _loops(work.prepare(0), clock) for name, work in works.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    names = list(works)
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                call = works[name].prepare(turn)
+                seconds[name].append(_elapsed(call, loops[name], clock) / loops[name])
+            after_round()
+    finally:
+        gc.enable()
+    return seconds
+
+
+def _loops(call: Call, clock: Clock) -> int:
+    """How many calls make a sample; warms up."""
+    loops = 1
+    while _elapsed(call, loops, clock) < SAMPLE_SECONDS:
+        loops *= 2
+    return loops
+
+
+def _elapsed(call: Call, loops: int, clock: Clock) -> float:
+    started = clock()
+    for _ in range(loops):
+        call()
+    return clock() - started
+
+
+def _synchronised() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _rows(
+    case: Case, setting: Setting, seconds: Mapping[str, list[float]], peak: Peak | None
+) -> list[Row]:
+    def short(value: float) -> float:
+        return float(f"{value:.6g}")
+
+    # The peak is the processor's, in float32.
+    comparable = peak and setting.device == "cpu" and setting.dtype == "float32"
+    rows = []
+    for name, samples in seconds.items():
+        q20, middle, q80 = torch.tensor(samples, dtype=torch.float64).quantile(
+            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        )
+        ratios = [n / s for n, s in zip(seconds["native"], samples, strict=True)]
+        flops = case.operations(setting.mode) / middle.item()
+        rows.append(
+            Row(
+                **asdict(setting),
+                case=str(case),
+                device_name=device_name(setting.device),
+                provider=name,
+                median_s=short(middle.item()),
+                q20_s=short(q20.item()),
+                q80_s=short(q80.item()),
+                ratio_to_native=short(median(ratios)),
+                torch=torch.__version__,
+                mlp_ext=build_info()["mlp_ext"],
+                commit=commit(),
+                timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                gflops=short(flops / 1e9),
+                share_of_peak=short(flops / peak.flops) if peak and comparable else None,
+            )
+        )
+    return rows
+
+
+def _forget() -> None:
+    """Frees what a case held, compiled code too, lest the next one's shapes be taken as varying."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,142 @@
+"""What is timed: one set-up of a case for every mode and every provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mlp_ext.bench.cases import Case, Layer, Net, Setting
+from mlp_ext.bench.providers import Function, Provider
+from mlp_ext.loop import make_mlp
+from mlp_ext.nn import LinearAct
+
+Call = Callable[[], Tensor]
+SETS = 4  # of random inputs, fewer where they are large
+SET_BYTES = 2**28  # in all
+LEARNING_RATE = 0.01
+
+
+class Work(NamedTuple):
+    """One provider's part in a case."""
+
+    prepare: Callable[[int], Call]  # the call to time, on the inputs of that round
+    results: Callable[[], dict[str, Tensor]]  # of one call, by name, to compare with native's
+
+
+def set_up(case: Case, setting: Setting) -> Callable[[Provider], Work]:
+    """Draws the inputs of a case, the same for every provider that is then given.
+
+    Raises RuntimeError where memory does not suffice.
+    """
+    generator = torch.Generator(setting.device).manual_seed(0)
+    kind = {"device": setting.device, "dtype": getattr(torch, setting.dtype)}
+    draw = partial(torch.randn, generator=generator, **kind)
+    return _layer(case, setting, draw) if isinstance(case, Layer) else _net(case, setting, draw)
+
+
+def _layer(
+    case: Layer, setting: Setting, draw: Callable[..., Tensor]
+) -> Callable[[Provider], Work]:
+    M, K, N = case
+    learns = setting.mode != "forward"
+    weight = draw(N, K).mul_(K**-0.5).requires_grad_(learns)
+    bias = draw(N).mul_(K**-0.5).requires_grad_(learns)
+    bytes_of_a_set = (M * K + M * N) * weight.element_size()
+    sets = [
+        (draw(M, K).requires_grad_(learns), draw(M, N))
+        for _ in range(max(1, min(SETS, SET_BYTES // bytes_of_a_set)))
+    ]
+
+    def start(provider: Provider) -> Work:
+        function = provider.make(setting)
+
+        def prepare(turn: int) -> Call:
+            input, grad_output = sets[turn % len(sets)]
+            return MODES[setting.mode](function, [input, weight, bias], grad_output)
+
+        def results() -> dict[str, Tensor]:
+            output = prepare(0)()
+            leaves = {"input": sets[0][0], "weight": weight, "bias": bias}
+            found = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
+            return {"output": output, **{k: v for k, v in found.items() if v is not None}}
+
+        return Work(prepare, results)
+
+    return start
+
+
+def _forward(function: Function, leaves: list[Tensor], grad_output: Tensor) -> Call:
+    """Nothing requires a gradient."""
+    return partial(function, *leaves)
+
+
+def _backward(function: Function, leaves: list[Tensor], grad_output: Tensor) -> Call:
+    """The forward pass is not timed."""
+    output = function(*leaves)
+
+    def call() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        output.backward(grad_output, retain_graph=True)
+        return output
+
+    return call
+
+
+def _full(function: Function, leaves: list[Tensor], grad_output: Tensor) -> Call:
+    """Forward and backward, with the gradient of the input."""
+
+    def call() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        output = function(*leaves)
+        output.backward(grad_output)
+        return output
+
+    return call
+
+
+MODES = {"full": _full, "forward": _forward, "backward": _backward}
+
+
+def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[Provider], Work]:
+    hidden = {fused.activation: module for module, fused in LinearAct.by_module.items()}
+    activation = hidden.get(setting.activation, nn.Identity)
+    model = nn.Sequential(
+        *(activation() if isinstance(m, nn.ReLU) else m for m in make_mlp(case.widths))
+    ).to(setting.device, getattr(torch, setting.dtype))
+    sets = [
+        (draw(case.batch, case.widths[0]), draw(case.batch, case.widths[-1]).sigmoid_())
+        for _ in range(SETS)
+    ]
+
+    def start(provider: Provider) -> Work:
+        copy = deepcopy(model)
+        parameters: list[Tensor] = list(copy.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
+        step = provider.make(copy, nn.MSELoss(), optimizer)
+
+        def prepare(turn: int) -> Call:
+            return partial(step, *sets[turn % SETS])
+
+        def results() -> dict[str, Tensor]:
+            """All changes as one, since 16-bit rounding leaves little of some; they are undone."""
+            before = [p.detach().clone() for p in parameters]
+            # A long stride, so that the change stands out from the rounding of the weights.
+            optimizer.param_groups[0]["lr"] = 1e4 * LEARNING_RATE
+            loss = prepare(0)()
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE
+            after = [p.detach().clone() for p in parameters]
+            changes = [(a - b).flatten() for a, b in zip(after, before, strict=True)]
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, before)
+            return {"loss": loss, "change of the weights": torch.cat(changes)}
+
+        return Work(prepare, results)
+
+    return start
