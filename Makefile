@@ -70,7 +70,7 @@ $(VENV)/tools: pyproject.toml
 clean:
 	rm -rf build dist *.egg-info mlp_ext/_built.py mlp_ext/*.so $(VENV)/built
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find mlp_ext tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mlp_ext tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)
