@@ -206,12 +206,12 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
     int64_t k0 = 0;
     do {  // once at least: with no depth at all, C is zero before the epilogue
       const int64_t kc = std::min<int64_t>(step, depth - k0);
-      if (!b.data) pack_b(k0, kc, j0, nc, packed_b);
+      if (kc && !b.data) pack_b(k0, kc, j0, nc, packed_b);
       const auto panels =
           b.data ? Panels<T>::in_place(b.data + k0 * b.depth_step + j0, b.depth_step) : Panels<T>::packed(packed_b, kc);
       for (int64_t i0 = 0; i0 < rows; i0 += Block::rows) {
         const int64_t mc = std::min<int64_t>(Block::rows, rows - i0);
-        pack_a(i0, mc, k0, kc, j0 == 0, packed_a);
+        if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a);
         const Partial<T> waiting{partial.data + i0 * partial.row_stride + j0 * partial.column_stride,
                                  partial.row_stride, 0};
         tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth},

@@ -70,11 +70,21 @@ inline void pack_panels_transposed(const ConstMatrix& w, int64_t k0, int64_t dep
 #if MLP_EXT_VECTOR_BYTES == 64
 // The same for pairs of bfloat16, where k counts pairs and `end` is the first row (or column of W) beyond the matrix.
 
+inline Vec<float> pairs(U32 low, U32 high) { return Vec<float>(bit_cast<Vec<float>::Native>(low | (high << 16))); }
+
 // low and high of each lane's pair, rounded
 inline Vec<float> pairs(Vec<float> low, Vec<float> high) {
-  const U32 l = __builtin_convertvector(from_float(low, BFloat16{}), U32);
-  const U32 h = __builtin_convertvector(from_float(high, BFloat16{}), U32);
-  return Vec<float>(bit_cast<Vec<float>::Native>(l | (h << 16)));
+  return pairs(__builtin_convertvector(bit_cast<U16>(_mm512_cvtneps_pbh((__m512)low.v)), U32),
+               __builtin_convertvector(bit_cast<U16>(_mm512_cvtneps_pbh((__m512)high.v)), U32));
+}
+
+inline U32 load_bits(const BFloat16* p, int64_t n) {
+  U16 bits{};
+  if (n == kLanes)
+    std::memcpy(&bits, p, sizeof(bits));
+  else
+    std::memcpy(&bits, p, 2 * n);
+  return __builtin_convertvector(bits, U32);
 }
 
 inline void pack_panels_of_pairs(const ConstMatrix& m, int64_t k0, int64_t depth, int64_t end, int64_t j0,
@@ -83,10 +93,10 @@ inline void pack_panels_of_pairs(const ConstMatrix& m, int64_t k0, int64_t depth
     for (int64_t k = k0; k < k0 + depth; ++k, packed += Tile<float>::columns)
       for (int v = 0; v < Tile<float>::vectors; ++v) {
         const int64_t column = j + v * kLanes;
-        const int n = static_cast<int>(std::clamp<int64_t>(columns - column, 0, kLanes));
-        Vec<float> low, high;
-        if (n > 0) low = load(at<BFloat16>(m, 2 * k, j0 + column), n);
-        if (n > 0 && 2 * k + 1 < end) high = load(at<BFloat16>(m, 2 * k + 1, j0 + column), n);
+        const int64_t n = std::clamp<int64_t>(columns - column, 0, kLanes);
+        U32 low{}, high{};
+        if (n > 0) low = load_bits(at<BFloat16>(m, 2 * k, j0 + column), n);
+        if (n > 0 && 2 * k + 1 < end) high = load_bits(at<BFloat16>(m, 2 * k + 1, j0 + column), n);
         store(packed + v * kLanes, pairs(low, high));
       }
 }
