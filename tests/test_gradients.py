@@ -217,3 +217,32 @@ def test_gradcheck_first_and_second_derivatives(activation: str, shape: Shape, b
 
             assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
             assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+
+
+def test_bias_gradient_with_frozen_weight_is_the_same_on_every_run() -> None:
+    """The packed path cuts columns of dW for threads; without dW there is nothing to cut."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.rand(512, 256, requires_grad=True)
+        w, b = torch.rand(256, 256), torch.rand(256, requires_grad=True)
+        for _ in range(60):
+            (db,) = torch.autograd.grad(mlp_ext.linear_relu(x, w, b).sum(), b)
+            assert torch.equal(db, torch.full((256,), 512.0))
+            _, db = torch.autograd.grad(mlp_ext.linear_relu(x, w, b).sum(), (x, b))
+            assert torch.equal(db, torch.full((256,), 512.0))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("expanded", ["input", "grad_output", "neither"])
+def test_one_weight_and_many_rows_of_any_stride(expanded: str) -> None:
+    x = (
+        torch.full((1, 1), 2.0).expand(8192, 1)
+        if expanded == "input"
+        else torch.full((8192, 1), 2.0)
+    )
+    g = torch.ones(1, 1).expand(8192, 1) if expanded == "grad_output" else torch.ones(8192, 1)
+    w = torch.ones(1, 1, requires_grad=True)
+    (dw,) = torch.autograd.grad(mlp_ext.linear_relu(x, w), w, g)
+    assert dw.item() == 2 * 8192

@@ -269,7 +269,8 @@ struct LinearAct {
   static void backward_one_output(const Backward& b, Range samples, void* dw_out, void* db_out, void* scratch) {
     T *const dw = static_cast<T*>(dw_out), *const db = static_cast<T*>(db_out),
              *const dw_piece = static_cast<T*>(scratch);
-    if (b.K == 1 && b.dy.stride == 1 && b.y.stride <= 1 && b.x.stride <= 1) return one_weight(b, samples, dw, db);
+    const auto gapless = [](const ConstMatrix& m) { return !m.data || m.stride == 1; };
+    if (b.K == 1 && gapless(b.dy) && gapless(b.y) && gapless(b.x)) return one_weight(b, samples, dw, db);
     if (dw) std::fill(dw, dw + b.K, T(0));
     if (db) *db = 0;
     for_short_sums(samples, [&](Range piece) {

@@ -112,8 +112,9 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std:
 // Runs f(rows, columns, samples, dw, db), which sums dW and db into accumulators. Where samples are cut or the results
 // have 16 bits, each piece of samples has accumulators of its own, which are then added up in order.
 template <class F>
-void sum_weights(const Backward& problem, const Grid& grid, const Kernels& kernels, const at::TensorOptions& options,
+void sum_weights(const Backward& problem, Grid grid, const Kernels& kernels, const at::TensorOptions& options,
                  const F& f) {
+  if (!problem.dw) grid.columns = 1;  // db alone has none to cut: two pieces would write the same sums
   const int64_t N = problem.N, size = problem.dw ? N * problem.K : 0;
   const auto accumulator = options.dtype().itemsize() == 2 ? options.dtype(at::kFloat) : options;
   const bool direct = grid.samples == 1 && accumulator.dtype() == options.dtype();

@@ -29,7 +29,6 @@ class Peak(NamedTuple):
 
 def measure_peak(threads: int) -> Peak:
     """Measures the limits of this processor; takes about two seconds."""
-    flops = max(_C.peak_flops(PEAK_SECONDS, threads) for _ in range(5))
     source = torch.ones(COPIED_BYTES // 8)
     target = torch.zeros_like(source)
 
@@ -39,6 +38,7 @@ def measure_peak(threads: int) -> Peak:
         return time.perf_counter() - started
 
     with torch_threads(threads):
+        flops = max(_C.peak_flops(PEAK_SECONDS, threads) for _ in range(5))
         return Peak(flops, COPIED_BYTES / min(copy_seconds() for _ in range(10)))
 
 
