@@ -69,15 +69,27 @@ class LinearAct(nn.Linear):
 
 
 class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
-    """y = relu(x W^T + b), relu(z) = max(z, 0) and relu'(0) = 0 (Nair and Hinton, ICML 2010)."""
+    """y = relu(x W^T + b), relu(z) = max(z, 0) and relu'(0) = 0 (Nair and Hinton, ICML 2010).
+
+    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
 
 
 class LinearSigmoid(LinearAct, activation="sigmoid", module=nn.Sigmoid):
-    """y = sigmoid(x W^T + b), sigmoid(z) = 1 / (1 + e^-z) (Rumelhart et al., Nature 1986)."""
+    """y = sigmoid(x W^T + b), sigmoid(z) = 1 / (1 + e^-z) (Rumelhart et al., Nature 1986).
+
+    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
 
 
 class LinearTanh(LinearAct, activation="tanh", module=nn.Tanh):
-    """y = tanh(x W^T + b) (LeCun et al., Efficient BackProp, 1998)."""
+    """y = tanh(x W^T + b) (LeCun et al., Efficient BackProp, 1998).
+
+    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
 
 
 __all__ = [layer.__name__ for layer in LinearAct.by_module.values()]  # public: the layers
