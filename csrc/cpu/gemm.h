@@ -45,6 +45,7 @@ constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows * std::max(RowsOf
 template <class T>
 constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
 
+constexpr int64_t kLargeResult = 8 << 20;  // bytes: two in L3 leave no room for what is computed from them
 constexpr int64_t kBytesInL1 = 16384;  // half of it, what most processors have at least
 
 // A block of B as panels of Tile::columns columns.
@@ -69,6 +70,40 @@ struct Stage {
   bool first, last;
 };
 
+// What will be read next, asked for a few lines at a time while tiles are computed: otherwise memory and arithmetic
+// would take turns.
+class Ahead {
+ public:
+  // rows of `bytes` each
+  void add(const void* data, int64_t stride_bytes, int64_t rows, int64_t bytes) {
+    if (data && rows > 0) parts_[count_++] = {static_cast<const char*>(data), stride_bytes, rows, ceil_div(bytes, kLine)};
+  }
+  void spread(int64_t steps) {
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) lines += parts_[i].rows * parts_[i].lines;
+    lines_per_step_ = ceil_div(lines, std::max<int64_t>(1, steps));
+  }
+  void step() {
+    for (int64_t lines = lines_per_step_; lines > 0 && count_ > 0;) {
+      Part& part = parts_[count_ - 1];
+      for (int64_t l = 0; l < part.lines; ++l) __builtin_prefetch(part.row + l * kLine, 0, 2);
+      lines -= part.lines;
+      part.row += part.stride;
+      if (--part.rows == 0) --count_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Part {
+    const char* row;
+    int64_t stride, rows, lines;
+  };
+  Part parts_[3];
+  int count_ = 0;
+  int64_t lines_per_step_ = 0;
+};
+
 // A callable by reference, so that the loops are compiled once for all packings.
 template <class Signature>
 class Callable;
@@ -85,7 +120,8 @@ class Callable<void(Args...)> {
   void (*call_)(const void*, Args...);
 };
 template <class T>
-using PackA = Callable<void(int64_t i, int64_t rows, int64_t k, int64_t depth, bool first_columns, T* packed)>;
+using PackA =
+    Callable<void(int64_t i, int64_t rows, int64_t k, int64_t depth, bool first_columns, T* packed, Ahead& ahead)>;
 template <class T>
 using PackB = Callable<void(int64_t k, int64_t depth, int64_t j, int64_t columns, T* packed)>;
 
@@ -162,7 +198,7 @@ inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, St
 // A block of A against a block of B: whole tiles of rows, then halves of what is left.
 template <class Layout, class Element, int R, class T, class Finish>
 inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t rows, int64_t columns, Stage stage,
-                  Partial<T> partial, const Finish finish) {
+                  Partial<T> partial, const Finish finish, Ahead& ahead) {
   constexpr int whole = Tile<T>::rows, lanes = Vec<T>::lanes;
   static_assert(Tile<T>::vectors == 2);
   alignas(kVectorBytes) T sums[R * Tile<T>::columns];
@@ -178,15 +214,16 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
       else
         multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, sums);
       pass_on(sums, R, width, i, j, stage, partial, finish);
+      ahead.step();
     }
   }
   constexpr int next = R == whole ? (whole > 8 ? 8 : 4) : R / 2;
   if constexpr (next > 0)
-    if (i < rows) tiles<Layout, Element, next>(a, b, depth, i, rows, columns, stage, partial, finish);
+    if (i < rows) tiles<Layout, Element, next>(a, b, depth, i, rows, columns, stage, partial, finish, ahead);
 }
 
 // C[rows, columns] = A[rows, depth] B[depth, columns], depth counted in packed Elements.
-//   pack_a(i, rows, k, depth, first_columns, packed)  puts a block of A down in Layout
+//   pack_a(i, rows, k, depth, first_columns, packed, ahead)  puts a block of A down in Layout; may say what comes next
 //   pack_b(k, depth, j, columns, packed)              puts panels [depth, Tile::columns] down
 //   b                                                 B itself where it need not be packed, else data = nullptr
 //   finish(i, j, vector, lanes)                       stores sums of C at row i from column j on; finish.from(i, j) is
@@ -211,11 +248,13 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
           b.data ? Panels<T>::in_place(b.data + k0 * b.depth_step + j0, b.depth_step) : Panels<T>::packed(packed_b, kc);
       for (int64_t i0 = 0; i0 < rows; i0 += Block::rows) {
         const int64_t mc = std::min<int64_t>(Block::rows, rows - i0);
-        if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a);
+        Ahead ahead;
+        if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a, ahead);
+        ahead.spread(ceil_div(mc, Tile<T>::rows) * ceil_div(nc, Tile<T>::columns));
         const Partial<T> waiting{partial.data + i0 * partial.row_stride + j0 * partial.column_stride,
                                  partial.row_stride, 0};
         tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth},
-                                              waiting, finish.from(i0, j0));
+                                              waiting, finish.from(i0, j0), ahead);
       }
       k0 += kc;
     } while (k0 < depth);

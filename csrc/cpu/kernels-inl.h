@@ -35,15 +35,22 @@ inline Panels<T> in_place_if_read_once(const ConstMatrix& b, int64_t k, int64_t 
   return rows_of_a <= Tile<T>::rows ? in_place<S, T>(b, k, j) : Panels<T>{};
 }
 
+// Whether a result is so large that caches would not keep it until it is read.
+template <class S>
+inline bool is_large(int64_t rows, int64_t columns) {
+  return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
+}
+
 // The end of a product whose sums are the result: rounds and stores them.
 template <class S>
 struct StoreSums {
   S* result;
   int64_t stride;
-  StoreSums from(int64_t i, int64_t j) const { return {result + i * stride + j, stride}; }
+  bool past_caches = false;
+  StoreSums from(int64_t i, int64_t j) const { return {result + i * stride + j, stride, past_caches}; }
   template <class V, class Lanes>
   void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
-    store(result + i * stride + j, v, lanes);
+    store_result(result + i * stride + j, v, lanes, past_caches);
   }
 };
 
@@ -59,15 +66,18 @@ struct LinearAct {
     const S* bias;  // or nullptr
     S* y;
     int64_t stride;
-    Epilogue from(int64_t i, int64_t j) const { return {bias ? bias + j : bias, y + i * stride + j, stride}; }
+    bool past_caches;
+    Epilogue from(int64_t i, int64_t j) const {
+      return {bias ? bias + j : bias, y + i * stride + j, stride, past_caches};
+    }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
       if (bias) z = z + load(bias + j, lanes);
-      store(y + i * stride + j, Act::forward(z), lanes);
+      store_result(y + i * stride + j, Act::forward(z), lanes, past_caches);
     }
   };
   static Epilogue epilogue(const Forward& f) {
-    return {static_cast<const S*>(f.bias), static_cast<S*>(f.y.data), f.y.stride};
+    return {static_cast<const S*>(f.bias), static_cast<S*>(f.y.data), f.y.stride, is_large<S>(f.M, f.N)};
   }
 
   // dz at row m, columns n...
@@ -77,9 +87,20 @@ struct LinearAct {
     return Act::backward(dy, Act::saves == Saves::output ? load(at<S>(b.y, m, n), lanes) : dy);
   }
 
+  static int64_t next_block(int64_t rows) { return std::min<int64_t>(Blocking<T>::rows, rows); }
+  static void read_rows(const ConstMatrix& m, int64_t i, int64_t rows, int64_t j, int64_t columns, Ahead& ahead) {
+    if (m.data) ahead.add(at<S>(m, i, j), m.stride * sizeof(S), rows, columns * sizeof(S));
+  }
+  static void read_dz_rows(const Backward& b, int64_t m, int64_t rows, int64_t n, int64_t columns, Ahead& ahead) {
+    read_rows(b.dy, m, rows, n, columns, ahead);
+    if (Act::saves == Saves::output) read_rows(b.y, m, rows, n, columns, ahead);
+  }
+
   // y = act(x W^T + b)   (M,K)(K,N)
   static void forward(const Forward& f, Range rows, Range columns, void* scratch) {
-    const auto pack_x = [&](int64_t i, int64_t count, int64_t k0, int64_t depth, bool, T* packed) {
+    const bool x_is_large = f.K <= Blocking<T>::depth && is_large<S>(f.M, f.K);
+    const auto pack_x = [&](int64_t i, int64_t count, int64_t k0, int64_t depth, bool, T* packed, Ahead& ahead) {
+      if (x_is_large) read_rows(f.x, rows.begin + i + count, next_block(rows.size() - i - count), 0, f.K, ahead);
       for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
         if constexpr (kPairs) {
           packed[depth - 1] = 0;
@@ -115,7 +136,7 @@ struct LinearAct {
 
   // dx = dz W   (M,N)(N,K), dz made while packing
   static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
-    const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed) {
+    const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed, Ahead&) {
       for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
         const int64_t m = rows.begin + i + r;
         if constexpr (kPairs) {
@@ -134,12 +155,36 @@ struct LinearAct {
       else
         pack_panels<S>(b.w, n0, depth, columns.begin + j, count, packed);
     };
-    const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride};
+    const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, is_large<S>(b.M, b.K)};
     T* const begin = static_cast<T*>(scratch);
     gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(b.N), pack_dz, pack_w,
                                  in_place_if_read_once<S, T>(b.w, 0, columns.begin, rows.size()),
                                  partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish,
                                  begin);
+  }
+
+  // A few steps of depth of dz^T as ColumnsOfA: row by row of dy and y, so that they are read as they lie in memory.
+  template <int steps>
+  static void pack_dz_columns(const Backward& b, int64_t n0, int64_t count, Range samples, int64_t m0, T* packed, T* sums) {
+    constexpr int width = Tile<T>::rows, depth_step = ColumnsOfA<T>::depth_step;
+    for (int64_t r = 0; r < count; r += width, packed += ColumnsOfA<T>::panel)
+      for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
+        const int64_t n = n0 + r + c;
+        V sum;
+#pragma GCC unroll 4
+        for (int k = 0; k < steps; ++k) {
+          const int64_t m = samples.begin + Element::depth * (m0 + k);
+          V dz = grad_z(b, m, n, lanes);
+          sum = sum + dz;
+          if constexpr (kPairs) {
+            const V next = m + 1 < samples.end ? grad_z(b, m + 1, n, lanes) : V();
+            sum = sum + next;
+            dz = pairs(dz, next);
+          }
+          store(packed + k * depth_step + c, dz);
+        }
+        if (sums) store(sums + n, load(sums + n, lanes) + sum, lanes);
+      });
   }
 
   // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
@@ -149,33 +194,20 @@ struct LinearAct {
     if (samples.size() <= kFewSamples)
       return grad_weight_few_samples(b, rows, columns, samples, static_cast<T*>(dw), sums);
     if (sums) std::fill(sums + rows.begin, sums + rows.end, T(0));
-    constexpr int width = Tile<T>::rows;
-    const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed) {
-      for (int64_t r = 0; r < count; r += width, packed += ColumnsOfA<T>::panel)
-        for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
-          const int64_t n = rows.begin + i + r + c;
-          V column_sum;
-          for (int64_t k = 0; k < depth; ++k) {
-            const int64_t m = samples.begin + Element::depth * (m0 + k);
-            V dz = grad_z(b, m, n, lanes);
-            column_sum = column_sum + dz;
-            if constexpr (kPairs) {
-              const V next = m + 1 < samples.end ? grad_z(b, m + 1, n, lanes) : V();
-              column_sum = column_sum + next;
-              dz = pairs(dz, next);
-            }
-            store(packed + k * ColumnsOfA<T>::depth_step + c, dz);
-          }
-          if (sums && first_columns) store(sums + n, load(sums + n, lanes) + column_sum, lanes);
-        });
+    const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed, Ahead&) {
+      const bool sum = sums && first_columns;
+      int64_t k = 0;
+      for (; k + 4 <= depth; k += 4) pack_dz_columns<4>(b, rows.begin + i, count, samples, m0 + k, packed + k * ColumnsOfA<T>::depth_step, sum ? sums : nullptr);
+      for (; k < depth; ++k) pack_dz_columns<1>(b, rows.begin + i, count, samples, m0 + k, packed + k * ColumnsOfA<T>::depth_step, sum ? sums : nullptr);
     };
     T* const begin = static_cast<T*>(scratch);
     if (!dw) {  // db alone
       const int64_t depth = elements(samples.size());
+      Ahead none;
       for (int64_t k = 0; sums && k < depth; k += Blocking<T>::depth)
         for (int64_t i = 0; i < rows.size(); i += Blocking<T>::rows)
           pack_dz(i, std::min<int64_t>(Blocking<T>::rows, rows.size() - i), k,
-                  std::min<int64_t>(Blocking<T>::depth, depth - k), true, begin);
+                  std::min<int64_t>(Blocking<T>::depth, depth - k), true, begin, none);
       return;
     }
     const auto pack_x = [&](int64_t m0, int64_t depth, int64_t j, int64_t count, T* packed) {
@@ -327,19 +359,28 @@ struct LinearAct {
     bool first = true;
     for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
       const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
-      for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
-        V column_sum;
-        for (int64_t r = 0; r < count; ++r) {
-          const V v = grad_z(b, m0 + r, n, lanes);
-          column_sum = column_sum + v;
-          store(dz + r * RowsOfA<T>::row_step + n, v);
-        }
-        if (db_sums) store(db_sums + n, load(db_sums + n, lanes) + column_sum, lanes);
+      for_rows({m0, m0 + count}, [&](auto steps, int64_t m) {
+        T* const row = dz + (m - m0) * RowsOfA<T>::row_step;
+        for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
+          V sum;
+#pragma GCC unroll 4
+          for (int p = 0; p < steps; ++p) {
+            const V v = grad_z(b, m + p, n, lanes);
+            sum = sum + v;
+            store(row + p * RowsOfA<T>::row_step + n, v);
+          }
+          if (db_sums) store(db_sums + n, load(db_sums + n, lanes) + sum, lanes);
+        });
       });
+      Ahead ahead;
+      const int64_t next = m0 + count, next_rows = next_block(is_large<S>(b.M, b.K + b.N) ? samples.end - next : 0);
+      read_dz_rows(b, next, next_rows, 0, b.N, ahead);
+      if (dw) read_rows(b.x, next, next_rows, 0, b.K, ahead);
+      ahead.spread(ceil_div(b.K, Tile<T>::columns) * ((b.dx.data ? ceil_div(count, Tile<T>::rows) : 0) + (dw ? ceil_div(b.N, Tile<T>::rows) : 0)));
       if (b.dx.data)
         tiles<RowsOfA<T>, Single<T>, Tile<T>::rows>(dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K,
                                                     Stage{true, true}, Partial<T>{},
-                                                    StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride});
+                                                    StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride, is_large<S>(b.M, b.K)}, ahead);
       if (!dw) continue;
       auto panels = in_place<S, T>(b.x, m0, 0);  // a block of it stays in L1 or L2
       if (!panels.data) {
@@ -347,7 +388,7 @@ struct LinearAct {
         panels = Panels<T>::packed(x, count);
       }
       tiles<RowsOfATransposed<T>, Single<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
-                                                            Partial<T>{dw_sums, b.K, 0}, StoreSums<T>{});
+                                                            Partial<T>{dw_sums, b.K, 0}, StoreSums<T>{}, ahead);
     }
   }
 
@@ -467,10 +508,10 @@ struct LinearAct {
   static constexpr int64_t kPackedScratch =
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
   static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +  // dz, x
-                                          kTallWeights + kTallOutputs * Tile<T>::columns;             // W, rounded up
+                                          kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W, rounded up
   static constexpr int64_t kOneScratch = 3 * kOneBreadth;
   static_assert(sizeof(T) * std::max({kPackedScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
-  static_assert(kTallOutputs <= Blocking<T>::depth && kTallInputs % Tile<T>::columns == 0);
+  static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);
 };
 
 template <class... Act>

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "cpu/plan.h"
+#include "cpu/results.h"
 #include "cpu/variants.h"
 
 namespace mlp_ext::cpu {
@@ -45,7 +46,7 @@ int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.size
 at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, columns]
   c10::SmallVector<int64_t, 5> sizes(t.sizes().begin(), t.sizes().end());
   sizes.back() = columns;
-  return at::empty(sizes, t.options().memory_format(std::nullopt));
+  return empty_result(sizes, t.scalar_type());
 }
 
 // Memory of this thread, kept for the next call.
@@ -149,8 +150,8 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
   const int64_t K = needs_dx ? weight->size(1) : needs_dw ? input->size(-1) : 1;
   at::Tensor dx, dw, db;
   if (needs_dx) dx = empty_rows_like(grad_output, K);
-  if (needs_dw) dw = at::empty({N, K}, options);
-  if (needs_db) db = at::empty({N}, options);
+  if (needs_dw) dw = empty_result({N, K}, grad_output.scalar_type());
+  if (needs_db) db = empty_result({N}, grad_output.scalar_type());
 
   const Rows dy(grad_output, N), y = output ? Rows(*output, N) : Rows();
   const Rows x = needs_dw ? Rows(*input, K) : Rows(), w = needs_dx ? Rows(*weight, K) : Rows();

@@ -35,24 +35,33 @@ constexpr int64_t kSmallProducts = 1 << 12;      // above, packing pays for itse
 constexpr int64_t kProductsPerThread = 1 << 17;  // below, waking a thread costs more than it takes over
 constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W costs as much as the product
 constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty
-constexpr int64_t kTallOutputs = 256;            // N: a row of dz fits one block of depth
+constexpr int64_t kTallRowBytes = 2048;          // N: a row of dz fits one block of depth
 constexpr int64_t kTallInputs = 1024;            // K: a block of x stays in L2
-constexpr int64_t kTallWeights = 3 << 12;        // N K: beyond, summing dW once per block of rows costs more
+constexpr int64_t kTallWeights = 1 << 18;        // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
 constexpr int64_t kOneBreadth = 1 << 16;         // K = 1: most N, N = 1: most K; bounds the scratch memory
 constexpr int64_t kFewSamples = 4;               // M: dW is written rather than computed
 constexpr int64_t kRowsPerPiece = 512;           // bounds the accumulators of 16-bit results
+constexpr int64_t kBlockColumns = 1024;          // of a product that are computed at a time: A is packed once for each
 constexpr int64_t kPieceEdge = 64;               // a piece is not cut narrower than a few tiles
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cuts [rows, columns] into about `pieces`, so that the operands that several pieces pack again are smallest.
-inline Grid cut(int64_t rows, int64_t columns, int64_t pieces) {
+// What packing an element costs: A row by row, B panel by panel; each piece packs what it multiplies.
+struct PackingCost {
+  int64_t a, b;
+};
+constexpr PackingCost kForwardPacking{1, 2};   // W is transposed
+constexpr PackingCost kBackwardPacking{2, 1};  // dz is made of dy and y
+
+// Cuts [rows, columns] into about `pieces`, so that least is packed in all.
+inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packing) {
   const auto at_most = [](int64_t size) { return std::max<int64_t>(1, size / kPieceEdge); };
   Grid best;
   int64_t best_pieces = 0, best_cost = 0;
   for (int64_t r = 1; r <= pieces; ++r) {
     const Grid grid{std::min(r, at_most(rows)), std::min(pieces / r, at_most(columns))};
-    const int64_t cost = grid.rows * columns + grid.columns * rows;
+    const int64_t times_a = grid.columns * ceil_div(columns, grid.columns * kBlockColumns);
+    const int64_t cost = times_a * rows * packing.a + grid.rows * columns * packing.b;
     if (grid.size() > best_pieces || (grid.size() == best_pieces && cost < best_cost)) {
       best = grid;
       best_pieces = grid.size();
@@ -67,17 +76,19 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
   const int64_t products = M * K * N;
   if (products <= kSmallProducts) return {Path::small, Path::small, {}, {}, {}};
   const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
-  Plan plan{Path::packed, Path::packed, cut(M, N, pieces), cut(M, K, pieces), cut(N, K, pieces)};
+  Plan plan{Path::packed, Path::packed, cut(M, N, pieces, kForwardPacking),
+            cut(M, K, pieces, kBackwardPacking), cut(N, K, pieces, kBackwardPacking)};
 
   if (M <= kDotRows || N <= kDotColumns) plan.forward_path = Path::dots;
 
-  const bool weights_stay_in_cache = N <= kTallOutputs && K <= kTallInputs && N * K <= kTallWeights;
+  const int64_t row_bytes = N * std::max<int64_t>(item_size, 4);  // of dz, as it is accumulated
+  const bool blocks_stay_in_cache = row_bytes <= kTallRowBytes && K <= kTallInputs && N * K <= kTallWeights;
   const bool rows_outweigh_sums = M >= 2 * pieces * std::max(N, K);
   if (N == 1 && K <= kOneBreadth)
     plan.backward_path = Path::one_output;
   else if (K == 1 && N <= kOneBreadth)
     plan.backward_path = Path::one_input;
-  else if (weights_stay_in_cache && rows_outweigh_sums)
+  else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
   if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
   if (item_size == 2) {  // sums of 16-bit results wait in scratch

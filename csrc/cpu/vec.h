@@ -203,6 +203,16 @@ inline void store(S* p, V v, AllLanes) {
   store(p, v);
 }
 
+// store() that may go past the caches, where v is a whole aligned line or half of one: the line is then not read first.
+template <class S, class V, class Lanes>
+inline void store_result(S* p, V v, Lanes lanes, bool past_caches) {
+#if MLP_EXT_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Lanes, AllLanes> && std::is_same_v<S, float>)
+    if (past_caches && reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)v.v);
+#endif
+  store(p, v, lanes);
+}
+
 // Lanes of a and, counting on, of b.
 template <class Native, class Bits>
 inline Native shuffle(Native a, Native b, Bits lanes) {
