@@ -207,6 +207,10 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
     const T* bj = b.data;
     for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
       const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
+      if (depth >= 256 && partial.data && partial.column_stride == 0) {
+        const T* c = partial.data + i * partial.row_stride + j;
+        for (int r = 0; r < R; ++r, c += partial.row_stride) { __builtin_prefetch(c, 1); __builtin_prefetch(c + lanes, 1); }
+      }
       if (width == Tile<T>::columns)
         multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, sums);
       else if (width > lanes)

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <functional>
 #include <memory>
 
 #include "cpu/plan.h"
@@ -75,14 +76,28 @@ Range piece(int64_t i, int64_t n, int64_t size) {
   return {std::min(size, i * lines / n * line), std::min(size, (i + 1) * lines / n * line)};
 }
 
-// f(rows, columns, samples, piece of samples) for all pieces of a grid.
-template <class F>
-void for_pieces(const Grid& grid, int64_t rows, int64_t columns, int64_t samples, const F& f) {
-  at::parallel_for(0, grid.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t c = i % grid.columns, r = i / grid.columns % grid.rows, s = i / grid.columns / grid.rows;
-      f(piece(r, grid.rows, rows), piece(c, grid.columns, columns), piece(s, grid.samples, samples), s);
+// A product and how it is cut: run(rows, columns, samples, which piece of the samples) computes a piece.
+struct Product {
+  Grid grid;
+  int64_t rows, columns, samples;
+  std::function<void(Range, Range, Range, int64_t)> run;
+
+  // Share i of n of the pieces.
+  void run_share(int64_t i, int64_t n) const {
+    for (int64_t p = i * grid.size() / n; p < (i + 1) * grid.size() / n; ++p) {
+      const int64_t c = p % grid.columns, r = p / grid.columns % grid.rows, s = p / grid.columns / grid.rows;
+      run(piece(r, grid.rows, rows), piece(c, grid.columns, columns), piece(s, grid.samples, samples), s);
     }
+  }
+};
+
+// All products at once, each on as many of the threads; one alone has them all.
+void run(std::initializer_list<Product> products) {
+  int64_t shares = 1;
+  for (const Product& product : products) shares = std::max(shares, product.grid.size());
+  shares = std::min(shares, std::max<int64_t>(1, threads()));
+  at::parallel_for(0, shares * static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) products.begin()[i / shares].run_share(i % shares, shares);
   });
 }
 
@@ -103,41 +118,50 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std:
     kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
   } else {
     const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
-    for_pieces(plan.forward, M, N, 1, [&](Range rows, Range columns, Range, int64_t) {
-      block(problem, rows, columns, scratch(kScratchBytes));
-    });
+    run({{plan.forward, M, N, 1, [&](Range rows, Range columns, Range, int64_t) {
+            block(problem, rows, columns, scratch(kScratchBytes));
+          }}});
   }
   return output;
 }
 
-// Runs f(rows, columns, samples, dw, db), which sums dW and db into accumulators. Where samples are cut or the results
-// have 16 bits, each piece of samples has accumulators of its own, which are then added up in order.
-template <class F>
-void sum_weights(const Backward& problem, Grid grid, const Kernels& kernels, const at::TensorOptions& options,
-                 const F& f) {
-  if (!problem.dw) grid.columns = 1;  // db alone has none to cut: two pieces would write the same sums
-  const int64_t N = problem.N, size = problem.dw ? N * problem.K : 0;
-  const auto accumulator = options.dtype().itemsize() == 2 ? options.dtype(at::kFloat) : options;
-  const bool direct = grid.samples == 1 && accumulator.dtype() == options.dtype();
-  const auto item = static_cast<int64_t>(accumulator.dtype().itemsize());
-  char *dw = static_cast<char*>(problem.dw), *db = static_cast<char*>(problem.db);
-  at::Tensor sums;
-  if (!direct) {
-    sums = at::empty({grid.samples * (size + N)}, accumulator);
-    char* const begin = static_cast<char*>(sums.mutable_data_ptr());
-    if (dw) dw = begin;
-    if (db) db = begin + grid.samples * size * item;
+// Where dW and db are summed: where samples are cut or the results have 16 bits, each piece of samples has accumulators of
+// its own, which are then added up in order.
+class WeightSums {
+ public:
+  WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, at::ScalarType dtype)
+      : problem_(problem), pieces_(pieces), kernels_(kernels), dw_(static_cast<char*>(problem.dw)),
+        db_(static_cast<char*>(problem.db)) {
+    const auto accumulator = c10::elementSize(dtype) == 2 ? at::kFloat : dtype;
+    item_ = static_cast<int64_t>(c10::elementSize(accumulator));
+    if (pieces == 1 && accumulator == dtype) return;
+    sums_ = at::empty({pieces * (size_ + problem.N)}, at::dtype(accumulator));
+    char* const begin = static_cast<char*>(sums_.mutable_data_ptr());
+    if (dw_) dw_ = begin;
+    if (db_) db_ = begin + pieces * size_ * item_;
   }
-  for_pieces(grid, N, problem.dw ? problem.K : 1, problem.M, [&](Range rows, Range columns, Range samples, int64_t s) {
-    f(rows, columns, samples, dw ? dw + s * size * item : nullptr, db ? db + s * N * item : nullptr);
-  });
-  if (direct) return;
-  if (dw)
-    at::parallel_for(0, size, kProductsPerThread, [&](int64_t begin, int64_t end) {
-      kernels.combine(dw, grid.samples, size, {begin, end}, problem.dw);
-    });
-  if (db) kernels.combine(db, grid.samples, N, {0, N}, problem.db);
-}
+
+  void* dw(int64_t piece) const { return dw_ ? dw_ + piece * size_ * item_ : nullptr; }
+  void* db(int64_t piece) const { return db_ ? db_ + piece * problem_.N * item_ : nullptr; }
+
+  void finish() const {
+    if (!sums_.defined()) return;
+    if (dw_)
+      at::parallel_for(0, size_, kProductsPerThread, [&](int64_t begin, int64_t end) {
+        kernels_.combine(dw_, pieces_, size_, {begin, end}, problem_.dw);
+      });
+    if (db_) kernels_.combine(db_, pieces_, problem_.N, {0, problem_.N}, problem_.db);
+  }
+
+ private:
+  const Backward& problem_;
+  const int64_t pieces_;
+  const Kernels& kernels_;
+  char *dw_, *db_;
+  const int64_t size_ = problem_.dw ? problem_.N * problem_.K : 0;
+  int64_t item_;
+  at::Tensor sums_;
+};
 
 // dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
 Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
@@ -158,31 +182,34 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
   const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   const Backward problem{M, K, N, dy.matrix, y.matrix, x.matrix, w.matrix, {data(dx), K}, data(dw), data(db)};
   const Kernels& kernels = variant().kernels(dtype_of(grad_output), act);
-  const Plan plan = make_plan(M, K, N, grad_output.element_size(), threads());
-  switch (plan.backward_path) {
-    case Path::small:
-      kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
-      break;
-    case Path::packed:
-      if (needs_dx)
-        for_pieces(plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
-          kernels.grad_input(problem, rows, columns, scratch(kScratchBytes));
-        });
-      if (needs_dw || needs_db)
-        sum_weights(problem, plan.grad_weight, kernels, options,
-                    [&](Range rows, Range columns, Range samples, void* dw, void* db) {
-                      kernels.grad_weight(problem, rows, columns, samples, dw, db, scratch(kScratchBytes));
-                    });
-      break;
-    default: {  // one pass over the rows
-      const auto pass = plan.backward_path == Path::tall        ? kernels.backward_tall
+  Plan plan = make_plan(M, K, N, grad_output.element_size(), threads(), needs_dx && needs_dw);
+  if (plan.backward_path == Path::small) {
+    kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
+    return {dx, dw, db};
+  }
+  if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, grad_output.scalar_type());
+  const Product grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
+                             kernels.grad_input(problem, rows, columns, scratch(kScratchBytes));
+                           }};
+  const Product grad_weight{
+      plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
+        kernels.grad_weight(problem, rows, columns, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
+      }};
+  const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
                         : plan.backward_path == Path::one_input ? kernels.backward_one_input
                                                                 : kernels.backward_one_output;
-      sum_weights(problem, plan.grad_weight, kernels, options, [&](Range, Range, Range samples, void* dw, void* db) {
-        pass(problem, samples, dw, db, scratch(kScratchBytes));
-      });
-    }
+  if (plan.backward_path != Path::packed)
+    run({{plan.grad_weight, N, K, M, [&](Range, Range, Range samples, int64_t s) {
+            one_pass(problem, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
+          }}});
+  else if (plan.products_at_once)
+    run({grad_input, grad_weight});
+  else {
+    if (needs_dx) run({grad_input});
+    if (needs_dw || needs_db) run({grad_weight});
   }
+  sums.finish();
   return {dx, dw, db};
 }
 

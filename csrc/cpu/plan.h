@@ -28,12 +28,13 @@ struct Grid {
 struct Plan {
   Path forward_path, backward_path;
   Grid forward, grad_input, grad_weight;
+  bool products_at_once;  // dx and dW in one go, each on half of the threads, so that fewer pieces pack the same
 };
 
 // Each limit with its reason.
 constexpr int64_t kSmallProducts = 1 << 12;      // above, packing pays for itself
 constexpr int64_t kProductsPerThread = 1 << 17;  // below, waking a thread costs more than it takes over
-constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W costs as much as the product
+constexpr int64_t kDotRows = 128;                // few rows of x: transposing W costs as much as the product
 constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty
 constexpr int64_t kTallRowBytes = 2048;          // N: a row of dz fits one block of depth
 constexpr int64_t kTallInputs = 1024;            // K: a block of x stays in L2
@@ -71,13 +72,15 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
   return best;
 }
 
-// item_size: bytes of an element. threads: how many may work.
-inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads) {
+// item_size: bytes of an element. threads: how many may work. both: dx and dW are wanted.
+inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, bool both = true) {
   const int64_t products = M * K * N;
-  if (products <= kSmallProducts) return {Path::small, Path::small, {}, {}, {}};
+  if (products <= kSmallProducts) return {Path::small, Path::small, {}, {}, {}, false};
   const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
-  Plan plan{Path::packed, Path::packed, cut(M, N, pieces, kForwardPacking),
-            cut(M, K, pieces, kBackwardPacking), cut(N, K, pieces, kBackwardPacking)};
+  const bool at_once = both && threads > 1 && products >= kProductsPerThread;
+  const int64_t each = at_once && pieces % 2 == 0 ? pieces / 2 : pieces;  // of an odd number each has a part of both
+  Plan plan{Path::packed, Path::packed, cut(M, N, pieces, kForwardPacking), cut(M, K, each, kBackwardPacking),
+            cut(N, K, each, kBackwardPacking), at_once};
 
   if (M <= kDotRows || N <= kDotColumns) plan.forward_path = Path::dots;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -60,8 +61,29 @@ class Suite(NamedTuple):
     modes: tuple[str, ...]  # the first is the default
     form: str  # of a case, for people
     cases: tuple[Case, ...]  # those published
+    sweep: tuple[Case, ...] = ()  # as `sweep`: all sorts of sizes, to find where fused loses
 
 
+SWEEP = {  # M: KxN
+    1: "8x8 64x64 1024x1024 4096x4096 4096x1 1x4096 1000x10",
+    2: "16x16 512x512 4096x1000",
+    7: "13x5 100x100 784x256 3000x1000",
+    16: "16x16 128x128 1024x512",
+    17: "33x65 300x200",
+    32: "64x64 784x128 2048x2048",
+    64: "10x1 64x64 512x10 1024x4096",
+    100: "10x10 37x129 1000x1000",
+    128: "784x10 256x256 4096x256",
+    256: "30x16 64x64 784x512 4096x4096",
+    500: "100x1 200x300 1031x517",
+    1000: "1x1 1x1000 1000x1 17x19 333x222",
+    1024: "128x128 512x2048",
+    2048: "64x256 300x300 1024x1024",
+    4096: "3x5 64x4 128x512 1024x256",
+    8192: "256x256 512x512 100x1000",
+    16384: "8x8 128x128 17x255",
+    65536: "1x1 4x4 32x1 1x32 32x32 128x128 200x50 784x10 16x512",
+}
 SUITES = {
     "layers": Suite(
         modes=("full", "forward", "backward"),
@@ -78,6 +100,11 @@ SUITES = {
             Layer(512, 4096, 1024),
             Layer(2048, 2048, 2048),
         ),
+        sweep=tuple(
+            Layer(M, K, N)
+            for M, sizes in SWEEP.items()
+            for K, N in (map(int, size.split("x")) for size in sizes.split())
+        ),
     ),
     "train": Suite(
         modes=("step",),
@@ -91,6 +118,14 @@ SUITES = {
         ),
     ),
 }
+
+
+def parse_all(suite: str, texts: Iterable[str]) -> list[Case]:
+    """The cases that the texts write, `sweep` standing for the suite's; raises as parse."""
+    found: list[Case] = []
+    for text in texts:
+        found += SUITES[suite].sweep if text == "sweep" else [parse(suite, text)]
+    return found
 
 
 def parse(suite: str, text: str) -> Case:

@@ -14,7 +14,7 @@ import torch
 from mlp_ext import arguments
 from mlp_ext.arguments import count, file
 from mlp_ext.bench import plot
-from mlp_ext.bench.cases import SUITES, Case, Setting, parse
+from mlp_ext.bench.cases import SUITES, Case, Setting, parse_all
 from mlp_ext.bench.machine import Peak, device_name, measure_peak
 from mlp_ext.bench.providers import DEFAULT, PROVIDERS
 from mlp_ext.bench.rows import Row, by_provider, geometric_mean, write_csv, write_json
@@ -46,7 +46,7 @@ def add_bench(commands: Any) -> None:
     known = "; ".join(f"{suite}: {', '.join(table)}" for suite, table in PROVIDERS.items())
     add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
     add("--mode", choices=modes, help="what of it (default: full, in train step)")
-    add("--cases", type=_list, metavar="C,...", help=f"{forms} (default: those published)")
+    add("--cases", type=_list, metavar="C,...", help=f"{forms}; layers: sweep (default: those published)")
     add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {','.join(DEFAULT)})")
     add("--activation", choices=ACTIVATIONS, default="relu", help="in train the hidden one")
     add("--dtype", choices=arguments.DTYPES, default="float32", help="(default: float32)")
@@ -78,7 +78,7 @@ def _bench(args: argparse.Namespace) -> None:
     if mode not in SUITES[suite].modes:
         args.fail(f"argument --mode: {suite} has {', '.join(SUITES[suite].modes)}, got '{mode}'")
     try:
-        cases = [parse(suite, text) for text in args.cases] if args.cases else SUITES[suite].cases
+        cases = parse_all(suite, args.cases) if args.cases else SUITES[suite].cases
     except ValueError as error:
         args.fail(f"argument --cases: {error}")
     setting = Setting(suite, mode, args.activation, args.dtype, args.device, threads)
