@@ -126,7 +126,9 @@ struct LinearAct {
 
   // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
   static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
-    if (f.N == 1)
+    if (f.M == 1 && f.N == 1)
+      one_dot(f);
+    else if (f.N == 1)
       dots<V::lanes, 1>(f, rows, columns);
     else if (f.M == 1)
       dots<1, V::lanes>(f, rows, columns);
@@ -451,6 +453,15 @@ struct LinearAct {
 
  private:
   static constexpr int kSide = V::lanes >= 16 ? 4 : 2;
+
+  static void one_dot(const Forward& f) {
+    V sums[4];
+    for_vectors<T>(f.K, [&](int64_t k, auto lanes) {
+      V& sum = sums[k / V::lanes % 4];
+      sum = sum + load(at<S>(f.x, 0, k), lanes) * load(at<S>(f.w, 0, k), lanes);
+    });
+    epilogue(f)(0, 0, V(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]))), 1);
+  }
 
   // Tiles of P rows of x and Q rows of W, P Q sums of lanes, which one transposition turns into one vector of results.
   template <int P, int Q>

@@ -34,8 +34,12 @@ struct Plan {
 // Each limit with its reason.
 constexpr int64_t kSmallProducts = 1 << 12;      // above, packing pays for itself
 constexpr int64_t kProductsPerThread = 1 << 17;  // below, waking a thread costs more than it takes over
-constexpr int64_t kDotRows = 128;                // few rows of x: transposing W costs as much as the product
-constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty
+constexpr int64_t kSmallDotDepth = 8;            // K / M in a small layer: 1x64x64 takes 3.6 us, transposed 4.9
+constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W costs as much as the product,
+constexpr int64_t kDotRowsIfDeep = 64;           // up to here if the sums are long: 24x784x256 takes 48 us, packed 61,
+constexpr int64_t kDotDepth = 12;                // K / M: 32x300x256 62 us, packed 57
+constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty,
+constexpr int64_t kTinyDepth = 24;               // but it has no sums to add up: 65536x16x4 521 us, dots 802; 32x4 1010, 806
 constexpr int64_t kTallRowBytes = 2048;          // N: a row of dz fits one block of depth
 constexpr int64_t kTallInputs = 1024;            // K: a block of x stays in L2
 constexpr int64_t kTallWeights = 1 << 18;        // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
@@ -75,14 +79,19 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
 // item_size: bytes of an element. threads: how many may work. both: dx and dW are wanted.
 inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, bool both = true) {
   const int64_t products = M * K * N;
-  if (products <= kSmallProducts) return {Path::small, Path::small, {}, {}, {}, false};
+  if (products <= kSmallProducts) {
+    const bool transposing_costs_more = N == 1 || kSmallDotDepth * M <= K;
+    return {transposing_costs_more ? Path::dots : Path::small, Path::small, {}, {}, {}, false};
+  }
   const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
   const bool at_once = both && threads > 1 && products >= kProductsPerThread;
   const int64_t each = at_once && pieces % 2 == 0 ? pieces / 2 : pieces;  // of an odd number each has a part of both
   Plan plan{Path::packed, Path::packed, cut(M, N, pieces, kForwardPacking), cut(M, K, each, kBackwardPacking),
             cut(N, K, each, kBackwardPacking), at_once};
 
-  if (M <= kDotRows || N <= kDotColumns) plan.forward_path = Path::dots;
+  const bool transposing_costs_more = M <= kDotRows || (M <= kDotRowsIfDeep && K >= kDotDepth * M);
+  const bool tiles_mostly_empty = N == 1 || (N <= kDotColumns && K > kTinyDepth);
+  if (transposing_costs_more || tiles_mostly_empty) plan.forward_path = Path::dots;
 
   const int64_t row_bytes = N * std::max<int64_t>(item_size, 4);  // of dz, as it is accumulated
   const bool blocks_stay_in_cache = row_bytes <= kTallRowBytes && K <= kTallInputs && N * K <= kTallWeights;
