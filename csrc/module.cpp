@@ -11,6 +11,7 @@
 
 #include "activations.h"
 #include "cpu/plan.h"
+#include "cpu/results.h"
 #include "cpu/variants.h"
 
 namespace py = pybind11;
@@ -65,6 +66,7 @@ py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t thread
   result["forward"] = pieces(plan.forward);
   result["grad_input"] = pieces(plan.grad_input);
   result["grad_weight"] = pieces(plan.grad_weight);
+  result["products_at_once"] = plan.products_at_once;
   return result;
 }
 
@@ -89,6 +91,7 @@ PYBIND11_MODULE(_C, m) {
         "FLOP/s of float32 that the processor reaches in registers alone.");
   m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
         "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut.");
+  m.def("waiting_bytes", cpu::waiting_bytes, "Memory of freed results that waits for the next ones.");
 }
 
 }  // namespace mlp_ext

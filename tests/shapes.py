@@ -27,6 +27,9 @@ THREE_LEADING = Shape((2, 3, 4), 6, 5)
 MID = Shape((64,), 784, 256)
 TALL = Shape((4099,), 64, 64)
 WIDE = Shape((37,), 1031, 129)
+BROAD = Shape((1801,), 40, 300)
+DEEP = Shape((24,), 999, 130)  # few rows
+PAGES = Shape((1,), 1024, 131)  # rows of the weight lie at multiples of a page
 
 SHAPES = [
     ONE_ROW,
@@ -42,7 +45,7 @@ SHAPES = [
     Shape((4,), 0, 3),
     Shape((4,), 3, 0),
 ]
-LARGE_SHAPES = [MID, TALL, WIDE]
+LARGE_SHAPES = [MID, TALL, WIDE, BROAD, DEEP, PAGES]
 
 
 def grid(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:

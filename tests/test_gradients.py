@@ -52,6 +52,20 @@ def test_large_gradients_match_native(shape: Shape, dtype: torch.dtype, threads:
         assert_matches_native(operands(shape, dtype), activation, grad_output(shape, dtype))
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_beyond_the_caches_match_native(dtype: torch.dtype, threads: int) -> None:
+    """Results of more than 8 MiB: rows of dx begin at cache lines, those of the output do not."""
+    shape = Shape((33001 if dtype == torch.float32 else 66001,), 64, 66)
+    assert_matches_native(operands(shape, dtype), "relu", grad_output(shape, dtype))
+
+
+def test_bias_gradient_of_many_rows_keeps_its_digits() -> None:
+    for shape in (Shape((1_000_000,), 2, 3), Shape((40_000,), 2, 600)):  # in one pass, and packed
+        dy = torch.rand(*shape.leading, shape.N)
+        assert_matches_native(operands(shape), "identity", dy)
+
+
 @pytest.mark.parametrize("shape", [ONE_ROW, SMALL, ODD, THREE_LEADING], ids=str)
 @pytest.mark.parametrize("tensor", [*NAMES, "grad_output"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -22,23 +22,32 @@ def plan(M: int, K: int, N: int, threads: int = 2, item_size: int = FLOAT) -> di
         ((10, 10, 5), "small", "small"),
         ((16, 16, 16), "small", "small"),  # 4096 products
         ((17, 16, 16), "packed", "packed"),
-        ((0, 784, 256), "small", "small"),
+        ((4, 32, 32), "dots", "small"),  # 8 times as deep as there are rows
+        ((4, 31, 32), "small", "small"),
+        ((1000, 1, 1), "dots", "small"),
+        ((0, 784, 256), "dots", "small"),
         ((64, 0, 256), "small", "small"),
-        ((16, 784, 256), "dots", "packed"),
-        ((17, 784, 256), "packed", "packed"),
+        ((16, 100, 256), "dots", "packed"),
+        ((17, 100, 256), "packed", "packed"),
+        ((32, 384, 256), "dots", "packed"),  # 12 times as deep as there are rows
+        ((32, 383, 256), "packed", "packed"),
+        ((64, 784, 256), "dots", "packed"),
+        ((65, 784, 256), "packed", "packed"),
         ((4096, 64, 4), "dots", "tall"),
         ((4096, 64, 5), "packed", "tall"),
-        ((4096, 64, 1), "dots", "one_output"),
+        ((4096, 25, 4), "dots", "tall"),
+        ((4096, 24, 4), "packed", "tall"),
+        ((4096, 24, 1), "dots", "one_output"),
         ((4096, 1, 64), "packed", "one_input"),
         ((4096, 1, 1 << 16), "packed", "one_input"),
         ((4096, 1, (1 << 16) + 1), "packed", "packed"),
         ((4, (1 << 16) + 1, 1), "dots", "packed"),
         ((256, 64, 64), "packed", "tall"),  # 2 threads of twice as many rows as dW has
         ((255, 64, 64), "packed", "packed"),
-        ((65536, 48, 256), "packed", "tall"),  # 12288 weights
-        ((65536, 49, 256), "packed", "packed"),
-        ((65536, 8, 257), "packed", "packed"),
-        ((65536, 1024, 8), "packed", "tall"),
+        ((65536, 512, 512), "packed", "tall"),  # 2^18 weights, rows of dz of 2048 bytes
+        ((65536, 8, 513), "packed", "packed"),
+        ((65536, 1024, 256), "packed", "tall"),
+        ((65536, 1024, 257), "packed", "packed"),
         ((65536, 1025, 8), "packed", "packed"),
         ((1024, 1024, 1024), "packed", "packed"),
     ],
@@ -50,12 +59,44 @@ def test_plan_takes_the_path_of_the_shape(
     assert (chosen["forward_path"], chosen["backward_path"]) == (forward, backward)
 
 
+def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
+    for item_size, widest in ((2, 512), (4, 512), (8, 256)):
+        assert plan(65536, 8, widest, item_size=item_size)["backward_path"] == "tall"
+        assert plan(65536, 8, widest + 1, item_size=item_size)["backward_path"] == "packed"
+
+
 def test_plan_uses_threads_where_there_is_work_for_them() -> None:
-    for product in ("forward", "grad_input", "grad_weight"):
-        assert prod(plan(32, 64, 64)[product]) == 1  # 2^17 products: one thread's work
-        assert prod(plan(1024, 1024, 1024)[product]) == 2
-        assert prod(plan(1024, 1024, 1024, threads=1)[product]) == 1
-        assert prod(plan(4096, 4096, 4096, threads=64)[product]) == 64
+    assert prod(plan(32, 64, 64)["forward"]) == 1  # 2^17 products: one thread's work
+    assert prod(plan(64, 64, 128)["forward"]) == 2
+    assert prod(plan(1024, 1024, 1024)["forward"]) == 2
+    assert prod(plan(1024, 1024, 1024, threads=1)["forward"]) == 1
+    assert prod(plan(4096, 4096, 4096, threads=64)["forward"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("M", "threads", "at_once", "pieces"),
+    [
+        (31, 2, False, 1),  # dx has less than one thread's work, and dW too
+        (32, 2, True, 1),
+        (1024, 1, False, 1),
+        (1024, 2, True, 1),
+        (1024, 3, True, 3),  # each thread has a part of both
+        (1024, 8, True, 4),
+    ],
+)
+def test_plan_gives_dx_and_dw_half_of_the_threads_each(
+    M: int, threads: int, at_once: bool, pieces: int
+) -> None:
+    chosen = plan(M, 64, 64 if M < 1024 else 4096, threads=threads)
+    assert chosen["products_at_once"] is at_once
+    assert prod(chosen["grad_input"]) == prod(chosen["grad_weight"]) == pieces
+
+
+def test_plan_cuts_where_least_is_packed() -> None:
+    """dx: dz costs twice W; forward: W costs twice x; but A is packed for every 1024 columns."""
+    assert plan(1024, 1024, 1024, threads=4)["grad_input"] == (2, 1, 1)
+    assert plan(1024, 2048, 1024, threads=4)["grad_input"] == (1, 2, 1)
+    assert plan(1024, 1024, 1024)["forward"] == (1, 2, 1)
 
 
 def test_plan_cuts_samples_of_narrow_layers() -> None:

@@ -46,7 +46,9 @@ template <class T>
 constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
 
 constexpr int64_t kLargeResult = 8 << 20;  // bytes: two in L3 leave no room for what is computed from them
-constexpr int64_t kBytesInL1 = 16384;  // half of it, what most processors have at least
+constexpr int64_t kDepthToPrefetch = 256;  // of a tile, for its sums to arrive meanwhile: 2.5 % at 1024x1024x1024
+constexpr int64_t kPageBytes = 4096;       // of memory, and from line to line in the same place of L1
+constexpr int64_t kBytesInL1 = 16384;      // half of it, what most processors have at least
 
 // A block of B as panels of Tile::columns columns.
 template <class T>
@@ -76,7 +78,8 @@ class Ahead {
  public:
   // rows of `bytes` each
   void add(const void* data, int64_t stride_bytes, int64_t rows, int64_t bytes) {
-    if (data && rows > 0) parts_[count_++] = {static_cast<const char*>(data), stride_bytes, rows, ceil_div(bytes, kLine)};
+    if (data && rows > 0)
+      parts_[count_++] = {static_cast<const char*>(data), stride_bytes, rows, ceil_div(bytes, kLine)};
   }
   void spread(int64_t steps) {
     int64_t lines = 0;
@@ -207,10 +210,10 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
     const T* bj = b.data;
     for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
       const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
-      if (depth >= 256 && partial.data && partial.column_stride == 0) {
-        const T* c = partial.data + i * partial.row_stride + j;
-        for (int r = 0; r < R; ++r, c += partial.row_stride) { __builtin_prefetch(c, 1); __builtin_prefetch(c + lanes, 1); }
-      }
+      if (depth >= kDepthToPrefetch && partial.data)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < Tile<T>::vectors; ++v)
+            __builtin_prefetch(partial.data + (i + r) * partial.row_stride + j + v * lanes, 1);
       if (width == Tile<T>::columns)
         multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, sums);
       else if (width > lanes)
@@ -263,6 +266,7 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
       k0 += kc;
     } while (k0 < depth);
   }
+  end_of_streams();
 }
 
 }  // namespace

@@ -127,7 +127,9 @@ struct LinearAct {
   // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
   static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
     if (f.M == 1 && f.N == 1)
-      one_dot(f);
+      dots_of_one_row<1>(f, columns);
+    else if (f.M == 1 && f.w.stride * sizeof(S) % kPageBytes == 0)
+      dots_of_one_row<4>(f, columns);
     else if (f.N == 1)
       dots<V::lanes, 1>(f, rows, columns);
     else if (f.M == 1)
@@ -165,14 +167,15 @@ struct LinearAct {
                                  begin);
   }
 
-  // A few steps of depth of dz^T as ColumnsOfA: row by row of dy and y, so that they are read as they lie in memory.
+  // A few steps of depth of dz^T as ColumnsOfA: row by row of dy and y, as they lie in memory. Adds them to db.
   template <int steps>
-  static void pack_dz_columns(const Backward& b, int64_t n0, int64_t count, Range samples, int64_t m0, T* packed, T* sums) {
+  static void pack_dz_columns(const Backward& b, int64_t n0, int64_t count, Range samples, int64_t m0, T* packed,
+                              T* db) {
     constexpr int width = Tile<T>::rows, depth_step = ColumnsOfA<T>::depth_step;
     for (int64_t r = 0; r < count; r += width, packed += ColumnsOfA<T>::panel)
       for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
         const int64_t n = n0 + r + c;
-        V sum;
+        V sum = load(db + r + c, lanes);
 #pragma GCC unroll 4
         for (int k = 0; k < steps; ++k) {
           const int64_t m = samples.begin + Element::depth * (m0 + k);
@@ -185,7 +188,7 @@ struct LinearAct {
           }
           store(packed + k * depth_step + c, dz);
         }
-        if (sums) store(sums + n, load(sums + n, lanes) + sum, lanes);
+        store(db + r + c, sum, lanes);
       });
   }
 
@@ -196,11 +199,14 @@ struct LinearAct {
     if (samples.size() <= kFewSamples)
       return grad_weight_few_samples(b, rows, columns, samples, static_cast<T*>(dw), sums);
     if (sums) std::fill(sums + rows.begin, sums + rows.end, T(0));
-    const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed, Ahead&) {
-      const bool sum = sums && first_columns;
-      int64_t k = 0;
-      for (; k + 4 <= depth; k += 4) pack_dz_columns<4>(b, rows.begin + i, count, samples, m0 + k, packed + k * ColumnsOfA<T>::depth_step, sum ? sums : nullptr);
-      for (; k < depth; ++k) pack_dz_columns<1>(b, rows.begin + i, count, samples, m0 + k, packed + k * ColumnsOfA<T>::depth_step, sum ? sums : nullptr);
+    const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed,
+                             Ahead&) {
+      alignas(kVectorBytes) T db_block[Blocking<T>::rows] = {};  // long plain sums would lose digits
+      for_rows({0, depth}, [&](auto steps, int64_t k) {
+        pack_dz_columns<decltype(steps)::value>(b, rows.begin + i, count, samples, m0 + k,
+                                                packed + k * ColumnsOfA<T>::depth_step, db_block);
+      });
+      if (sums && first_columns) add_up(sums + rows.begin + i, db_block, count);
     };
     T* const begin = static_cast<T*>(scratch);
     if (!dw) {  // db alone
@@ -357,32 +363,37 @@ struct LinearAct {
     T* const w = x + Blocking<T>::rows * round_up_columns<T>(b.K);
     T *const dw_sums = static_cast<T*>(dw), *const db_sums = static_cast<T*>(db);
     if (b.dx.data) pack_panels<S>(b.w, 0, b.N, 0, b.K, w);
+    T* const db_block = w + b.N * round_up_columns<T>(b.K);  // of one block: long plain sums would lose digits
     if (db_sums) std::fill(db_sums, db_sums + b.N, T(0));
     bool first = true;
     for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
       const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
+      std::fill(db_block, db_block + b.N, T(0));
       for_rows({m0, m0 + count}, [&](auto steps, int64_t m) {
+        constexpr int P = decltype(steps)::value;
         T* const row = dz + (m - m0) * RowsOfA<T>::row_step;
         for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
-          V sum;
+          V sum = load(db_block + n, lanes);
 #pragma GCC unroll 4
-          for (int p = 0; p < steps; ++p) {
+          for (int p = 0; p < P; ++p) {
             const V v = grad_z(b, m + p, n, lanes);
             sum = sum + v;
             store(row + p * RowsOfA<T>::row_step + n, v);
           }
-          if (db_sums) store(db_sums + n, load(db_sums + n, lanes) + sum, lanes);
+          store(db_block + n, sum, lanes);
         });
       });
+      if (db_sums) add_up(db_sums, db_block, b.N);
       Ahead ahead;
       const int64_t next = m0 + count, next_rows = next_block(is_large<S>(b.M, b.K + b.N) ? samples.end - next : 0);
       read_dz_rows(b, next, next_rows, 0, b.N, ahead);
       if (dw) read_rows(b.x, next, next_rows, 0, b.K, ahead);
-      ahead.spread(ceil_div(b.K, Tile<T>::columns) * ((b.dx.data ? ceil_div(count, Tile<T>::rows) : 0) + (dw ? ceil_div(b.N, Tile<T>::rows) : 0)));
+      const int64_t tile_rows = (b.dx.data ? count : 0) + (dw ? b.N : 0);
+      ahead.spread(ceil_div(tile_rows, Tile<T>::rows) * ceil_div(b.K, Tile<T>::columns));
       if (b.dx.data)
-        tiles<RowsOfA<T>, Single<T>, Tile<T>::rows>(dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K,
-                                                    Stage{true, true}, Partial<T>{},
-                                                    StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride, is_large<S>(b.M, b.K)}, ahead);
+        tiles<RowsOfA<T>, Single<T>, Tile<T>::rows>(
+            dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K, Stage{true, true}, Partial<T>{},
+            StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride, is_large<S>(b.M, b.K)}, ahead);
       if (!dw) continue;
       auto panels = in_place<S, T>(b.x, m0, 0);  // a block of it stays in L1 or L2
       if (!panels.data) {
@@ -392,6 +403,7 @@ struct LinearAct {
       tiles<RowsOfATransposed<T>, Single<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
                                                             Partial<T>{dw_sums, b.K, 0}, StoreSums<T>{}, ahead);
     }
+    end_of_streams();
   }
 
   static void combine(const void* parts, int64_t count, int64_t size, Range range, void* out) {
@@ -454,13 +466,28 @@ struct LinearAct {
  private:
   static constexpr int kSide = V::lanes >= 16 ? 4 : 2;
 
-  static void one_dot(const Forward& f) {
-    V sums[4];
-    for_vectors<T>(f.K, [&](int64_t k, auto lanes) {
-      V& sum = sums[k / V::lanes % 4];
-      sum = sum + load(at<S>(f.x, 0, k), lanes) * load(at<S>(f.w, 0, k), lanes);
-    });
-    epilogue(f)(0, 0, V(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]))), 1);
+  // One row of x, few rows of W at a time: one, or where their lines would compete for the same places in L1.
+  template <int Q>
+  static void dots_of_one_row(const Forward& f, Range columns) {
+    constexpr int chains = 4;
+    const Epilogue finish = epilogue(f);
+    for (int64_t n = columns.begin; n < columns.end; n += Q) {
+      const S *const x = at<S>(f.x, 0, 0), *w[Q];  // beyond the edge the last row again
+      for (int q = 0; q < Q; ++q) w[q] = at<S>(f.w, std::min<int64_t>(n + q, columns.end - 1), 0);
+      V sums[chains][Q];
+      const auto add = [&](int chain, int64_t k, auto lanes) {
+        const V xk = load(x + k, lanes);
+#pragma GCC unroll 4
+        for (int q = 0; q < Q; ++q) sums[chain][q] = sums[chain][q] + xk * load(w[q] + k, lanes);
+      };
+      int64_t k = 0;
+      for (; k + chains * V::lanes <= f.K; k += chains * V::lanes)
+#pragma GCC unroll 4
+        for (int chain = 0; chain < chains; ++chain) add(chain, k + chain * V::lanes, AllLanes{});
+      for_vectors<T>(f.K - k, [&](int64_t j, auto lanes) { add(0, k + j, lanes); });
+      for (int q = 0; q < Q && n + q < columns.end; ++q)
+        finish(0, n + q, V(sum_lanes((sums[0][q] + sums[1][q]) + (sums[2][q] + sums[3][q]))), 1);
+    }
   }
 
   // Tiles of P rows of x and Q rows of W, P Q sums of lanes, which one transposition turns into one vector of results.
@@ -518,8 +545,8 @@ struct LinearAct {
   // What the packed and the tall path take of the scratch memory.
   static constexpr int64_t kPackedScratch =
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
-  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +  // dz, x
-                                          kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W, rounded up
+  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +          // dz, x
+                                          kTallWeights + kTallRowBytes / sizeof(T) * (Tile<T>::columns + 1);  // W, db
   static constexpr int64_t kOneScratch = 3 * kOneBreadth;
   static_assert(sizeof(T) * std::max({kPackedScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
   static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);

@@ -118,19 +118,21 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std:
     kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
   } else {
     const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
-    run({{plan.forward, M, N, 1, [&](Range rows, Range columns, Range, int64_t) {
-            block(problem, rows, columns, scratch(kScratchBytes));
-          }}});
+    run({{plan.forward, M, N, 1,
+          [&](Range rows, Range columns, Range, int64_t) { block(problem, rows, columns, scratch(kScratchBytes)); }}});
   }
   return output;
 }
 
-// Where dW and db are summed: where samples are cut or the results have 16 bits, each piece of samples has accumulators of
-// its own, which are then added up in order.
+// Where dW and db are summed: where samples are cut or the results have 16 bits, each piece of samples has accumulators
+// of its own, which are then added up in order.
 class WeightSums {
  public:
   WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, at::ScalarType dtype)
-      : problem_(problem), pieces_(pieces), kernels_(kernels), dw_(static_cast<char*>(problem.dw)),
+      : problem_(problem),
+        pieces_(pieces),
+        kernels_(kernels),
+        dw_(static_cast<char*>(problem.dw)),
         db_(static_cast<char*>(problem.db)) {
     const auto accumulator = c10::elementSize(dtype) == 2 ? at::kFloat : dtype;
     item_ = static_cast<int64_t>(c10::elementSize(accumulator));
@@ -192,10 +194,10 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
   const Product grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
                              kernels.grad_input(problem, rows, columns, scratch(kScratchBytes));
                            }};
-  const Product grad_weight{
-      plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
-        kernels.grad_weight(problem, rows, columns, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
-      }};
+  const Product grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
+                              kernels.grad_weight(problem, rows, columns, samples, sums.dw(s), sums.db(s),
+                                                  scratch(kScratchBytes));
+                            }};
   const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
                         : plan.backward_path == Path::one_input ? kernels.backward_one_input
                                                                 : kernels.backward_one_output;

@@ -39,15 +39,15 @@ constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W
 constexpr int64_t kDotRowsIfDeep = 64;           // up to here if the sums are long: 24x784x256 takes 48 us, packed 61,
 constexpr int64_t kDotDepth = 12;                // K / M: 32x300x256 62 us, packed 57
 constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty,
-constexpr int64_t kTinyDepth = 24;               // but it has no sums to add up: 65536x16x4 521 us, dots 802; 32x4 1010, 806
-constexpr int64_t kTallRowBytes = 2048;          // N: a row of dz fits one block of depth
-constexpr int64_t kTallInputs = 1024;            // K: a block of x stays in L2
-constexpr int64_t kTallWeights = 1 << 18;        // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
-constexpr int64_t kOneBreadth = 1 << 16;         // K = 1: most N, N = 1: most K; bounds the scratch memory
-constexpr int64_t kFewSamples = 4;               // M: dW is written rather than computed
-constexpr int64_t kRowsPerPiece = 512;           // bounds the accumulators of 16-bit results
-constexpr int64_t kBlockColumns = 1024;          // of a product that are computed at a time: A is packed once for each
-constexpr int64_t kPieceEdge = 64;               // a piece is not cut narrower than a few tiles
+constexpr int64_t kTinyDepth = 24;         // but it has no sums to add up: 65536x16x4 521 us, dots 802; 32x4 1010, 806
+constexpr int64_t kTallRowBytes = 2048;    // N: a row of dz fits one block of depth
+constexpr int64_t kTallInputs = 1024;      // K: a block of x stays in L2
+constexpr int64_t kTallWeights = 1 << 18;  // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
+constexpr int64_t kOneBreadth = 1 << 16;   // K = 1: most N, N = 1: most K; bounds the scratch memory
+constexpr int64_t kFewSamples = 4;         // M: dW is written rather than computed
+constexpr int64_t kRowsPerPiece = 512;     // bounds the accumulators of 16-bit results
+constexpr int64_t kBlockColumns = 1024;    // of a product that are computed at a time: A is packed once for each
+constexpr int64_t kPieceEdge = 64;         // a piece is not cut narrower than a few tiles
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -86,8 +86,12 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
   const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
   const bool at_once = both && threads > 1 && products >= kProductsPerThread;
   const int64_t each = at_once && pieces % 2 == 0 ? pieces / 2 : pieces;  // of an odd number each has a part of both
-  Plan plan{Path::packed, Path::packed, cut(M, N, pieces, kForwardPacking), cut(M, K, each, kBackwardPacking),
-            cut(N, K, each, kBackwardPacking), at_once};
+  Plan plan{Path::packed,
+            Path::packed,
+            cut(M, N, pieces, kForwardPacking),
+            cut(M, K, each, kBackwardPacking),
+            cut(N, K, each, kBackwardPacking),
+            at_once};
 
   const bool transposing_costs_more = M <= kDotRows || (M <= kDotRowsIfDeep && K >= kDotDepth * M);
   const bool tiles_mostly_empty = N == 1 || (N <= kDotColumns && K > kTinyDepth);

@@ -5,6 +5,7 @@
 // their size.
 #include "cpu/results.h"
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -114,9 +116,12 @@ struct ResultAllocator final : c10::Allocator {
 at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype) {
   static auto* const allocator = new ResultAllocator;
   constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
-  return at::Tensor(at::detail::empty_generic(sizes, allocator, cpu, dtype, std::nullopt));
+  const at::Tensor result(at::detail::empty_generic(sizes, allocator, cpu, dtype, std::nullopt));
+  const auto& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) result.fill_(NAN);
+  return result;
 }
 
-int64_t result_bytes_waiting() { return static_cast<int64_t>(waiting().bytes()); }
+int64_t waiting_bytes() { return static_cast<int64_t>(waiting().bytes()); }
 
 }  // namespace mlp_ext::cpu

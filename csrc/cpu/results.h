@@ -8,6 +8,6 @@ namespace mlp_ext::cpu {
 // As at::empty, of contiguous memory. What a large result leaves when it is freed waits for the next one.
 at::Tensor empty_result(at::IntArrayRef sizes, at::ScalarType dtype);
 
-int64_t result_bytes_waiting();
+int64_t waiting_bytes();  // by all of it now
 
 }  // namespace mlp_ext::cpu

@@ -203,14 +203,37 @@ inline void store(S* p, V v, AllLanes) {
   store(p, v);
 }
 
-// store() that may go past the caches, where v is a whole aligned line or half of one: the line is then not read first.
-template <class S, class V, class Lanes>
-inline void store_result(S* p, V v, Lanes lanes, bool past_caches) {
+// store() that may go past the caches, where whole vectors are aligned: their lines are then not read first. Other
+// threads see it after end_of_streams().
+template <class S, class V>
+inline void store_result(S* p, V v, AllLanes, bool past_caches) {
+#if MLP_EXT_VECTOR_BYTES >= 32
+  const auto bits = [&] {
+    if constexpr (sizeof(S) == 2)
+      return from_float(v, S{});
+    else
+      return v.v;
+  }();
+  if (past_caches && reinterpret_cast<uintptr_t>(p) % sizeof(bits) == 0) {
 #if MLP_EXT_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<Lanes, AllLanes> && std::is_same_v<S, float>)
-    if (past_caches && reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)v.v);
+    if constexpr (sizeof(bits) == 64)
+      return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(bits));
 #endif
-  store(p, v, lanes);
+    if constexpr (sizeof(bits) == 32)
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(bits));
+    if constexpr (sizeof(bits) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(bits));
+  }
+#endif
+  store(p, v);
+}
+template <class S, class V>
+inline void store_result(S* p, V v, int n, bool) {
+  store(p, v, n);
+}
+inline void end_of_streams() {
+#if MLP_EXT_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
 }
 
 // Lanes of a and, counting on, of b.

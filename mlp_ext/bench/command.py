@@ -46,7 +46,12 @@ def add_bench(commands: Any) -> None:
     known = "; ".join(f"{suite}: {', '.join(table)}" for suite, table in PROVIDERS.items())
     add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
     add("--mode", choices=modes, help="what of it (default: full, in train step)")
-    add("--cases", type=_list, metavar="C,...", help=f"{forms}; layers: sweep (default: those published)")
+    add(
+        "--cases",
+        type=_list,
+        metavar="C,...",
+        help=f"{forms}; layers: sweep (default: those published)",
+    )
     add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {','.join(DEFAULT)})")
     add("--activation", choices=ACTIVATIONS, default="relu", help="in train the hidden one")
     add("--dtype", choices=arguments.DTYPES, default="float32", help="(default: float32)")
