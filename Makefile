@@ -23,13 +23,26 @@ test: build
 
 # The README's figures and its chart. Leave the machine alone meanwhile.
 RESULTS := benchmarks/results
+BENCH   := $(RUN)/mlp-ext bench
+LAYERS  := $(BENCH) --suite layers --peak
+SWEEP   := $(LAYERS) --cases sweep --providers native,fused --rounds 9
+TRAIN   := $(RUN)/mlp-ext train --layers all --epochs 100
 bench: build
 	@echo "== benchmarks against native torch and its peers"
 	@mkdir -p $(RESULTS)
-	$(RUN)/mlp-ext bench --suite layers --mode full --peak --csv $(RESULTS)/layers-full-relu.csv --plot $(RESULTS)/layers-full-relu.png
-	$(RUN)/mlp-ext bench --suite layers --mode full --peak --activation sigmoid --csv $(RESULTS)/layers-full-sigmoid.csv
-	$(RUN)/mlp-ext bench --suite layers --mode forward --peak --providers native,native_inplace,compile,mkldnn,fused --csv $(RESULTS)/layers-forward-relu.csv
-	$(RUN)/mlp-ext bench --suite train --peak --csv $(RESULTS)/train-step-relu.csv
+	$(LAYERS) --mode full --csv $(RESULTS)/layers-full-relu.csv --plot $(RESULTS)/layers-full-relu.png
+	$(LAYERS) --mode full --activation sigmoid --csv $(RESULTS)/layers-full-sigmoid.csv
+	$(LAYERS) --mode forward --providers native,native_inplace,compile,mkldnn,fused --csv $(RESULTS)/layers-forward-relu.csv
+	$(LAYERS) --mode full --dtype bfloat16 --providers native,fused --csv $(RESULTS)/layers-full-relu-bfloat16.csv
+	$(BENCH) --suite train --peak --csv $(RESULTS)/train-step-relu.csv
+	@echo "== a sweep of sizes, with all threads and with one"
+	$(SWEEP) --mode full --csv $(RESULTS)/sweep-full-relu.csv
+	$(SWEEP) --mode forward --csv $(RESULTS)/sweep-forward-relu.csv
+	$(SWEEP) --mode full --threads 1 --csv $(RESULTS)/sweep-full-relu-1thread.csv
+	$(SWEEP) --mode forward --threads 1 --csv $(RESULTS)/sweep-forward-relu-1thread.csv
+	@echo "== the demo's times"
+	$(TRAIN) --data breast_cancer --hidden 16 --batch-size 32 --lr 0.1 --json $(RESULTS)/demo-breast_cancer.json
+	$(TRAIN) --data seed --json $(RESULTS)/demo-seed.json
 
 bench-quick: build
 	@echo "== native and fused, layers and training steps"
