@@ -61,7 +61,8 @@ constexpr bool memory_bound(const Case& c) {
   return c.K * c.N <= balance * (c.K + c.N);
 }
 constexpr bool narrow(const Case& c) {
-  return c.K <= kTallWidth && c.N <= kTallWidth && c.K * c.N * accumulator_size(c.dtype) <= kTallWeightBytes;
+  return 0 < c.K && c.K <= kTallWidth && 0 < c.N && c.N <= kTallWidth &&
+         c.K * c.N * accumulator_size(c.dtype) <= kTallWeightBytes;
 }
 constexpr bool few_products(const Case& c) {
   return static_cast<double>(c.M) * static_cast<double>(c.K) * static_cast<double>(c.N) <= kSmallProducts;

@@ -12,7 +12,7 @@ constexpr int kThreads = 128;
 constexpr int kWidth = 128;     // of K and N at most
 constexpr int kDepth = 64;      // columns of x in shared memory at a time, forward
 constexpr int kRowGroups = 32;  // most of a block, forward: bounds the rows of x in shared memory
-constexpr int kBlocks = 4;      // of a processor: 128 registers a thread
+constexpr int kBlocks = 3;      // of a processor: 168 registers a thread
 
 // The results of one thread: as many as registers allow, for each value read from shared memory is then used as often.
 template <class T>

@@ -23,14 +23,21 @@ template <class T>
 struct AlongDepth {
   Pointer<T> data;
   int stride, step;
+
   template <int R>
-  __device__ void read(int depth, T (&v)[R][kStep]) const {
+  struct Fragment {
+    Vector<T, kStep> row[R];
+    __device__ void read(int d, T (&v)[R]) const {
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const auto row = load<kStep>(data + (r * step * stride + depth));
-#pragma unroll
-      for (int d = 0; d < kStep; ++d) v[r][d] = row.at[d];
+      for (int r = 0; r < R; ++r) v[r] = row[r].at[d];
     }
+  };
+  template <int R>
+  __device__ Fragment<R> at(int depth) const {
+    Fragment<R> fragment;
+#pragma unroll
+    for (int r = 0; r < R; ++r) fragment.row[r] = load<kStep>(data + (r * step * stride + depth));
+    return fragment;
   }
 };
 
@@ -39,31 +46,41 @@ template <class T>
 struct AcrossDepth {
   Pointer<T> data;
   int stride, step;
+
   template <int R>
-  __device__ void read(int depth, T (&v)[R][kStep]) const {
-#pragma unroll
-    for (int d = 0; d < kStep; ++d)
+  struct Fragment {
+    Pointer<T> data;
+    int stride, step;
+    __device__ void read(int d, T (&v)[R]) const {
 #pragma unroll
       for (int r = 0; r < R; r += kStep) {
-        const auto rows = load<kStep>(data + ((depth + d) * stride + r / kStep * step));
+        const auto group = load<kStep>(data + (d * stride + r / kStep * step));
 #pragma unroll
-        for (int i = 0; i < kStep; ++i) v[r + i][d] = rows.at[i];
+        for (int i = 0; i < kStep; ++i) v[r + i] = group.at[i];
       }
+    }
+  };
+  template <int R>
+  __device__ Fragment<R> at(int depth) const {
+    return {data + depth * stride, stride, step};
   }
 };
 
 // sum[p][q] += a[p] . b[q] over four of depth   (P,4)(4,Q)
 template <int P, int Q, class T, class A, class B>
 __device__ void add_product(T (&sum)[P][Q], const A& a, const B& b, int depth) {
-  T u[P][kStep], v[Q][kStep];
-  a.read(depth, u);
-  b.read(depth, v);
+  const auto a_fragment = a.template at<P>(depth);
+  const auto b_fragment = b.template at<Q>(depth);
 #pragma unroll
-  for (int d = 0; d < kStep; ++d)
+  for (int d = 0; d < kStep; ++d) {
+    T u[P], v[Q];
+    a_fragment.read(d, u);
+    b_fragment.read(d, v);
 #pragma unroll
     for (int p = 0; p < P; ++p)
 #pragma unroll
-      for (int q = 0; q < Q; ++q) sum[p][q] += u[p][d] * v[q][d];
+      for (int q = 0; q < Q; ++q) sum[p][q] += u[p] * v[q];
+  }
 }
 
 // ---- operands in global memory: elements are fetched as they are and made values later, so that loads overlap ----
