@@ -1,4 +1,5 @@
 # make demo | test | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
+# make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -9,7 +10,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml VERSION $(shell find csrc -type f)
 
-.PHONY: demo test lint bench bench-quick format build clean distclean
+.PHONY: demo test lint bench bench-quick format build cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -80,10 +81,41 @@ $(VENV)/tools: pyproject.toml
 	$(RUN)/pip install --quiet --disable-pip-version-check "$(TORCH)" -r $(VENV)/requirements.txt
 	@touch $@
 
+# CUDA without a GPU: compiles for 8.0 and 9.0, fails where a kernel spills registers or its wgmma is serialised, and runs
+# the tests that launch nothing. CUDA's torch is not where a CPU's may be pinned, so pip looks in the package index alone.
+CUDA       := .venv-cuda
+CUDA_TORCH ?= torch==2.13.0
+CUDA_PIP   := PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= $(CUDA)/bin/pip install --quiet --disable-pip-version-check
+CUDA_TESTS := $(addprefix tests/test_,build.py cuda.py cuda_plan.py dispatch.py errors.py)
+
+cuda-check: $(CUDA)/tools
+	@echo "== compiling for CUDA (about four minutes), log in $(CUDA)/build.log"
+	rm -rf build
+	PATH="$(CURDIR)/$(CUDA)/bin:$$PATH" MLP_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0 9.0" NVCC_APPEND_FLAGS=-Xptxas=-v \
+	    $(CUDA)/bin/pip install -v --no-build-isolation --no-deps --force-reinstall . > $(CUDA)/build.log 2>&1 \
+	    || { tail -50 $(CUDA)/build.log; exit 1; }
+	@grep -q "bytes spill" $(CUDA)/build.log || { echo "ptxas said nothing"; exit 1; }
+	@! grep -B 2 -E "[1-9][0-9]* bytes spill|serialized" $(CUDA)/build.log
+	@echo "== $$(grep -c 'bytes spill' $(CUDA)/build.log) kernels, no spill, no serialised wgmma"
+	$(CUDA)/bin/mlp-ext info
+	$(CUDA)/bin/pytest -m "not slow and not cuda" $(CUDA_TESTS)
+
+$(CUDA)/tools: Makefile
+	@echo "== making the environment $(CUDA) with CUDA's $(CUDA_TORCH): 5 GB"
+	@test -x $(CUDA)/bin/pip || $(PYTHON) -m venv $(CUDA)
+	$(CUDA_PIP) "$(CUDA_TORCH)" "setuptools>=77" hypothesis ninja numpy pytest
+	$(CUDA_PIP) --no-deps nvidia-cutlass==4.2.0.0
+	@touch $@
+
+# On a machine with a GPU: log and CSV files in RESULTS, under ten minutes in all. Further steps: peers suite.
+STEPS := build measure tests sanitize
+gpu:
+	PYTHON="$(PYTHON)" benchmarks/gpu.sh $(RESULTS) $(STEPS)
+
 clean:
 	rm -rf build dist *.egg-info mlp_ext/_built.py mlp_ext/*.so $(VENV)/built
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find mlp_ext tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CUDA)

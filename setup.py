@@ -1,15 +1,19 @@
 """Builds mlp_ext._C: CPU kernels and, where torch has CUDA and a toolkit is found, CUDA kernels.
 
 MLP_EXT_CUDA = auto (default), 1 (CUDA or an error), 0 (never look). MAX_JOBS bounds the compilers
-that run at once.
+that run at once. TORCH_CUDA_ARCH_LIST names architectures, as "8.0;9.0+PTX"; without it those of
+the GPUs here, else these. CUTLASS_HOME is a folder with include/cutlass/cutlass.h, without it that
+of the package nvidia-cutlass.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import setuptools
@@ -46,13 +50,69 @@ def use_cuda() -> bool:
     missing = []
     if torch.version.cuda is None:
         missing.append(f"a torch with CUDA (torch {torch.__version__} has none)")
-    if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin/nvcc").exists():
+    toolkit = find_toolkit()
+    if toolkit is None:
         missing.append("a CUDA toolkit with nvcc (set CUDA_HOME)")
-    if not sources("cuda/*.cu"):
-        missing.append("CUDA kernels, which this version does not have yet")
     if missing and wish == "1":
         sys.exit(f"MLP_EXT_CUDA=1 needs {' and '.join(missing)}")
-    return not missing
+    if torch.version.cuda is None or toolkit is None:
+        return False
+    if toolkit.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        sys.exit(
+            f"torch {torch.__version__} is built with CUDA {torch.version.cuda}, and the toolkit "
+            f"in {cpp_extension.CUDA_HOME} is {toolkit}: set CUDA_HOME to one of the same major "
+            "version, or MLP_EXT_CUDA=0 to build for the CPU alone"
+        )
+    return True
+
+
+def find_toolkit() -> str | None:
+    """The version of the toolkit, or None. Mends CUDA_HOME where nvcc on PATH only calls it."""
+    nvcc = Path(cpp_extension.CUDA_HOME or "/nonexistent", "bin", "nvcc")
+    try:
+        command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+        told = subprocess.run(command, capture_output=True, text=True).stderr
+    except OSError:
+        return None
+    here = re.search(r"_HERE_=(.*)", told)
+    version = re.search(r"__CUDACC_VER_MAJOR__=(\d+).*?__CUDACC_VER_MINOR__=(\d+)", told)
+    if here is None or version is None:
+        return None
+    cpp_extension.CUDA_HOME = str(Path(here[1].strip()).parent)
+    return ".".join(version.groups())
+
+
+def cutlass() -> tuple[Path, str] | None:
+    """The folder of CUTLASS's headers and its version, or None."""
+    home = os.environ.get("CUTLASS_HOME")
+    package = find_spec("cutlass_library")
+    if home:
+        include = Path(home, "include")
+    elif package and package.origin:
+        include = Path(package.origin).parent / "source" / "include"
+    else:
+        print(
+            "mlp_ext: there is no CUTLASS here (CUTLASS_HOME, or the package nvidia-cutlass): in "
+            "large layers sigmoid and tanh will be a pass of their own"
+        )
+        return None
+    try:
+        header = (include / "cutlass" / "version.h").read_text()
+    except OSError as error:
+        sys.exit(f"CUTLASS must have include/cutlass/version.h (set CUTLASS_HOME): {error}")
+    return include, ".".join(re.findall(r"#define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", header))
+
+
+def cuda_arch_flags() -> list[str]:
+    """As torch reads TORCH_CUDA_ARCH_LIST, but 9.0 is 9.0a.
+
+    Every GPU of compute capability 9.0 runs code for 9.0a, which alone may use its tensor cores'
+    own instructions. PTX stays that of 9.0, since what is newer does not run 9.0a.
+    """
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0;9.0+PTX"
+    flags = cpp_extension._get_cuda_arch_flags()
+    return [f.replace("compute_90,code=sm_90", "compute_90a,code=sm_90a") for f in flags]
 
 
 class Build(cpp_extension.BuildExtension):
@@ -74,29 +134,38 @@ class Build(cpp_extension.BuildExtension):
             f"TORCH_VERSION = {torch.__version__!r}\n"
             f"CXX = {banner.partition(chr(10))[0]!r}\n"
             f"CUDA_VERSION = {torch.version.cuda if CUDA else None!r}\n"
-            f"CUDA_ARCHS = {cuda_archs()!r}\n"
+            f"CUDA_ARCHS = {[flag.rpartition('=')[2] for flag in ARCH_FLAGS]!r}\n"
+            f"CUTLASS_VERSION = {CUTLASS[1] if CUTLASS else None!r}\n"
         )
 
 
-def cuda_archs() -> list[str]:
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() if CUDA else []
-
-
 CUDA = use_cuda()
+ARCH_FLAGS = cuda_arch_flags() if CUDA else []
+CUTLASS = cutlass() if any("sm_90a" in flag for flag in ARCH_FLAGS) else None
 CXX_FLAGS = [
     *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"),
     *("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"),
 ]
+# Without NDEBUG the assertions in CUTLASS's kernels make ptxas serialise its wgmma.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "--compiler-options=-fvisibility=hidden"]
+SOURCES = sources("*.cpp") + sources("cpu/*.cpp")
+if CUDA:
+    SOURCES += sources("cuda/*.cpp") + sources("cuda/*.cu")
+if CUTLASS:
+    NVCC_FLAGS += ["-isystem", str(CUTLASS[0])]
+else:
+    SOURCES = [source for source in SOURCES if not source.endswith("sm90.cu")]
 Extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
 extension = Extension(
     "mlp_ext._C",
-    sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") if CUDA else []),
+    SOURCES,
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[
         ("MLP_EXT_VERSION", f'"{VERSION}"'),
         ("MLP_EXT_TORCH", torch.__version__),  # a changed command line, so that ninja rebuilds
+        ("MLP_EXT_CUTLASS", str(int(CUTLASS is not None))),
     ],
-    extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]} if CUDA else CXX_FLAGS,
+    extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + ARCH_FLAGS},
     extra_link_args=["-fopenmp"],  # at::parallel_for is inlined here, and serial without
 )
 setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -14,6 +14,7 @@ from mlp_ext.bench.runner import check
 from mlp_ext.bench.work import set_up
 
 LEFT_OUT = ("compile-max-autotune",)  # minutes for a case
+ON_CUDA = ("cudagraph", "fused-cudagraph", "addmm_activation")
 ACTIVATIONS = ("relu", "sigmoid")
 DTYPES = ("float32",)
 
@@ -21,7 +22,7 @@ DTYPES = ("float32",)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """bench_<mode>[provider-activation-shape-dtype] over the published cases of a suite."""
     suite = metafunc.module.SUITE
-    providers = [name for name in PROVIDERS[suite] if name not in LEFT_OUT]
+    providers = [name for name in PROVIDERS[suite] if name not in LEFT_OUT + ON_CUDA]
     table = list(product(providers, ACTIVATIONS, SUITES[suite].cases, DTYPES))
     ids = ["-".join(map(str, row)) for row in table]
     metafunc.parametrize(("provider", "activation", "case", "dtype"), table, ids=ids)

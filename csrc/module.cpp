@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <map>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -13,6 +14,7 @@
 #include "cpu/plan.h"
 #include "cpu/results.h"
 #include "cpu/variants.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -70,6 +72,22 @@ py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t thread
   return result;
 }
 
+py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
+                   bool tf32, bool aligned, bool cutlass) {
+  const std::map<std::string, cuda::DType> dtypes{{"float32", cuda::DType::float32},
+                                                  {"float64", cuda::DType::float64},
+                                                  {"bfloat16", cuda::DType::bfloat16},
+                                                  {"float16", cuda::DType::float16}};
+  const cuda::Plan plan = cuda::make_plan({M, K, N, dtypes.at(dtype), activation, arch, tf32, aligned, cutlass});
+  py::dict result;
+  result["forward"] = cuda::path_name(plan.forward);
+  result["forward_reason"] = plan.forward_reason;
+  result["backward"] = cuda::path_name(plan.backward);
+  result["backward_reason"] = plan.backward_reason;
+  result["epilogue"] = cuda::epilogue_name(plan.epilogue);
+  return result;
+}
+
 std::vector<std::string> activations() {
   std::vector<std::string> names;
   for (size_t i = 0; i < Activations::size; ++i)
@@ -92,6 +110,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
         "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut.");
   m.def("waiting_bytes", cpu::waiting_bytes, "Memory of freed results that waits for the next ones.");
+  m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
+        py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
+        "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
 }
 
 }  // namespace mlp_ext

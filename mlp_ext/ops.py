@@ -41,8 +41,10 @@ def build_info() -> dict[str, Any]:
         ``instruction_sets`` in the build and the ``instruction_set`` in use, which the variable
         ``ATEN_CPU_CAPABILITY`` (default, avx2, avx512) forces; ``openmp``, its version date or None
         where it was left out; ``threads``, what torch is set to; ``cuda``, the version that the
-        CUDA kernels were built with, and ``cuda_archs``. Where ``cuda`` is None, tensors on a GPU
-        take native operations: the same values, not fused.
+        CUDA kernels were built with, ``cuda_archs``, as sm_80, sm_90a, and compute_90 for PTX, and
+        ``cutlass``, its version. Where ``cuda`` is None, tensors on a GPU take native operations:
+        the same values, not fused. Where ``cutlass`` is None, large layers with an activation that
+        cuBLASLt does not know take a product and a pass over it.
     """
     return {
         **_C.build_info(),
@@ -50,4 +52,5 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": _built.CUDA_VERSION,
         "cuda_archs": list(_built.CUDA_ARCHS),
+        "cutlass": _built.CUTLASS_VERSION,
     }

@@ -35,6 +35,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
+def on_cuda() -> Iterator[None]:
+    """Tensors are made on the GPU where nothing else is said."""
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh buffers hold NaN, so that an element nobody writes cannot pass for a result."""
     before = deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

@@ -183,6 +183,23 @@ def test_peak_in_float32_says_nothing_of_other_dtypes() -> None:
     assert rows_of({"native": [1]}, dtype="bfloat16")["native"].share_of_peak is None
 
 
+def test_share_of_a_gpus_peak_is_that_of_the_limit_that_binds() -> None:
+    setting = replace(FULL, device="cuda", dtype="tf32")
+    case = Layer(10, 10, 5)
+    share = runner._share_of_peak
+    assert share(case, setting, 2, Peak(3000, 1e9)) == pytest.approx(0.5)
+    moved = 3 * (100 + 50 + 50) * 4  # x, W and y: once forward, twice backward
+    assert share(case, setting, 2, Peak(1e9, moved)) == pytest.approx(0.5)
+    assert share(case, setting, 2, None) is None
+
+
+def test_torch_is_set_for_a_case_and_set_back() -> None:
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    with machine.torch_set(replace(FULL, threads=3, dtype="tf32")):
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (3, "high")
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
 def test_geometric_mean() -> None:
     assert geometric_mean([0.5, 2, 8]) == pytest.approx(2)
 
@@ -363,11 +380,19 @@ def test_native_is_always_there_and_nothing_twice(
 
 
 def test_what_does_not_apply_is_left_out_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--cases 4x3x2 --activation tanh --providers mkldnn,native_inplace") == 0
+    assert (
+        run(
+            "--cases 4x3x2 --activation tanh --providers "
+            "mkldnn,native_inplace,fused-cudagraph,addmm_activation"
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert err.splitlines() == [
         "mlp-ext bench: mkldnn is left out: forward on the CPU only",
         "mlp-ext bench: native_inplace is left out: for relu only",
+        "mlp-ext bench: fused-cudagraph is left out: on cuda only",
+        "mlp-ext bench: addmm_activation is left out: on cuda only",
     ]
     assert out.splitlines()[2].split() == ["native"]
 
@@ -417,6 +442,7 @@ ERRORS = [
     ("--suite train --providers mkldnn", "argument --providers: train has native, compile, fused"),
     ("--activation silu", "argument --activation: invalid choice: 'silu'"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    ("--dtype tf32", "argument --dtype: tf32 is for --device cuda"),
     ("--device tpu", "argument --device: invalid choice: 'tpu'"),
     ("--threads 0", "argument --threads: must be a whole number from 1 to 2147483647, got '0'"),
     ("--rounds 0", "argument --rounds: must be a whole number from 1 to 2147483647, got '0'"),
@@ -456,14 +482,6 @@ def test_absent_cuda_is_an_error(
     assert main(["bench", *args.split()]) == 2
     message = "mlp-ext bench: error: argument --device: torch finds no cuda device here\n"
     assert capsys.readouterr() == ("", message)
-
-
-def test_peak_of_another_device_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert main(["bench", "--device", "cuda", "--peak"]) == 2
-    assert "argument --peak: measures the processor" in capsys.readouterr().err
 
 
 def test_missing_matplotlib_is_named(

@@ -11,6 +11,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,99 @@ def test_wish_for_cuda_that_cannot_be_met_is_an_error(wish: str, message: str) -
     assert "Traceback" not in result.stderr
 
 
+TORCH_WITH_CUDA = """
+import torch
+torch.version.cuda = "13.0"
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: False
+"""
+
+
+def with_toolkit(folder: Path, version: str, **variables: str) -> dict[str, str]:
+    """Pretends: torch has CUDA 13.0, and in `folder` is a toolkit, which nvcc on PATH calls."""
+    major, minor = version.split(".")
+    told = f"#$ _HERE_={folder}/toolkit/bin\n#$ cicc -D__CUDACC_VER_MAJOR__={major} "
+    told += f"-D__CUDACC_VER_MINOR__={minor}"
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\ncat >&2 <<.\n{told}\n.\n")
+    nvcc.chmod(0o755)
+    (folder / "sitecustomize.py").write_text(TORCH_WITH_CUDA)
+    gone = {"CUDA_HOME", "CUDA_PATH", "CUTLASS_HOME", "TORCH_CUDA_ARCH_LIST"}
+    env = {name: value for name, value in os.environ.items() if name not in gone}
+    env["PATH"] = f"{nvcc.parent}{os.pathsep}{env['PATH']}"
+    return {**env, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", **variables}
+
+
+def extension(env: dict[str, str]) -> dict[str, Any]:
+    """What setup.py would compile."""
+    code = """
+import json
+from distutils.core import run_setup
+from torch.utils import cpp_extension
+(e,) = run_setup("setup.py", stop_after="init").ext_modules
+macros = dict(e.define_macros)
+print(json.dumps([e.sources, e.extra_compile_args["nvcc"], macros, cpp_extension.CUDA_HOME]))
+"""
+    told = checked(sys.executable, "-c", code, cwd=ROOT, env=env).strip().splitlines()
+    keys = ("sources", "nvcc", "macros", "CUDA_HOME")
+    return {"told": told[:-1], **dict(zip(keys, json.loads(told[-1]), strict=True))}
+
+
+def test_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
+    env = with_toolkit(tmp_path, "12.8")
+    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, env=env)
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert "built with CUDA 13.0" in message
+    assert f"toolkit in {tmp_path}/toolkit is 12.8" in message
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("archs", "codes"),
+    [
+        ("", ["sm_80", "sm_90a", "compute_90"]),
+        ("8.0 9.0", ["sm_80", "sm_90a"]),
+        ("8.6", ["sm_86"]),
+        ("Hopper", ["sm_90a", "compute_90"]),
+    ],
+)
+def test_cuda_is_compiled_for_the_architectures_asked_for(
+    tmp_path: Path, archs: str, codes: list[str]
+) -> None:
+    found = extension(with_toolkit(tmp_path, "13.1", TORCH_CUDA_ARCH_LIST=archs))
+    flags = {flag.rpartition("=")[2] for flag in found["nvcc"] if "gencode" in flag}
+    assert flags == {*codes}
+    assert found["CUDA_HOME"] == f"{tmp_path}/toolkit"
+    assert "csrc/cuda/linear_act.cpp" in found["sources"]
+
+
+def test_cutlass_is_found_by_its_variable_and_missed_aloud(tmp_path: Path) -> None:
+    header = tmp_path / "include" / "cutlass" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n")
+    env = with_toolkit(tmp_path, "13.0", CUTLASS_HOME=str(tmp_path))
+    found = extension(env)
+    assert found["macros"]["MLP_EXT_CUTLASS"] == "1"
+    assert str(tmp_path / "include") in found["nvcc"]
+    assert "csrc/cuda/sm90.cu" in found["sources"]
+
+    wrong = run(
+        sys.executable, "setup.py", "--version", cwd=ROOT, env={**env, "CUTLASS_HOME": "/nowhere"}
+    )
+    assert wrong.returncode != 0
+    assert "set CUTLASS_HOME" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+    with (tmp_path / "sitecustomize.py").open("a") as site:
+        site.write("import sys; sys.modules['cutlass_library'] = None\n")
+    none = extension({**env, "CUTLASS_HOME": ""})
+    assert none["macros"]["MLP_EXT_CUTLASS"] == "0"
+    assert "csrc/cuda/sm90.cu" not in none["sources"]
+    assert any("no CUTLASS" in line for line in none["told"])
+
+
 @pytest.mark.parametrize("wish", ["0", "auto"])
 def test_no_toolkit_is_no_obstacle(wish: str) -> None:
     env = {**os.environ, "MLP_EXT_CUDA": wish, "CUDA_HOME": "/nonexistent"}
@@ -158,9 +252,8 @@ def test_build_without_torch_says_what_to_type(tmp_path: Path) -> None:
 
 def installed_copy(folder: Path, *leave_out: str) -> dict[str, str]:
     """For `python -S`, where no editable install is found: mlp_ext is a copy of the present one."""
-    shutil.copytree(
-        ROOT / "mlp_ext", folder / "mlp_ext", ignore=shutil.ignore_patterns(*leave_out, "*.pyc")
-    )
+    ignored = shutil.ignore_patterns(*leave_out, "*.pyc")
+    shutil.copytree(Path(mlp_ext.__file__).parent, folder / "mlp_ext", ignore=ignored)
     return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), *SITE_PACKAGES))}
 
 
@@ -191,6 +284,15 @@ def test_parallel_for_is_parallel() -> None:
         assert _C.parallel_for_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_operator_has_a_cuda_kernel_where_cuda_is_built_in() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    operators = [name for name in names if name.startswith("mlp_ext::")]
+    assert {"mlp_ext::linear_act", "mlp_ext::_linear_act_backward"} <= {*operators}
+    for name in operators:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+        assert has == (mlp_ext.build_info()["cuda"] is not None)
 
 
 def test_build_info_tells_versions_and_instruction_sets() -> None:

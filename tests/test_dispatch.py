@@ -149,7 +149,7 @@ def test_autocast_treats_it_as_a_linear_layer(
         function: Function, to: torch.dtype | None, enabled: bool = True
     ) -> tuple[Tensor, ...]:
         tensors = [t.to(to or t.dtype).requires_grad_() for t in (x, weight, bias)]
-        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+        with torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
             output = function(*tensors, activation)
         return output, *torch.autograd.grad(output, tensors, dy.to(output.dtype))
 
@@ -164,7 +164,8 @@ def test_autocast_treats_it_as_a_linear_layer(
 
 def test_autocast_can_be_turned_off_inside() -> None:
     tensors = operands(SMALL)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+    device = tensors["input"].device.type
+    with torch.autocast(device, dtype=torch.bfloat16), torch.autocast(device, enabled=False):
         assert torch.equal(mlp_ext.linear_act(**tensors), native(**tensors))
 
 

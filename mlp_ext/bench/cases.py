@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+
+from mlp_ext import arguments
+
 LARGEST = 2**31 - 1  # of a size
 
 
@@ -26,6 +30,12 @@ class Layer(NamedTuple):
         products = {"forward": 1, "backward": 2, "full": 3}[mode]  # y; dx and dW
         return products * 2 * self.M * self.K * self.N
 
+    def elements(self, mode: str) -> int:
+        """Elements that one call reads and writes at least: each operand and result once."""
+        x, w, y = self.M * self.K, self.N * self.K, self.M * self.N
+        forward, backward = x + w + y, 2 * (x + w + y)  # y; from dy, y, x and W, dx and dW
+        return {"forward": forward, "backward": backward, "full": forward + backward}[mode]
+
 
 class Net(NamedTuple):
     """A multi-layer perceptron of these widths, input first, and its batch. Written 10-5-1@10."""
@@ -41,8 +51,17 @@ class Net(NamedTuple):
         sizes = [k * n for k, n in pairwise(self.widths)]
         return 2 * self.batch * (3 * sum(sizes) - sizes[0])
 
+    def elements(self, mode: str) -> int:
+        """Elements that one step reads and writes at least: rows, and the weights twice."""
+        return self.batch * (self.widths[0] + self.widths[-1]) + 2 * sum(
+            k * n for k, n in pairwise(self.widths)
+        )
+
 
 Case = Layer | Net
+
+
+DTYPES = (*arguments.DTYPES, "tf32")  # tf32: float32 where torch may round operands of products
 
 
 @dataclass(frozen=True)
@@ -56,12 +75,22 @@ class Setting:
     device: str = "cpu"
     threads: int = 1
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the tensors."""
+        dtype: torch.dtype = getattr(torch, self.dtype.replace("tf32", "float32"))
+        return dtype
+
 
 class Suite(NamedTuple):
     modes: tuple[str, ...]  # the first is the default
     form: str  # of a case, for people
-    cases: tuple[Case, ...]  # those published
+    cases: tuple[Case, ...]  # those published, of the CPU
+    cuda_cases: tuple[Case, ...]  # those of a GPU
     sweep: tuple[Case, ...] = ()  # as `sweep`: all sorts of sizes, to find where fused loses
+
+    def published(self, device: str) -> tuple[Case, ...]:
+        return self.cuda_cases if device == "cuda" else self.cases
 
 
 SWEEP = {  # M: KxN
@@ -100,6 +129,19 @@ SUITES = {
             Layer(512, 4096, 1024),
             Layer(2048, 2048, 2048),
         ),
+        cuda_cases=(
+            Layer(10, 10, 5),
+            Layer(64, 784, 256),
+            Layer(16384, 32, 16),
+            Layer(65536, 64, 64),
+            Layer(1048576, 64, 64),
+            Layer(256, 1024, 1024),
+            Layer(1024, 1024, 1024),
+            Layer(2048, 2048, 2048),
+            Layer(16384, 1024, 4096),
+            Layer(4096, 4096, 4096),
+            Layer(8192, 8192, 8192),
+        ),
         sweep=tuple(
             Layer(M, K, N)
             for M, sizes in SWEEP.items()
@@ -115,6 +157,12 @@ SUITES = {
             Net((784, 512, 256, 10), 128),
             Net((64, 64, 64, 64, 64), 4096),
             Net((1024, 1024, 1024, 1024), 256),
+        ),
+        cuda_cases=(
+            Net((10, 5, 1), 10),
+            Net((784, 256, 10), 64),
+            Net((64, 64, 64, 64, 64), 65536),
+            Net((4096, 4096, 4096, 4096), 4096),
         ),
     ),
 }

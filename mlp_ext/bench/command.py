@@ -14,7 +14,7 @@ import torch
 from mlp_ext import arguments
 from mlp_ext.arguments import count, file
 from mlp_ext.bench import plot
-from mlp_ext.bench.cases import SUITES, Case, Setting, parse_all
+from mlp_ext.bench.cases import DTYPES, SUITES, Case, Setting, parse_all
 from mlp_ext.bench.machine import Peak, device_name, measure_peak
 from mlp_ext.bench.providers import DEFAULT, PROVIDERS
 from mlp_ext.bench.rows import Row, by_provider, geometric_mean, write_csv, write_json
@@ -44,6 +44,7 @@ def add_bench(commands: Any) -> None:
     modes = [mode for suite in SUITES.values() for mode in suite.modes]
     forms = "; ".join(f"{name}: {suite.form}" for name, suite in SUITES.items())
     known = "; ".join(f"{suite}: {', '.join(table)}" for suite, table in PROVIDERS.items())
+    default = "; ".join(f"{','.join(names)} on {device}" for device, names in DEFAULT.items())
     add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
     add("--mode", choices=modes, help="what of it (default: full, in train step)")
     add(
@@ -52,13 +53,13 @@ def add_bench(commands: Any) -> None:
         metavar="C,...",
         help=f"{forms}; layers: sweep (default: those published)",
     )
-    add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {','.join(DEFAULT)})")
+    add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {default})")
     add("--activation", choices=ACTIVATIONS, default="relu", help="in train the hidden one")
-    add("--dtype", choices=arguments.DTYPES, default="float32", help="(default: float32)")
+    add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
     add("--rounds", type=count, default=20, metavar="R", help="samples of each (default: 20)")
-    add("--peak", action="store_true", help="measure the processor's limits; alone, only these")
+    add("--peak", action="store_true", help="measure the device's limits; alone, only these")
     add("--csv", type=file, metavar="FILE", help="write the rows")
     add("--json", type=file, metavar="FILE", help="write the rows")
     add("--plot", type=file, metavar="FILE.png", help="draw the ratios to native")
@@ -71,29 +72,29 @@ def _list(text: str) -> list[str]:
 def _bench(args: argparse.Namespace) -> None:
     arguments.check_device(args.device, args.fail)
     arguments.check_picture(args.plot, args.fail)
-    if args.peak and args.device != "cpu":
-        args.fail("argument --peak: measures the processor, so only with --device cpu")
-    threads = args.threads or torch.get_num_threads()
-    wanted = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
-    if args.peak and not any(wanted):
-        _print_peak(measure_peak(threads), threads)
-        return
+    if args.dtype == "tf32" and args.device == "cpu":
+        args.fail("argument --dtype: tf32 is for --device cuda")
     suite = args.suite or "layers"
     mode = args.mode or SUITES[suite].modes[0]
     if mode not in SUITES[suite].modes:
         args.fail(f"argument --mode: {suite} has {', '.join(SUITES[suite].modes)}, got '{mode}'")
+    threads = args.threads or torch.get_num_threads()
+    setting = Setting(suite, mode, args.activation, args.dtype, args.device, threads)
+    wanted = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
+    if args.peak and not any(wanted):
+        _print_peak(measure_peak(setting), setting)
+        return
     try:
-        cases = parse_all(suite, args.cases) if args.cases else SUITES[suite].cases
+        cases = parse_all(suite, args.cases or ()) or SUITES[suite].published(args.device)
     except ValueError as error:
         args.fail(f"argument --cases: {error}")
-    setting = Setting(suite, mode, args.activation, args.dtype, args.device, threads)
     providers = _providers(args, setting)
     if args.plot and providers == ["native"]:
         args.fail("argument --plot: nothing to draw: no provider besides native")
 
-    peak = measure_peak(threads) if args.peak else None
+    peak = measure_peak(setting) if args.peak else None
     if peak:
-        _print_peak(peak, threads)
+        _print_peak(peak, setting)
     rows = _run(args, cases, setting, providers, peak)
     try:
         if args.csv:
@@ -111,7 +112,7 @@ def _providers(args: argparse.Namespace, setting: Setting) -> list[str]:
     """native, then those asked for; says which of them do not apply."""
     known = PROVIDERS[setting.suite]
     found = ["native"]
-    for name in args.providers or DEFAULT:
+    for name in args.providers or [n for n in DEFAULT[setting.device] if n in known]:
         if name not in known:
             args.fail(f"argument --providers: {setting.suite} has {', '.join(known)}, got '{name}'")
         if obstacle := known[name].obstacle(setting):
@@ -187,10 +188,12 @@ def _threads(threads: int) -> str:
     return f"{threads} thread{'s' * (threads > 1)}"
 
 
-def _print_peak(peak: Peak, threads: int) -> None:
+def _print_peak(peak: Peak, setting: Setting) -> None:
+    on_cpu = setting.device == "cpu"
     print(
-        f"peak with {_threads(threads)} of {device_name('cpu')}: "
-        f"{peak.flops / 1e9:.1f} GFLOP/s float32, copy {peak.bandwidth / 1e9:.1f} GB/s",
+        f"peak {f'with {_threads(setting.threads)} ' * on_cpu}of {device_name(setting.device)}: "
+        f"{peak.flops / 1e9:.1f} GFLOP/s {'float32' if on_cpu else setting.dtype}, "
+        f"copy {peak.bandwidth / 1e9:.1f} GB/s",
         flush=True,
     )
 

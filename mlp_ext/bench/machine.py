@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -14,43 +14,63 @@ from typing import NamedTuple
 import torch
 
 from mlp_ext import _C
+from mlp_ext.bench.cases import Setting
 
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
 PEAK_SECONDS = 0.2  # of one measurement; the best of several counts
 COPIED_BYTES = 2**28  # by one copy, read and written: more than any cache holds
+CUDA_PRODUCT = 8192  # rows, columns and depth of the product that measures a GPU
 
 
 class Peak(NamedTuple):
-    """The processor's limits with a number of threads, in float32."""
+    """The limits of a processor with a number of threads, in float32, or of a GPU in a dtype."""
 
-    flops: float  # multiply-adds in registers alone, per second, each counted as two
+    flops: float  # multiply-adds per second, each counted as two: in registers, or torch's product
     bandwidth: float  # bytes read and bytes written per second by a copy
 
 
-def measure_peak(threads: int) -> Peak:
-    """Measures the limits of this processor; takes about two seconds."""
-    source = torch.ones(COPIED_BYTES // 8)
+def measure_peak(setting: Setting) -> Peak:
+    """Measures the limits of the device; takes about two seconds."""
+    cuda = setting.device == "cuda"
+    copied = COPIED_BYTES * (8 if cuda else 1)
+    source = torch.ones(copied // 8, device=setting.device)
     target = torch.zeros_like(source)
+    a = torch.randn(CUDA_PRODUCT if cuda else 0, CUDA_PRODUCT, device=setting.device)
+    a = a.to(setting.torch_dtype)
+    b, product = a.clone(), torch.empty_like(a)
 
-    def copy_seconds() -> float:
-        started = time.perf_counter()
-        target.copy_(source)
-        return time.perf_counter() - started
+    def seconds(call: Callable[[], object]) -> float:
+        started = now(setting)
+        call()
+        return now(setting) - started
 
-    with torch_threads(threads):
-        flops = max(_C.peak_flops(PEAK_SECONDS, threads) for _ in range(5))
-        return Peak(flops, COPIED_BYTES / min(copy_seconds() for _ in range(10)))
+    with torch_set(setting):
+        if cuda:
+            fastest = min(seconds(lambda: torch.mm(a, b.t(), out=product)) for _ in range(10))
+            flops = 2 * CUDA_PRODUCT**3 / fastest
+        else:
+            flops = max(_C.peak_flops(PEAK_SECONDS, setting.threads) for _ in range(5))
+        return Peak(flops, copied / min(seconds(lambda: target.copy_(source)) for _ in range(10)))
+
+
+def now(setting: Setting) -> float:
+    """Seconds, once all that was started on the device is done."""
+    if setting.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """torch uses this number of threads in the body, and then what it used before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def torch_set(setting: Setting) -> Iterator[None]:
+    """torch uses the setting's threads and TF32 in the body, and then what it used before."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(setting.threads)
+    torch.set_float32_matmul_precision("high" if setting.dtype == "tf32" else "highest")
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 @cache

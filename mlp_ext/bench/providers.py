@@ -54,12 +54,25 @@ def _fused(setting: Setting) -> Function:
     return lambda input, weight, bias: linear_act(input, weight, bias, activation)
 
 
+def _addmm_activation(setting: Setting) -> Function:
+    return lambda input, weight, bias: torch._addmm_activation(bias, input, weight.t())
+
+
 def _compiled_model(model: nn.Module, *rest: Any) -> loop.Step:
     return loop.sgd_step(cast(nn.Module, torch.compile(model)), *rest)
 
 
 def _relu_only(setting: Setting) -> str:
     return "" if setting.activation == "relu" else "for relu only"
+
+
+def _on_cuda(setting: Setting) -> str:
+    return "" if setting.device == "cuda" else "on cuda only"
+
+
+def _cublaslt_here(setting: Setting) -> str:
+    forward = "" if setting.mode == "forward" else "forward only"
+    return _on_cuda(setting) or forward or _relu_only(setting)
 
 
 def _compiler_here(setting: Setting) -> str:
@@ -87,6 +100,7 @@ class Provider(NamedTuple):
 
     make: Callable[..., Any]
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
+    captured: bool = False  # in layers: the call is captured in a CUDA graph and replayed
 
 
 PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
@@ -96,7 +110,10 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "compile": Provider(_compile, _compiler_here),
         "compile-max-autotune": Provider(lambda s: _compile(s, "max-autotune"), _compiler_here),
         "mkldnn": Provider(_mkldnn, _onednn_here),
+        "cudagraph": Provider(_native, _on_cuda, captured=True),
+        "addmm_activation": Provider(_addmm_activation, _cublaslt_here),
         "fused": Provider(_fused),
+        "fused-cudagraph": Provider(_fused, _on_cuda, captured=True),
     },
     "train": {
         "native": Provider(loop.LAYERS["native"]),
@@ -104,4 +121,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "fused": Provider(loop.LAYERS["fused"]),
     },
 }
-DEFAULT = ("native", "compile", "fused")
+DEFAULT = {  # by device; of these, those of the suite
+    "cpu": ("native", "compile", "fused"),
+    "cuda": ("native", "cudagraph", "compile", "fused", "fused-cudagraph"),
+}

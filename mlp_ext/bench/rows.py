@@ -33,7 +33,7 @@ class Row:
     commit: str
     timestamp: str  # UTC, ISO 8601
     gflops: float  # operations of the products / median_s, in 10^9 per second
-    share_of_peak: float | None  # of the processor's multiply-adds; None where not measured
+    share_of_peak: float | None  # as benchmarks/README.md says; None where not measured
 
 
 COLUMNS = [field.name for field in fields(Row)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlp_ext.bench.cases import Case, Setting
-from mlp_ext.bench.machine import Peak, commit, device_name, torch_threads
+from mlp_ext.bench.machine import Peak, commit, device_name, now, torch_set
 from mlp_ext.bench.providers import PROVIDERS
 from mlp_ext.bench.rows import Row
 from mlp_ext.bench.work import Call, Work, set_up
@@ -25,7 +24,7 @@ Clock = Callable[[], float]  # seconds
 SAMPLE_SECONDS = 0.02  # a shorter call is repeated until a sample lasts so long
 # Of a result from native's, as |difference| / |native's|. Loose: relu's mask may differ where z is
 # about 0, and gradients underflow in float16. A wrong tile of a wrong kernel is far above.
-TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "bfloat16": 0.1, "float16": 0.1}
+TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "tf32": 5e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
 class WrongResult(Exception):
@@ -58,12 +57,11 @@ def _seconds(
     rounds: int,
     after_round: Callable[[], object],
 ) -> dict[str, list[float]]:
-    with torch_threads(setting.threads):
+    with torch_set(setting):
         start = set_up(case, setting)
         works = {name: start(PROVIDERS[setting.suite][name]) for name in providers}
         check(works, case, setting)
-        clock = _synchronised if setting.device == "cuda" else time.perf_counter
-        return in_turn(works, rounds, clock, after_round)
+        return in_turn(works, rounds, partial(now, setting), after_round)
 
 
 def check(works: Mapping[str, Work], case: Case, setting: Setting) -> None:
@@ -133,33 +131,27 @@ def _elapsed(call: Call, loops: int, clock: Clock) -> float:
     return clock() - started
 
 
-def _synchronised() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _rows(
     case: Case, setting: Setting, seconds: Mapping[str, list[float]], peak: Peak | None
 ) -> list[Row]:
     def short(value: float) -> float:
         return float(f"{value:.6g}")
 
-    # The peak is the processor's, in float32.
-    comparable = peak and setting.device == "cpu" and setting.dtype == "float32"
     rows = []
     for name, samples in seconds.items():
         q20, middle, q80 = torch.tensor(samples, dtype=torch.float64).quantile(
             torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
         )
         ratios = [n / s for n, s in zip(seconds["native"], samples, strict=True)]
-        flops = case.operations(setting.mode) / middle.item()
+        seconds_per_call = middle.item()
+        share = _share_of_peak(case, setting, seconds_per_call, peak)
         rows.append(
             Row(
                 **asdict(setting),
                 case=str(case),
                 device_name=device_name(setting.device),
                 provider=name,
-                median_s=short(middle.item()),
+                median_s=short(seconds_per_call),
                 q20_s=short(q20.item()),
                 q80_s=short(q80.item()),
                 ratio_to_native=short(median(ratios)),
@@ -167,11 +159,22 @@ def _rows(
                 mlp_ext=build_info()["mlp_ext"],
                 commit=commit(),
                 timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                gflops=short(flops / 1e9),
-                share_of_peak=short(flops / peak.flops) if peak and comparable else None,
+                gflops=short(case.operations(setting.mode) / seconds_per_call / 1e9),
+                share_of_peak=None if share is None else short(share),
             )
         )
     return rows
+
+
+def _share_of_peak(case: Case, setting: Setting, seconds: float, peak: Peak | None) -> float | None:
+    """The least time that the device's limits allow, as a share of `seconds`."""
+    if peak is None or (setting.device == "cpu" and setting.dtype != "float32"):
+        return None
+    least = case.operations(setting.mode) / peak.flops
+    if setting.device == "cuda":  # of a processor the multiply-adds alone count
+        moved = case.elements(setting.mode) * setting.torch_dtype.itemsize
+        least = max(least, moved / peak.bandwidth)
+    return least / seconds
 
 
 def _forget() -> None:

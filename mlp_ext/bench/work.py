@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ def set_up(case: Case, setting: Setting) -> Callable[[Provider], Work]:
     Raises RuntimeError where memory does not suffice.
     """
     generator = torch.Generator(setting.device).manual_seed(0)
-    kind = {"device": setting.device, "dtype": getattr(torch, setting.dtype)}
+    kind = {"device": setting.device, "dtype": setting.torch_dtype}
     draw = partial(torch.randn, generator=generator, **kind)
     return _layer(case, setting, draw) if isinstance(case, Layer) else _net(case, setting, draw)
 
@@ -44,24 +45,33 @@ def _layer(
 ) -> Callable[[Provider], Work]:
     M, K, N = case
     learns = setting.mode != "forward"
-    weight = draw(N, K).mul_(K**-0.5).requires_grad_(learns)
-    bias = draw(N).mul_(K**-0.5).requires_grad_(learns)
+    weight = draw(N, K).mul_(K**-0.5)
+    bias = draw(N).mul_(K**-0.5)
     bytes_of_a_set = (M * K + M * N) * weight.element_size()
-    sets = [
-        (draw(M, K).requires_grad_(learns), draw(M, N))
-        for _ in range(max(1, min(SETS, SET_BYTES // bytes_of_a_set)))
-    ]
+    sets = [(draw(M, K), draw(M, N)) for _ in range(max(1, min(SETS, SET_BYTES // bytes_of_a_set)))]
 
     def start(provider: Provider) -> Work:
         function = provider.make(setting)
+        # Leaves of its own over the same memory, since a graph must not meet another's gradients.
+        w, b, *x = (
+            t.detach().requires_grad_(learns) for t in (weight, bias, *(input for input, _ in sets))
+        )
+
+        def call(i: int) -> Call:
+            return MODES[setting.mode](function, [x[i], w, b], sets[i][1])
+
+        if provider.captured:
+            call = cache(lambda i, make=call: _captured(partial(make, i), [x[i], w, b]))
 
         def prepare(turn: int) -> Call:
-            input, grad_output = sets[turn % len(sets)]
-            return MODES[setting.mode](function, [input, weight, bias], grad_output)
+            if setting.device == "cpu":
+                return call(turn % len(sets))
+            calls = cycle([call(i) for i in range(len(sets))])  # L2 is large
+            return lambda: next(calls)()
 
         def results() -> dict[str, Tensor]:
-            output = prepare(0)()
-            leaves = {"input": sets[0][0], "weight": weight, "bias": bias}
+            output = call(0)()
+            leaves = {"input": x[0], "weight": w, "bias": b}
             found = {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
             return {"output": output, **{k: v for k, v in found.items() if v is not None}}
 
@@ -96,6 +106,29 @@ def _full(function: Function, leaves: list[Tensor], grad_output: Tensor) -> Call
             leaf.grad = None
         output = function(*leaves)
         output.backward(grad_output)
+        return output
+
+    return call
+
+
+def _captured(make: Callable[[], Call], leaves: list[Tensor]) -> Call:
+    """The call as a CUDA graph, replayed; its output and gradients are always the same memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = make()
+        for _ in range(3):  # libraries allocate their workspaces in the first calls
+            eager()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        output = eager()
+    gradients = [leaf.grad for leaf in leaves]
+
+    def call() -> Tensor:
+        graph.replay()
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
         return output
 
     return call

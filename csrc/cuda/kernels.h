@@ -1,0 +1,68 @@
+// The kernels as the backend sees them: plain pointers in, work for a stream out. No torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/plan.h"
+
+namespace mlp_ext::cuda {
+
+struct Gpu {  // where to launch
+  cudaStream_t stream;
+  int processors;  // multiprocessors
+  int64_t shared;  // bytes of shared memory of each
+};
+
+template <class Pointer>
+struct MatrixOf {  // rows of unit-stride elements
+  Pointer data = nullptr;
+  int64_t stride = 0;  // elements from row to row; 0 repeats one row
+};
+using ConstMatrix = MatrixOf<const void*>;
+using Matrix = MatrixOf<void*>;
+
+// y = act(x W^T + b)
+struct ForwardProblem {
+  DType dtype;
+  size_t activation;  // its place in Activations
+  int64_t M, K, N;
+  ConstMatrix x;     // [M, K]
+  ConstMatrix w;     // [N, K]
+  const void* bias;  // [N] or nullptr
+  Matrix y;          // [M, N]
+};
+
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+struct BackwardProblem {
+  DType dtype;
+  size_t activation;
+  int64_t M, K, N;
+  ConstMatrix dy, y;  // [M, N]; y unread where the activation saves nothing
+  ConstMatrix x;      // [M, K], for dW
+  ConstMatrix w;      // [N, K], for dx
+  Matrix dx;          // [M, K] or nullptr
+  void* dw;           // [N, K] or nullptr, contiguous
+  void* db;           // [N] or nullptr
+};
+
+// Whole problems. A workspace has as many bytes as the function above says, of any content.
+cudaError_t launch_small_forward(const ForwardProblem& problem, const Gpu& gpu);
+cudaError_t launch_small_backward(const BackwardProblem& problem, const Gpu& gpu);
+
+cudaError_t launch_tall_forward(const ForwardProblem& problem, const Gpu& gpu);
+int64_t tall_backward_bytes(const BackwardProblem& problem, const Gpu& gpu);
+cudaError_t launch_tall_backward(const BackwardProblem& problem, void* workspace, const Gpu& gpu);
+
+// On the tensor cores of compute capability 9.0, bfloat16 or float16. All rows are whole multiples of 16 bytes and
+// begin at such.
+cudaError_t launch_sm90_forward(const ForwardProblem& problem, const Gpu& gpu);
+
+// What surrounds the products of a library: y = act(y) in place;  dz [M, N] and db, each may be nullptr.
+cudaError_t launch_act(const ForwardProblem& problem, const Gpu& gpu);
+int64_t grad_z_bytes(const BackwardProblem& problem, const Gpu& gpu);
+cudaError_t launch_grad_z(const BackwardProblem& problem, void* dz, void* workspace, const Gpu& gpu);
+
+}  // namespace mlp_ext::cuda

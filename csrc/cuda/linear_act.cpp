@@ -1,0 +1,193 @@
+// linear_act on a GPU: tensors to pointers, the plan's path to launches on the current stream.
+#include "linear_act.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/_addmm_activation.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "activations.h"
+#include "cuda/kernels.h"
+
+namespace mlp_ext::cuda {
+
+namespace {
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:  // the checks let no other pass
+      return DType::float16;
+  }
+}
+
+// The tensors' device is the current one; the products called below have the operands' dtype, whatever autocast says.
+struct Guard {
+  explicit Guard(const at::Tensor& t) : device(t.device()) {}
+  c10::cuda::CUDAGuard device;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCUDA};
+};
+
+// [*, columns] as [M, columns] of unit-stride rows; copied only where it does not lie so.
+at::Tensor as_rows(const at::Tensor& t, int64_t M, int64_t columns) {
+  const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
+  return unit_stride ? t : t.contiguous().view({M, columns});
+}
+
+ConstMatrix matrix(const at::Tensor& t) {
+  return t.defined() ? ConstMatrix{t.const_data_ptr(), t.stride(0)} : ConstMatrix();
+}
+
+// A workspace. The caching allocator keeps it for this stream.
+at::Tensor bytes(int64_t size, const at::Tensor& like) {
+  return size > 0 ? at::empty({size}, like.options().dtype(at::kByte)) : at::Tensor();
+}
+
+void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
+
+at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, columns]
+  c10::SmallVector<int64_t, 5> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = columns;
+  return at::empty(sizes, t.options().memory_format(std::nullopt));
+}
+
+int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
+  return value;
+}
+
+Gpu gpu() {
+  return {c10::cuda::getCurrentCUDAStream(), attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
+
+Plan plan(int64_t M, int64_t K, int64_t N, const at::Tensor& t, std::string_view activation, bool aligned) {
+  const int arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  const bool tf32 = precision == at::Float32Precision::TF32;
+  return make_plan({M, K, N, dtype_of(t), activation, arch, tf32, aligned, MLP_EXT_CUTLASS});
+}
+
+// Whether rows are whole multiples of 16 bytes, begin at such, and do not overlap.
+bool aligned(const at::Tensor& t) {
+  const int64_t elements = 16 / t.element_size(), columns = t.size(-1);
+  const int64_t stride = t.dim() == 1 ? columns : t.stride(0);
+  const bool begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return begin && columns % elements == 0 && stride % elements == 0 && stride >= columns;
+}
+
+// y = act(x W^T + b)
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                   std::string_view activation) {
+  const size_t act = check_linear_act(input, weight, bias, activation);
+  const Guard guard(input);
+  const int64_t M = leading_size(input), K = weight.size(1), N = weight.size(0);
+  const at::Tensor x = as_rows(input, M, K), w = as_rows(weight, N, K), b = bias ? bias->contiguous() : at::Tensor();
+  const bool whole = aligned(x) && aligned(w) && (!bias || aligned(b)) && N * x.element_size() % 16 == 0;
+  const Plan chosen = plan(M, K, N, x, activation, whole && std::max({M, K, N}) <= std::numeric_limits<int>::max());
+  if (chosen.forward == Path::native) return linear_act_native(input, weight, bias, activation);
+
+  at::Tensor output = empty_rows_like(input, N), y = output.view({M, N});
+  const ForwardProblem problem{dtype_of(x), act, M, K, N, matrix(x), matrix(w), matrix(b).data, {data(y), N}};
+  const Gpu here = gpu();
+  switch (chosen.forward) {
+    case Path::small:
+      C10_CUDA_CHECK(launch_small_forward(problem, here));
+      break;
+    case Path::tall:
+      C10_CUDA_CHECK(launch_tall_forward(problem, here));
+      break;
+    default:
+      switch (chosen.epilogue) {
+        case Epilogue::relu_bias:
+          at::_addmm_activation_out(y, bias ? b : at::zeros({N}, y.options()), x, w.t());
+          break;
+#if MLP_EXT_CUTLASS
+        case Epilogue::cutlass:
+          C10_CUDA_CHECK(launch_sm90_forward(problem, here));
+          break;
+#endif
+        default:
+          bias ? at::addmm_out(y, b, x, w.t()) : at::mm_out(y, x, w.t());
+          if (chosen.epilogue == Epilogue::pass) C10_CUDA_CHECK(launch_act(problem, here));
+      }
+  }
+  return output;
+}
+
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+                   const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                   std::string_view activation, std::array<bool, 3> output_mask) {
+  const size_t act = check_linear_act_backward(grad_output, output, input, weight, activation, output_mask);
+  const auto [needs_dx, needs_dw, needs_db] = output_mask;
+  const Guard guard(grad_output);
+  const int64_t M = leading_size(grad_output), N = grad_output.size(-1);
+  const int64_t K = needs_dx ? weight->size(1) : needs_dw ? input->size(-1) : 1;
+  const Path path = plan(M, K, N, grad_output, activation, false).backward;
+  if (path == Path::native)
+    return linear_act_backward_native(grad_output, output, input, weight, activation, output_mask);
+
+  at::Tensor dx, dw, db;
+  if (needs_dx) dx = empty_rows_like(grad_output, K);
+  if (needs_dw) dw = at::empty({N, K}, grad_output.options());
+  if (needs_db) db = at::empty({N}, grad_output.options());
+  const at::Tensor dy = as_rows(grad_output, M, N), y = output ? as_rows(*output, M, N) : at::Tensor();
+  const at::Tensor x = needs_dw ? as_rows(*input, M, K) : at::Tensor();
+  const at::Tensor w = needs_dx ? as_rows(*weight, N, K) : at::Tensor();
+  const BackwardProblem problem{dtype_of(dy), act,           M,        K,       N, matrix(dy), matrix(y), matrix(x),
+                                matrix(w),    {data(dx), K}, data(dw), data(db)};
+  const Gpu here = gpu();
+  switch (path) {
+    case Path::small:
+      C10_CUDA_CHECK(launch_small_backward(problem, here));
+      break;
+    case Path::tall: {
+      const at::Tensor workspace = bytes(tall_backward_bytes(problem, here), dy);
+      C10_CUDA_CHECK(launch_tall_backward(problem, data(workspace), here));
+      break;
+    }
+    default: {
+      // What saves nothing is linear, and of those there is the identity alone: dz is dy.
+      const bool dz_is_dy = visit_activation(act, [](auto act) { return act.saves == Saves::nothing; });
+      const bool needs_dz = !dz_is_dy && (needs_dx || needs_dw);
+      const at::Tensor dz = needs_dz ? at::empty({M, N}, dy.options()) : dy;
+      if (needs_dz || needs_db) {
+        const at::Tensor workspace = bytes(grad_z_bytes(problem, here), dy);
+        C10_CUDA_CHECK(launch_grad_z(problem, needs_dz ? data(dz) : nullptr, data(workspace), here));
+      }
+      if (needs_dx) {
+        at::Tensor rows = dx.view({M, K});
+        at::mm_out(rows, dz, w);
+      }
+      if (needs_dw) at::mm_out(dw, dz.t(), x);
+    }
+  }
+  return {dx, dw, db};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mlp_ext, CUDA, m) {
+  m.impl("linear_act", forward);
+  m.impl("_linear_act_backward", backward);
+}
+
+}  // namespace mlp_ext::cuda

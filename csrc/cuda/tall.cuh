@@ -1,0 +1,319 @@
+// Narrow layers of many rows: W stays in shared memory, each row is read once and written once.
+//
+// As many blocks as the processors hold take row tiles in turn; while one waits for its rows, others compute.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace mlp_ext::cuda {
+namespace tall {
+
+constexpr int kThreads = 128;
+constexpr int kWidth = 128;     // of K and N at most
+constexpr int kDepth = 64;      // columns of x in shared memory at a time, forward
+constexpr int kRowGroups = 32;  // most of a block, forward: bounds the rows of x in shared memory
+constexpr int kBlocks = 3;      // of a processor: 168 registers a thread
+
+// The results of one thread: as many as registers allow, for each value read from shared memory is then used as often.
+template <class T>
+constexpr int kForwardRows = sizeof(T) == 4 ? 8 : 4;
+template <class T>
+constexpr int kColumns = sizeof(T) == 4 ? 8 : 4;
+constexpr int kBackwardRows = 4;
+// Rows of a tile, backward: dz and x leave room for three blocks.
+template <class T>
+constexpr int kTileRows = sizeof(T) == 4 ? 64 : 32;
+
+inline int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
+  const int64_t reserved = 1024;  // by CUDA, for each block
+  const int64_t fit = std::max<int64_t>(1, std::min<int64_t>(kBlocks, device.shared / (shared + reserved)));
+  return std::min(tiles, device.processors * fit);
+}
+
+// tile[r, c] = source(row + r, column + c), zero beyond rows_end and columns_end. By all threads of the block.
+template <int V, class T, class Source>
+__device__ void fill(const Pointer<T>& tile, int stride, int rows, int columns, const Source& source, int64_t row,
+                     int64_t rows_end, int64_t column, int64_t columns_end) {
+  constexpr int kBatch = 4;  // loads under way
+  constexpr int kPiece = V < kStep ? V : kStep;
+  const int across = static_cast<int>(ceil_div(columns, V)), down = kThreads / across;
+  const int c = threadIdx.x % across * V, first = threadIdx.x / across;
+  if (first >= down) return;
+  const bool column_inside = column + c < columns_end;
+  for (int r0 = first; r0 < rows; r0 += kBatch * down) {
+    typename Source::template Raw<V> raw[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int r = r0 + i * down;
+      if (r < rows && row + r < rows_end && column_inside) raw[i] = source.template fetch<V>(row + r, column + c);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int r = r0 + i * down;
+      if (r >= rows) break;
+      const bool inside = row + r < rows_end && column_inside;
+#pragma unroll
+      for (int v = 0; v < V; v += kPiece) {
+        Vector<T, kPiece> piece;
+#pragma unroll
+        for (int p = 0; p < kPiece; ++p) piece.at[p] = inside ? Source::template value<V>(raw[i], v + p) : T(0);
+        store(tile + (r * stride + c + v), piece);
+      }
+    }
+  }
+}
+
+// P x Q results of a thread: row p lies `row_step` rows on, columns are groups of four, `column_step` apart.
+template <class S, int P, int Q, class T, class F>
+__device__ void store_results(const Rows<S>& out, int64_t row, int row_step, int64_t rows_end, int64_t column,
+                              int column_step, int64_t columns_end, bool vectors, const T (&sum)[P][Q], const F& f) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    const int64_t m = row + p * row_step;
+    if (m >= rows_end) break;
+#pragma unroll
+    for (int q = 0; q < Q; q += kStep) {
+      const int64_t n = column + q / kStep * column_step;
+      Vector<S, kStep> results;
+#pragma unroll
+      for (int i = 0; i < kStep; ++i)
+        if (n + i < columns_end) results.at[i] = from_accumulator<S>(f(sum[p][q + i], n + i));
+      if (vectors) {
+        if (n < columns_end) store(out.at(m, n), results);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kStep; ++i)
+          if (n + i < columns_end) *out.at(m, n + i) = results.at[i];
+      }
+    }
+  }
+}
+
+// Whether groups of four columns may be written at once.
+template <class S>
+__device__ bool in_groups(const Rows<S>& m, int64_t columns) {
+  return in_vectors(m, columns) && columns % kStep == 0;
+}
+
+template <class T>
+struct ForwardTiles {
+  int K, N;
+  int column_groups, row_groups, rows;  // of threads, and of the tile
+  int depth;                            // columns of x at a time
+  int x_stride, w_stride;
+  __host__ __device__ ForwardTiles(int64_t K_, int64_t N_)
+      : K(static_cast<int>(K_)),
+        N(static_cast<int>(N_)),
+        column_groups(static_cast<int>(ceil_div(N, kColumns<T>))),
+        row_groups(static_cast<int>(smaller(kRowGroups, kThreads / column_groups))),
+        rows(row_groups * kForwardRows<T>),
+        depth(static_cast<int>(smaller(kDepth, round_up(K, kStep)))),
+        x_stride(row_stride(depth)),
+        w_stride(column_groups * kColumns<T> + kStep) {}
+  __host__ __device__ int w_size() const { return (static_cast<int>(round_up(K, kStep)) + 1) * w_stride; }
+  __host__ __device__ int x_size() const { return rows * x_stride; }
+  int64_t shared() const { return shared_bytes<T>(w_size()) + shared_bytes<T>(x_size()); }
+};
+
+template <class T>
+struct BackwardTiles {
+  int K, N;
+  int rows = kTileRows<T>;
+  int column_groups;     // of threads along K
+  int depth, dz_stride;  // N rounded up, row of the tile of dz
+  int width;             // K rounded up: row of the tiles of W, dW and x
+  __host__ __device__ BackwardTiles(int64_t K_, int64_t N_)
+      : K(static_cast<int>(K_)),
+        N(static_cast<int>(N_)),
+        column_groups(static_cast<int>(ceil_div(K, kColumns<T>))),
+        depth(static_cast<int>(round_up(N, kStep))),
+        dz_stride(row_stride(N)),
+        width(column_groups * kColumns<T>) {}
+  __host__ __device__ int weights() const { return depth * width; }
+  int64_t shared() const {
+    return 2 * shared_bytes<T>(weights()) + shared_bytes<T>(depth) + shared_bytes<T>(rows * dz_stride) +
+           shared_bytes<T>(rows * width);
+  }
+  __host__ __device__ int64_t part() const { return int64_t{N} * K + N; }  // dW and db of a block
+};
+
+}  // namespace tall
+
+// K and N from 1 to tall::kWidth.
+template <class S>
+Launch tall_forward_launch(const Forward<S>& f, const Device& device) {
+  const tall::ForwardTiles<Accumulator<S>> tiles(f.K, f.N);
+  const int64_t shared = tiles.shared();
+  return {tall::blocks(ceil_div(f.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+}
+
+// y = act(x W^T + b)   (M,K)(K,N)
+template <class S, class Act>
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks) tall_forward(const Forward<S> f) {
+  using T = Accumulator<S>;
+  constexpr int P = tall::kForwardRows<T>, Q = tall::kColumns<T>;
+  const tall::ForwardTiles<T> tiles(f.K, f.N);
+  SharedMemory shared;
+  const auto w = shared.take<T>(tiles.w_size());  // [K rounded up, N rounded up], then the bias
+  const auto x = shared.take<T>(tiles.x_size());  // [rows, depth]
+  const int bias = tiles.w_size() - tiles.w_stride;
+  for (int i = threadIdx.x; i < tiles.w_stride * (bias / tiles.w_stride); i += tall::kThreads) {
+    // Neighbours along K, as W lies in memory.
+    const int k = i % (bias / tiles.w_stride), n = i / (bias / tiles.w_stride);
+    w[k * tiles.w_stride + n] = k < tiles.K && n < tiles.N ? to_accumulator(*f.w.at(n, k)) : T(0);
+  }
+  for (int n = threadIdx.x; n < tiles.w_stride; n += tall::kThreads)
+    w[bias + n] = f.bias && n < tiles.N ? to_accumulator(f.bias[n]) : T(0);
+
+  const bool x_vectors = in_vectors(f.x, f.K), y_vectors = tall::in_groups(f.y, f.N);
+  const int column = threadIdx.x % tiles.column_groups, row = threadIdx.x / tiles.column_groups;
+  const bool computes = row < tiles.row_groups;
+  const int column_step = tiles.column_groups * kStep;
+  const AlongDepth<T> a{x + row * tiles.x_stride, tiles.x_stride, tiles.row_groups};
+  for (int64_t m = blockIdx.x * int64_t{tiles.rows}; m < f.M; m += gridDim.x * int64_t{tiles.rows}) {
+    T sum[P][Q] = {};
+    for (int k0 = 0; k0 < tiles.K; k0 += tall::kDepth) {
+      __syncthreads();  // x was read
+      if (x_vectors)
+        tall::fill<kVector<S>>(x, tiles.x_stride, tiles.rows, tiles.depth, Plain<S>{f.x}, m, f.M, k0, tiles.K);
+      else
+        tall::fill<1>(x, tiles.x_stride, tiles.rows, tiles.depth, Plain<S>{f.x}, m, f.M, k0, tiles.K);
+      __syncthreads();
+      if (!computes) continue;
+      const AcrossDepth<T> b{w + (k0 * tiles.w_stride + column * kStep), tiles.w_stride, column_step};
+      const int depth = static_cast<int>(smaller(tall::kDepth, tiles.K - k0));
+      for (int k = 0; k < depth; k += kStep) add_product(sum, a, b, k);
+    }
+    if (computes)
+      tall::store_results(f.y, m + row, tiles.row_groups, smaller(m + tiles.rows, f.M), column * kStep, column_step,
+                          f.N, y_vectors, sum, [&](T z, int64_t n) { return Act::forward(z + w[bias + n]); });
+  }
+}
+
+// K and N from 1 to tall::kWidth. Of the workspace, each block needs tall_backward_part elements.
+template <class S>
+Launch tall_backward_launch(const Backward<S>& b, const Device& device) {
+  const tall::BackwardTiles<Accumulator<S>> tiles(b.K, b.N);
+  const int64_t shared = tiles.shared();
+  return {tall::blocks(ceil_div(b.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+}
+
+// Accumulators of dW and db of one block: parts is [blocks, tall_backward_part].
+template <class S>
+int64_t tall_backward_part(const Backward<S>& b) {
+  return b.N * b.K + b.N;
+}
+
+// dz = act'(dy, y);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums of
+// dz
+template <class S, class Act>
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks)
+    tall_backward(const Backward<S> b, const Pointer<Accumulator<S>> parts) {
+  using T = Accumulator<S>;
+  constexpr int P = tall::kBackwardRows, Q = tall::kColumns<T>;
+  const tall::BackwardTiles<T> tiles(b.K, b.N);
+  SharedMemory shared;
+  const auto w = shared.take<T>(tiles.weights());                // [depth, width]
+  const auto dw = shared.take<T>(tiles.weights());               // [depth, width]
+  const auto db = shared.take<T>(tiles.depth);                   // [depth]
+  const auto dz = shared.take<T>(tiles.rows * tiles.dz_stride);  // [rows, depth]
+  const auto x = shared.take<T>(tiles.rows * tiles.width);       // [rows, width]
+  if (b.dx.data) tall::fill<1>(w, tiles.width, tiles.depth, tiles.width, Plain<S>{b.w}, 0, b.N, 0, b.K);
+  for (int i = threadIdx.x; i < tiles.weights(); i += tall::kThreads) dw[i] = 0;
+  for (int n = threadIdx.x; n < tiles.depth; n += tall::kThreads) db[n] = 0;
+
+  const GradZ<S, Act> grad_z{b.dy, b.y};
+  const bool dz_vectors = in_vectors(b.dy, b.N) && in_vectors(b.y, b.N), x_vectors = in_vectors(b.x, b.K),
+             dx_vectors = tall::in_groups(b.dx, b.K);
+  const int column_step = tiles.column_groups * kStep;
+  for (int64_t m = blockIdx.x * int64_t{tiles.rows}; m < b.M; m += gridDim.x * int64_t{tiles.rows}) {
+    if (dz_vectors)
+      tall::fill<kVector<S>>(dz, tiles.dz_stride, tiles.rows, tiles.depth, grad_z, m, b.M, 0, b.N);
+    else
+      tall::fill<1>(dz, tiles.dz_stride, tiles.rows, tiles.depth, grad_z, m, b.M, 0, b.N);
+    if (b.dw && x_vectors)
+      tall::fill<kVector<S>>(x, tiles.width, tiles.rows, tiles.width, Plain<S>{b.x}, m, b.M, 0, b.K);
+    else if (b.dw)
+      tall::fill<1>(x, tiles.width, tiles.rows, tiles.width, Plain<S>{b.x}, m, b.M, 0, b.K);
+    __syncthreads();
+    if (b.dx.data) {
+      const int down = tiles.rows / P;
+      for (int t = threadIdx.x; t < down * tiles.column_groups; t += tall::kThreads) {
+        const int column = t % tiles.column_groups, row = t / tiles.column_groups;
+        const AlongDepth<T> rows{dz + row * tiles.dz_stride, tiles.dz_stride, down};
+        const AcrossDepth<T> columns{w + column * kStep, tiles.width, column_step};
+        T sum[P][Q] = {};
+        for (int n = 0; n < tiles.depth; n += kStep) add_product(sum, rows, columns, n);
+        tall::store_results(b.dx, m + row, down, b.M, column * kStep, column_step, b.K, dx_vectors, sum,
+                            [](T v, int64_t) { return v; });
+      }
+    }
+    if (b.dw)
+      for (int t = threadIdx.x; t < tiles.depth / P * tiles.column_groups; t += tall::kThreads) {
+        const int column = t % tiles.column_groups * kStep, row = t / tiles.column_groups * P;
+        const AcrossDepth<T> rows{dz + row, tiles.dz_stride, kStep}, columns{x + column, tiles.width, column_step};
+        T sum[P][Q] = {};
+        for (int i = 0; i < tiles.rows; i += kStep) add_product(sum, rows, columns, i);
+#pragma unroll
+        for (int p = 0; p < P; ++p)
+#pragma unroll
+          for (int q = 0; q < Q; ++q)
+            dw[(row + p) * tiles.width + column + q / kStep * column_step + q % kStep] += sum[p][q];
+      }
+    if (b.db)
+      for (int n = threadIdx.x; n < tiles.depth; n += tall::kThreads) {
+        T sum = 0;
+        for (int i = 0; i < tiles.rows; ++i) sum += dz[i * tiles.dz_stride + n];
+        db[n] += sum;
+      }
+    __syncthreads();  // dz and x were read
+  }
+
+  const auto part = parts + blockIdx.x * tiles.part();
+  if (b.dw)
+    for (int i = threadIdx.x; i < tiles.N * tiles.K; i += tall::kThreads)
+      part[i] = dw[i / tiles.K * tiles.width + i % tiles.K];
+  if (b.db)
+    for (int n = threadIdx.x; n < tiles.N; n += tall::kThreads) part[tiles.N * tiles.K + n] = db[n];
+}
+
+namespace tall {
+constexpr int kSumColumns = 32, kSumRows = 32;  // threads of a block of sum_parts
+}
+
+template <class S>
+Launch sum_parts_launch(const Backward<S>& b) {
+  using namespace tall;
+  const int64_t shared = shared_bytes<Accumulator<S>>(kSumColumns * kSumRows);
+  return {b.dw || b.db ? ceil_div(tall_backward_part(b), kSumColumns) : 0, 1, kSumColumns * kSumRows, shared};
+}
+
+// dW and db: the sums of the parts [count, tall_backward_part], always in the same order.
+template <class S>
+__global__ void __launch_bounds__(tall::kSumColumns* tall::kSumRows)
+    sum_parts(const Pointer<const Accumulator<S>> parts, int64_t count, const Backward<S> b) {
+  using T = Accumulator<S>;
+  using tall::kSumColumns, tall::kSumRows;
+  const int64_t weights = b.N * b.K, size = weights + b.N;
+  const int column = threadIdx.x % kSumColumns, row = threadIdx.x / kSumColumns;
+  const int64_t i = blockIdx.x * int64_t{kSumColumns} + column;
+  const bool wanted = i < size && (i < weights ? b.dw : b.db);
+  T sum = 0;
+  if (wanted)
+#pragma unroll 8
+    for (int64_t p = row; p < count; p += kSumRows) sum += parts[p * size + i];
+  SharedMemory shared;
+  const auto sums = shared.take<T>(kSumColumns * kSumRows);
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (row > 0 || !wanted) return;
+  T total = 0;
+#pragma unroll
+  for (int r = 0; r < kSumRows; ++r) total += sums[r * kSumColumns + column];
+  if (i < weights)
+    b.dw[i] = from_accumulator<S>(total);
+  else
+    b.db[i - weights] = from_accumulator<S>(total);
+}
+
+}  // namespace mlp_ext::cuda
