@@ -1,0 +1,284 @@
+// CUDA's execution model on one core of the CPU, for the kernels' own source (csrc/cuda/*.cuh): the threads of a block
+// are fibers that run from barrier to barrier in a chosen order, blocks come in a shuffled order, and every access is
+// checked: bounds and alignment in global and shared memory; in shared memory also races, that is, two threads at one
+// place between the same barriers, one of them writing. A thread that misses a barrier that others wait at is a fault.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
+
+struct Index {
+  unsigned x, y;
+};
+inline Index threadIdx, blockIdx, gridDim;
+
+// 16-bit types, converted as CUDA does: to nearest, ties to even.
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  _Float16 value;
+};
+inline float __bfloat162float(__nv_bfloat16 v) {
+  const uint32_t bits = uint32_t{v.bits} << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline __nv_bfloat16 __float2bfloat16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (f != f) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float __half2float(__half v) { return static_cast<float>(v.value); }
+inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
+
+namespace mlp_ext::cuda {
+template <class S, int V>
+struct Vector;  // csrc/cuda/device.cuh
+}
+
+namespace mlp_ext::cuda::model {
+
+struct Word {  // who used four bytes of shared memory last, and between which barriers
+  int64_t written = -1, read = -1;
+  int writer = -1, reader = -1;
+};
+
+struct Block {  // the one that runs
+  std::vector<unsigned char> shared;
+  std::vector<Word> words;
+  int64_t barriers = 0;
+};
+inline Block block;
+inline std::string fault_seen;  // the first
+inline ucontext_t scheduler;
+enum class State { ready, waiting, finished };
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  State state;
+};
+inline std::vector<Fiber> fibers;
+
+// Ends the run: the fiber is left where it is.
+inline void fault(const std::string& what) {
+  if (fault_seen.empty())
+    fault_seen = what + " in thread " + std::to_string(threadIdx.x) + " of block " + std::to_string(blockIdx.x) + "," +
+                 std::to_string(blockIdx.y);
+  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+inline void use_shared(size_t offset, size_t bytes, bool writes) {
+  const int me = static_cast<int>(threadIdx.x);
+  const int64_t now = block.barriers;
+  for (size_t i = offset / 4; i < (offset + bytes + 3) / 4; ++i) {
+    Word& word = block.words[i];
+    if (word.written == now && word.writer != me) fault("a race for shared memory, after a write,");
+    if (writes) {
+      if (word.read == now && word.reader != me) fault("a race for shared memory, after a read,");
+      word.written = now;
+      word.writer = me;
+    } else {
+      word.reader = word.read == now && word.reader != me ? -1 : me;  // -1: several
+      word.read = now;
+    }
+  }
+}
+
+// A pointer that knows the array it points into.
+template <class T>
+class Pointer {
+ public:
+  using Element = std::remove_const_t<T>;
+  class Reference {
+   public:
+    explicit Reference(Pointer place) : place_(place) {}
+    operator Element() const {
+      Element value[1];
+      place_.read(value);
+      return value[0];
+    }
+    const Reference& operator=(const Element& value) const {
+      const Element values[1] = {value};
+      place_.write(values);
+      return *this;
+    }
+    const Reference& operator=(const Reference& other) const { return *this = Element(other); }
+    const Reference& operator+=(const Element& value) const { return *this = Element(*this) + value; }
+
+   private:
+    Pointer place_;
+  };
+
+  Pointer(std::nullptr_t = nullptr) {}
+  Pointer(T* begin, int64_t count, bool shared = false) : begin_(begin), count_(count), shared_(shared) {}
+  template <class U, class = std::enable_if_t<std::is_same_v<const U, T>>>
+  Pointer(const Pointer<U>& other)
+      : begin_(other.begin()), count_(other.count()), at_(other.offset()), shared_(other.shared()) {}
+
+  explicit operator bool() const { return begin_; }
+  Reference operator[](int64_t i) const { return Reference(*this + i); }
+  Reference operator*() const { return Reference(*this); }
+  friend Pointer operator+(Pointer p, int64_t n) {
+    p.at_ += n;
+    return p;
+  }
+
+  template <size_t n>
+  void read(Element (&values)[n]) const {
+    check(n, false);
+    std::memcpy(values, begin_ + at_, sizeof(values));
+  }
+  template <size_t n>
+  void write(const Element (&values)[n]) const {
+    check(n, true);
+    std::memcpy(begin_ + at_, values, sizeof(values));
+  }
+
+  T* begin() const { return begin_; }
+  int64_t count() const { return count_; }
+  int64_t offset() const { return at_; }
+  bool shared() const { return shared_; }
+
+ private:
+  void check(int64_t n, bool writes) const {
+    const auto where = [&] { return std::string(shared_ ? " shared" : " global") + " memory"; };
+    const size_t bytes = n * sizeof(T), piece = std::min<size_t>(16, bytes);
+    if (!begin_) fault("a null pointer");
+    if (at_ < 0 || at_ + n > count_)
+      fault("element " + std::to_string(at_ + n - 1) + " of " + std::to_string(count_) + " in" + where());
+    const auto address = reinterpret_cast<uintptr_t>(begin_ + at_);
+    if (address % piece != 0) fault("a misaligned access to" + where());
+    if (shared_) use_shared(address - reinterpret_cast<uintptr_t>(block.shared.data()), bytes, writes);
+  }
+
+  T* begin_ = nullptr;
+  int64_t count_ = 0, at_ = 0;
+  bool shared_ = false;
+};
+
+template <int V, class S>
+Vector<std::remove_const_t<S>, V> load(const Pointer<S>& p) {
+  Vector<std::remove_const_t<S>, V> v;
+  p.read(v.at);
+  return v;
+}
+template <int V, class S>
+void store(const Pointer<S>& p, const Vector<S, V>& v) {
+  p.write(v.at);
+}
+template <class S>
+bool aligned(const Pointer<S>& p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p.begin()) % bytes == 0 && p.offset() * sizeof(S) % bytes == 0;
+}
+
+// Pieces of the block's dynamic shared memory, each with bounds of its own.
+class SharedMemory {
+ public:
+  template <class T>
+  Pointer<T> take(int count) {
+    const size_t begin = used_;
+    used_ += (count * sizeof(T) + 15) / 16 * 16;
+    if (used_ > block.shared.size()) fault("more shared memory than the launch gives");
+    return {reinterpret_cast<T*>(block.shared.data() + begin), count, true};
+  }
+
+ private:
+  size_t used_ = 0;
+};
+
+enum class Order { ascending, descending, shuffled };  // of the threads between barriers
+
+inline std::function<void()> body;
+inline void enter() {
+  body();
+  fibers[threadIdx.x].state = State::finished;
+  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+inline void run_block(int threads, int64_t shared, Order order, std::mt19937& random) {
+  constexpr size_t kStack = 64 << 10;
+  block.shared.assign(shared, 0xff);  // NaN
+  block.words.assign(shared / 4 + 1, Word());
+  block.barriers = 0;
+  if (static_cast<int>(fibers.size()) < threads) fibers.resize(threads);
+  std::vector<int> turns(threads);
+  std::iota(turns.begin(), turns.end(), 0);
+  if (order == Order::descending) std::reverse(turns.begin(), turns.end());
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = fibers[t];
+    if (!fiber.stack) fiber.stack.reset(new unsigned char[kStack]);
+    fiber.state = State::ready;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (;; ++block.barriers) {
+    if (order == Order::shuffled) std::shuffle(turns.begin(), turns.end(), random);
+    int finished = 0;
+    for (const int t : turns) {
+      threadIdx = {static_cast<unsigned>(t), 0};
+      if (fibers[t].state == State::waiting) fibers[t].state = State::ready;
+      if (fibers[t].state == State::ready) swapcontext(&scheduler, &fibers[t].context);
+      if (!fault_seen.empty()) return;
+      finished += fibers[t].state == State::finished;
+    }
+    if (finished == threads) return;
+    if (finished > 0) {
+      fault_seen = "a barrier that some threads never reach";
+      return;
+    }
+  }
+}
+
+// Runs a kernel; returns "" or what went wrong first.
+template <class Launch>
+std::string run(const Launch& launch, Order order, unsigned seed, const std::function<void()>& kernel) {
+  std::mt19937 random(seed);
+  std::vector<int64_t> blocks(launch.blocks());
+  std::iota(blocks.begin(), blocks.end(), 0);
+  std::shuffle(blocks.begin(), blocks.end(), random);
+  fault_seen.clear();
+  body = kernel;
+  gridDim = {static_cast<unsigned>(launch.blocks_x), static_cast<unsigned>(launch.blocks_y)};
+  for (const int64_t b : blocks) {
+    blockIdx = {static_cast<unsigned>(b % launch.blocks_x), static_cast<unsigned>(b / launch.blocks_x)};
+    run_block(launch.threads, launch.shared, order, random);
+    if (!fault_seen.empty()) break;
+  }
+  return fault_seen;
+}
+
+}  // namespace mlp_ext::cuda::model
+
+inline void __syncthreads() {
+  using namespace mlp_ext::cuda::model;
+  fibers[threadIdx.x].state = State::waiting;
+  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+inline void __threadfence() {}  // one thread runs at a time
+inline unsigned atomicInc(const mlp_ext::cuda::model::Pointer<unsigned>& p, unsigned most) {
+  const unsigned before = *p;
+  *p = before >= most ? 0 : before + 1;
+  return before;
+}

@@ -1,0 +1,73 @@
+// The kernels' entries for the tests: C functions over plain buffers, which return nullptr or what went wrong.
+#pragma once
+
+#include "activations.h"
+#include "cuda/problem.cuh"
+
+struct Buffer {
+  void* data;        // nullptr: absent
+  int64_t elements;  // from data on
+  int64_t stride;    // of a matrix
+};
+struct Problem {
+  int32_t dtype, activation;  // float32, float64, bfloat16, float16; its place in Activations
+  int64_t M, K, N;
+  Buffer x, w, bias, y, dy, dx, dw, db, dz;
+  int64_t processors, shared;  // of the device
+  int32_t order, seed;         // of threads; of everything shuffled
+};
+
+namespace mlp_ext::cuda {
+
+template <class S>
+Pointer<S> pointer(const Buffer& b) {
+  return b.data ? Pointer<S>(static_cast<S*>(b.data), b.elements) : Pointer<S>();
+}
+template <class S>
+Rows<S> rows(const Buffer& b) {
+  return {pointer<S>(b), b.stride};
+}
+inline Device device(const Problem& p) { return {static_cast<int>(p.processors), p.shared}; }
+
+template <class S>
+Forward<S> forward_of(const Problem& p) {
+  return {p.M, p.K, p.N, rows<const S>(p.x), rows<const S>(p.w), pointer<const S>(p.bias), rows<S>(p.y)};
+}
+template <class S>
+Backward<S> backward_of(const Problem& p) {
+  return {p.M,
+          p.K,
+          p.N,
+          rows<const S>(p.dy),
+          rows<const S>(p.y),
+          rows<const S>(p.x),
+          rows<const S>(p.w),
+          rows<S>(p.dx),
+          pointer<S>(p.dw),
+          pointer<S>(p.db)};
+}
+
+inline std::string launch(const Problem& p, const Launch& launch, const std::function<void()>& kernel) {
+  return launch.blocks() ? model::run(launch, static_cast<model::Order>(p.order), p.seed, kernel) : std::string();
+}
+
+// f(S(), Act()) returns "" or a fault.
+template <class F>
+const char* with_types(const Problem& p, const F& f) {
+  static std::string fault;
+  fault = visit_activation(p.activation, [&](auto act) -> std::string {
+    switch (p.dtype) {
+      case 0:
+        return f(float(), act);
+      case 1:
+        return f(double(), act);
+      case 2:
+        return f(BFloat16(), act);
+      default:
+        return f(Half(), act);
+    }
+  });
+  return fault.empty() ? nullptr : fault.c_str();
+}
+
+}  // namespace mlp_ext::cuda
