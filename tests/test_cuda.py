@@ -121,6 +121,13 @@ def test_few_rows_of_any_width_match_native(rows: int, width: int, activation: s
         assert_matches_native(operands(shape), activation, grad_output(shape))
 
 
+@each_activation
+@each_dtype
+def test_an_empty_sum_is_the_bias(dtype: torch.dtype, activation: str) -> None:
+    for shape in (Shape((70000,), 0, 33), Shape((3,), 0, 5000), Shape((70000,), 33, 0)):
+        assert_matches_native(operands(shape, dtype), activation, grad_output(shape, dtype))
+
+
 # ---- TF32 ----
 
 

@@ -79,10 +79,19 @@ class SharedMemory {
 };
 #else
 using model::aligned;
-using model::load;
 using model::Pointer;
 using model::SharedMemory;
-using model::store;
+
+template <int V, class S>
+Vector<std::remove_const_t<S>, V> load(const Pointer<S>& p) {
+  Vector<std::remove_const_t<S>, V> v;
+  p.read(v.at);
+  return v;
+}
+template <int V, class S>
+void store(const Pointer<S>& p, const Vector<S, V>& v) {
+  p.write(v.at);
+}
 #endif
 
 // Bytes of a piece of SharedMemory.

@@ -102,7 +102,8 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std:
   const at::Tensor x = as_rows(input, M, K), w = as_rows(weight, N, K), b = bias ? bias->contiguous() : at::Tensor();
   const bool whole = aligned(x) && aligned(w) && (!bias || aligned(b)) && N * x.element_size() % 16 == 0;
   const Plan chosen = plan(M, K, N, x, activation, whole && std::max({M, K, N}) <= std::numeric_limits<int>::max());
-  if (chosen.forward == Path::native) return linear_act_native(input, weight, bias, activation);
+  const bool empty_sum = K == 0;  // libraries refuse it, or leave the activation out
+  if (chosen.forward == Path::native || empty_sum) return linear_act_native(input, weight, bias, activation);
 
   at::Tensor output = empty_rows_like(input, N), y = output.view({M, N});
   const ForwardProblem problem{dtype_of(x), act, M, K, N, matrix(x), matrix(w), matrix(b).data, {data(y), N}};

@@ -9,7 +9,7 @@ namespace pointwise {
 
 constexpr int kThreads = 256;
 constexpr int kRowThreads = 8;      // of a block along M, where there are rows for them
-constexpr int kRows = 4;            // of a thread at a time: loads under way
+constexpr int kRows = 2;            // of a thread at a time: loads under way; with 4, 16-bit types spill registers
 constexpr int64_t kMaxParts = 256;  // of the rows: the last block adds as many sums
 constexpr int64_t kBlocks = 8;      // of a processor: 2048 threads
 
@@ -128,7 +128,7 @@ template <class S>
 Launch grad_z_launch(const GradZProblem<S>& g, const Device& device) {
   if (g.N == 0) return {};
   const pointwise::Grid grid(g.M, g.N, grad_z_vector(g));
-  const int64_t shared = g.db ? shared_bytes<Accumulator<S>>(grid.down * grid.width()) + shared_bytes<int>(1) : 0;
+  const int64_t shared = g.db ? shared_bytes<Accumulator<S>>(grid.down * grid.width()) : 0;
   return {grid.strips(), grid.parts(device), pointwise::kThreads, shared};
 }
 
@@ -167,16 +167,14 @@ __global__ void __launch_bounds__(pointwise::kThreads) grad_z(const GradZProblem
   // First the sums of the block, then, in the last block of the strip, those of all its parts.
   SharedMemory shared;
   const auto sums = shared.take<T>(grid.down * grid.width());  // [down, width]
-  const auto last = shared.take<int>(1);
   pointwise::add_rows<V>(grid, sums, sum, across, down);
   if (down == 0 && column < g.N)
 #pragma unroll
     for (int v = 0; v < V; ++v) g.sums[blockIdx.y * g.N + column + v] = sum[v];
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last[0] = atomicInc(g.finished + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;  // wraps to 0
-  __syncthreads();
-  if (!last[0]) return;
+  const bool last_block = threadIdx.x == 0 && atomicInc(g.finished + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;
+  if (!__syncthreads_or(last_block)) return;
   __threadfence();
 #pragma unroll
   for (int v = 0; v < V; ++v) sum[v] = 0;

@@ -12,7 +12,8 @@ constexpr int kThreads = 128;
 constexpr int kWidth = 128;     // of K and N at most
 constexpr int kDepth = 64;      // columns of x in shared memory at a time, forward
 constexpr int kRowGroups = 32;  // most of a block, forward: bounds the rows of x in shared memory
-constexpr int kBlocks = 3;      // of a processor: 168 registers a thread
+template <class S>
+constexpr int kBlocks = sizeof(S) == 2 ? 2 : 3;  // of a processor: as many as registers allow
 
 // The results of one thread: as many as registers allow, for each value read from shared memory is then used as often.
 template <class T>
@@ -24,9 +25,10 @@ constexpr int kBackwardRows = 4;
 template <class T>
 constexpr int kTileRows = sizeof(T) == 4 ? 64 : 32;
 
-inline int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
+template <class S>
+int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
   const int64_t reserved = 1024;  // by CUDA, for each block
-  const int64_t fit = std::max<int64_t>(1, std::min<int64_t>(kBlocks, device.shared / (shared + reserved)));
+  const int64_t fit = std::max<int64_t>(1, std::min<int64_t>(kBlocks<S>, device.shared / (shared + reserved)));
   return std::min(tiles, device.processors * fit);
 }
 
@@ -144,12 +146,12 @@ template <class S>
 Launch tall_forward_launch(const Forward<S>& f, const Device& device) {
   const tall::ForwardTiles<Accumulator<S>> tiles(f.K, f.N);
   const int64_t shared = tiles.shared();
-  return {tall::blocks(ceil_div(f.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+  return {tall::blocks<S>(ceil_div(f.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
 }
 
 // y = act(x W^T + b)   (M,K)(K,N)
 template <class S, class Act>
-__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks) tall_forward(const Forward<S> f) {
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward(const Forward<S> f) {
   using T = Accumulator<S>;
   constexpr int P = tall::kForwardRows<T>, Q = tall::kColumns<T>;
   const tall::ForwardTiles<T> tiles(f.K, f.N);
@@ -195,7 +197,7 @@ template <class S>
 Launch tall_backward_launch(const Backward<S>& b, const Device& device) {
   const tall::BackwardTiles<Accumulator<S>> tiles(b.K, b.N);
   const int64_t shared = tiles.shared();
-  return {tall::blocks(ceil_div(b.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+  return {tall::blocks<S>(ceil_div(b.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
 }
 
 // Accumulators of dW and db of one block: parts is [blocks, tall_backward_part].
@@ -207,7 +209,7 @@ int64_t tall_backward_part(const Backward<S>& b) {
 // dz = act'(dy, y);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums of
 // dz
 template <class S, class Act>
-__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks)
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
     tall_backward(const Backward<S> b, const Pointer<Accumulator<S>> parts) {
   using T = Accumulator<S>;
   constexpr int P = tall::kBackwardRows, Q = tall::kColumns<T>;

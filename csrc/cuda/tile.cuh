@@ -126,8 +126,7 @@ struct GradZ {  // dz = act'(dy, y)
   };
   template <int V>
   __device__ Raw<V> fetch(int64_t i, int64_t j) const {
-    Raw<V> raw;
-    raw.dy = load<V>(dy.at(i, j));
+    Raw<V> raw{load<V>(dy.at(i, j)), {}};
     if constexpr (Act::saves == Saves::output) raw.y = load<V>(y.at(i, j));
     return raw;
   }

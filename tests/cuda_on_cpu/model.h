@@ -50,11 +50,6 @@ inline __nv_bfloat16 __float2bfloat16(float f) {
 inline float __half2float(__half v) { return static_cast<float>(v.value); }
 inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
 
-namespace mlp_ext::cuda {
-template <class S, int V>
-struct Vector;  // csrc/cuda/device.cuh
-}
-
 namespace mlp_ext::cuda::model {
 
 struct Word {  // who used four bytes of shared memory last, and between which barriers
@@ -66,6 +61,7 @@ struct Block {  // the one that runs
   std::vector<unsigned char> shared;
   std::vector<Word> words;
   int64_t barriers = 0;
+  bool any[2] = {};  // of __syncthreads_or, at this barrier and, while that is read, at the next
 };
 inline Block block;
 inline std::string fault_seen;  // the first
@@ -175,16 +171,6 @@ class Pointer {
   bool shared_ = false;
 };
 
-template <int V, class S>
-Vector<std::remove_const_t<S>, V> load(const Pointer<S>& p) {
-  Vector<std::remove_const_t<S>, V> v;
-  p.read(v.at);
-  return v;
-}
-template <int V, class S>
-void store(const Pointer<S>& p, const Vector<S, V>& v) {
-  p.write(v.at);
-}
 template <class S>
 bool aligned(const Pointer<S>& p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p.begin()) % bytes == 0 && p.offset() * sizeof(S) % bytes == 0;
@@ -219,6 +205,7 @@ inline void run_block(int threads, int64_t shared, Order order, std::mt19937& ra
   block.shared.assign(shared, 0xff);  // NaN
   block.words.assign(shared / 4 + 1, Word());
   block.barriers = 0;
+  block.any[0] = block.any[1] = false;
   if (static_cast<int>(fibers.size()) < threads) fibers.resize(threads);
   std::vector<int> turns(threads);
   std::iota(turns.begin(), turns.end(), 0);
@@ -275,6 +262,14 @@ inline void __syncthreads() {
   using namespace mlp_ext::cuda::model;
   fibers[threadIdx.x].state = State::waiting;
   swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+inline bool __syncthreads_or(bool value) {
+  using mlp_ext::cuda::model::block;
+  const int64_t here = block.barriers;
+  block.any[here % 2] |= value;
+  __syncthreads();
+  block.any[(here + 1) % 2] = false;
+  return block.any[here % 2];
 }
 inline void __threadfence() {}  // one thread runs at a time
 inline unsigned atomicInc(const mlp_ext::cuda::model::Pointer<unsigned>& p, unsigned most) {
