@@ -50,17 +50,18 @@ bench-quick: build
 	$(RUN)/mlp-ext bench --suite layers --providers native,fused --rounds 10
 	$(RUN)/mlp-ext bench --suite train --providers native,fused --rounds 10
 
+CPP = $(shell find csrc tests/cuda_on_cpu -type f)
 lint: $(VENV)/tools
 	@echo "== lint: ruff, clang-format, mypy"
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(RUN)/clang-format --dry-run --Werror $(CPP)
 	$(RUN)/mypy
 
 format: $(VENV)/tools
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	$(RUN)/clang-format -i $(shell find csrc -type f)
+	$(RUN)/clang-format -i $(CPP)
 
 build: $(VENV)/built
 
