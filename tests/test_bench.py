@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import mlp_ext
 from mlp_ext import _C, arguments
 from mlp_ext.bench import machine, plot, runner
-from mlp_ext.bench.cases import LARGEST, SUITES, Layer, Net, Setting, parse
+from mlp_ext.bench.cases import LARGEST, SUITES, Layer, Net, Setting, parse, parse_all
 from mlp_ext.bench.machine import Peak
 from mlp_ext.bench.providers import PROVIDERS, Provider
 from mlp_ext.bench.rows import COLUMNS, Row, by_provider, geometric_mean, read_csv, write_csv
@@ -406,6 +406,16 @@ def test_published_cases_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert {row.case for row in read_csv(path)} == {case}
 
 
+def test_sweep_stands_for_shapes_of_all_sorts() -> None:
+    cases = parse_all("layers", ["10x10x5", "sweep"])
+    assert cases[0] == Layer(10, 10, 5)
+    assert len(set(cases[1:])) == len(cases) - 1 >= 60
+    for size in range(3):
+        assert min(case[size] for case in cases) == 1
+    assert max(case[0] for case in cases) == 65536
+    assert max(case[1] for case in cases) == max(case[2] for case in cases) == 4096
+
+
 def test_peak_alone_measures_only_the_peak(
     stub_peak: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +443,7 @@ ERRORS = [
     ("--cases 10x10x5,", "argument --cases: a case of layers must be MxKxN"),
     ("--cases 0x1x1", "argument --cases: a case of layers must be MxKxN"),
     ("--suite train --cases 10x10x5", "argument --cases: a case of train must be WIDTHS@BATCH"),
+    ("--suite train --cases sweep", "argument --cases: a case of train must be WIDTHS@BATCH"),
     (
         "--cases 1x2147483647x2147483647",
         "argument --cases: 1x2147483647x2147483647: ",

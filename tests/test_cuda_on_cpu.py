@@ -284,9 +284,7 @@ def test_kernels_take_strides_offsets_and_repeated_rows(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_make_only_the_wanted_gradients(
-    family: str, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_make_only_the_wanted_gradients(family: str, kernels: ctypes.CDLL) -> None:
     run = linear_act(family, Runner(kernels))
     shape = Shape((37,), 20, 12)
     dy = grad_output(shape)

@@ -74,6 +74,18 @@ def test_bound_is_the_environments(mib: str, waiting: int) -> None:
     assert int(python(code, MLP_EXT_RESULTS_MIB=mib)) == waiting
 
 
+@pytest.mark.parametrize("value", ["", "abc", "-1", "1.5", "1 ", "99999999999999999999"])
+def test_a_bound_that_is_no_number_is_an_error(value: str) -> None:
+    code = (
+        "try:\n"
+        "    mlp_ext.linear_relu(torch.ones(8192, 1), torch.ones(64, 1))\n"
+        "except ValueError as error:\n"
+        "    print(str(error).splitlines()[0])"
+    )
+    expected = f"MLP_EXT_RESULTS_MIB must be a whole number from 0 to 1073741824, got '{value}'"
+    assert python(code, MLP_EXT_RESULTS_MIB=value) == expected
+
+
 def test_results_can_be_freed_after_everything_else() -> None:
     """At the end of the process, by another thread, and in a child."""
     python("import sys\nsys.y = mlp_ext.linear_relu(torch.ones(8192, 1), torch.ones(64, 1))")

@@ -35,7 +35,7 @@ inline Panels<T> in_place_if_read_once(const ConstMatrix& b, int64_t k, int64_t 
   return rows_of_a <= Tile<T>::rows ? in_place<S, T>(b, k, j) : Panels<T>{};
 }
 
-// Whether a result is so large that caches would not keep it until it is read.
+// Whether a matrix is so large that caches would not keep it until it is read.
 template <class S>
 inline bool is_large(int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;

@@ -171,7 +171,6 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
                    std::string_view activation, std::array<bool, 3> output_mask) {
   const size_t act = check_linear_act_backward(grad_output, output, input, weight, activation, output_mask);
   const auto [needs_dx, needs_dw, needs_db] = output_mask;
-  const auto options = grad_output.options();
   const int64_t M = leading_size(grad_output), N = grad_output.size(-1);
   const int64_t K = needs_dx ? weight->size(1) : needs_dw ? input->size(-1) : 1;
   at::Tensor dx, dw, db;

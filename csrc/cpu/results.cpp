@@ -13,10 +13,12 @@
 #include <sys/mman.h>
 #endif
 
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <string_view>
 #include <vector>
 
 namespace mlp_ext::cpu {
@@ -25,6 +27,7 @@ namespace {
 
 constexpr size_t kLeastBytes = size_t(128) << 10;  // of a result; malloc itself keeps smaller blocks
 constexpr size_t kDefaultMiB = 256;                // that wait at most; MLP_EXT_RESULTS_MIB sets another bound
+constexpr size_t kMostMiB = size_t(1) << 30;       // whose bytes are still a number
 constexpr size_t kHugePage = size_t(2) << 20;      // one page fault in place of 512
 
 struct Block {
@@ -78,8 +81,14 @@ class Waiting {
 
  private:
   static size_t bound() {
-    const char* const text = std::getenv("MLP_EXT_RESULTS_MIB");
-    return (text ? std::strtoull(text, nullptr, 10) : kDefaultMiB) << 20;
+    const char* const value = std::getenv("MLP_EXT_RESULTS_MIB");
+    if (!value) return kDefaultMiB << 20;
+    const std::string_view text(value);
+    size_t mib = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), mib);
+    TORCH_CHECK_VALUE(error == std::errc() && end == text.data() + text.size() && mib <= kMostMiB,
+                      "MLP_EXT_RESULTS_MIB must be a whole number from 0 to ", kMostMiB, ", got '", text, "'");
+    return mib << 20;
   }
 
   const size_t most_bytes_ = bound();
