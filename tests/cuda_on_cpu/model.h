@@ -1,7 +1,8 @@
 // CUDA's execution model on one core of the CPU, for the kernels' own source (csrc/cuda/*.cuh): the threads of a block
 // are fibers that run from barrier to barrier in a chosen order, blocks come in a shuffled order, and every access is
-// checked: bounds and alignment in global and shared memory; in shared memory also races, that is, two threads at one
-// place between the same barriers, one of them writing. A thread that misses a barrier that others wait at is a fault.
+// checked: bounds, alignment and races, that is, two threads at one place, one of them writing, with nothing in between
+// that orders them: a barrier within a block; from block to block a fence, an atomic and a fence, each ordered after
+// the one before. A thread that misses a barrier that others wait at, or waits at another one, is a fault.
 #pragma once
 
 #include <ucontext.h>
@@ -14,8 +15,10 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <source_location>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #define __host__
@@ -52,25 +55,36 @@ inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
 
 namespace mlp_ext::cuda::model {
 
-struct Word {  // who used four bytes of shared memory last, and between which barriers
-  int64_t written = -1, read = -1;
-  int writer = -1, reader = -1;
+struct Use {  // by whom, and between which barriers of which block
+  int64_t block = -1, barriers = -1;
+  int thread = -1;  // -1: several
+};
+struct Word {  // four bytes of shared memory, or an element of global memory
+  Use written, read;
 };
 
-struct Block {  // the one that runs
+struct Block {         // the one that runs
+  int64_t number = 0;  // in the order of running
   std::vector<unsigned char> shared;
   std::vector<Word> words;
   int64_t barriers = 0;
-  bool any[2] = {};  // of __syncthreads_or, at this barrier and, while that is read, at the next
+  bool any[2] = {};                    // of __syncthreads_or, at this barrier and, while that is read, at the next
+  int64_t atomic = -1, acquired = -1;  // barriers before its first atomic, before its first fence ordered after that
 };
 inline Block block;
-inline std::string fault_seen;  // the first
+inline std::unordered_map<uintptr_t, Word> global_words;  // of this launch
+inline std::vector<bool> published;                       // of a block: all that it wrote is fenced, then an atomic
+inline std::string fault_seen;                            // the first
 inline ucontext_t scheduler;
 enum class State { ready, waiting, finished };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
   State state;
+  unsigned line;          // of the barrier it waits at
+  int64_t wrote, fenced;  // barriers before its last write to global memory, before its last fence; -1: none
+  bool dirty;             // wrote after that fence
+  bool atomic, acquired;  // had an atomic; a fence ordered after one
 };
 inline std::vector<Fiber> fibers;
 
@@ -82,21 +96,39 @@ inline void fault(const std::string& what) {
   swapcontext(&fibers[threadIdx.x].context, &scheduler);
 }
 
-inline void use_shared(size_t offset, size_t bytes, bool writes) {
-  const int me = static_cast<int>(threadIdx.x);
-  const int64_t now = block.barriers;
-  for (size_t i = offset / 4; i < (offset + bytes + 3) / 4; ++i) {
-    Word& word = block.words[i];
-    if (word.written == now && word.writer != me) fault("a race for shared memory, after a write,");
-    if (writes) {
-      if (word.read == now && word.reader != me) fault("a race for shared memory, after a read,");
-      word.written = now;
-      word.writer = me;
-    } else {
-      word.reader = word.read == now && word.reader != me ? -1 : me;  // -1: several
-      word.read = now;
-    }
-  }
+// Fences are sequentially consistent: a writer's and a reader's own serve as well as those beside the atomic.
+inline void fence() {
+  Fiber& self = fibers[threadIdx.x];
+  self.dirty = false;
+  self.fenced = block.barriers;
+  if (!self.atomic && (block.atomic < 0 || block.atomic == block.barriers)) return;
+  self.acquired = true;
+  if (block.acquired < 0) block.acquired = block.barriers;
+}
+inline void atomic() {
+  Fiber& self = fibers[threadIdx.x];
+  published[block.number] = std::all_of(fibers.begin(), fibers.end(), [&](const Fiber& f) {
+    const bool by_itself = !f.dirty && (&f == &self || f.fenced < block.barriers);
+    return f.wrote < 0 || by_itself || f.wrote < self.fenced;
+  });
+  self.atomic = true;
+  if (block.atomic < 0) block.atomic = block.barriers;
+}
+
+inline void use(Word& word, bool writes, const std::string& where) {
+  const Use now{block.number, block.barriers, static_cast<int>(threadIdx.x)};
+  const auto races = [&](const Use& before) {
+    if (before.block < 0) return false;
+    if (before.block == now.block) return before.barriers == now.barriers && before.thread != now.thread;
+    const bool acquired = fibers[now.thread].acquired || (block.acquired >= 0 && block.acquired < now.barriers);
+    return !published[before.block] || !acquired;
+  };
+  if (races(word.written)) fault("a race for" + where + ", after a write,");
+  if (writes && races(word.read)) fault("a race for" + where + ", after a read,");
+  Use& last = writes ? word.written : word.read;
+  const bool several = !writes && last.block == now.block && races(last);
+  last = now;
+  if (several) last.thread = -1;
 }
 
 // A pointer that knows the array it points into.
@@ -149,6 +181,11 @@ class Pointer {
     std::memcpy(begin_ + at_, values, sizeof(values));
   }
 
+  T& of_atomic() const {
+    if (at_ < 0 || at_ >= count_) fault("an atomic outside of its array");
+    return begin_[at_];
+  }
+
   T* begin() const { return begin_; }
   int64_t count() const { return count_; }
   int64_t offset() const { return at_; }
@@ -156,14 +193,27 @@ class Pointer {
 
  private:
   void check(int64_t n, bool writes) const {
-    const auto where = [&] { return std::string(shared_ ? " shared" : " global") + " memory"; };
+    static const std::string kShared = " shared memory", kGlobal = " global memory";
+    const std::string& where = shared_ ? kShared : kGlobal;
     const size_t bytes = n * sizeof(T), piece = std::min<size_t>(16, bytes);
     if (!begin_) fault("a null pointer");
     if (at_ < 0 || at_ + n > count_)
-      fault("element " + std::to_string(at_ + n - 1) + " of " + std::to_string(count_) + " in" + where());
+      fault("element " + std::to_string(at_ + n - 1) + " of " + std::to_string(count_) + " in" + where);
     const auto address = reinterpret_cast<uintptr_t>(begin_ + at_);
-    if (address % piece != 0) fault("a misaligned access to" + where());
-    if (shared_) use_shared(address - reinterpret_cast<uintptr_t>(block.shared.data()), bytes, writes);
+    if (address % piece != 0) fault("a misaligned access to" + where);
+    if (shared_) {
+      const size_t first = address - reinterpret_cast<uintptr_t>(block.shared.data());
+      for (size_t i = first / 4; i < (first + bytes + 3) / 4; ++i) {
+        if (!writes && block.words[i].written.block < 0) fault("a read of shared memory that nobody wrote");
+        use(block.words[i], writes, where);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) use(global_words[address + i * sizeof(T)], writes, where);
+      if (!writes) return;
+      fibers[threadIdx.x].wrote = block.barriers;
+      fibers[threadIdx.x].dirty = true;
+      published[block.number] = false;
+    }
   }
 
   T* begin_ = nullptr;
@@ -206,7 +256,8 @@ inline void run_block(int threads, int64_t shared, Order order, std::mt19937& ra
   block.words.assign(shared / 4 + 1, Word());
   block.barriers = 0;
   block.any[0] = block.any[1] = false;
-  if (static_cast<int>(fibers.size()) < threads) fibers.resize(threads);
+  block.atomic = block.acquired = -1;
+  fibers.resize(threads);
   std::vector<int> turns(threads);
   std::iota(turns.begin(), turns.end(), 0);
   if (order == Order::descending) std::reverse(turns.begin(), turns.end());
@@ -214,6 +265,8 @@ inline void run_block(int threads, int64_t shared, Order order, std::mt19937& ra
     Fiber& fiber = fibers[t];
     if (!fiber.stack) fiber.stack.reset(new unsigned char[kStack]);
     fiber.state = State::ready;
+    fiber.wrote = fiber.fenced = -1;
+    fiber.dirty = fiber.atomic = fiber.acquired = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -231,10 +284,11 @@ inline void run_block(int threads, int64_t shared, Order order, std::mt19937& ra
       finished += fibers[t].state == State::finished;
     }
     if (finished == threads) return;
-    if (finished > 0) {
-      fault_seen = "a barrier that some threads never reach";
-      return;
-    }
+    const auto apart = [](const Fiber& f) { return f.line != fibers[0].line; };
+    if (finished > 0) fault_seen = "a barrier that some threads never reach";
+    if (finished == 0 && std::any_of(fibers.begin(), fibers.end(), apart))
+      fault_seen = "two barriers waited at at once";
+    if (!fault_seen.empty()) return;
   }
 }
 
@@ -246,34 +300,42 @@ std::string run(const Launch& launch, Order order, unsigned seed, const std::fun
   std::iota(blocks.begin(), blocks.end(), 0);
   std::shuffle(blocks.begin(), blocks.end(), random);
   fault_seen.clear();
+  global_words.clear();
+  published.assign(blocks.size(), false);
+  block.number = 0;
   body = kernel;
   gridDim = {static_cast<unsigned>(launch.blocks_x), static_cast<unsigned>(launch.blocks_y)};
   for (const int64_t b : blocks) {
     blockIdx = {static_cast<unsigned>(b % launch.blocks_x), static_cast<unsigned>(b / launch.blocks_x)};
     run_block(launch.threads, launch.shared, order, random);
     if (!fault_seen.empty()) break;
+    ++block.number;
   }
   return fault_seen;
 }
 
 }  // namespace mlp_ext::cuda::model
 
-inline void __syncthreads() {
+inline void __syncthreads(std::source_location where = std::source_location::current()) {
   using namespace mlp_ext::cuda::model;
-  fibers[threadIdx.x].state = State::waiting;
-  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+  Fiber& self = fibers[threadIdx.x];
+  self.state = State::waiting;
+  self.line = where.line();
+  swapcontext(&self.context, &scheduler);
 }
-inline bool __syncthreads_or(bool value) {
+inline bool __syncthreads_or(bool value, std::source_location where = std::source_location::current()) {
   using mlp_ext::cuda::model::block;
   const int64_t here = block.barriers;
   block.any[here % 2] |= value;
-  __syncthreads();
+  __syncthreads(where);
   block.any[(here + 1) % 2] = false;
   return block.any[here % 2];
 }
-inline void __threadfence() {}  // one thread runs at a time
+inline void __threadfence() { mlp_ext::cuda::model::fence(); }
 inline unsigned atomicInc(const mlp_ext::cuda::model::Pointer<unsigned>& p, unsigned most) {
-  const unsigned before = *p;
-  *p = before >= most ? 0 : before + 1;
+  mlp_ext::cuda::model::atomic();
+  unsigned& value = p.of_atomic();
+  const unsigned before = value;
+  value = before >= most ? 0 : before + 1;
   return before;
 }
