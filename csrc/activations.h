@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define MLP_EXT_HOST_DEVICE __host__ __device__
@@ -19,8 +20,8 @@ namespace mlp_ext {
 
 // As torch.where(condition, value, otherwise), for scalars.
 template <class V>
-MLP_EXT_HOST_DEVICE V where(bool condition, int value, V otherwise) {
-  return condition ? V(value) : otherwise;
+MLP_EXT_HOST_DEVICE V where(bool condition, std::type_identity_t<V> value, V otherwise) {
+  return condition ? value : otherwise;
 }
 
 // What backward needs beside dy. An activation that needs the pre-activation z (SiLU, GELU) must first add it here,

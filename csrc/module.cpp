@@ -1,5 +1,5 @@
-// The Python module mlp_ext._C: loading it registers the operators; beyond that it only tells about the build and the
-// plans. Tensors never cross here.
+// The Python module mlp_ext._C: loading it registers the operators; beyond that it tells about the build and the plans.
+// Tensors cross in the class Stepper alone.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +15,7 @@
 #include "cpu/results.h"
 #include "cpu/variants.h"
 #include "cuda/plan.h"
+#include "stepper.h"
 
 namespace py = pybind11;
 
@@ -113,6 +114,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
         "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
+  bind_stepper(m);
 }
 
 }  // namespace mlp_ext

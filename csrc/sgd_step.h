@@ -1,0 +1,86 @@
+// The operator mlp_sgd_step_: a whole training step of a multi-layer perceptron. What its backends share.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace mlp_ext {
+
+// Forward, loss, backward, and torch.optim.SGD's update in place; returns the loss [], of before the update. Through
+// the dispatcher.
+at::Tensor mlp_sgd_step_(
+    const at::Tensor& input,                       // [M, K]
+    const at::Tensor& target,                      // as the output; cross_entropy: [M] of int64, or as the output
+    at::TensorList parameters,                     // of each layer weight [N, K] and, if it has one, bias [N], in order
+    at::TensorList momentum_buffers,               // of those that learn with momentum, in order, like the parameter
+    const c10::List<std::string>& activations,     // of each layer, a name in activations.h
+    std::string_view loss,                         // a name in losses.h
+    std::string_view reduction,                    // mean or sum
+    const std::optional<at::Tensor>& loss_weight,  // [N] for cross_entropy
+    int64_t ignore_index, double label_smoothing,  // of cross_entropy
+    at::IntArrayRef learning,                      // the places among parameters of those to update, rising
+    at::ArrayRef<double> hyperparameters);         // of each of these: Sgd, member by member
+
+// torch.optim.SGD's hyperparameters of a parameter p with gradient g and momentum buffer v:
+//   g = -g if maximize;  g += weight_decay p;  v = momentum v + (1 - dampening) g
+//   g = g + momentum v if nesterov, else v;  p -= lr g
+// In the first step torch takes v = g: a buffer of zeros and a dampening of 0 are the same.
+struct Sgd {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  static constexpr int64_t size = 6;
+};
+
+// A parameter, and how it is updated. Points to arguments of the operator.
+struct StepParameter {
+  const at::Tensor* value = nullptr;            // nullptr: there is none
+  const at::Tensor* momentum_buffer = nullptr;  // where it learns with momentum
+  std::optional<Sgd> sgd;                       // none: it does not learn
+};
+struct StepLayer {
+  StepParameter weight, bias;
+  size_t activation = 0;  // its place in Activations
+};
+// The arguments of a step, checked and sorted by layer.
+struct Step {
+  const at::Tensor &input, &target;
+  const at::Tensor* loss_weight;  // or nullptr
+  c10::SmallVector<StepLayer, 8> layers;
+  size_t loss;  // its place in Losses
+  bool mean;
+  int64_t ignore_index;
+  double label_smoothing;
+  bool target_is_classes = false;  // rather than probabilities
+  size_t lowest_learning = 0;      // the first layer that learns; layers.size() if none does
+};
+
+// Throws unless all fits.
+Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
+                at::TensorList momentum_buffers, const c10::List<std::string>& activations, std::string_view loss,
+                std::string_view reduction, const std::optional<at::Tensor>& loss_weight, int64_t ignore_index,
+                double label_smoothing, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters);
+// Throws where a class in the target is neither ignore_index nor one of N.
+void check_classes(const Step& step);
+// What BCE does about outputs or targets that lie outside [0, 1].
+[[noreturn]] void throw_not_a_probability();
+
+// The step as a composite of native operations: the reference, and what runs where no kernel of ours does.
+at::Tensor step_native(const Step& step);
+
+// A kernel of the operator from what it does with checked arguments.
+template <at::Tensor (*run)(const Step&)>
+at::Tensor checked_step(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
+                        at::TensorList momentum_buffers, const c10::List<std::string>& activations,
+                        std::string_view loss, std::string_view reduction, const std::optional<at::Tensor>& loss_weight,
+                        int64_t ignore_index, double label_smoothing, at::IntArrayRef learning,
+                        at::ArrayRef<double> hyperparameters) {
+  return run(check_step(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight,
+                        ignore_index, label_smoothing, learning, hyperparameters));
+}
+
+}  // namespace mlp_ext

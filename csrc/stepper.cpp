@@ -1,0 +1,269 @@
+// What stands behind TrainStep: reads the optimizer, calls mlp_sgd_step_, once or over epochs and batches. In C++ since
+// a step of a small network takes less time than the Python that would prepare it.
+#include "stepper.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/randperm.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <chrono>
+
+#include "sgd_step.h"
+
+namespace py = pybind11;
+
+namespace mlp_ext {
+namespace {
+
+using at::Tensor;
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kBetweenSignals = std::chrono::milliseconds(50);
+constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input that are gathered at a time
+
+// What the optimizer says now about the parameters that learn.
+struct Update {
+  c10::SmallVector<int64_t, 16> learning;
+  c10::SmallVector<double, 16 * Sgd::size> hyperparameters;
+  c10::SmallVector<Tensor, 16> momentum_buffers;
+  c10::SmallVector<size_t, 16> fresh;  // places among momentum_buffers of those that the optimizer does not have yet
+
+  // After the first step, whose dampening is 0: those of the steps that follow.
+  void set_dampening(const std::vector<double>& dampening) {
+    for (size_t i = 0; i < learning.size(); ++i) hyperparameters[i * Sgd::size + 2] = dampening[i];
+  }
+};
+
+class Stepper {
+ public:
+  // groups: of each parameter the place of its group in param_groups, or -1 where the optimizer does not have it.
+  // watched: (dict or list, key, the very object that is expected there). sizes: (dict or list, expected size).
+  Stepper(std::vector<Tensor> parameters, std::vector<int64_t> groups, const std::vector<std::string>& activations,
+          std::string loss, std::string reduction, std::optional<Tensor> loss_weight, int64_t ignore_index,
+          double label_smoothing, py::object optimizer,
+          std::vector<std::tuple<py::object, py::object, py::object>> watched,
+          std::vector<std::pair<py::object, int64_t>> sizes)
+      : parameters_(std::move(parameters)),
+        groups_(std::move(groups)),
+        activations_(activations),
+        loss_(std::move(loss)),
+        reduction_(std::move(reduction)),
+        loss_weight_(std::move(loss_weight)),
+        ignore_index_(ignore_index),
+        label_smoothing_(label_smoothing),
+        optimizer_(optimizer.attr("__dict__")),
+        watched_(std::move(watched)),
+        sizes_(std::move(sizes)) {
+    for (const Tensor& p : parameters_) python_parameters_.push_back(py::cast(p));
+  }
+
+  // Whether model, criterion and optimizer are made of the same parts as when this was made.
+  bool is_current() const {
+    for (const auto& [container, key, expected] : watched_) {
+      PyObject* const found = PyDict_Check(container.ptr())
+                                  ? PyDict_GetItemWithError(container.ptr(), key.ptr())
+                                  : PyList_GetItem(container.ptr(), PyLong_AsSsize_t(key.ptr()));
+      if (PyErr_Occurred()) PyErr_Clear();
+      if (found != expected.ptr()) return false;
+    }
+    for (const auto& [container, size] : sizes_)
+      if ((PyDict_Check(container.ptr()) ? PyDict_GET_SIZE(container.ptr()) : PyList_GET_SIZE(container.ptr())) != size)
+        return false;
+    return true;
+  }
+
+  Tensor step(const Tensor& input, const Tensor& target) {
+    Update update = read_optimizer();
+    Tensor loss;
+    {
+      const py::gil_scoped_release no_gil;
+      loss = run(input, target, update);
+    }
+    keep_fresh_buffers(update);
+    return loss;
+  }
+
+  // One loss for each epoch, the mean over its rows, or the sum. after_epoch(epoch, loss) is called after each.
+  std::vector<double> fit(const Tensor& input, const Tensor& target, int64_t epochs, int64_t batch_size, bool shuffle,
+                          const std::optional<at::Generator>& generator, const py::object& after_epoch) {
+    Update update = read_optimizer();
+    const std::vector<double> dampening = dampenings();
+    std::vector<double> losses;
+    const bool one_batch = !shuffle && batch_size >= input.size(0);
+    const py::gil_scoped_release no_gil;
+    Clock::time_point last = Clock::now();
+    bool first = true;
+    const auto train = [&](const Tensor& x, const Tensor& y) {
+      const Tensor loss = run(x, y, update);
+      if (first) {
+        const py::gil_scoped_acquire gil;
+        keep_fresh_buffers(update);
+        update.set_dampening(dampening);
+        first = false;
+      }
+      if (const auto now = Clock::now(); now - last > kBetweenSignals) {
+        last = now;
+        const py::gil_scoped_acquire gil;
+        if (PyErr_CheckSignals()) throw py::error_already_set();
+      }
+      return loss;
+    };
+    for (int64_t epoch = 0; epoch < epochs; ++epoch) {
+      const double loss = one_batch ? train(input, target).item<double>()
+                                    : train_epoch(input, target, batch_size, shuffle, generator, train);
+      losses.push_back(loss);
+      if (after_epoch.is_none()) continue;
+      const py::gil_scoped_acquire gil;
+      after_epoch(epoch, loss);
+    }
+    return losses;
+  }
+
+ private:
+  Tensor run(const Tensor& input, const Tensor& target, const Update& update) const {
+    return mlp_sgd_step_(input, target, parameters_, update.momentum_buffers, activations_, loss_, reduction_,
+                         loss_weight_, ignore_index_, label_smoothing_, update.learning, update.hyperparameters);
+  }
+
+  // The batches of an eager loop that draws torch.randperm(n, generator=generator), the last one maybe short.
+  template <class Train>
+  double train_epoch(const Tensor& input, const Tensor& target, int64_t batch_size, bool shuffle,
+                     const std::optional<at::Generator>& generator, const Train& train) const {
+    const int64_t rows = input.size(0), row_bytes = std::max<int64_t>(1, input.size(1) * input.element_size());
+    const int64_t chunk = shuffle ? std::max<int64_t>(1, kShuffledBytes / row_bytes / batch_size) * batch_size : rows;
+    Tensor order;
+    if (shuffle) order = at::randperm(rows, generator, at::dtype(at::kLong)).to(input.device());
+    std::vector<Tensor> losses;
+    std::vector<int64_t> sizes;
+    for (int64_t begin = 0; begin < rows; begin += chunk) {
+      const int64_t size = std::min(chunk, rows - begin);
+      const auto part = [&](const Tensor& t) {
+        return shuffle ? at::index_select(t, 0, order.narrow(0, begin, size)) : t.narrow(0, begin, size);
+      };
+      const Tensor x = part(input), y = part(target);
+      for (int64_t i = 0; i < size; i += batch_size) {
+        sizes.push_back(std::min(batch_size, size - i));
+        losses.push_back(train(x.narrow(0, i, sizes.back()), y.narrow(0, i, sizes.back())));
+      }
+    }
+    if (losses.empty()) return std::numeric_limits<double>::quiet_NaN();
+    const Tensor all = at::stack(losses).to(at::kCPU, at::kDouble);
+    double total = 0;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      total += all.const_data_ptr<double>()[i] * (reduction_ == "mean" ? sizes[i] : 1);
+    return reduction_ == "mean" ? total / rows : total;
+  }
+
+  Update read_optimizer() const {
+    Update update;
+    const py::list groups = item(optimizer_, "param_groups");
+    PyObject* group = nullptr;
+    double h[Sgd::size] = {};
+    int64_t read = -1;
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      if (groups_[i] < 0 || !parameters_[i].requires_grad()) continue;
+      if (read != groups_[i]) {
+        read = groups_[i];
+        group = PyList_GET_ITEM(groups.ptr(), read);
+        int place = 0;
+        for (const char* name : {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"})
+          h[place++] = number(item(group, name));
+      }
+      update.learning.push_back(i);
+      update.hyperparameters.append(h, h + Sgd::size);
+      if (h[1] == 0) continue;
+      const Tensor buffer = momentum_buffer(i);
+      if (!buffer.defined()) {
+        update.fresh.push_back(update.momentum_buffers.size());
+        update.hyperparameters[update.hyperparameters.size() - Sgd::size + 2] = 0;
+      }
+      update.momentum_buffers.push_back(buffer.defined() ? buffer : at::zeros_like(parameters_[i]));
+    }
+    return update;
+  }
+
+  std::vector<double> dampenings() const {
+    std::vector<double> found;
+    const py::list groups = item(optimizer_, "param_groups");
+    for (size_t i = 0; i < parameters_.size(); ++i)
+      if (groups_[i] >= 0 && parameters_[i].requires_grad())
+        found.push_back(number(item(PyList_GET_ITEM(groups.ptr(), groups_[i]), "dampening")));
+    return found;
+  }
+
+  // optimizer.state[p]["momentum_buffer"], undefined if there is none.
+  Tensor momentum_buffer(size_t parameter) const {
+    const py::object state = item(optimizer_, "state");
+    PyObject* const of_parameter = PyDict_GetItemWithError(state.ptr(), python_parameters_[parameter].ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (!of_parameter) return {};
+    PyObject* const buffer = PyDict_GetItemString(of_parameter, "momentum_buffer");
+    return buffer && buffer != Py_None ? THPVariable_Unpack(buffer) : Tensor();
+  }
+
+  void keep_fresh_buffers(Update& update) const {
+    if (update.fresh.empty()) return;
+    const py::object state = item(optimizer_, "state");
+    size_t buffer = 0;
+    auto fresh = update.fresh.begin();
+    for (size_t i = 0; i < update.learning.size() && fresh != update.fresh.end(); ++i) {
+      if (update.hyperparameters[i * Sgd::size + 1] == 0) continue;
+      if (buffer == *fresh) {
+        state[python_parameters_[update.learning[i]]]["momentum_buffer"] = py::cast(update.momentum_buffers[buffer]);
+        ++fresh;
+      }
+      ++buffer;
+    }
+    update.fresh.clear();
+  }
+
+  static py::object item(py::handle dict, const char* name) {
+    PyObject* const found = PyDict_GetItemString(dict.ptr(), name);
+    if (!found) throw py::key_error(name);
+    return py::reinterpret_borrow<py::object>(found);
+  }
+
+  static double number(py::handle value) {  // a float, a bool, or a tensor of one element
+    if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
+    const double found = PyFloat_AsDouble(value.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return found;
+  }
+
+  const std::vector<Tensor> parameters_;
+  std::vector<py::object> python_parameters_;  // keys of optimizer.state
+  const std::vector<int64_t> groups_;
+  const c10::List<std::string> activations_;
+  const std::string loss_, reduction_;
+  const std::optional<Tensor> loss_weight_;
+  const int64_t ignore_index_;
+  const double label_smoothing_;
+  const py::dict optimizer_;
+  const std::vector<std::tuple<py::object, py::object, py::object>> watched_;
+  const std::vector<std::pair<py::object, int64_t>> sizes_;
+};
+
+}  // namespace
+
+void bind_stepper(py::module_& m) {
+  py::class_<Stepper>(m, "Stepper", "What stands behind mlp_ext.TrainStep.")
+      .def(py::init<std::vector<Tensor>, std::vector<int64_t>, const std::vector<std::string>&, std::string,
+                    std::string, std::optional<Tensor>, int64_t, double, py::object,
+                    std::vector<std::tuple<py::object, py::object, py::object>>,
+                    std::vector<std::pair<py::object, int64_t>>>(),
+           py::arg("parameters"), py::arg("groups"), py::arg("activations"), py::arg("loss"), py::arg("reduction"),
+           py::arg("loss_weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("optimizer"),
+           py::arg("watched"), py::arg("sizes"))
+      .def("is_current", &Stepper::is_current)
+      .def("step", torch::wrap_pybind_function(&Stepper::step), py::arg("input"), py::arg("target"))
+      .def("fit", torch::wrap_pybind_function(&Stepper::fit), py::arg("input"), py::arg("target"), py::arg("epochs"),
+           py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("after_epoch"));
+}
+
+}  // namespace mlp_ext
