@@ -9,6 +9,8 @@
 #include <string>
 #include <string_view>
 
+#include "sgd.h"
+
 namespace mlp_ext {
 
 // Forward, loss, backward, and torch.optim.SGD's update in place; returns the loss [], of before the update. Through
@@ -25,16 +27,6 @@ at::Tensor mlp_sgd_step_(
     int64_t ignore_index, double label_smoothing,  // of cross_entropy
     at::IntArrayRef learning,                      // the places among parameters of those to update, rising
     at::ArrayRef<double> hyperparameters);         // of each of these: Sgd, member by member
-
-// torch.optim.SGD's hyperparameters of a parameter p with gradient g and momentum buffer v:
-//   g = -g if maximize;  g += weight_decay p;  v = momentum v + (1 - dampening) g
-//   g = g + momentum v if nesterov, else v;  p -= lr g
-// In the first step torch takes v = g: a buffer of zeros and a dampening of 0 are the same.
-struct Sgd {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize;
-  static constexpr int64_t size = 6;
-};
 
 // A parameter, and how it is updated. Points to arguments of the operator.
 struct StepParameter {

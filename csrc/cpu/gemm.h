@@ -102,7 +102,7 @@ class Ahead {
     const char* row;
     int64_t stride, rows, lines;
   };
-  Part parts_[3];
+  Part parts_[3] = {};
   int count_ = 0;
   int64_t lines_per_step_ = 0;
 };
@@ -197,6 +197,19 @@ inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, St
       store(waiting + r * stride + c, v + load(waiting + r * stride + c, lanes), lanes);
     });
 }
+
+// The end of a product whose sums are the result: rounds and stores them.
+template <class S>
+struct StoreSums {
+  S* result;
+  int64_t stride;
+  bool past_caches = false;
+  StoreSums from(int64_t i, int64_t j) const { return {result + i * stride + j, stride, past_caches}; }
+  template <class V, class Lanes>
+  void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
+    store_result(result + i * stride + j, v, lanes, past_caches);
+  }
+};
 
 // A block of A against a block of B: whole tiles of rows, then halves of what is left.
 template <class Layout, class Element, int R, class T, class Finish>

@@ -6,6 +6,8 @@
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "cpu/step-inl.h"
+#include "cpu/update.h"
 #include "cpu/vec.h"
 
 namespace mlp_ext::cpu {
@@ -41,16 +43,20 @@ inline bool is_large(int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
 }
 
-// The end of a product whose sums are the result: rounds and stores them.
-template <class S>
-struct StoreSums {
-  S* result;
-  int64_t stride;
-  bool past_caches = false;
-  StoreSums from(int64_t i, int64_t j) const { return {result + i * stride + j, stride, past_caches}; }
-  template <class V, class Lanes>
-  void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
-    store_result(result + i * stride + j, v, lanes, past_caches);
+// The end of a product whose sums are a weight's gradient: stores them, or updates the weight.
+template <class S, class T>
+struct StoreOrUpdate {
+  T* result;
+  int64_t stride, offset;
+  const Update* update;  // or nullptr
+  StoreOrUpdate from(int64_t i, int64_t j) const { return {result, stride, offset + i * stride + j, update}; }
+  template <class Lanes>
+  void operator()(int64_t i, int64_t j, Vec<T> v, Lanes lanes) const {
+    const int64_t place = offset + i * stride + j;
+    if (update)
+      update_at<S>(*update, place, v, lanes);
+    else
+      store(result + place, v, lanes);
   }
 };
 
@@ -225,10 +231,13 @@ struct LinearAct {
       else
         pack_panels<S>(b.x, samples.begin + m0, depth, columns.begin + j, count, packed);
     };
-    T* const out = static_cast<T*>(dw) + rows.begin * b.K + columns.begin;
+    const int64_t offset = rows.begin * b.K + columns.begin;
+    T* const out = static_cast<T*>(dw) + offset;
     gemm<ColumnsOfA<T>, Element, T>(rows.size(), columns.size(), elements(samples.size()), pack_dz, pack_x,
                                     in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
-                                    Partial<T>{out, b.K, 1}, StoreSums<T>{out, b.K}, begin);
+                                    Partial<T>{out, b.K, 1},
+                                    StoreOrUpdate<S, T>{static_cast<T*>(dw), b.K, offset, b.update_w}, begin);
+    if (sums && b.update_b) update<S>(*b.update_b, sums, 1, 0, rows);
   }
 
   // The same with so few samples that it is bound by writing dW: row after row.

@@ -9,10 +9,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <type_traits>
 #include <utility>
 
 #include "cpu/plan.h"
+
+namespace mlp_ext {
+struct Sgd;  // sgd.h, which has code for vectors and is included after the target is set
+}
 
 namespace mlp_ext::cpu {
 
@@ -30,6 +35,7 @@ using Accumulator = std::conditional_t<sizeof(S) == 2, float, S>;
 
 // The order of KernelTable's rows.
 enum class DType { float32, float64, bfloat16, float16 };
+constexpr int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <class Pointer>
 struct MatrixOf {  // rows of unit-stride elements
@@ -53,6 +59,13 @@ struct Forward {
   Matrix y;          // [M, N]
 };
 
+// A parameter that a step changes in place.
+struct Update {
+  void* parameter;
+  void* momentum_buffer;  // or nullptr
+  const Sgd* sgd;
+};
+
 // dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
 struct Backward {
   int64_t M, K, N;
@@ -62,6 +75,8 @@ struct Backward {
   Matrix dx;          // [M, K] or nullptr
   void* dw;           // [N, K] or nullptr, contiguous
   void* db;           // [N] or nullptr
+  // Where given, grad_weight does not store its results but updates with them; dw and db are its accumulators.
+  const Update *update_w = nullptr, *update_b = nullptr;
 };
 
 // The functions of one dtype and one activation. `scratch` holds scratch_bytes and is aligned to a cache line.
@@ -82,6 +97,44 @@ struct Kernels {
   void (*backward_one_output)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   // out[range] = sum in order over parts of the accumulators parts[part * size + range]
   void (*combine)(const void* parts, int64_t count, int64_t size, Range range, void* out);
+};
+
+// What is asked of a network's outputs.
+struct Loss {
+  size_t index = 0;                  // its place in Losses
+  double scale = 1;                  // of the gradient
+  ConstMatrix target;                // [M, N], unless classes
+  const int64_t* classes = nullptr;  // [M]
+  int64_t classes_stride = 1;
+  const void* weight = nullptr;  // [N], of the classes, or nullptr
+  int64_t ignore_index = -100;
+  double label_smoothing = 0;
+};
+
+// A training step without its update.
+struct StepLayerView {
+  int64_t K, N;
+  ConstMatrix w;
+  const void* bias;   // or nullptr
+  size_t activation;  // its place in Activations
+  int64_t dw, db;     // where the sums begin among the accumulators; -1: not wanted
+};
+struct StepProblem {
+  ConstMatrix x;
+  std::span<const StepLayerView> layers;
+  size_t lowest;  // layer that learns
+  int64_t sums;   // accumulators
+  Loss loss;
+};
+
+struct StepKernels {
+  // All of a narrow network for some rows: sums of gradients to `sums`; returns the sum of the losses.
+  size_t (*scratch_bytes)(const StepProblem&);
+  double (*rows)(const StepProblem&, Range rows, void* sums, void* scratch, bool& valid);
+  // The loss alone: the gradient [M, N] of outputs [M, N]. Needs 2 N accumulators of scratch.
+  double (*loss)(const Loss&, Range rows, int64_t N, const void* y, void* dy, void* scratch, bool& valid);
+  // The update by the sum in order over parts of the accumulators parts[part * stride + range].
+  void (*update)(const Update&, const void* parts, int64_t count, int64_t stride, Range range);
 };
 
 template <size_t activations>

@@ -46,8 +46,13 @@ constexpr int64_t kTallWeights = 1 << 18;  // N K: 8192x512x512 gains 4 %, and d
 constexpr int64_t kOneBreadth = 1 << 16;   // K = 1: most N, N = 1: most K; bounds the scratch memory
 constexpr int64_t kFewSamples = 4;         // M: dW is written rather than computed
 constexpr int64_t kRowsPerPiece = 512;     // bounds the accumulators of 16-bit results
-constexpr int64_t kBlockColumns = 1024;    // of a product that are computed at a time: A is packed once for each
-constexpr int64_t kPieceEdge = 64;         // a piece is not cut narrower than a few tiles
+constexpr int64_t kStepRowBytes = 2048;    // of the widest rows of a step block by block: a tile's depth is not cut
+constexpr size_t kMostLayers = 32;         // of such a step
+constexpr int64_t kStepWeights = 1 << 18;  // packed twice and summed by each thread
+constexpr int64_t kStepRows = 32;          // of a thread: below, adding up the sums costs more than it saves
+constexpr int64_t kLossesPerThread = 1 << 12;  // elements of the output
+constexpr int64_t kBlockColumns = 1024;        // of a product that are computed at a time: A is packed once for each
+constexpr int64_t kPieceEdge = 64;             // a piece is not cut narrower than a few tiles
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -112,6 +117,22 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
     plan.grad_input.rows = std::max(plan.grad_input.rows, ceil_div(M, kRowsPerPiece));
   }
   return plan;
+}
+
+// How a training step runs: all layers block of rows by block of rows, the rows in so many pieces, or layer by layer.
+struct StepPlan {
+  bool by_blocks;
+  int64_t pieces;
+};
+
+// products: of all layers for one row, which is also the number of weights. item_size: of an accumulator.
+inline StepPlan make_step_plan(int64_t M, int64_t widest, int64_t products, size_t layers, int64_t item_size,
+                               int64_t threads) {
+  const int64_t pieces = std::clamp<int64_t>(M * products / kProductsPerThread, 1, threads);
+  const bool rows_fit = widest * item_size <= kStepRowBytes && layers <= kMostLayers;
+  const bool weights_stay_in_cache = products <= kStepWeights;
+  const bool rows_outweigh_sums = pieces == 1 || M >= pieces * kStepRows;
+  return {rows_fit && weights_stay_in_cache && rows_outweigh_sums, pieces};
 }
 
 }  // namespace mlp_ext::cpu

@@ -14,6 +14,7 @@ namespace mlp_ext::cpu {
 struct Variant {
   const char* name;
   const Kernels& (*kernels)(DType, size_t activation);
+  const StepKernels& (*step_kernels)(DType);
   int64_t (*fma_loop)(int64_t rounds);  // multiplies and adds in registers; returns how many operations it did
 };
 

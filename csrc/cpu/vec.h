@@ -357,5 +357,17 @@ inline Vec<T> tanh(Vec<T> x) {
   return where(magnitude < T(0.625), tanh_small(x), where(x < 0, -large, large));
 }
 
+// Of losses alone, lane by lane.
+template <class T>
+inline Vec<T> log(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::log(x.v[i]);
+  return x;
+}
+template <class T>
+inline Vec<T> log1p(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::log1p(x.v[i]);
+  return x;
+}
+
 }  // namespace
 }  // namespace mlp_ext::cpu

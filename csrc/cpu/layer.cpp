@@ -1,0 +1,191 @@
+// One layer on raw pointers: the plan's path, its pieces on the threads.
+#include "cpu/layer.h"
+
+#include <ATen/Parallel.h>
+
+#include <functional>
+#include <memory>
+
+#include "cpu/plan.h"
+#include "cpu/results.h"
+#include "cpu/variants.h"
+
+namespace mlp_ext::cpu {
+
+int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      return DType::float16;
+  }
+}
+
+void* memory(Memory which, size_t bytes) {
+  constexpr size_t line = 64;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  struct Block {
+    std::unique_ptr<void, Free> data;
+    size_t size = 0;
+  };
+  thread_local Block blocks[2];
+  Block& block = blocks[static_cast<int>(which)];
+  if (block.size < bytes) {
+    block.size = 0;
+    block.data.reset(std::aligned_alloc(line, (bytes + line - 1) / line * line));
+    TORCH_CHECK(block.data, "mlp_ext: no memory for ", bytes, " bytes of scratch");
+    block.size = bytes;
+  }
+  return block.data.get();
+}
+
+namespace {
+
+void* scratch(size_t bytes) { return memory(Memory::scratch, bytes); }
+
+// Piece i of n of [0, size), cut at multiples of a cache line's elements.
+Range piece(int64_t i, int64_t n, int64_t size) {
+  constexpr int64_t line = 16;
+  const int64_t lines = (size + line - 1) / line;
+  return {std::min(size, i * lines / n * line), std::min(size, (i + 1) * lines / n * line)};
+}
+
+// A product and how it is cut: run(rows, columns, samples, which piece of the samples) computes a piece.
+struct Product {
+  Grid grid;
+  int64_t rows, columns, samples;
+  std::function<void(Range, Range, Range, int64_t)> run;
+
+  // Share i of n of the pieces.
+  void run_share(int64_t i, int64_t n) const {
+    for (int64_t p = i * grid.size() / n; p < (i + 1) * grid.size() / n; ++p) {
+      const int64_t c = p % grid.columns, r = p / grid.columns % grid.rows, s = p / grid.columns / grid.rows;
+      run(piece(r, grid.rows, rows), piece(c, grid.columns, columns), piece(s, grid.samples, samples), s);
+    }
+  }
+};
+
+// All products at once, each on as many of the threads; one alone has them all.
+void run(std::initializer_list<Product> products) {
+  int64_t shares = 1;
+  for (const Product& product : products) shares = std::max(shares, product.grid.size());
+  shares = std::min(shares, std::max<int64_t>(1, threads()));
+  at::parallel_for(0, shares * static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) products.begin()[i / shares].run_share(i % shares, shares);
+  });
+}
+
+}  // namespace
+
+// y = act(x W^T + b)
+void forward_layer(const Forward& problem, DType dtype, size_t activation) {
+  const int64_t M = problem.M, K = problem.K, N = problem.N;
+  const Kernels& kernels = variant().kernels(dtype, activation);
+  const Plan plan = make_plan(M, K, N, item_size(dtype), threads());
+  if (plan.forward_path == Path::small) return kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
+  const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
+  run({{plan.forward, M, N, 1,
+        [&](Range rows, Range columns, Range, int64_t) { block(problem, rows, columns, scratch(kScratchBytes)); }}});
+}
+
+namespace {
+
+// Where dW and db are summed: where samples are cut, the results have 16 bits or a parameter is updated with them, each
+// piece of samples has accumulators of its own, which are then added up in order.
+class WeightSums {
+ public:
+  // at_the_last_write: grad_weight itself updates, and nothing is left to finish.
+  WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, DType dtype, bool at_the_last_write)
+      : problem_(problem),
+        pieces_(pieces),
+        kernels_(kernels),
+        update_(variant().step_kernels(dtype).update),
+        dw_(static_cast<char*>(problem.dw)),
+        db_(static_cast<char*>(problem.db)),
+        size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
+        item_(dtype == DType::float64 ? 8 : 4),
+        at_the_last_write_(at_the_last_write) {
+    const bool updates = problem.update_w || problem.update_b;
+    if (pieces == 1 && item_size(dtype) == item_ && !updates) return;
+    sums_ = empty_result({pieces * (size_ + problem.N)}, item_ == 8 ? at::kDouble : at::kFloat);
+    char* const begin = static_cast<char*>(sums_.mutable_data_ptr());
+    if (dw_ || problem.update_w) dw_ = begin;
+    if (db_ || problem.update_b) db_ = begin + pieces * size_ * item_;
+  }
+
+  void* dw(int64_t piece) const { return dw_ ? dw_ + piece * size_ * item_ : nullptr; }
+  void* db(int64_t piece) const { return db_ ? db_ + piece * problem_.N * item_ : nullptr; }
+
+  void finish() const {
+    if (!sums_.defined() || at_the_last_write_) return;
+    if (dw_)
+      at::parallel_for(0, size_, kProductsPerThread, [&](int64_t begin, int64_t end) {
+        finish(problem_.update_w, dw_, size_, {begin, end}, problem_.dw);
+      });
+    if (db_) finish(problem_.update_b, db_, problem_.N, {0, problem_.N}, problem_.db);
+  }
+
+ private:
+  void finish(const Update* update, const void* parts, int64_t size, Range range, void* out) const {
+    update ? update_(*update, parts, pieces_, size, range) : kernels_.combine(parts, pieces_, size, range, out);
+  }
+
+  const Backward& problem_;
+  const int64_t pieces_;
+  const Kernels& kernels_;
+  decltype(StepKernels::update) update_;
+  char *dw_, *db_;
+  const int64_t size_, item_;
+  const bool at_the_last_write_;
+  at::Tensor sums_;
+};
+
+}  // namespace
+
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+void backward_layer(const Backward& problem, DType dtype, size_t activation) {
+  const int64_t M = problem.M, K = problem.K, N = problem.N;
+  const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w,
+             needs_db = problem.db || problem.update_b, updates = problem.update_w || problem.update_b;
+  const Kernels& kernels = variant().kernels(dtype, activation);
+  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), needs_dx && needs_dw && !updates);
+  if (plan.backward_path == Path::small && !updates)
+    return kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
+  if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums
+  const bool packed = plan.backward_path == Path::packed || plan.backward_path == Path::small;
+  const bool at_the_last_write = packed && problem.update_w && M > kFewSamples;
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, at_the_last_write);
+  Backward b = problem;
+  if (!at_the_last_write) b.update_w = b.update_b = nullptr;
+  const Product grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
+                             kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
+                           }};
+  const Product grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
+                              kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
+                                                  scratch(kScratchBytes));
+                            }};
+  const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
+                        : plan.backward_path == Path::one_input ? kernels.backward_one_input
+                                                                : kernels.backward_one_output;
+  if (!packed)
+    run({{plan.grad_weight, N, K, M, [&](Range, Range, Range samples, int64_t s) {
+            one_pass(b, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
+          }}});
+  else if (plan.products_at_once)
+    run({grad_input, grad_weight});
+  else {
+    if (needs_dx) run({grad_input});
+    if (needs_dw || needs_db) run({grad_weight});
+  }
+  sums.finish();
+}
+
+}  // namespace mlp_ext::cpu

@@ -1,0 +1,246 @@
+// mlp_sgd_step_ on the CPU: all layers block of rows by block of rows where the network is narrow, else layer by layer.
+#include "sgd_step.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/library.h>
+
+#include "cpu/layer.h"
+#include "cpu/plan.h"
+#include "cpu/results.h"
+#include "cpu/variants.h"
+#include "losses.h"
+
+namespace mlp_ext::cpu {
+
+namespace {
+
+constexpr size_t kCrossEntropy = activation_index(CrossEntropy::name, Losses{});
+
+// Accumulates over threads: the losses of their rows, and whether all were valid.
+struct LossSums {
+  c10::SmallVector<double, 16> sums;
+  c10::SmallVector<char, 16> valid;
+  explicit LossSums(int64_t pieces) : sums(pieces, 0.0), valid(pieces, true) {}
+  double total() const {
+    if (std::find(valid.begin(), valid.end(), false) != valid.end()) throw_not_a_probability();
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    return total;
+  }
+};
+
+Range piece(int64_t i, int64_t n, int64_t size) { return {i * size / n, (i + 1) * size / n}; }
+
+// f(piece) for each, on as many threads.
+template <class F>
+void for_pieces(int64_t pieces, const F& f) {
+  if (pieces == 1) return f(0);  // at::parallel_for itself would cost a small network dearly
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+class CpuStep {
+ public:
+  explicit CpuStep(const Step& step)
+      : step_(step),
+        M_(step.input.size(0)),
+        N_(step.layers.back().weight.value->size(0)),
+        dtype_(dtype_of(step.input)),
+        kernels_(variant().step_kernels(dtype_)) {}
+
+  at::Tensor run() {
+    loss_ = loss();
+    int64_t widest = step_.input.size(1), products = 0;
+    for (const StepLayer& layer : step_.layers) {
+      widest = std::max(widest, layer.weight.value->size(0));
+      products += layer.weight.value->numel();
+    }
+    const StepPlan plan = make_step_plan(M_, widest, products, step_.layers.size(), accumulator_size(), threads());
+    const double sum = plan.by_blocks ? by_blocks(plan.pieces) : by_layers();
+    return result(sum * loss_scale_);
+  }
+
+ private:
+  int64_t accumulator_size() const { return std::max<int64_t>(4, item_size(dtype_)); }
+
+  // The loss as the kernels take it. Of the mean, what it is divided by: elements, rows, or their classes' weights.
+  Loss loss() {
+    Loss loss;
+    loss.index = step_.loss;
+    const at::Tensor& target = step_.target;
+    double count = static_cast<double>(M_);
+    if (step_.target_is_classes) {
+      loss.classes = target.const_data_ptr<int64_t>();
+      loss.classes_stride = target.stride(0);
+      count = classes_weight(loss);
+    } else {
+      rows_of_target_ = target.stride(1) == 1 || N_ == 1 ? target : target.contiguous();
+      loss.target = {rows_of_target_.const_data_ptr(), rows_of_target_.stride(0)};
+      if (step_.loss != kCrossEntropy) count *= static_cast<double>(N_);
+    }
+    if (step_.loss_weight) {
+      weight_ = step_.loss_weight->contiguous();
+      loss.weight = weight_.const_data_ptr();
+    }
+    loss.ignore_index = step_.ignore_index;
+    loss.label_smoothing = step_.label_smoothing;
+    loss.scale = loss_scale_ = step_.mean ? 1 / count : 1;
+    return loss;
+  }
+
+  // The sum of the weights of the target's classes, which are checked.
+  double classes_weight(const Loss& loss) const {
+    at::Tensor weights;
+    if (step_.loss_weight) weights = step_.loss_weight->to(at::kDouble).contiguous();
+    const double* const w = step_.loss_weight ? weights.const_data_ptr<double>() : nullptr;
+    double total = 0;
+    for (int64_t m = 0; m < M_; ++m) {
+      const int64_t c = loss.classes[m * loss.classes_stride];
+      if (c == step_.ignore_index) continue;
+      if (c < 0 || c >= N_) check_classes(step_);  // throws
+      total += w ? w[c] : 1;
+    }
+    return total;
+  }
+
+  at::Tensor result(double loss) const {
+    const at::Tensor result = at::empty({}, step_.input.options());
+    if (dtype_ == DType::float32)
+      *result.mutable_data_ptr<float>() = static_cast<float>(loss);
+    else
+      result.fill_(loss);
+    return result;
+  }
+
+  static std::optional<Update> update(const StepParameter& p) {
+    if (!p.sgd) return std::nullopt;
+    return Update{p.value->mutable_data_ptr(), p.momentum_buffer ? p.momentum_buffer->mutable_data_ptr() : nullptr,
+                  &*p.sgd};
+  }
+  static const void* data(const StepParameter& p) { return p.value ? p.value->const_data_ptr() : nullptr; }
+
+  // Each thread takes some rows, block by block through all layers, and has sums of its own, added up in order.
+  double by_blocks(int64_t pieces) {
+    const at::Tensor& input = step_.input;
+    const at::Tensor x = input.stride(1) == 1 || input.size(1) == 1 ? input : input.contiguous();
+    c10::SmallVector<StepLayerView, 8> layers;
+    int64_t size = 0;
+    const auto take = [&size](const StepParameter& p) {
+      const int64_t begin = size;
+      if (p.sgd) size += p.value->numel();
+      return p.sgd ? begin : -1;
+    };
+    for (const StepLayer& layer : step_.layers) {
+      const at::Tensor& w = *layer.weight.value;
+      layers.push_back({w.size(1),
+                        w.size(0),
+                        {w.const_data_ptr(), w.size(1)},
+                        data(layer.bias),
+                        layer.activation,
+                        take(layer.weight),
+                        take(layer.bias)});
+    }
+    const StepProblem problem{
+        {x.const_data_ptr(), x.stride(0)}, {layers.data(), layers.size()}, step_.lowest_learning, size, loss_};
+    char* const sums = static_cast<char*>(memory(Memory::sums, pieces * size * accumulator_size()));
+    LossSums losses(pieces);
+    for_pieces(pieces, [&](int64_t i) {
+      bool valid = true;
+      losses.sums[i] = kernels_.rows(problem, piece(i, pieces, M_), sums + i * size * accumulator_size(),
+                                     memory(Memory::scratch, kernels_.scratch_bytes(problem)), valid);
+      losses.valid[i] = valid;
+    });
+    const double total = losses.total();
+    const auto finish = [&](const StepParameter& p, int64_t begin) {
+      if (const auto u = update(p))
+        at::parallel_for(0, p.value->numel(), kProductsPerThread, [&](int64_t from, int64_t to) {
+          kernels_.update(*u, sums + begin * accumulator_size(), pieces, size, {from, to});
+        });
+    };
+    for (size_t l = step_.lowest_learning; l < layers.size(); ++l) {
+      finish(step_.layers[l].weight, layers[l].dw);
+      finish(step_.layers[l].bias, layers[l].db);
+    }
+    return total;
+  }
+
+  // The kernels of linear_act, one layer after the other; the update goes with the last write of dW.
+  double by_layers() {
+    const auto dtype = step_.input.scalar_type();
+    const at::Tensor x = step_.input.contiguous();
+    const size_t L = step_.layers.size();
+    c10::SmallVector<at::Tensor, 9> rows{x};  // what each layer reads, and the output
+    const auto matrix = [](const at::Tensor& t) { return ConstMatrix{t.const_data_ptr(), t.size(1)}; };
+    for (const StepLayer& layer : step_.layers) {
+      const at::Tensor &w = *layer.weight.value, in = rows.back();
+      rows.push_back(empty_result({M_, w.size(0)}, dtype));
+      if (M_ == 0 || w.size(0) == 0) continue;
+      forward_layer({M_,
+                     w.size(1),
+                     w.size(0),
+                     matrix(in),
+                     matrix(w),
+                     data(layer.bias),
+                     {rows.back().mutable_data_ptr(), w.size(0)}},
+                    dtype_, layer.activation);
+    }
+    at::Tensor dy = empty_result({M_, N_}, dtype);
+    const int64_t pieces = std::clamp<int64_t>(M_ * N_ / kLossesPerThread, 1, threads());
+    LossSums losses(pieces);
+    for_pieces(pieces, [&](int64_t i) {
+      bool valid = true;
+      losses.sums[i] = kernels_.loss(loss_, piece(i, pieces, M_), N_, rows[L].const_data_ptr(), dy.mutable_data_ptr(),
+                                     memory(Memory::scratch, 2 * N_ * accumulator_size()), valid);
+      losses.valid[i] = valid;
+    });
+    const double total = losses.total();
+    for (size_t l = L; l-- > step_.lowest_learning;) {
+      const StepLayer& layer = step_.layers[l];
+      const at::Tensor& w = *layer.weight.value;
+      const int64_t K = w.size(1), N = w.size(0);
+      const auto update_w = update(layer.weight), update_b = update(layer.bias);
+      at::Tensor dx;
+      if (l > step_.lowest_learning) dx = empty_result({M_, K}, dtype);
+      Backward b{M_,
+                 K,
+                 N,
+                 matrix(dy),
+                 matrix(rows[l + 1]),
+                 matrix(rows[l]),
+                 matrix(w),
+                 {dx.defined() ? dx.mutable_data_ptr() : nullptr, K},
+                 nullptr,
+                 nullptr};
+      b.update_w = update_w ? &*update_w : nullptr;
+      b.update_b = update_b ? &*update_b : nullptr;
+      backward_layer(b, dtype_, layer.activation);
+      dy = dx;
+    }
+    return total;
+  }
+
+  const Step& step_;
+  const int64_t M_, N_;
+  const DType dtype_;
+  const StepKernels& kernels_;
+  at::Tensor rows_of_target_, weight_;
+  double loss_scale_ = 1;
+  Loss loss_;
+};
+
+at::Tensor step(const Step& step) {
+  for (const StepLayer& layer : step.layers)
+    for (const StepParameter& p : {layer.weight, layer.bias})
+      for (const at::Tensor* t : {p.value, p.momentum_buffer})
+        if (t && !t->is_contiguous()) return step_native(step);
+  return CpuStep(step).run();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) { m.impl("mlp_sgd_step_", checked_step<step>); }
+
+}  // namespace mlp_ext::cpu

@@ -1,0 +1,37 @@
+// A parameter's update, fused into what makes its gradient.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/vec.h"
+#include "sgd.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+// parameter and momentum buffer after a step along the gradient, element by element.
+template <class S, class T, class Lanes>
+inline void update_at(const Update& update, int64_t i, Vec<T> gradient, Lanes lanes) {
+  S* const p = static_cast<S*>(update.parameter) + i;
+  Vec<T> parameter = load(p, lanes), momentum_buffer;
+  S* const v = update.momentum_buffer ? static_cast<S*>(update.momentum_buffer) + i : nullptr;
+  if (v) momentum_buffer = load(v, lanes);
+  update.sgd->update(parameter, momentum_buffer, gradient);
+  if (v) store(v, momentum_buffer, lanes);
+  store(p, parameter, lanes);
+}
+
+// The update with the gradient that is the sum, in order, of the accumulators parts[part * stride + range].
+template <class S>
+void update(const Update& update, const void* parts, int64_t count, int64_t stride, Range range) {
+  using T = Accumulator<S>;
+  const T* const from = static_cast<const T*>(parts) + range.begin;
+  for_vectors<T>(range.size(), [&](int64_t i, auto lanes) {
+    Vec<T> gradient = load(from + i, lanes);
+    for (int64_t part = 1; part < count; ++part) gradient = gradient + load(from + part * stride + i, lanes);
+    update_at<S>(update, range.begin + i, gradient, lanes);
+  });
+}
+
+}  // namespace
+}  // namespace mlp_ext::cpu
