@@ -178,29 +178,34 @@ inline void for_sums(const T* sums, int rows, int width, const F& f) {
   }
 }
 
-// Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete.
+// Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete; where its
+// whole_depth says so, that is all there ever is.
 template <class T, class Finish>
 inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
                     const Finish finish) {
-  if (stage.first && stage.last)
+  if (Finish::whole_depth || (stage.first && stage.last))
     return for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { finish(i + r, j + c, v, lanes); });
-  T* const waiting = partial.data + i * partial.row_stride + j;
-  const int64_t stride = partial.row_stride;
-  if (stage.last)
-    for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
-      finish(i + r, j + c, v + load(waiting + r * stride + c, lanes), lanes);
-    });
-  else if (stage.first)
-    for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { store(waiting + r * stride + c, v, lanes); });
-  else
-    for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
-      store(waiting + r * stride + c, v + load(waiting + r * stride + c, lanes), lanes);
-    });
+  if constexpr (!Finish::whole_depth) {
+    T* const waiting = partial.data + i * partial.row_stride + j;
+    const int64_t stride = partial.row_stride;
+    if (stage.last)
+      for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+        finish(i + r, j + c, v + load(waiting + r * stride + c, lanes), lanes);
+      });
+    else if (stage.first)
+      for_sums(sums, rows, width,
+               [&](int r, int c, Vec<T> v, auto lanes) { store(waiting + r * stride + c, v, lanes); });
+    else
+      for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+        store(waiting + r * stride + c, v + load(waiting + r * stride + c, lanes), lanes);
+      });
+  }
 }
 
 // The end of a product whose sums are the result: rounds and stores them.
 template <class S>
 struct StoreSums {
+  static constexpr bool whole_depth = false;
   S* result;
   int64_t stride;
   bool past_caches = false;

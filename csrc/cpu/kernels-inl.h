@@ -46,6 +46,7 @@ inline bool is_large(int64_t rows, int64_t columns) {
 // The end of a product whose sums are a weight's gradient: stores them, or updates the weight.
 template <class S, class T>
 struct StoreOrUpdate {
+  static constexpr bool whole_depth = false;
   T* result;
   int64_t stride, offset;
   const Update* update;  // or nullptr
@@ -69,6 +70,7 @@ struct LinearAct {
 
   // Sums to results: bias, activation, rounding.
   struct Epilogue {
+    static constexpr bool whole_depth = false;
     const S* bias;  // or nullptr
     S* y;
     int64_t stride;

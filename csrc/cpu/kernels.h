@@ -131,7 +131,7 @@ struct StepKernels {
   // All of a narrow network for some rows: sums of gradients to `sums`; returns the sum of the losses.
   size_t (*scratch_bytes)(const StepProblem&);
   double (*rows)(const StepProblem&, Range rows, void* sums, void* scratch, bool& valid);
-  // The loss alone: the gradient [M, N] of outputs [M, N]. Needs 2 N accumulators of scratch.
+  // The loss alone: the gradient [M, N] of outputs [M, N]. Needs 3 kLossRows N accumulators of scratch.
   double (*loss)(const Loss&, Range rows, int64_t N, const void* y, void* dy, void* scratch, bool& valid);
   // The update by the sum in order over parts of the accumulators parts[part * stride + range].
   void (*update)(const Update&, const void* parts, int64_t count, int64_t stride, Range range);

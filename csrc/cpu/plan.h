@@ -50,6 +50,7 @@ constexpr int64_t kStepRowBytes = 2048;    // of the widest rows of a step block
 constexpr size_t kMostLayers = 32;         // of such a step
 constexpr int64_t kStepWeights = 1 << 18;  // packed twice and summed by each thread
 constexpr int64_t kStepRows = 32;          // of a thread: below, adding up the sums costs more than it saves
+constexpr int64_t kLossRows = 8;           // of outputs whose loss is taken at a time
 constexpr int64_t kLossesPerThread = 1 << 12;  // elements of the output
 constexpr int64_t kBlockColumns = 1024;        // of a product that are computed at a time: A is packed once for each
 constexpr int64_t kPieceEdge = 64;             // a piece is not cut narrower than a few tiles

@@ -193,7 +193,7 @@ class CpuStep {
     for_pieces(pieces, [&](int64_t i) {
       bool valid = true;
       losses.sums[i] = kernels_.loss(loss_, piece(i, pieces, M_), N_, rows[L].const_data_ptr(), dy.mutable_data_ptr(),
-                                     memory(Memory::scratch, 2 * N_ * accumulator_size()), valid);
+                                     memory(Memory::scratch, 3 * kLossRows * N_ * accumulator_size()), valid);
       losses.valid[i] = valid;
     });
     const double total = losses.total();

@@ -25,42 +25,49 @@ struct RowsOfBlockTransposed {
   static constexpr int64_t panel = Tile<T>::rows;
 };
 
-// The loss of a block of outputs y [rows, N] and its gradient dy, both as rows of T.
+// The loss of outputs y [rows, N] without gaps, and its gradient dy.
 template <class S>
-struct BlockLoss {
+struct RowsLoss {
   using T = Accumulator<S>;
   using V = Vec<T>;
 
-  // Returns the sum of the losses, not scaled; clears `valid` where BCE meets what is no probability.
-  static double run(const Loss& loss, Range rows, int64_t N, const T* y, T* dy, int64_t stride, bool& valid) {
-    if (loss.index == activation_index(CrossEntropy::name, Losses{}))
-      return cross_entropy(loss, rows, N, y, dy, stride);
+  // Returns the sum of the losses, not scaled; clears `valid` where BCE meets what is no probability. `targets` has
+  // room for as many T as there are in y.
+  static double run(const Loss& loss, Range rows, int64_t N, const T* y, T* dy, T* targets, bool& valid) {
+    if (loss.index == activation_index(CrossEntropy::name, Losses{})) return cross_entropy(loss, rows, N, y, dy);
+    const T* const t = targets_in_a_row(loss, rows, N, targets);
     return visit_activation(
-        loss.index, [&](auto l) { return elements<decltype(l)>(loss, rows, N, y, dy, stride, valid); },
+        loss.index, [&](auto l) { return elements<decltype(l)>(loss, rows.size() * N, y, t, dy, valid); },
         ElementLosses{});
   }
 
+  static const T* targets_in_a_row(const Loss& loss, Range rows, int64_t N, T* targets) {
+    if constexpr (std::is_same_v<S, T>)
+      if (loss.target.stride == N) return at<S>(loss.target, rows.begin, 0);
+    for (int64_t m = rows.begin; m < rows.end; ++m, targets += N)
+      for_vectors<T>(N,
+                     [&](int64_t n, auto lanes) { store(targets + n, load(at<S>(loss.target, m, n), lanes), lanes); });
+    return targets - rows.size() * N;
+  }
+
   template <class L>
-  static double elements(const Loss& loss, Range rows, int64_t N, const T* y, T* dy, int64_t stride, bool& valid) {
+  static double elements(const Loss& loss, int64_t size, const T* y, const T* t, T* dy, bool& valid) {
     const V scale = static_cast<T>(loss.scale);
-    double total = 0;
-    for (int64_t m = rows.begin; m < rows.end; ++m, y += stride, dy += stride) {
-      V sum;
-      for_vectors<T>(N, [&](int64_t n, auto lanes) {
-        const V yn = load(y + n, lanes), t = load(at<S>(loss.target, m, n), lanes);
-        if constexpr (std::is_same_v<L, BCE>) valid = valid && are_probabilities(yn) && are_probabilities(t);
-        store(dy + n, L::backward(yn, t) * scale, lanes);
-        sum = sum + only(L::forward(yn, t), lanes);
-      });
-      total += sum_lanes(sum);
-    }
-    return total;
+    V sum;
+    for_vectors<T>(size, [&](int64_t i, auto lanes) {
+      const V yi = load(y + i, lanes), ti = load(t + i, lanes);
+      if constexpr (std::is_same_v<L, BCE>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
+      store(dy + i, L::backward(yi, ti) * scale, lanes);
+      sum = sum + only(L::forward(yi, ti), lanes);
+    });
+    return sum_lanes(sum);
   }
 
   static V only(V v, AllLanes) { return v; }
   static V only(V v, int n) {  // the loss of a lane that is not there may be anything
-    for (int i = n; i < V::lanes; ++i) v.v[i] = 0;
-    return v;
+    typename V::Bits place;
+    for (int i = 0; i < V::lanes; ++i) place[i] = i;
+    return where(typename V::Mask{place < n}, v, V());
   }
   static bool are_probabilities(V v) {
     bool all = true;
@@ -69,13 +76,13 @@ struct BlockLoss {
   }
 
   // The terms of q times log_softmax(z), and the gradient Q softmax(z) - q.
-  static double cross_entropy(const Loss& loss, Range rows, int64_t N, const T* z, T* dz, int64_t stride) {
+  static double cross_entropy(const Loss& loss, Range rows, int64_t N, const T* z, T* dz) {
     const T smoothing = static_cast<T>(loss.label_smoothing), even = smoothing / static_cast<T>(N),
             scale = static_cast<T>(loss.scale);
     const S* const weights = static_cast<const S*>(loss.weight);
     const auto weight = [&](int64_t n) { return weights ? load(weights + n, 1).v[0] : T(1); };
     double total = 0;
-    for (int64_t m = rows.begin; m < rows.end; ++m, z += stride, dz += stride) {
+    for (int64_t m = rows.begin; m < rows.end; ++m, z += N, dz += N) {
       const int64_t c = loss.classes ? loss.classes[m * loss.classes_stride] : -1;
       if (loss.classes && c == loss.ignore_index) {
         std::fill(dz, dz + N, T(0));
@@ -113,22 +120,23 @@ struct StepRows {
   using Block = RowsOfBlock<T, width>;
   static constexpr int64_t kRows = Blocking<T>::rows, kStride = Block::row_step, kBlock = kRows * kStride;
 
-  // Packed weights, and a block of each layer's rows and of two gradients.
+  // Packed weights, and a block of rows of the input, of each layer, of two gradients and of the targets.
   static size_t scratch_bytes(const StepProblem& p) {
-    int64_t elements = (p.layers.size() + 3) * kBlock;
+    int64_t elements = (p.layers.size() + 4) * kBlock;
     for (const StepLayerView& l : p.layers)
       elements += l.K * round_up_columns<T>(l.N) + l.N * round_up_columns<T>(l.K) + round_up_columns<T>(l.N);
     return elements * sizeof(T);
   }
 
-  // Gradients summed over the rows go to `sums`: of each layer dW [N, K] and db [N], where they are.
+  // Gradients summed over the rows go to `sums`: of each layer dW [N, K] and db [N], where they are wanted.
   static double run(const StepProblem& p, Range rows, void* sums_out, void* scratch, bool& valid) {
+    const size_t L = p.layers.size();
     T* const sums = static_cast<T*>(sums_out);
     T* const blocks = static_cast<T*>(scratch);  // of x and of each layer's output
-    T *dy = blocks + (p.layers.size() + 1) * kBlock, *dx = dy + kBlock;
-    T* packed = dx + kBlock;
+    T *dz = blocks + (L + 1) * kBlock, *dz_below = dz + kBlock, *const targets = dz_below + kBlock;
+    T* packed = targets + kBlock;
     const T *w[kMostLayers], *wt[kMostLayers], *bias[kMostLayers];
-    for (size_t l = 0; l < p.layers.size(); ++l) {
+    for (size_t l = 0; l < L; ++l) {
       const StepLayerView& layer = p.layers[l];
       pack_panels_transposed<S>(layer.w, 0, layer.K, 0, layer.N, packed);
       wt[l] = packed;
@@ -143,6 +151,7 @@ struct StepRows {
       packed += round_up_columns<T>(layer.N);
     }
     std::fill(sums, sums + p.sums, T(0));
+    const StepLayerView& top = p.layers[L - 1];
     double loss = 0;
     for (int64_t m0 = rows.begin; m0 < rows.end; m0 += kRows) {
       const int64_t count = std::min<int64_t>(kRows, rows.end - m0);
@@ -151,81 +160,131 @@ struct StepRows {
           store(blocks + m * kStride + k, load(at<S>(p.x, m0 + m, k), lanes), lanes);
         });
       T* y = blocks;
-      for (size_t l = 0; l < p.layers.size(); ++l, y += kBlock)
-        visit_activation(p.layers[l].activation, [&](auto act) {
-          return forward<decltype(act)>(p.layers[l], wt[l], bias[l], y, y + kBlock, count);
+      for (size_t l = 0; l + 1 < L; ++l, y += kBlock)
+        with_activation(p.layers[l], [&](auto act) {
+          product(y, Panels<T>::packed(wt[l], p.layers[l].K), p.layers[l].K, count, p.layers[l].N,
+                  Forward<decltype(act)>{bias[l], y + kBlock});
         });
-      loss += BlockLoss<S>::run(p.loss, {m0, m0 + count}, p.layers.back().N, y, dy, kStride, valid);
-      for (size_t l = p.layers.size(); l-- > p.lowest; y -= kBlock) {
-        visit_activation(p.layers[l].activation, [&](auto act) {
-          return backward<decltype(act)>(p.layers[l], l > p.lowest ? w[l] : nullptr, y - kBlock, y, dy, dx, sums,
-                                         count);
+
+      // The output, its loss and their gradients have no gaps between rows, however few columns.
+      T *const output = y + kBlock, *const dy = dz_below;
+      const int64_t size = count * top.N;
+      product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, AddBias{bias[L - 1], output, top.N});
+      with_activation(top, [&](auto act) {
+        for_vectors<T>(size,
+                       [&](int64_t i, auto lanes) { store(output + i, act.forward(load(output + i, lanes)), lanes); });
+      });
+      loss += RowsLoss<S>::run(p.loss, {m0, m0 + count}, top.N, output, dy, targets, valid);
+      with_activation(top, [&](auto act) {
+        for_vectors<T>(size, [&](int64_t i, auto lanes) {
+          store(dy + i, act.backward(load(dy + i, lanes), load(output + i, lanes)), lanes);
         });
-        std::swap(dy, dx);
+      });
+      for (int64_t m = 0; m < count; ++m)
+        for_vectors<T>(
+            top.N, [&](int64_t n, auto lanes) { store(dz + m * kStride + n, load(dy + m * top.N + n, lanes), lanes); });
+
+      for (size_t l = L; l-- > p.lowest; y -= kBlock) {
+        const StepLayerView& layer = p.layers[l];
+        add_gradients(layer, y, dz, sums, count);
+        if (l == p.lowest) break;
+        with_activation(p.layers[l - 1], [&](auto act) {
+          product(dz, Panels<T>::packed(w[l], layer.N), layer.N, count, layer.K, Backward<decltype(act)>{y, dz_below});
+        });
+        std::swap(dz, dz_below);
       }
     }
     return loss;
   }
 
  private:
-  // y = act(x W^T + b)
-  template <class Act>
-  static bool forward(const StepLayerView& l, const T* wt, const T* bias, const T* x, T* y, int64_t count) {
-    Ahead none;
-    tiles<Block, Single<T>, Tile<T>::rows>(x, Panels<T>::packed(wt, l.K), l.K, 0, count, l.N, Stage{true, true},
-                                           Partial<T>{}, StoreSums<T>{y, kStride}, none);
-    for (int64_t m = 0; m < count; ++m, y += kStride)
-      for_vectors<T>(l.N, [&](int64_t n, auto lanes) {
-        store(y + n, Act::forward(load(y + n, lanes) + load(bias + n, lanes)), lanes);
-      });
-    return true;
+  template <class F>
+  static void with_activation(const StepLayerView& layer, const F& f) {
+    visit_activation(layer.activation, [&](auto act) { return f(act), true; });
   }
 
-  // dz = act'(dy, y), in the place of dy;  dx = dz W;  dW += dz^T x;  db += sum over rows of dz
+  // The ends of products: y = act(z + b);  z + b, without gaps;  dz = act'(dy, y) of the layer below.
   template <class Act>
-  static bool backward(const StepLayerView& l, const T* w, const T* x, const T* y, T* dy, T* dx, T* sums,
-                       int64_t count) {
-    for_vectors<T>(l.N, [&](int64_t n, auto lanes) {
-      V db;
-      for (int64_t m = 0; m < count; ++m) {
-        T* const at = dy + m * kStride + n;
-        const V dz = Act::backward(load(at, lanes), load(y + m * kStride + n, lanes));
-        store(at, dz, lanes);
-        db = db + dz;
-      }
-      if (l.db >= 0) store(sums + l.db + n, load(sums + l.db + n, lanes) + db, lanes);
-    });
+  struct Forward {
+    static constexpr bool whole_depth = true;
+    const T* bias;
+    T* y;
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
+      store(y + i * kStride + j, Act::forward(z + load(bias + j, lanes)), lanes);
+    }
+  };
+  struct AddBias {
+    static constexpr bool whole_depth = true;
+    const T* bias;
+    T* z;
+    int64_t stride;
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
+      store(z + i * stride + j, v + load(bias + j, lanes), lanes);
+    }
+  };
+  template <class Act>
+  struct Backward {
+    static constexpr bool whole_depth = true;
+    const T* y;
+    T* dz;
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V dy, Lanes lanes) const {
+      const int64_t at = i * kStride + j;
+      store(dz + at, Act::backward(dy, load(y + at, lanes)), lanes);
+    }
+  };
+
+  template <class Finish>
+  static void product(const T* a, Panels<T> b, int64_t depth, int64_t rows, int64_t columns, const Finish& finish) {
+    Ahead none;
+    tiles<Block, Single<T>, Tile<T>::rows>(a, b, depth, 0, rows, columns, Stage{true, true}, Partial<T>{}, finish,
+                                           none);
+  }
+
+  // dW += dz^T x;  db += sum over rows of dz
+  static void add_gradients(const StepLayerView& l, const T* x, const T* dz, T* sums, int64_t count) {
+    if (l.db >= 0)
+      for_vectors<T>(l.N, [&](int64_t n, auto lanes) {
+        V db[4];
+        int64_t m = 0;
+        for (; m + 4 <= count; m += 4)
+          for (int i = 0; i < 4; ++i) db[i] = db[i] + load(dz + (m + i) * kStride + n, lanes);
+        for (; m < count; ++m) db[0] = db[0] + load(dz + m * kStride + n, lanes);
+        T* const sum = sums + l.db + n;
+        store(sum, load(sum, lanes) + ((db[0] + db[1]) + (db[2] + db[3])), lanes);
+      });
     Ahead none;
     if (l.dw >= 0)
       tiles<RowsOfBlockTransposed<T, width>, Single<T>, Tile<T>::rows>(
-          dy, Panels<T>::in_place(x, kStride), count, 0, l.N, l.K, Stage{false, false}, Partial<T>{sums + l.dw, l.K, 0},
+          dz, Panels<T>::in_place(x, kStride), count, 0, l.N, l.K, Stage{false, false}, Partial<T>{sums + l.dw, l.K, 0},
           StoreSums<T>{}, none);
-    if (w)
-      tiles<Block, Single<T>, Tile<T>::rows>(dy, Panels<T>::packed(w, l.N), l.N, 0, count, l.K, Stage{true, true},
-                                             Partial<T>{}, StoreSums<T>{dx, kStride}, none);
-    return true;
   }
 };
 
-// The same from outputs and to gradients as they lie in memory, [M, N] without gaps.
+// The loss of outputs as they lie in memory, a few rows at a time.
 template <class S>
 double loss_rows(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data, void* scratch,
                  bool& valid) {
   using T = Accumulator<S>;
   const S* const y = static_cast<const S*>(y_data);
   S* const dy = static_cast<S*>(dy_data);
-  if constexpr (std::is_same_v<S, T>) {
-    return BlockLoss<S>::run(loss, rows, N, y + rows.begin * N, dy + rows.begin * N, N, valid);
-  } else {
-    T *const row = static_cast<T*>(scratch), *const gradient = row + N;
-    double total = 0;
-    for (int64_t m = rows.begin; m < rows.end; ++m) {
-      for_vectors<T>(N, [&](int64_t n, auto lanes) { store(row + n, load(y + m * N + n, lanes), lanes); });
-      total += BlockLoss<S>::run(loss, {m, m + 1}, N, row, gradient, N, valid);
-      for_vectors<T>(N, [&](int64_t n, auto lanes) { store(dy + m * N + n, load(gradient + n, lanes), lanes); });
+  T *const targets = static_cast<T*>(scratch), *const outputs = targets + kLossRows * N,
+           *const gradients = outputs + kLossRows * N;
+  double total = 0;
+  for (int64_t m = rows.begin; m < rows.end; m += kLossRows) {
+    const Range some{m, std::min(m + kLossRows, rows.end)};
+    const int64_t begin = m * N, size = some.size() * N;
+    if constexpr (std::is_same_v<S, T>) {
+      total += RowsLoss<S>::run(loss, some, N, y + begin, dy + begin, targets, valid);
+    } else {
+      for_vectors<T>(size, [&](int64_t i, auto lanes) { store(outputs + i, load(y + begin + i, lanes), lanes); });
+      total += RowsLoss<S>::run(loss, some, N, outputs, gradients, targets, valid);
+      for_vectors<T>(size, [&](int64_t i, auto lanes) { store(dy + begin + i, load(gradients + i, lanes), lanes); });
     }
-    return total;
   }
+  return total;
 }
 
 // Rows as narrow as the network allows: they lie closer together.
