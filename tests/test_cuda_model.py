@@ -54,6 +54,7 @@ def test_reversal_in_pieces_and_by_the_last_block(order: str, library: ctypes.CD
     for name, expected in {
         "reversed": torch.cat([piece.flip(0) for piece in x.split(64)]),
         "last block": x.flip(0),
+        "last block with a fence of each thread": x.flip(0),
     }.items():
         found, y = run(library, "faulty", name, order)
         assert not found
@@ -68,6 +69,9 @@ WARPS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "running sum": lambda v: v.cumsum(0),
     "third of 16": lambda v: v.view(2, 16)[:, 3:4].expand(2, 16).flatten(),
+    "one up of 4": lambda v: v.view(8, 4)[:, [0, 0, 1, 2]].flatten(),
+    # CUDA reads of earlier groups, not of later ones.
+    "across groups of 8": lambda v: v.view(4, 8)[[0, 0, 2, 2]].flatten(),
     "count of thirds": lambda v: (
         (v % 3 == 0).sum() + 100 * (v == 40).any() + 200 * (v < 64).all()
     ).expand(32),

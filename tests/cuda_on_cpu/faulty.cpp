@@ -32,11 +32,12 @@ void barrier_of_each_half() {
 }
 
 // y = x reversed, by the last block, from what all blocks wrote there.
-template <bool barrier, bool release, bool acquire>
+template <bool barrier, bool release, bool acquire, bool each = false>
 void reversed_by_last(int64_t n, Pointer<const float> x, Pointer<float> y, Pointer<unsigned> finished) {
   const int t = threadIdx.x;
   const int64_t i = blockIdx.x * int64_t{kThreads} + t;
   if (i < n) y[i] = x[i];
+  if (each) __threadfence();
   if (barrier) __syncthreads();
   bool last = false;
   if (t == 0) {
@@ -45,6 +46,7 @@ void reversed_by_last(int64_t n, Pointer<const float> x, Pointer<float> y, Point
     if (acquire) __threadfence();
   }
   if (!__syncthreads_or(last)) return;
+  if (each) __threadfence();
   for (int64_t j = t; j < n / 2; j += kThreads) {
     const float left = y[j];
     y[j] = float(y[n - 1 - j]);
@@ -72,6 +74,8 @@ extern "C" const char* faulty_on_cpu(const Problem* p, const char* name) {
       {"16 bytes from an odd element", [=] { store(y, load<4>(x + 1)); }},
       {"two threads write one element", [] { SharedMemory().take<float>(kThreads)[threadIdx.x / 2] = 0; }},
       {"last block", [=] { reversed_by_last<true, true, true>(n, x, y, finished); }},
+      {"last block with a fence of each thread",
+       [=] { reversed_by_last<true, false, false, true>(n, x, y, finished); }},
       {"last block without its barrier", [=] { reversed_by_last<false, true, true>(n, x, y, finished); }},
       {"last block without the fence before", [=] { reversed_by_last<true, false, true>(n, x, y, finished); }},
       {"last block without the fence after", [=] { reversed_by_last<true, true, false>(n, x, y, finished); }},

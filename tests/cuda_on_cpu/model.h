@@ -97,7 +97,7 @@ struct Fiber {
   const char* operation;  // of the warp, which it waits in
   unsigned mask;
   Lanes<uint64_t> brought;  // to that operation, by each lane
-  Lanes<int64_t> seen;      // of each lane, uses after so many syncs at most; by __syncwarp
+  Lanes<int64_t> seen;      // of each lane, the uses up to so many syncs come before what this thread does
 };
 inline std::vector<Fiber> fibers;
 

@@ -29,6 +29,8 @@ float running_sum(int lane, float v) {
   return v;
 }
 float third_of_16(int, float v) { return __shfl_sync(kAll, v, 16 + 3, 16); }
+float one_up_of_4(int, float v) { return __shfl_up_sync(kAll, v, 1, 4); }
+float across_groups_of_8(int, float v) { return __shfl_xor_sync(kAll, v, 8, 8); }
 float count_of_thirds(int, float v) {
   const bool third = static_cast<int>(v) % 3 == 0;
   const auto votes = static_cast<float>(std::popcount(__ballot_sync(kAll, third)));
@@ -107,6 +109,8 @@ extern "C" const char* warps_on_cpu(const Problem* p, const char* name) {
       {"sum of 8 in their first", sum_of_8_in_their_first},
       {"running sum", running_sum},
       {"third of 16", third_of_16},
+      {"one up of 4", one_up_of_4},
+      {"across groups of 8", across_groups_of_8},
       {"count of thirds", count_of_thirds},
       {"sum of halves", sum_of_halves},
       {"opposite", opposite<true, true>},
