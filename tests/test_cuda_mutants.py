@@ -180,6 +180,6 @@ def test_a_missing_barrier_is_a_fault(
 def test_a_moved_bound_is_seen(
     mutant: Mutant, libraries: dict[Mutant, Future[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = libraries[mutant].result()  # in C++ it is as good as any
+    library = libraries[mutant].result()  # it compiles
     with pytest.raises(AssertionError):
         check(library, mutant.family, monkeypatch)

@@ -416,3 +416,5 @@ inline unsigned atomicInc(const mlp_ext::cuda::model::Pointer<unsigned>& p, unsi
   value = before >= most ? 0 : before + 1;
   return before;
 }
+
+#include "warp.h"

@@ -1,6 +1,4 @@
 // y[i] = f(lane, x[i]) by operations of a warp: right ones, and ones with a fault that the model must see.
-#include "warp.h"
-
 #include <map>
 
 #include "run.h"
