@@ -171,11 +171,15 @@ __global__ void __launch_bounds__(pointwise::kThreads) grad_z(const GradZProblem
   if (down == 0 && column < g.N)
 #pragma unroll
     for (int v = 0; v < V; ++v) g.sums[blockIdx.y * g.N + column + v] = sum[v];
-  __threadfence();
+  // A fence is cumulative: those of thread 0 hold for all that the barriers order before and after it.
   __syncthreads();
-  const bool last_block = threadIdx.x == 0 && atomicInc(g.finished + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;
-  if (!__syncthreads_or(last_block)) return;
-  __threadfence();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(g.finished + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;  // wraps to 0
+    __threadfence();
+  }
+  if (!__syncthreads_or(last)) return;
 #pragma unroll
   for (int v = 0; v < V; ++v) sum[v] = 0;
   if (column < g.N)

@@ -13,10 +13,11 @@ constexpr int kThreads = 256;
 constexpr int kEdge = 16;  // of a tile of results
 // In shared memory at a time. Backward fetches dy and y, which takes more registers.
 constexpr int kForwardDepth = 128, kBackwardDepth = 64;
-constexpr int kPart = 4;                                 // edge of the results of one thread
-constexpr int kAcross = kEdge / kPart;                   // threads along an edge
-constexpr int kSlices = kThreads / (kAcross * kAcross);  // of the depth
-static_assert(kEdge * kEdge == kThreads);                // in the end a thread has one result
+constexpr int kPart = 4;                                    // edge of the results of one thread
+constexpr int kAcross = kEdge / kPart;                      // threads along an edge
+constexpr int kSlices = kThreads / (kAcross * kAcross);     // of the depth
+constexpr int kSliceStride = kThreads + kAcross * kAcross;  // of their sums: no bank twice in a warp
+static_assert(kEdge * kEdge == kThreads);                   // in the end a thread has one result
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 1 : 2;  // of a processor: as many as registers allow
 
@@ -27,7 +28,7 @@ constexpr int kTile = kEdge * row_stride(kDepth);
 
 template <class T, int kDepth>
 constexpr int64_t shared() {
-  return std::max(2 * shared_bytes<T>(kTile<kDepth>), shared_bytes<T>(kSlices * kEdge * kEdge));
+  return std::max(2 * shared_bytes<T>(kTile<kDepth>), shared_bytes<T>(kSlices * kSliceStride));
 }
 
 // The rows from `first` on of an operand, 16 at most, which lies [row, depth] in memory where kAlong, else [depth,
@@ -87,7 +88,7 @@ __device__ void product(const A& a, const B& b, const Finish& finish) {
   SharedMemory operands;
   constexpr int kDepth = A::kDepth;
   const auto a_tile = operands.take<T>(kTile<kDepth>), b_tile = operands.take<T>(kTile<kDepth>);
-  const int t = threadIdx.x, across_a = t % kAcross, across_b = t / kAcross % kAcross, slice = t / (kAcross * kAcross);
+  const int t = threadIdx.x, across_b = t % kAcross, across_a = t / kAcross % kAcross, slice = t / (kAcross * kAcross);
   const auto a_part = A::part(a_tile, across_a);
   const auto b_part = B::part(b_tile, across_b);
   T sum[kPart][kPart] = {};
@@ -106,18 +107,19 @@ __device__ void product(const A& a, const B& b, const Finish& finish) {
     __syncthreads();
   }
 
-  SharedMemory slices;  // in the place of the operands
-  const auto sums = slices.take<T>(kSlices * kThreads);
+  SharedMemory slices;                                       // in the place of the operands
+  const auto sums = slices.take<T>(kSlices * kSliceStride);  // [slice, i, j, across_a, across_b]
 #pragma unroll
   for (int i = 0; i < kPart; ++i)
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
-      sums[slice * kThreads + A::result(across_a, i) * kEdge + B::result(across_b, j)] = sum[i][j];
+      sums[slice * kSliceStride + ((i * kPart + j) * kAcross + across_a) * kAcross + across_b] = sum[i][j];
   __syncthreads();
   T total = 0;
 #pragma unroll
-  for (int s = 0; s < kSlices; ++s) total += sums[s * kThreads + t];
-  const int row = t / kEdge, column = t % kEdge;
+  for (int s = 0; s < kSlices; ++s) total += sums[s * kSliceStride + t];
+  // The result of place t, so that reading meets in no bank either.
+  const int row = A::result(across_a, slice / kPart), column = B::result(across_b, slice % kPart);
   if (row < a.rows && column < b.rows) finish(a.first + row, b.first + column, total);
 }
 

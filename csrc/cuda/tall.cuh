@@ -9,15 +9,16 @@ namespace mlp_ext::cuda {
 namespace tall {
 
 constexpr int kThreads = 128;
-constexpr int kWidth = 128;     // of K and N at most
-constexpr int kDepth = 64;      // columns of x in shared memory at a time, forward
-constexpr int kRowGroups = 32;  // most of a block, forward: bounds the rows of x in shared memory
-template <class S>
-constexpr int kBlocks = sizeof(S) == 2 ? 2 : 3;  // of a processor: as many as registers allow
+constexpr int kWidth = 128;  // of K and N at most
+constexpr int kDepth = 64;   // columns of x in shared memory at a time, forward
+constexpr int kBlocks = 3;   // of a processor: 168 registers a thread
+template <class T>
+constexpr int kRows = 1024 / sizeof(T);  // of a tile at most, forward: bounds x in shared memory
 
 // The results of one thread: as many as registers allow, for each value read from shared memory is then used as often.
-template <class T>
-constexpr int kForwardRows = sizeof(T) == 4 ? 8 : 4;
+// Layers of 16 bits are taken only where they are too narrow for that to count.
+template <class S>
+constexpr int kForwardRows = sizeof(S) == 4 ? 8 : 4;
 template <class T>
 constexpr int kColumns = sizeof(T) == 4 ? 8 : 4;
 constexpr int kBackwardRows = 4;
@@ -25,10 +26,9 @@ constexpr int kBackwardRows = 4;
 template <class T>
 constexpr int kTileRows = sizeof(T) == 4 ? 64 : 32;
 
-template <class S>
-int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
+inline int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
   const int64_t reserved = 1024;  // by CUDA, for each block
-  const int64_t fit = std::max<int64_t>(1, std::min<int64_t>(kBlocks<S>, device.shared / (shared + reserved)));
+  const int64_t fit = std::max<int64_t>(1, std::min<int64_t>(kBlocks, device.shared / (shared + reserved)));
   return std::min(tiles, device.processors * fit);
 }
 
@@ -36,14 +36,15 @@ int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
 template <int V, class T, class Source>
 __device__ void fill(const Pointer<T>& tile, int stride, int rows, int columns, const Source& source, int64_t row,
                      int64_t rows_end, int64_t column, int64_t columns_end) {
-  constexpr int kBatch = 4;  // loads under way
+  using Raw = typename Source::template Raw<V>;
+  constexpr int kBatch = smaller(4, 64 / sizeof(Raw));  // loads under way
   constexpr int kPiece = V < kStep ? V : kStep;
   const int across = static_cast<int>(ceil_div(columns, V)), down = kThreads / across;
   const int c = threadIdx.x % across * V, first = threadIdx.x / across;
   if (first >= down) return;
   const bool column_inside = column + c < columns_end;
   for (int r0 = first; r0 < rows; r0 += kBatch * down) {
-    typename Source::template Raw<V> raw[kBatch];
+    Raw raw[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int r = r0 + i * down;
@@ -97,8 +98,9 @@ __device__ bool in_groups(const Rows<S>& m, int64_t columns) {
   return in_vectors(m, columns) && columns % kStep == 0;
 }
 
-template <class T>
+template <class S>
 struct ForwardTiles {
+  using T = Accumulator<S>;
   int K, N;
   int column_groups, row_groups, rows;  // of threads, and of the tile
   int depth;                            // columns of x at a time
@@ -107,12 +109,13 @@ struct ForwardTiles {
       : K(static_cast<int>(K_)),
         N(static_cast<int>(N_)),
         column_groups(static_cast<int>(ceil_div(N, kColumns<T>))),
-        row_groups(static_cast<int>(smaller(kRowGroups, kThreads / column_groups))),
-        rows(row_groups * kForwardRows<T>),
+        row_groups(static_cast<int>(smaller(kRows<T> / kForwardRows<S>, kThreads / column_groups))),
+        rows(row_groups * kForwardRows<S>),
         depth(static_cast<int>(smaller(kDepth, round_up(K, kStep)))),
         x_stride(row_stride(depth)),
         w_stride(column_groups * kColumns<T> + kStep) {}
-  __host__ __device__ int w_size() const { return (static_cast<int>(round_up(K, kStep)) + 1) * w_stride; }
+  __host__ __device__ int padded_depth() const { return static_cast<int>(round_up(K, kStep)); }
+  __host__ __device__ int w_size() const { return (padded_depth() + 1) * w_stride; }
   __host__ __device__ int x_size() const { return rows * x_stride; }
   int64_t shared() const { return shared_bytes<T>(w_size()) + shared_bytes<T>(x_size()); }
 };
@@ -144,24 +147,23 @@ struct BackwardTiles {
 // K and N from 1 to tall::kWidth.
 template <class S>
 Launch tall_forward_launch(const Forward<S>& f, const Device& device) {
-  const tall::ForwardTiles<Accumulator<S>> tiles(f.K, f.N);
+  const tall::ForwardTiles<S> tiles(f.K, f.N);
   const int64_t shared = tiles.shared();
-  return {tall::blocks<S>(ceil_div(f.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+  return {tall::blocks(ceil_div(f.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
 }
 
 // y = act(x W^T + b)   (M,K)(K,N)
 template <class S, class Act>
-__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward(const Forward<S> f) {
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks) tall_forward(const Forward<S> f) {
   using T = Accumulator<S>;
-  constexpr int P = tall::kForwardRows<T>, Q = tall::kColumns<T>;
-  const tall::ForwardTiles<T> tiles(f.K, f.N);
+  constexpr int P = tall::kForwardRows<S>, Q = tall::kColumns<T>;
+  const tall::ForwardTiles<S> tiles(f.K, f.N);
   SharedMemory shared;
   const auto w = shared.take<T>(tiles.w_size());  // [K rounded up, N rounded up], then the bias
   const auto x = shared.take<T>(tiles.x_size());  // [rows, depth]
-  const int bias = tiles.w_size() - tiles.w_stride;
-  for (int i = threadIdx.x; i < tiles.w_stride * (bias / tiles.w_stride); i += tall::kThreads) {
-    // Neighbours along K, as W lies in memory.
-    const int k = i % (bias / tiles.w_stride), n = i / (bias / tiles.w_stride);
+  const int depth = tiles.padded_depth(), bias = depth * tiles.w_stride;
+  for (int i = threadIdx.x; i < bias; i += tall::kThreads) {
+    const int k = i % depth, n = i / depth;  // neighbours along K, as W lies in memory
     w[k * tiles.w_stride + n] = k < tiles.K && n < tiles.N ? to_accumulator(*f.w.at(n, k)) : T(0);
   }
   for (int n = threadIdx.x; n < tiles.w_stride; n += tall::kThreads)
@@ -183,12 +185,11 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
       __syncthreads();
       if (!computes) continue;
       const AcrossDepth<T> b{w + (k0 * tiles.w_stride + column * kStep), tiles.w_stride, column_step};
-      const int depth = static_cast<int>(smaller(tall::kDepth, tiles.K - k0));
-      for (int k = 0; k < depth; k += kStep) add_product(sum, a, b, k);
+      for (int k = 0; k < tall::kDepth && k0 + k < tiles.K; k += kStep) add_product(sum, a, b, k);
     }
     if (computes)
-      tall::store_results(f.y, m + row, tiles.row_groups, smaller(m + tiles.rows, f.M), column * kStep, column_step,
-                          f.N, y_vectors, sum, [&](T z, int64_t n) { return Act::forward(z + w[bias + n]); });
+      tall::store_results(f.y, m + row, tiles.row_groups, f.M, column * kStep, column_step, f.N, y_vectors, sum,
+                          [&](T z, int64_t n) { return Act::forward(z + w[bias + n]); });
   }
 }
 
@@ -197,7 +198,7 @@ template <class S>
 Launch tall_backward_launch(const Backward<S>& b, const Device& device) {
   const tall::BackwardTiles<Accumulator<S>> tiles(b.K, b.N);
   const int64_t shared = tiles.shared();
-  return {tall::blocks<S>(ceil_div(b.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+  return {tall::blocks(ceil_div(b.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
 }
 
 // Accumulators of dW and db of one block: parts is [blocks, tall_backward_part].
@@ -209,7 +210,7 @@ int64_t tall_backward_part(const Backward<S>& b) {
 // dz = act'(dy, y);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums of
 // dz
 template <class S, class Act>
-__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks)
     tall_backward(const Backward<S> b, const Pointer<Accumulator<S>> parts) {
   using T = Accumulator<S>;
   constexpr int P = tall::kBackwardRows, Q = tall::kColumns<T>;
@@ -259,8 +260,13 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
 #pragma unroll
         for (int p = 0; p < P; ++p)
 #pragma unroll
-          for (int q = 0; q < Q; ++q)
-            dw[(row + p) * tiles.width + column + q / kStep * column_step + q % kStep] += sum[p][q];
+          for (int q = 0; q < Q; q += kStep) {
+            const auto total = dw + ((row + p) * tiles.width + column + q / kStep * column_step);
+            auto four = load<kStep>(total);
+#pragma unroll
+            for (int i = 0; i < kStep; ++i) four.at[i] += sum[p][q + i];
+            store(total, four);
+          }
       }
     if (b.db)
       for (int n = threadIdx.x; n < tiles.depth; n += tall::kThreads) {

@@ -1,13 +1,16 @@
 // CUDA's execution model on one core of the CPU, for the kernels' own source (csrc/cuda/*.cuh): the threads of a block
 // are fibers that run from barrier to barrier in a chosen order, blocks come in a shuffled order, and every access is
 // checked: bounds, alignment and races, that is, two threads at one place, one of them writing, with nothing in between
-// that orders them: a barrier within a block; from block to block a fence, an atomic and a fence, each ordered after
-// the one before. A thread that misses a barrier that others wait at, or waits at another one, is a fault.
+// that orders them: a barrier within a block, __syncwarp within a warp; from block to block a fence, an atomic and a
+// fence, each ordered after the one before by barriers. A thread that misses a barrier that others wait at, or waits at
+// another one, is a fault; so is one that misses an operation of its warp whose mask names it.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -55,9 +58,15 @@ inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
 
 namespace mlp_ext::cuda::model {
 
+constexpr int kWarp = 32;
+template <class T>
+using Lanes = std::array<T, kWarp>;
+
 struct Use {  // by whom, and between which barriers of which block
   int64_t block = -1, barriers = -1;
-  int thread = -1;  // -1: several
+  int warp = -1;       // -1: several
+  unsigned lanes = 0;  // of the warp
+  int64_t syncs = -1;  // of warps in the block, before the last of these uses
 };
 struct Word {  // four bytes of shared memory, or an element of global memory
   Use written, read;
@@ -67,7 +76,7 @@ struct Block {         // the one that runs
   int64_t number = 0;  // in the order of running
   std::vector<unsigned char> shared;
   std::vector<Word> words;
-  int64_t barriers = 0;
+  int64_t barriers = 0, syncs = 0;
   bool any[2] = {};                    // of __syncthreads_or, at this barrier and, while that is read, at the next
   int64_t atomic = -1, acquired = -1;  // barriers before its first atomic, before its first fence ordered after that
 };
@@ -76,7 +85,7 @@ inline std::unordered_map<uintptr_t, Word> global_words;  // of this launch
 inline std::vector<bool> published;                       // of a block: all that it wrote is fenced, then an atomic
 inline std::string fault_seen;                            // the first
 inline ucontext_t scheduler;
-enum class State { ready, waiting, finished };
+enum class State { ready, at_barrier, in_warp, finished };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
@@ -85,6 +94,10 @@ struct Fiber {
   int64_t wrote, fenced;  // barriers before its last write to global memory, before its last fence; -1: none
   bool dirty;             // wrote after that fence
   bool atomic, acquired;  // had an atomic; a fence ordered after one
+  const char* operation;  // of the warp, which it waits in
+  unsigned mask;
+  Lanes<uint64_t> brought;  // to that operation, by each lane
+  Lanes<int64_t> seen;      // of each lane, the uses up to so many syncs come before what this thread does
 };
 inline std::vector<Fiber> fibers;
 
@@ -116,19 +129,29 @@ inline void atomic() {
 }
 
 inline void use(Word& word, bool writes, const std::string& where) {
-  const Use now{block.number, block.barriers, static_cast<int>(threadIdx.x)};
+  const int lane = threadIdx.x % kWarp;
+  const Use now{block.number, block.barriers, static_cast<int>(threadIdx.x / kWarp), 1u << lane, block.syncs};
+  const Fiber& self = fibers[threadIdx.x];
   const auto races = [&](const Use& before) {
     if (before.block < 0) return false;
-    if (before.block == now.block) return before.barriers == now.barriers && before.thread != now.thread;
-    const bool acquired = fibers[now.thread].acquired || (block.acquired >= 0 && block.acquired < now.barriers);
-    return !published[before.block] || !acquired;
+    if (before.block != now.block) {
+      const bool acquired = self.acquired || (block.acquired >= 0 && block.acquired < now.barriers);
+      return !published[before.block] || !acquired;
+    }
+    if (before.barriers != now.barriers || (before.warp == now.warp && before.lanes == now.lanes)) return false;
+    if (before.warp != now.warp) return true;
+    for (int l = 0; l < kWarp; ++l)
+      if (l != lane && (before.lanes >> l & 1) && before.syncs > self.seen[l]) return true;
+    return false;
   };
   if (races(word.written)) fault("a race for" + where + ", after a write,");
   if (writes && races(word.read)) fault("a race for" + where + ", after a read,");
   Use& last = writes ? word.written : word.read;
-  const bool several = !writes && last.block == now.block && races(last);
+  const Use before = last;
   last = now;
-  if (several) last.thread = -1;
+  if (writes || before.block != now.block || !races(before)) return;
+  last.warp = before.warp == now.warp ? now.warp : -1;
+  last.lanes |= before.lanes;
 }
 
 // A pointer that knows the array it points into.
@@ -250,11 +273,58 @@ inline void enter() {
   swapcontext(&fibers[threadIdx.x].context, &scheduler);
 }
 
+// What the lanes of the mask brought to this operation of their warp, once all are there: stricter than CUDA, which
+// does not wait for threads that have ended. Only __syncwarp orders their accesses.
+inline const Lanes<uint64_t>& meet(const char* operation, unsigned mask, uint64_t brought) {
+  Fiber& self = fibers[threadIdx.x];
+  const int lane = threadIdx.x % kWarp;
+  if (!(mask >> lane & 1)) fault(std::string(operation) + " with a mask without its own lane");
+  self.operation = operation;
+  self.mask = mask;
+  self.brought[lane] = brought;
+  self.state = State::in_warp;
+  swapcontext(&self.context, &scheduler);
+  return self.brought;
+}
+
+inline constexpr const char* kSyncWarp = "__syncwarp";
+
+// Lets go on who waits in an operation that all lanes of its mask wait in; returns whether there is one.
+inline bool release_warps() {
+  bool any = false;
+  for (size_t t = 0; t < fibers.size(); ++t) {
+    if (fibers[t].state != State::in_warp) continue;
+    const auto [operation, mask] = std::pair(fibers[t].operation, fibers[t].mask);
+    std::vector<size_t> met;
+    for (size_t l = 0, f = t / kWarp * kWarp; l < kWarp && f < fibers.size(); ++l, ++f)
+      if ((mask >> l & 1) && fibers[f].state == State::in_warp && fibers[f].mask == mask &&
+          std::strcmp(fibers[f].operation, operation) == 0)
+        met.push_back(f);
+    if (met.size() != static_cast<size_t>(std::popcount(mask))) continue;
+    any = true;
+    Lanes<uint64_t> brought{};
+    Lanes<int64_t> seen = fibers[t].seen;
+    for (const size_t f : met) {
+      brought[f % kWarp] = fibers[f].brought[f % kWarp];
+      for (int l = 0; l < kWarp; ++l) seen[l] = std::max(seen[l], fibers[f].seen[l]);
+    }
+    for (const size_t f : met) seen[f % kWarp] = block.syncs;
+    const bool syncs = operation == kSyncWarp;
+    block.syncs += syncs;
+    for (const size_t f : met) {
+      fibers[f].brought = brought;
+      if (syncs) fibers[f].seen = seen;
+      fibers[f].state = State::ready;
+    }
+  }
+  return any;
+}
+
 inline void run_block(int threads, int64_t shared, Order order, std::mt19937& random) {
   constexpr size_t kStack = 64 << 10;
   block.shared.assign(shared, 0xff);  // NaN
   block.words.assign(shared / 4 + 1, Word());
-  block.barriers = 0;
+  block.barriers = block.syncs = 0;
   block.any[0] = block.any[1] = false;
   block.atomic = block.acquired = -1;
   fibers.resize(threads);
@@ -267,6 +337,7 @@ inline void run_block(int threads, int64_t shared, Order order, std::mt19937& ra
     fiber.state = State::ready;
     fiber.wrote = fiber.fenced = -1;
     fiber.dirty = fiber.atomic = fiber.acquired = false;
+    fiber.seen.fill(-1);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -275,14 +346,20 @@ inline void run_block(int threads, int64_t shared, Order order, std::mt19937& ra
   }
   for (;; ++block.barriers) {
     if (order == Order::shuffled) std::shuffle(turns.begin(), turns.end(), random);
-    int finished = 0;
-    for (const int t : turns) {
-      threadIdx = {static_cast<unsigned>(t), 0};
-      if (fibers[t].state == State::waiting) fibers[t].state = State::ready;
-      if (fibers[t].state == State::ready) swapcontext(&scheduler, &fibers[t].context);
-      if (!fault_seen.empty()) return;
-      finished += fibers[t].state == State::finished;
-    }
+    for (Fiber& fiber : fibers)
+      if (fiber.state == State::at_barrier) fiber.state = State::ready;
+    do
+      for (const int t : turns) {
+        threadIdx = {static_cast<unsigned>(t), 0};
+        if (fibers[t].state == State::ready) swapcontext(&scheduler, &fibers[t].context);
+        if (!fault_seen.empty()) return;
+      }
+    while (release_warps());
+    const auto in = [](State state) { return [=](const Fiber& f) { return f.state == state; }; };
+    const auto stuck = std::find_if(fibers.begin(), fibers.end(), in(State::in_warp));
+    if (stuck != fibers.end()) fault_seen = std::string(stuck->operation) + " that some of its mask never reach";
+    if (!fault_seen.empty()) return;
+    const auto finished = std::count_if(fibers.begin(), fibers.end(), in(State::finished));
     if (finished == threads) return;
     const auto apart = [](const Fiber& f) { return f.line != fibers[0].line; };
     if (finished > 0) fault_seen = "a barrier that some threads never reach";
@@ -319,7 +396,7 @@ std::string run(const Launch& launch, Order order, unsigned seed, const std::fun
 inline void __syncthreads(std::source_location where = std::source_location::current()) {
   using namespace mlp_ext::cuda::model;
   Fiber& self = fibers[threadIdx.x];
-  self.state = State::waiting;
+  self.state = State::at_barrier;
   self.line = where.line();
   swapcontext(&self.context, &scheduler);
 }
@@ -339,3 +416,5 @@ inline unsigned atomicInc(const mlp_ext::cuda::model::Pointer<unsigned>& p, unsi
   value = before >= most ? 0 : before + 1;
   return before;
 }
+
+#include "warp.h"

@@ -1,0 +1,221 @@
+"""The CUDA kernels' own source on the CPU: compiled with tests/cuda_on_cpu/model.h, and called."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from shapes import DTYPES, Shape
+from torch import Tensor
+from torch.nn import functional as F
+
+import mlp_ext
+
+MODEL = Path(__file__).parent / "cuda_on_cpu"
+CSRC = Path(__file__).parents[1] / "csrc"
+FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+SHARED = 228 * 1024  # bytes of an H100's multiprocessor
+TENSORS = ("x", "w", "bias", "y", "dy", "dx", "dw", "db", "dz")
+
+
+class Buffer(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("elements", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+    ]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+        *((name, ctypes.c_int64) for name in ("M", "K", "N")),
+        *((name, Buffer) for name in TENSORS),
+        *((name, ctypes.c_int64) for name in ("processors", "shared")),
+        *((name, ctypes.c_int32) for name in ("order", "seed")),
+    ]
+
+
+def buffer(t: Tensor | None) -> Buffer:
+    if t is None:
+        return Buffer(None, 0, 0)
+    last = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+    return Buffer(t.data_ptr(), last + 1 if t.numel() else 0, t.stride(0) if t.dim() == 2 else 0)
+
+
+def compiler(*arguments: str | Path) -> None:
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def compile_all(output: Path, names: list[str], *flags: str | Path) -> Path:
+    """A library of those files of MODEL, or a program. A header is looked for in -I first."""
+    objects = [output.with_name(f"{name}.o") for name in names]
+    includes = [f"-I{MODEL}", f"-I{CSRC}"]
+
+    def compile_one(name: str, to: Path) -> None:
+        compiler(*FLAGS, *flags, *includes, "-c", MODEL / f"{name}.cpp", "-o", to)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, names, objects))
+    compiler(*flags, *(["-shared"] if output.suffix == ".so" else []), *objects, "-o", output)
+    return output
+
+
+def fault(library: ctypes.CDLL, kernel: str, problem: Problem, *more: bytes) -> str:
+    """What the model finds wrong with the kernel; "" if nothing."""
+    function = getattr(library, f"{kernel}_on_cpu")
+    function.restype = ctypes.c_char_p
+    return (function(ctypes.byref(problem), *more) or b"").decode()
+
+
+class Runner(NamedTuple):
+    """Runs kernels on a device of so many processors."""
+
+    library: ctypes.CDLL
+    processors: int = 3
+
+    def __call__(
+        self,
+        kernel: str,
+        sizes: tuple[int, int, int],
+        activation: str,
+        inputs: dict[str, Tensor | None],
+        outputs: dict[str, Tensor],
+    ) -> None:
+        """Fills the outputs, in each order of the threads with the same bits."""
+        found = []
+        for order in ORDERS.values():
+            fresh = {name: t.clone() for name, t in outputs.items()}
+            tensors = inputs | fresh
+            dtype = next(t for t in tensors.values() if t is not None).dtype
+            problem = Problem(
+                DTYPES.index(dtype),
+                mlp_ext.ACTIVATIONS.index(activation),
+                *sizes,
+                *(buffer(tensors.get(name)) for name in TENSORS),
+                self.processors,
+                SHARED,
+                order,
+                order,
+            )
+            wrong = fault(self.library, kernel, problem)
+            assert not wrong, f"{kernel} {sizes} {dtype} {activation}: {wrong}"
+            found.append(fresh)
+        for name, t in outputs.items():
+            bits = [results[name].view(torch.uint8) for results in found]
+            assert all(torch.equal(bits[0], other) for other in bits[1:]), (
+                f"{kernel}: {name} varies"
+            )
+            t.copy_(found[0][name])
+
+
+def poisoned(like: Tensor, *sizes: int) -> Tensor:
+    return like.new_full(sizes, torch.nan)
+
+
+Forward = Callable[[Runner, Tensor, Tensor, Tensor | None, str], Tensor]
+Backward = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+
+
+def own_forward(family: str) -> Forward:
+    def forward(run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        y = poisoned(x, x.shape[0], w.shape[0])
+        inputs = {"x": x, "w": w, "bias": bias}
+        run(f"{family}_forward", (*x.shape, w.shape[0]), activation, inputs, {"y": y})
+        return y
+
+    return forward
+
+
+def own_backward(family: str) -> Backward:
+    def backward(
+        run: Runner,
+        dy: Tensor,
+        y: Tensor,
+        x: Tensor,
+        w: Tensor,
+        activation: str,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        outputs = {"dx": poisoned(x, *x.shape), "dw": poisoned(w, *w.shape)}
+        outputs["db"] = poisoned(w, w.shape[0])
+        wanted = {name: t for (name, t), on in zip(outputs.items(), needs, strict=True) if on}
+        inputs = {"dy": dy, "y": y, "x": x, "w": w}
+        run(f"{family}_backward", (*x.shape, w.shape[0]), activation, inputs, wanted)
+        return wanted.get("dx"), wanted.get("dw"), wanted.get("db")
+
+    return backward
+
+
+def passes_forward(
+    run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """The pass after a product, in place; the bias is added in it, or was by the product."""
+    y = F.linear(x, w)
+    run("bias_act", (*x.shape, w.shape[0]), activation, {"bias": bias}, {"y": y})
+    return y
+
+
+def passes_backward(
+    run: Runner,
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    outputs = {"dz": poisoned(dy, *dy.shape)} if needs[0] or needs[1] else {}
+    if needs[2]:
+        outputs["db"] = poisoned(w, w.shape[0])
+    run("grad_z", (*x.shape, w.shape[0]), activation, {"dy": dy, "y": y}, outputs)
+    dz = outputs.get("dz")
+    dx = dz @ w if needs[0] and dz is not None else None
+    return dx, dz.t() @ x if needs[1] and dz is not None else None, outputs.get("db")
+
+
+FAMILIES: dict[str, tuple[Forward, Backward]] = {
+    "small": (own_forward("small"), own_backward("small")),
+    "tall": (own_forward("tall"), own_backward("tall")),
+    "passes": (passes_forward, passes_backward),
+}
+
+
+def linear_act(family: str, run: Runner) -> Callable[..., Tensor]:
+    """As mlp_ext.linear_act, by the kernels of the family."""
+    forward_kernels, backward_kernels = FAMILIES[family]
+
+    class LinearAct(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+        ) -> Tensor:
+            y = forward_kernels(run, input, weight, bias, activation)
+            ctx.save_for_backward(y, input, weight)
+            ctx.activation = activation
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            needs = ctx.needs_input_grad[:3]
+            grads = backward_kernels(run, dy, *ctx.saved_tensors, ctx.activation, needs)
+            return *grads, None
+
+    def function(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu"
+    ) -> Tensor:
+        return LinearAct.apply(input, weight, bias, activation)  # type: ignore[no-any-return]
+
+    return function
+
+
+def sizes(text: str) -> list[Shape]:
+    numbers = [[int(n) for n in size.split("x")] for size in text.split()]
+    return [Shape((M,), K, N) for M, K, N in numbers]
