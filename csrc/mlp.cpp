@@ -163,6 +163,12 @@ TORCH_LIBRARY_IMPL(mlp_ext, CompositeExplicitAutograd, m) {
   m.impl("_mlp_backward", mlp_backward_loop);
 }
 
+// torch.jit.trace has no words for Tensor?[]: it records the layers.
+TORCH_LIBRARY_IMPL(mlp_ext, Tracer, m) {
+  m.impl("mlp", mlp_loop);
+  m.impl("_mlp_forward", mlp_forward_loop);
+}
+
 // vmap's rules are those of one layer.
 TORCH_LIBRARY_IMPL(mlp_ext, FuncTorchBatched, m) {
   m.impl("mlp", mlp_loop);
