@@ -46,7 +46,7 @@ class Sequential(nn.Sequential):
         if plan is None or not plan.holds([*self._modules.values()]):
             plan = self.__dict__["_plan"] = _Plan([*self._modules.values()])
         for child, weights, biases, activations in plan.calls:
-            input = child(input) if child else _mlp(input, weights, biases, activations)
+            input = _mlp(input, weights, biases, activations) if activations else child(input)
         return input
 
     def __getstate__(self) -> dict[str, Any]:  # for pickle and copy
@@ -107,7 +107,7 @@ def _activation(child: nn.Module | None) -> str:
         return child.activation if _is_layer(child) else ""
     if type(child) in (nn.Linear, nn.Identity, FusedActivation):
         return "identity"
-    layer = LinearAct.by_module.get(type(child))  # type: ignore[arg-type]
+    layer = LinearAct.by_module.get(type(child))
     return layer.activation if layer else ""
 
 
@@ -135,7 +135,7 @@ class _Plan:
         self.children = children
         self.calls = [
             (
-                None if step.activations else children[step.places[0]],
+                children[step.places[0]],
                 [layer.weight for layer in run],
                 [layer.bias for layer in run],
                 step.activations,
