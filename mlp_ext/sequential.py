@@ -166,15 +166,10 @@ class _Plan:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_steps(model: Sequential) -> list[Step]:
-    return find_steps([*model._modules.values()])
-
-
 def _traced(model: Sequential, input: Any) -> Any:
     """Forward for torch.compile and torch.export, which keep their own watch over the modules."""
     children = [*model._modules.values()]
-    for places, activations in _constant_steps(model):
+    for places, activations in find_steps(children):
         layers = [children[place] for place in places]
         if activations:
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]

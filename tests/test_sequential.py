@@ -392,6 +392,19 @@ def test_compile_has_no_graph_break(backend: str) -> None:
     close(found, expected)
 
 
+@pytest.mark.parametrize("edit", EDITS)
+def test_compiled_model_follows_a_change_of_the_children(edit: str) -> None:
+    torch.compiler.reset()
+    model, native = twins()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(6, 10)
+    close(compiled(x), native(x))
+    for m in (model, native):
+        torch.manual_seed(7)
+        EDITS[edit](m)
+    close(compiled(x), native(x))
+
+
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 def test_export_keeps_the_operator(strict: bool) -> None:
     model, native = twins()
