@@ -146,11 +146,13 @@ class _Plan:
         self.named = [child._parameters for child in known if child._parameters]
         self.parameters = [p for named in self.named for p in named.values()]
         self.types = [*map(type, chain(children, self.parameters))]
-        self.attributes = [vars(child) for child in known]
         # Hooks, buffers, children: what makes one of these longer or shorter is an addition.
-        self.collections: list[Sized] = [*_HOOKS_OF_ALL, *self.attributes]
-        self.collections += [d for a in self.attributes for d in a.values() if isinstance(d, dict)]
-        self.lengths = [*map(len, self.collections)]
+        attributes = [vars(child) for child in known]
+        collections: list[Sized] = [*_HOOKS_OF_ALL, *attributes]
+        collections += [d for a in attributes for d in a.values() if isinstance(d, dict)]
+        self.empty = [c for c in collections if not c]  # nearly all, and any() is fastest
+        self.filled = [c for c in collections if c]
+        self.lengths = [*map(len, self.filled)]
         self.weights = [weights[0] for _, weights, _, _ in self.calls if weights]
 
     def holds(self, children: list[nn.Module]) -> bool:
@@ -161,7 +163,8 @@ class _Plan:
             and len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
             and [*map(type, chain(children, parameters))] == self.types
-            and [*map(len, self.collections)] == self.lengths
+            and not any(self.empty)
+            and [*map(len, self.filled)] == self.lengths
             and all(weight.dtype in DTYPES for weight in self.weights)
         )
 
