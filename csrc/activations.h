@@ -111,6 +111,10 @@ auto visit_activation(size_t index, F&& f) {
   return visit_activation(index, f, Activations{});
 }
 
+inline bool saves_output(std::string_view name) {
+  return visit_activation(activation_index(name), [](auto act) { return act.saves == Saves::output; });
+}
+
 // "identity, relu, ..." for messages.
 template <class... Act>
 std::string activation_names(TypeList<Act...>) {

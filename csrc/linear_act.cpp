@@ -13,53 +13,28 @@
 #include <torch/library.h>
 
 #include "activations.h"
+#include "checks.h"
 
 namespace mlp_ext {
 
 namespace {
 
-// Messages say which argument, what was expected, what came.
-size_t check_activation(std::string_view activation) {
-  const size_t index = activation_index(activation);
-  TORCH_CHECK_VALUE(index < Activations::size, "linear_act: activation must be one of ", activation_names(), ", got '",
-                    activation, "'");
-  return index;
-}
-
-std::string_view dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
-
-void check_dtype(const at::Tensor& first, const char* name) {
-  const auto dtype = first.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-                   "linear_act: ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
-}
-
-void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& first, const char* first_name) {
-  TORCH_CHECK(tensor.device() == first.device(), "linear_act: ", name, " must be on ", first.device(), " to match ",
-              first_name, ", got ", tensor.device());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == first.scalar_type(), "linear_act: ", name, " must be ",
-                   dtype_name(first.scalar_type()), " to match ", first_name, ", got ",
-                   dtype_name(tensor.scalar_type()));
-}
-
-void check_weight(const at::Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2, "linear_act: weight must be [N, K], got ", weight.sym_sizes());
-}
+constexpr const char* kOp = "linear_act";
 
 }  // namespace
 
 size_t check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                         std::string_view activation) {
-  const size_t index = check_activation(activation);
-  check_dtype(input, "input");
-  check_like(weight, "weight", input, "input");
+  const size_t index = check_activation(kOp, activation, "activation");
+  check_dtype(kOp, input, "input");
+  check_like(kOp, weight, "weight", input, "input");
   TORCH_CHECK(input.dim() >= 1, "linear_act: input must be [*, K], got a 0-dimensional tensor");
-  check_weight(weight);
+  check_weight(kOp, weight, "weight");
   TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(input.sym_size(-1)),
                   "linear_act: weight must be [N, K=", input.sym_size(-1), "] to match input ", input.sym_sizes(),
                   ", got ", weight.sym_sizes());
   if (bias) {
-    check_like(*bias, "bias", input, "input");
+    check_like(kOp, *bias, "bias", input, "input");
     TORCH_CHECK(bias->dim() == 1, "linear_act: bias must be [N=", weight.sym_size(0), "], got ", bias->sym_sizes());
     TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(weight.sym_size(0)), "linear_act: bias must be [N=", weight.sym_size(0),
                     "] to match weight ", weight.sym_sizes(), ", got ", bias->sym_sizes());
@@ -70,27 +45,27 @@ size_t check_linear_act(const at::Tensor& input, const at::Tensor& weight, const
 size_t check_linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
                                  const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
                                  std::string_view activation, std::array<bool, 3> output_mask) {
-  const size_t index = check_activation(activation);
+  const size_t index = check_activation(kOp, activation, "activation");
   const bool needs_output = visit_activation(index, [](auto act) { return act.saves == Saves::output; });
-  check_dtype(grad_output, "grad_output");
+  check_dtype(kOp, grad_output, "grad_output");
   TORCH_CHECK(grad_output.dim() >= 1, "linear_act: grad_output must be [*, N], got a 0-dimensional tensor");
   TORCH_CHECK(output || !needs_output, "linear_act: output is needed for the gradient of ", activation);
   TORCH_CHECK(weight || !output_mask[0], "linear_act: weight is needed for the gradient of input");
   TORCH_CHECK(input || !output_mask[1], "linear_act: input is needed for the gradient of weight");
   if (output) {
-    check_like(*output, "output", grad_output, "grad_output");
+    check_like(kOp, *output, "output", grad_output, "grad_output");
     TORCH_CHECK(output->sym_sizes() == grad_output.sym_sizes(), "linear_act: grad_output must be ", output->sym_sizes(),
                 " to match output, got ", grad_output.sym_sizes());
   }
   if (weight) {
-    check_like(*weight, "weight", grad_output, "grad_output");
-    check_weight(*weight);
+    check_like(kOp, *weight, "weight", grad_output, "grad_output");
+    check_weight(kOp, *weight, "weight");
     TORCH_SYM_CHECK(weight->sym_size(0).sym_eq(grad_output.sym_size(-1)),
                     "linear_act: weight must be [N=", grad_output.sym_size(-1), ", K] to match grad_output ",
                     grad_output.sym_sizes(), ", got ", weight->sym_sizes());
   }
   if (input) {
-    check_like(*input, "input", grad_output, "grad_output");
+    check_like(kOp, *input, "input", grad_output, "grad_output");
     TORCH_CHECK(input->dim() == grad_output.dim() && input->sym_sizes().slice(0, input->dim() - 1) ==
                                                          grad_output.sym_sizes().slice(0, grad_output.dim() - 1),
                 "linear_act: input must be [*, K] with the leading sizes of grad_output ", grad_output.sym_sizes(),

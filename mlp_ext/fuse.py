@@ -1,15 +1,20 @@
-"""fuse: swap each (Linear, activation) in a model's Sequentials for one fused layer. unfuse: back.
+"""fuse: a model's Sequentials compute with fused layers, or as one stack each. unfuse: back.
 
-In every nn.Sequential, at any depth, a fused layer takes the Linear's place and a FusedActivation,
-which is an nn.Identity, the activation's. So indices and state_dict keys stay; Parameters are the
-same objects, so an optimizer made before stays valid. The first modules are kept untouched, still
-good for whoever else holds them, and unfuse puts those very objects back.
+Level "layers": in every nn.Sequential, at any depth, a fused layer takes the Linear's place and a
+FusedActivation, which is an nn.Identity, the activation's. So indices and state_dict keys stay;
+Parameters are the same objects, so an optimizer made before stays valid. The first modules are kept
+untouched, still good for whoever else holds them, and unfuse puts those very objects back.
 
 A pair is left alone wherever fusing could change what the model computes or lose what its modules
 carry: `_obstacle` is the list, and fusion_report tells it. An activation used in several places is
 no obstacle: it holds nothing. Two things no analysis can see: code that calls one layer of a
 Sequential by its index now gets the activation too, and layers must not be replaced or sliced off
 while the model is fused, since the two modules of a pair belong together.
+
+Level "stack": every nn.Sequential, at any depth, that holds a Linear which can run in a stack is
+from then on an mlp_ext.Sequential. It stays the same object with the same children, so all the
+above holds by itself, and its children may be changed and called as before. Over layers that are
+fused already it runs those; the other way round nothing is left to do.
 """
 
 from __future__ import annotations
@@ -20,27 +25,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar, cast
 
-import torch
 from torch import nn
 
-from mlp_ext.nn import LinearAct, find_addition, type_name
+from mlp_ext.nn import FusedActivation, LinearAct, find_addition, find_special, type_name
+from mlp_ext.sequential import FusedSequential, Sequential, find_obstacle, find_steps
 
-LEVELS = ("layers",)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LEVELS = ("layers", "stack")
 
+Status = Literal["fused", "would fuse", "not fused"]
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class FusedActivation(nn.Identity):
-    """Holds the place of an activation that the fused layer before it computes."""
-
-    def __init__(self, layer: LinearAct, linear: nn.Linear, activation: nn.Module) -> None:
-        super().__init__()
-        # In a tuple, so that none is a child: no state_dict keys, no visits by apply() or train().
-        self.pair = (layer, linear, activation)
-
-    def extra_repr(self) -> str:
-        return repr(self.pair[2])
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Site:
 
     name: str
     activation: str | None
-    status: Literal["fused", "would fuse", "not fused"]
+    status: Status
     reason: str
 
 
@@ -75,24 +68,27 @@ class FusionReport:
 
 
 def fuse(model: Model, level: str = "layers") -> Model:
-    """Fuse, in place, each (Linear, activation) pair of the model's Sequentials; returns `model`.
+    """Fuse, in place, the model's Sequentials; returns `model`.
 
-    Fusing again changes nothing. fusion_report(model) tells what is left alone, and why.
+    Level "layers" makes one layer of each (Linear, activation) pair, "stack" an mlp_ext.Sequential
+    of each nn.Sequential, one operator for each run of layers. Fusing again changes nothing.
+    fusion_report(model, level) tells what is left alone, and why.
     Raises TypeError for what is not an nn.Module, ValueError for a level that is not in LEVELS.
     """
-    if level not in LEVELS:
-        raise ValueError(f"fuse: level must be one of {', '.join(LEVELS)}, got {level!r}")
-    swaps = [
-        (place, _fused(place)) for place, site in _survey(model) if site.status == "would fuse"
-    ]
-    return _swap(model, swaps)
+    survey = _survey(model, level)
+    if level == "stack":
+        for module in [*model.modules()]:
+            if _stackable(module):
+                module.__class__ = FusedSequential
+        return model
+    return _swap(model, [(p, _fused(p)) for p, site in survey if site.status == "would fuse"])
 
 
 def unfuse(model: Model) -> Model:
-    """Put back, in place, the very modules that fuse replaced; returns `model`.
+    """Put back, in place, what fuse changed, the very same modules; returns `model`.
 
-    Parameters and training flags are as the fused layers have them now. A layer that was written
-    as mlp_ext.LinearReLU stays one, having no slot for an activation.
+    Parameters and training flags are as the fused layers have them now. What was written as
+    mlp_ext.LinearReLU or mlp_ext.Sequential stays one.
     Raises TypeError for what is not an nn.Module; ValueError, with nothing changed, if a fused
     layer has since been given what would be lost, such as a hook.
     """
@@ -102,12 +98,19 @@ def unfuse(model: Model) -> Model:
             if site.reason:
                 raise ValueError(f"unfuse: {site.name} {site.reason}")
             swaps.append((place, _unfused(place)))
+    for module in [*model.modules()]:
+        if type(module) is FusedSequential:
+            vars(module).pop("_plan", None)
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
     return _swap(model, swaps)
 
 
-def fusion_report(model: nn.Module) -> FusionReport:
-    """What is fused in `model`, what fuse would fuse, and why each other Linear is left alone."""
-    return FusionReport([site for _, site in _survey(model)])
+def fusion_report(model: nn.Module, level: str = "layers") -> FusionReport:
+    """What is fused in `model`, what fuse would fuse, and why each other Linear is left alone.
+
+    Raises as fuse does.
+    """
+    return FusionReport([site for _, site in _survey(model, level)])
 
 
 class _Place(NamedTuple):
@@ -121,8 +124,10 @@ class _Place(NamedTuple):
     uses: int  # how many places hold this same layer
 
 
-def _survey(model: nn.Module) -> list[tuple[_Place, Site]]:
+def _survey(model: nn.Module, level: str = "layers") -> list[tuple[_Place, Site]]:
     """The one analysis behind fuse, unfuse and fusion_report."""
+    if level not in LEVELS:
+        raise ValueError(f"fuse: level must be one of {', '.join(LEVELS)}, got {level!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"mlp_ext: model must be a torch.nn.Module, got {type(model).__name__}")
     uses = Counter(id(m) for parent in model.modules() for m in parent._modules.values())
@@ -139,7 +144,7 @@ def _survey(model: nn.Module) -> list[tuple[_Place, Site]]:
                 yield from places(name, child)
 
     root = _Place("", model, None, None, ("", ""), 1)
-    return [(p, _site(p)) for p in (root, *places("", model)) if _is_linear(p.layer)]
+    return [(p, _site(p, level)) for p in (root, *places("", model)) if _is_linear(p.layer)]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -148,8 +153,8 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or name.endswith("Linear")
 
 
-def _site(place: _Place) -> Site:
-    name, layer, follower = place[:3]
+def _site(place: _Place, level: str) -> Site:
+    name, layer, follower, parent = place[:4]
     if isinstance(layer, LinearAct):
         if _was_fused(place):
             lost = find_addition(layer, "in_features", "out_features")
@@ -158,7 +163,13 @@ def _site(place: _Place) -> Site:
         else:
             reason = f"written as {type(layer).__name__}, which unfuse keeps"
         return Site(name, layer.activation, "fused", reason)
+    if _chains(parent, Sequential) or (_stackable(parent) and level == "stack"):
+        obstacle, activation = find_obstacle(layer), _stack_activation(place)
+        done: Status = "fused" if isinstance(parent, Sequential) else "would fuse"
+        return Site(name, activation, "not fused" if obstacle else done, obstacle)
     obstacle = _obstacle(place)
+    if level == "stack" and not obstacle:
+        obstacle = f"in a {type_name(parent)}, not exactly a torch.nn.Sequential"
     fused_class = LinearAct.by_module.get(type(follower)) if _chains(place.parent) else None
     activation = fused_class.activation if fused_class else None
     return Site(name, activation, "not fused" if obstacle else "would fuse", obstacle)
@@ -183,24 +194,35 @@ def _obstacle(place: _Place) -> str:
         return addition
     if addition := find_addition(follower, "inplace"):
         return f"its {type(follower).__name__} {addition}"
-    for name, parameter in layer._parameters.items():
-        # A subclass is a quantized, sharded or otherwise special tensor.
-        if parameter is not None and type(parameter) is not nn.Parameter:
-            return f"its {name} is a {type_name(parameter)}"
-        if parameter is not None and parameter.layout is not torch.strided:
-            return f"its {name} has layout {parameter.layout}"
-        if parameter is not None and parameter.dtype not in DTYPES:
-            return f"its {name} is {parameter.dtype}"
-    return ""
+    return find_special(layer)
 
 
-def _chains(parent: nn.Module | None) -> bool:
-    """Whether `parent` calls its children one after the other, as nn.Sequential itself does."""
+def _chains(parent: nn.Module | None, base: type[nn.Sequential] = nn.Sequential) -> bool:
+    """Whether `parent` calls its children one after the other, as `base` itself does."""
     methods = ("__call__", "_call_impl", "forward", "__iter__")
-    return isinstance(parent, nn.Sequential) and all(
-        getattr(type(parent), name) is getattr(nn.Sequential, name) and name not in vars(parent)
+    return isinstance(parent, base) and all(
+        getattr(type(parent), name) is getattr(base, name) and name not in vars(parent)
         for name in methods
     )
+
+
+def _stackable(module: nn.Module | None) -> bool:
+    """Whether fuse(level="stack") makes it an mlp_ext.Sequential."""
+    return (
+        type(module) is nn.Sequential
+        and _chains(module)
+        and any(step.activations for step in find_steps([*module._modules.values()]))
+    )
+
+
+def _stack_activation(place: _Place) -> str | None:
+    """The activation that a run applies after this layer."""
+    names = [*cast(nn.Module, place.parent)._modules]
+    where = names.index(place.keys[0])
+    for places, activations in find_steps([*cast(nn.Module, place.parent)._modules.values()]):
+        if activations and where in places:
+            return activations[places.index(where)]
+    return None
 
 
 def _was_fused(place: _Place) -> bool:

@@ -38,6 +38,7 @@ def sgd_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Opti
 LAYERS: dict[str, Callable[[nn.Sequential, nn.Module, torch.optim.Optimizer], Step]] = {
     "native": sgd_step,
     "fused": lambda model, *rest: sgd_step(fuse(model, level="layers"), *rest),
+    "stack": lambda model, *rest: sgd_step(fuse(model, level="stack"), *rest),
 }
 
 

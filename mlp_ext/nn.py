@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mlp_ext.functional import linear_act
 from mlp_ext.ops import ACTIVATIONS
@@ -117,3 +120,33 @@ def find_addition(module: nn.Module, *own: str) -> str:
     for name in (*attributes, *parameters, *module._buffers, *module._modules):
         return f"has an attribute of its own, {name!r}"
     return ""
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# A Parameter; what torch.func.functional_call puts in its place; what stands for it in tracing.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def find_special(layer: nn.Module) -> str:
+    """Which parameter the operators do not take, as "its weight is torch.int8"; "" if all do."""
+    for name, parameter in layer._parameters.items():
+        # A subclass is a quantized, sharded or otherwise special tensor.
+        if parameter is not None and type(parameter) not in _PLAIN:
+            return f"its {name} is a {type_name(parameter)}"
+        if parameter is not None and parameter.layout is not torch.strided:
+            return f"its {name} has layout {parameter.layout}"
+        if parameter is not None and parameter.dtype not in DTYPES:
+            return f"its {name} is {parameter.dtype}"
+    return ""
+
+
+class FusedActivation(nn.Identity):
+    """Holds the place of an activation that the fused layer before it computes."""
+
+    def __init__(self, layer: LinearAct, linear: nn.Linear, activation: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that none is a child: no state_dict keys, no visits by apply() or train().
+        self.pair = (layer, linear, activation)
+
+    def extra_repr(self) -> str:
+        return repr(self.pair[2])

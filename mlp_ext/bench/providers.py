@@ -119,6 +119,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "native": Provider(loop.LAYERS["native"]),
         "compile": Provider(_compiled_model, _compiler_here),
         "fused": Provider(loop.LAYERS["fused"]),
+        "stack": Provider(loop.LAYERS["stack"]),
     },
 }
 DEFAULT = {  # by device; of these, those of the suite

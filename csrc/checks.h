@@ -1,0 +1,55 @@
+// Argument checks that the operators share. Messages say which argument, what was expected, what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <ostream>
+#include <string_view>
+
+#include "activations.h"
+
+namespace mlp_ext {
+
+// An argument that is an element of a list, as "weights[1]".
+struct Element {
+  const char* list;
+  size_t index;
+};
+inline std::ostream& operator<<(std::ostream& out, const Element& element) {
+  return out << element.list << "[" << element.index << "]";
+}
+
+inline std::string_view dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+
+// The place of the activation in Activations.
+template <class Name>
+size_t check_activation(const char* op, std::string_view activation, const Name& name) {
+  const size_t index = activation_index(activation);
+  TORCH_CHECK_VALUE(index < Activations::size, op, ": ", name, " must be one of ", activation_names(), ", got '",
+                    activation, "'");
+  return index;
+}
+
+template <class Name>
+void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
+  const auto dtype = first.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
+                   ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+template <class Name, class First>
+void check_like(const char* op, const at::Tensor& tensor, const Name& name, const at::Tensor& first,
+                const First& first_name) {
+  TORCH_CHECK(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(), " to match ",
+              first_name, ", got ", tensor.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " must be ",
+                   dtype_name(first.scalar_type()), " to match ", first_name, ", got ",
+                   dtype_name(tensor.scalar_type()));
+}
+
+template <class Name>
+void check_weight(const char* op, const at::Tensor& weight, const Name& name) {
+  TORCH_CHECK(weight.dim() == 2, op, ": ", name, " must be [N, K], got ", weight.sym_sizes());
+}
+
+}  // namespace mlp_ext
