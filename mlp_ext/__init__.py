@@ -5,11 +5,13 @@ from mlp_ext.fuse import fuse, fusion_report, unfuse
 from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation
 from mlp_ext.nn import __all__ as _layers
 from mlp_ext.ops import ACTIVATIONS, build_info
+from mlp_ext.train_step import TrainStep
 
 __version__: str = build_info()["mlp_ext"]
 
 __all__ = [
     "ACTIVATIONS",
+    "TrainStep",
     "build_info",
     "fuse",
     "fusion_report",
