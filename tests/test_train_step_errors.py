@@ -240,6 +240,7 @@ def fails(error: type[Exception], message: str, *parts: object) -> None:
         TrainStep(*parts)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize("name", MODELS)
 def test_model_is_refused(name: str) -> None:
     make, error, message = MODELS[name]
