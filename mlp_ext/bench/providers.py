@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mlp_ext import loop
 from mlp_ext.bench.cases import Setting
+from mlp_ext.bench.jax_step import JaxStep
 from mlp_ext.functional import linear_act
 from mlp_ext.train_step import TrainStep
 
@@ -125,6 +126,12 @@ def _onednn_here(setting: Setting) -> str:
     return "" if here else f"has no {setting.dtype} here"
 
 
+def _jax_here(setting: Setting) -> str:
+    if (setting.device, setting.dtype) != ("cpu", "float32"):
+        return "float32 on the CPU only"
+    return "" if find_spec("jax") else "needs jax"
+
+
 class Provider(NamedTuple):
     """`make` is called with a Setting in layers, and as a row of loop.LAYERS in train."""
 
@@ -153,6 +160,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "fused": Provider(loop.LAYERS["fused"]),
         "step": Provider(loop.LAYERS["step"]),
         "fit": Provider(_fit, has_epochs=True),
+        "jax": Provider(JaxStep, _jax_here),
     },
 }
 DEFAULT = {  # by device; of these, those of the suite

@@ -167,12 +167,14 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
             before = [p.detach().clone() for p in parameters]
             # A long stride, so that the change stands out from the rounding of the weights.
             optimizer.param_groups[0]["lr"] = 1e4 * LEARNING_RATE
-            loss = step(*sets[0])
+            loss = torch.tensor(float(step(*sets[0])), dtype=torch.float64)
+            getattr(step, "save", lambda: None)()  # of a peer with parameters of its own
             optimizer.param_groups[0]["lr"] = LEARNING_RATE
             after = [p.detach().clone() for p in parameters]
             changes = [(a - b).flatten() for a, b in zip(after, before, strict=True)]
             with torch.no_grad():
                 torch._foreach_copy_(parameters, before)
+            getattr(step, "load", lambda: None)()
             return {"loss": loss, "change of the weights": torch.cat(changes)}
 
         return Work(prepare, results, *epochs.values())
