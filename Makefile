@@ -35,7 +35,7 @@ bench: build
 	$(LAYERS) --mode full --activation sigmoid --csv $(RESULTS)/layers-full-sigmoid.csv
 	$(LAYERS) --mode forward --providers native,native_inplace,compile,mkldnn,fused --csv $(RESULTS)/layers-forward-relu.csv
 	$(LAYERS) --mode full --dtype bfloat16 --providers native,fused --csv $(RESULTS)/layers-full-relu-bfloat16.csv
-	$(BENCH) --suite train --peak --csv $(RESULTS)/train-step-relu.csv
+	$(BENCH) --suite train --peak --providers native,compile,compile-step,fused,stack,step,fit --csv $(RESULTS)/train-step-relu.csv
 	@echo "== a sweep of sizes, with all threads and with one"
 	$(SWEEP) --mode full --csv $(RESULTS)/sweep-full-relu.csv
 	$(SWEEP) --mode forward --csv $(RESULTS)/sweep-forward-relu.csv
@@ -46,9 +46,9 @@ bench: build
 	$(TRAIN) --data seed --json $(RESULTS)/demo-seed.json
 
 bench-quick: build
-	@echo "== native and fused, layers and training steps"
+	@echo "== native and ours, layers and training steps"
 	$(RUN)/mlp-ext bench --suite layers --providers native,fused --rounds 10
-	$(RUN)/mlp-ext bench --suite train --providers native,fused --rounds 10
+	$(RUN)/mlp-ext bench --suite train --providers native,fused,step,fit --rounds 10
 
 CPP = $(shell find csrc tests/cuda_on_cpu -type f)
 lint: $(VENV)/tools

@@ -50,6 +50,7 @@ def timed(
         check(works, case, setting)
         benchmark.group = f"{suite} {mode} {activation} {case} {dtype}"
         benchmark.extra_info.update(threads=setting.threads, device_name=device_name("cpu"))
+        benchmark.extra_info["steps"] = works[provider].steps
         benchmark(works[provider].prepare(0))
 
     yield run

@@ -199,10 +199,11 @@ struct LossAndGrad {
 LossAndGrad cross_entropy(const Step& step, const at::Tensor& z) {
   const int64_t N = z.size(1);
   const at::Tensor w = step.loss_weight ? *step.loss_weight : at::ones({N}, z.options());
-  at::Tensor q, count;
+  at::Tensor q, count, ignored;
   if (step.target_is_classes) {
     check_classes(step);
-    const at::Tensor ignored = step.target.eq(step.ignore_index), classes = step.target.masked_fill(ignored, 0);
+    ignored = step.target.eq(step.ignore_index);
+    const at::Tensor classes = step.target.masked_fill(ignored, 0);
     const at::Tensor weights = w.index_select(0, classes).masked_fill(ignored, 0);
     q = (w * (step.label_smoothing / N)).expand_as(z).masked_fill(ignored.unsqueeze(1), 0);
     q = q.scatter_add(1, classes.unsqueeze(1), (weights * (1 - step.label_smoothing)).unsqueeze(1));
@@ -215,12 +216,12 @@ LossAndGrad cross_entropy(const Step& step, const at::Tensor& z) {
   at::Tensor terms = q * log_p;
   if (step.target_is_classes) terms = terms.masked_fill(q.eq(0), 0);  // 0 log 0; torch never looks at these
   at::Tensor loss = -terms.sum();
-  at::Tensor dz = log_p.exp() * q.sum(1, true) - q;
   if (step.mean) {
     loss = loss / count;
-    dz = dz / count;
+    q = q / count;
+    if (step.target_is_classes) q = q.masked_fill(ignored.unsqueeze(1), 0);  // if all are: no gradient, though 0 / 0
   }
-  return {loss, dz};
+  return {loss, log_p.exp() * q.sum(1, true) - q};
 }
 
 LossAndGrad loss_and_grad(const Step& step, const at::Tensor& y) {

@@ -2,17 +2,20 @@
 // a step of a small network takes less time than the Python that would prepare it.
 #include "stepper.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/randperm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <chrono>
+#include <limits>
 
 #include "sgd_step.h"
 
@@ -60,7 +63,10 @@ class Stepper {
         optimizer_(optimizer.attr("__dict__")),
         watched_(std::move(watched)),
         sizes_(std::move(sizes)) {
-    for (const Tensor& p : parameters_) python_parameters_.push_back(py::cast(p));
+    for (const Tensor& p : parameters_) {
+      python_parameters_.push_back(py::cast(p));
+      hooks_.push_back(hooks(p));
+    }
   }
 
   // Whether model, criterion and optimizer are made of the same parts as when this was made.
@@ -75,27 +81,37 @@ class Stepper {
     for (const auto& [container, size] : sizes_)
       if ((PyDict_Check(container.ptr()) ? PyDict_GET_SIZE(container.ptr()) : PyList_GET_SIZE(container.ptr())) != size)
         return false;
+    for (size_t i = 0; i < parameters_.size(); ++i)
+      if (hooks(parameters_[i]) != hooks_[i]) return false;
     return true;
   }
 
-  Tensor step(const Tensor& input, const Tensor& target) {
+  // The loss; none, and nothing done, unless is_current().
+  std::optional<Tensor> step(const py::object& input, const py::object& target) {
+    if (!is_current()) return std::nullopt;
+    const Tensor &x = data(input, "input"), &y = data(target, "target");
     Update update = read_optimizer();
     Tensor loss;
     {
       const py::gil_scoped_release no_gil;
-      loss = run(input, target, update);
+      loss = run(x, y, update);
     }
     keep_fresh_buffers(update);
+    tell_schedulers();
     return loss;
   }
 
   // One loss for each epoch, the mean over its rows, or the sum. after_epoch(epoch, loss) is called after each.
-  std::vector<double> fit(const Tensor& input, const Tensor& target, int64_t epochs, int64_t batch_size, bool shuffle,
-                          const std::optional<at::Generator>& generator, const py::object& after_epoch) {
+  // None, and nothing done, unless is_current().
+  std::optional<std::vector<double>> fit(const py::object& x, const py::object& y, int64_t epochs, int64_t batch_size,
+                                         bool shuffle, const std::optional<at::Generator>& generator,
+                                         const py::object& after_epoch) {
+    if (!is_current()) return std::nullopt;
+    const Tensor &input = data(x, "input"), &target = data(y, "target");
     Update update = read_optimizer();
     const std::vector<double> dampening = dampenings();
     std::vector<double> losses;
-    const bool one_batch = !shuffle && batch_size >= input.size(0);
+    const bool one_batch = !shuffle && batch_size >= input.size(0) && input.size(0) > 0;
     const py::gil_scoped_release no_gil;
     Clock::time_point last = Clock::now();
     bool first = true;
@@ -104,6 +120,7 @@ class Stepper {
       if (first) {
         const py::gil_scoped_acquire gil;
         keep_fresh_buffers(update);
+        tell_schedulers();
         update.set_dampening(dampening);
         first = false;
       }
@@ -152,12 +169,35 @@ class Stepper {
         losses.push_back(train(x.narrow(0, i, sizes.back()), y.narrow(0, i, sizes.back())));
       }
     }
-    if (losses.empty()) return std::numeric_limits<double>::quiet_NaN();
+    const bool mean = reduction_ == "mean";
+    if (losses.empty()) return mean ? std::numeric_limits<double>::quiet_NaN() : 0;
     const Tensor all = at::stack(losses).to(at::kCPU, at::kDouble);
     double total = 0;
-    for (size_t i = 0; i < sizes.size(); ++i)
-      total += all.const_data_ptr<double>()[i] * (reduction_ == "mean" ? sizes[i] : 1);
-    return reduction_ == "mean" ? total / rows : total;
+    for (size_t i = 0; i < sizes.size(); ++i) total += all.const_data_ptr<double>()[i] * (mean ? sizes[i] : 1);
+    return mean ? total / rows : total;
+  }
+
+  static int hooks(const Tensor& p) {  // the kinds that it has, or had
+    const auto* const autograd = torch::autograd::impl::get_autograd_meta(p);
+    return autograd ? !autograd->hooks_.empty() + 2 * (autograd->post_acc_grad_hooks_ != nullptr) : 0;
+  }
+
+  // A tensor of the caller's, once nothing speaks against a step now.
+  const Tensor& data(const py::object& given, const char* name) const {
+    TORCH_CHECK_TYPE(THPVariable_Check(given.ptr()), "TrainStep: ", name, " must be a tensor, got ",
+                     Py_TYPE(given.ptr())->tp_name);
+    const Tensor& t = THPVariable_Unpack(given.ptr());
+    TORCH_CHECK_VALUE(!t.requires_grad(), "TrainStep: ", name, " requires a gradient, which a step does not compute; ",
+                      "detach it, or use the eager loop");
+    TORCH_CHECK(!at::autocast::is_autocast_enabled(t.device().type()),
+                "TrainStep: autocast is enabled, and a step would not follow it; leave it, or use the eager loop");
+    TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids");
+    return t;
+  }
+
+  // torch's schedulers replace optimizer.step by one that notes its first call here, and warn where it is missing.
+  void tell_schedulers() const {
+    if (PyDict_GetItemString(optimizer_.ptr(), "step")) optimizer_["_opt_called"] = py::bool_(true);
   }
 
   Update read_optimizer() const {
@@ -185,6 +225,8 @@ class Stepper {
       }
       update.momentum_buffers.push_back(buffer.defined() ? buffer : at::zeros_like(parameters_[i]));
     }
+    TORCH_CHECK(!update.learning.empty(),
+                "TrainStep: nothing learns: no parameter of the optimizer requires a gradient");
     return update;
   }
 
@@ -238,6 +280,7 @@ class Stepper {
 
   const std::vector<Tensor> parameters_;
   std::vector<py::object> python_parameters_;  // keys of optimizer.state
+  std::vector<int> hooks_;                     // of each parameter
   const std::vector<int64_t> groups_;
   const c10::List<std::string> activations_;
   const std::string loss_, reduction_;

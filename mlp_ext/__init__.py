@@ -6,12 +6,14 @@ from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation
 from mlp_ext.nn import __all__ as _layers
 from mlp_ext.ops import ACTIVATIONS, build_info
 from mlp_ext.sequential import Sequential
+from mlp_ext.train_step import TrainStep
 
 __version__: str = build_info()["mlp_ext"]
 
 __all__ = [
     "ACTIVATIONS",
     "Sequential",
+    "TrainStep",
     "build_info",
     "fuse",
     "fusion_report",

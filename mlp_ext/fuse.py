@@ -163,14 +163,14 @@ def _site(place: _Place, level: str) -> Site:
         else:
             reason = f"written as {type(layer).__name__}, which unfuse keeps"
         return Site(name, layer.activation, "fused", reason)
-    if _chains(parent, Sequential) or (_stackable(parent) and level == "stack"):
+    if chains(parent, Sequential) or (_stackable(parent) and level == "stack"):
         obstacle, activation = find_obstacle(layer), _stack_activation(place)
         done: Status = "fused" if isinstance(parent, Sequential) else "would fuse"
         return Site(name, activation, "not fused" if obstacle else done, obstacle)
     obstacle = _obstacle(place)
     if level == "stack" and not obstacle:
         obstacle = f"in a {type_name(parent)}, not exactly a torch.nn.Sequential"
-    fused_class = LinearAct.by_module.get(type(follower)) if _chains(place.parent) else None
+    fused_class = LinearAct.by_module.get(type(follower)) if chains(place.parent) else None
     activation = fused_class.activation if fused_class else None
     return Site(name, activation, "not fused" if obstacle else "would fuse", obstacle)
 
@@ -182,7 +182,7 @@ def _obstacle(place: _Place) -> str:
         return f"is a {type_name(layer)}, not exactly a torch.nn.Linear"
     if parent is None:
         return "is the whole model"
-    if not _chains(parent):
+    if not chains(parent):
         return f"in a {type(parent).__name__}, whose calls are code: write the fused layer there"
     if follower is None:
         return "last in its Sequential"
@@ -197,7 +197,7 @@ def _obstacle(place: _Place) -> str:
     return find_special(layer)
 
 
-def _chains(parent: nn.Module | None, base: type[nn.Sequential] = nn.Sequential) -> bool:
+def chains(parent: nn.Module | None, base: type[nn.Sequential] = nn.Sequential) -> bool:
     """Whether `parent` calls its children one after the other, as `base` itself does."""
     methods = ("__call__", "_call_impl", "forward", "__iter__")
     return isinstance(parent, base) and all(
@@ -210,7 +210,7 @@ def _stackable(module: nn.Module | None) -> bool:
     """Whether fuse(level="stack") makes it an mlp_ext.Sequential."""
     return (
         type(module) is nn.Sequential
-        and _chains(module)
+        and chains(module)
         and any(step.activations for step in find_steps([*module._modules.values()]))
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mlp_ext.data import Dataset
 from mlp_ext.fuse import fuse
+from mlp_ext.train_step import TrainStep
 
 Step = Callable[[Tensor, Tensor], Tensor]  # input [M, K], target [M, N] -> loss []
 
@@ -39,6 +40,7 @@ LAYERS: dict[str, Callable[[nn.Sequential, nn.Module, torch.optim.Optimizer], St
     "native": sgd_step,
     "fused": lambda model, *rest: sgd_step(fuse(model, level="layers"), *rest),
     "stack": lambda model, *rest: sgd_step(fuse(model, level="stack"), *rest),
+    "step": TrainStep,
 }
 
 

@@ -156,6 +156,31 @@ def test_short_calls_are_repeated_to_fill_a_sample(monkeypatch: pytest.MonkeyPat
     assert clock.calls.count("fused") == (1 + 2 + 4 + 8) + 8
 
 
+def test_time_of_a_call_is_divided_by_its_steps() -> None:
+    clock = FakeTime()
+    one = clock.work("native", lambda turn: 0.03)
+    works = {"native": one, "fit": one._replace(steps=10)}
+    assert runner.in_turn(works, 2, clock) == {
+        "native": pytest.approx([0.03] * 2),
+        "fit": pytest.approx([0.003] * 2),
+    }
+
+
+def test_fit_makes_as_many_steps_as_it_is_divided_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fit(*parts: object) -> Callable[..., Tensor]:
+        return lambda x, y, epochs=1: asked.append(epochs) or torch.zeros(())
+
+    for case in (Net((10, 5, 1), 10), Net((64, 64), 4096), Net((1024, 1024, 1024), 4096)):
+        work = set_up(case, Setting("train", "step"))(Provider(fit, has_epochs=True))
+        work.prepare(0)()
+        work.results()
+        assert asked == [work.steps, 1]
+        assert 4 <= work.steps <= 1000
+        asked.clear()
+
+
 def rows_of(seconds: dict[str, list[float]], **options: object) -> dict[str, Row]:
     rows = runner._rows(Layer(10, 10, 5), replace(FULL, **options), measured(seconds), Peak(2e3, 1))
     return {row.provider: row for row in rows}
@@ -315,6 +340,15 @@ def test_compiled_backward_can_be_repeated(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(
+    bool(PROVIDERS["train"]["compile-step"].obstacle(Setting("train", "step"))),
+    reason="torch.compile has no compiler",
+)
+def test_compiled_step_is_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--suite train --cases 10-5-1@10 --providers compile-step,step,fit") == 0
+    assert capsys.readouterr().err == ""
+
+
 # --- The command ---
 
 
@@ -450,7 +484,7 @@ ERRORS = [
     ),  # 2e19 bytes
     ("--providers jax", "argument --providers: layers has native, native_inplace, compile, "),
     ("--providers fused,", "argument --providers: layers has "),
-    ("--suite train --providers mkldnn", "argument --providers: train has native, compile, fused"),
+    ("--suite train --providers mkldnn", "argument --providers: train has native, compile, comp"),
     ("--activation silu", "argument --activation: invalid choice: 'silu'"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ("--dtype tf32", "argument --dtype: tf32 is for --device cuda"),

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from mlp_ext import loop
 from mlp_ext.bench.cases import Setting
+from mlp_ext.bench.jax_step import JaxStep
 from mlp_ext.functional import linear_act
+from mlp_ext.train_step import TrainStep
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # [M, K], [N, K], [N] -> [M, N]
 
@@ -62,6 +64,35 @@ def _compiled_model(model: nn.Module, *rest: Any) -> loop.Step:
     return loop.sgd_step(cast(nn.Module, torch.compile(model)), *rest)
 
 
+def _compiled_step(
+    model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
+) -> loop.Step:
+    """The whole step as one graph, which updates the parameters in place."""
+    names = [name for name, _ in model.named_parameters()]
+    parameters = [p.detach() for p in model.parameters()]  # over the same memory
+
+    def loss(parameters: list[Tensor], input: Tensor, target: Tensor) -> Tensor:
+        named = dict(zip(names, parameters, strict=True))
+        found: Tensor = criterion(torch.func.functional_call(model, named, (input,)), target)
+        return found
+
+    def step(parameters: list[Tensor], input: Tensor, target: Tensor, lr: float) -> Tensor:
+        gradients, value = torch.func.grad_and_value(loss)(parameters, input, target)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.sub_(gradient, alpha=lr)
+        return cast(Tensor, value)
+
+    compiled = torch.compile(step, dynamic=False)
+    group = optimizer.param_groups[0]
+    return lambda input, target: compiled(parameters, input, target, group["lr"])
+
+
+def _fit(*parts: Any) -> Callable[..., Tensor]:
+    """Epochs of one batch; the last loss."""
+    step = TrainStep(*parts)
+    return lambda input, target, epochs=1: step.fit(input, target, epochs=epochs)[-1]
+
+
 def _relu_only(setting: Setting) -> str:
     return "" if setting.activation == "relu" else "for relu only"
 
@@ -95,12 +126,19 @@ def _onednn_here(setting: Setting) -> str:
     return "" if here else f"has no {setting.dtype} here"
 
 
+def _jax_here(setting: Setting) -> str:
+    if (setting.device, setting.dtype) != ("cpu", "float32"):
+        return "float32 on the CPU only"
+    return "" if find_spec("jax") else "needs jax"
+
+
 class Provider(NamedTuple):
     """`make` is called with a Setting in layers, and as a row of loop.LAYERS in train."""
 
     make: Callable[..., Any]
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
     captured: bool = False  # in layers: the call is captured in a CUDA graph and replayed
+    has_epochs: bool = False  # in train: a call may make several steps; its time is divided by them
 
 
 PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
@@ -118,11 +156,24 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
     "train": {
         "native": Provider(loop.LAYERS["native"]),
         "compile": Provider(_compiled_model, _compiler_here),
+        "compile-step": Provider(_compiled_step, _compiler_here),
         "fused": Provider(loop.LAYERS["fused"]),
         "stack": Provider(loop.LAYERS["stack"]),
+        "step": Provider(loop.LAYERS["step"]),
+        "fit": Provider(_fit, has_epochs=True),
+        "jax": Provider(JaxStep, _jax_here),
     },
 }
 DEFAULT = {  # by device; of these, those of the suite
-    "cpu": ("native", "compile", "fused"),
-    "cuda": ("native", "cudagraph", "compile", "fused", "fused-cudagraph"),
+    "cpu": ("native", "compile", "compile-step", "fused", "step", "fit"),
+    "cuda": (
+        "native",
+        "cudagraph",
+        "compile",
+        "compile-step",
+        "fused",
+        "fused-cudagraph",
+        "step",
+        "fit",
+    ),
 }

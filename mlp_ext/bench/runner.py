@@ -99,7 +99,7 @@ def in_turn(
     clock: Clock,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, one number per round; each is first in turn."""
+    """Seconds per step of each, one number per round; each is first in turn."""
     loops = {name: _loops(work.prepare(0), clock) for name, work in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
@@ -109,7 +109,8 @@ def in_turn(
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 call = works[name].prepare(turn)
-                seconds[name].append(_elapsed(call, loops[name], clock) / loops[name])
+                steps = loops[name] * works[name].steps
+                seconds[name].append(_elapsed(call, loops[name], clock) / steps)
             after_round()
     finally:
         gc.enable()

@@ -20,6 +20,7 @@ Call = Callable[[], Tensor]
 SETS = 4  # of random inputs, fewer where they are large
 SET_BYTES = 2**28  # in all
 LEARNING_RATE = 0.01
+CALL_OPERATIONS = 2e9  # where a call may make several steps, so many that they come to this
 
 
 class Work(NamedTuple):
@@ -27,6 +28,7 @@ class Work(NamedTuple):
 
     prepare: Callable[[int], Call]  # the call to time, on the inputs of that round
     results: Callable[[], dict[str, Tensor]]  # of one call, by name, to compare with native's
+    steps: int = 1  # that one call makes, all alike
 
 
 def set_up(case: Case, setting: Setting) -> Callable[[Provider], Work]:
@@ -148,28 +150,33 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
         for _ in range(SETS)
     ]
 
+    several = int(min(1000, max(4, CALL_OPERATIONS // case.operations(setting.mode))))
+
     def start(provider: Provider) -> Work:
         copy = deepcopy(model)
         parameters: list[Tensor] = list(copy.parameters())
         optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
         step = provider.make(copy, nn.MSELoss(), optimizer)
+        epochs = {"epochs": several} if provider.has_epochs else {}
 
         def prepare(turn: int) -> Call:
-            return partial(step, *sets[turn % SETS])
+            return partial(step, *sets[turn % SETS], **epochs)
 
         def results() -> dict[str, Tensor]:
             """All changes as one, since 16-bit rounding leaves little of some; they are undone."""
             before = [p.detach().clone() for p in parameters]
             # A long stride, so that the change stands out from the rounding of the weights.
             optimizer.param_groups[0]["lr"] = 1e4 * LEARNING_RATE
-            loss = prepare(0)()
+            loss = torch.tensor(float(step(*sets[0])), dtype=torch.float64)
+            getattr(step, "save", lambda: None)()  # of a peer with parameters of its own
             optimizer.param_groups[0]["lr"] = LEARNING_RATE
             after = [p.detach().clone() for p in parameters]
             changes = [(a - b).flatten() for a, b in zip(after, before, strict=True)]
             with torch.no_grad():
                 torch._foreach_copy_(parameters, before)
+            getattr(step, "load", lambda: None)()
             return {"loss": loss, "change of the weights": torch.cat(changes)}
 
-        return Work(prepare, results)
+        return Work(prepare, results, *epochs.values())
 
     return start

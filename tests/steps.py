@@ -1,0 +1,163 @@
+"""Training steps to compare with eager: networks, losses with targets, options of SGD."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from references import Results, assert_as_accurate_as_native
+from torch import Tensor, nn
+
+from mlp_ext import TrainStep
+from mlp_ext.loop import Step, sgd_step
+
+NETS = {  # widths, and rows of a batch
+    "10-5-1@10": ([10, 5, 1], 10),
+    "1-1@1": ([1, 1], 1),
+    "3-17-5@100": ([3, 17, 5], 100),
+    "33-64-20-7@1000": ([33, 64, 20, 7], 1000),
+    "70-600-3@50": ([70, 600, 3], 50),
+    "64-64-64@5000": ([64, 64, 64], 5000),
+    "130-9@2": ([130, 9], 2),
+}
+HIDDEN = (nn.ReLU, nn.Tanh, nn.Sigmoid)  # in this order, from the input on
+
+
+def _uniform(rows: int, N: int, dtype: torch.dtype) -> Tensor:
+    return torch.rand(rows, N, dtype=dtype)
+
+
+def _classes(rows: int, N: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(N, (rows,))
+
+
+def _probabilities(rows: int, N: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, N, dtype=torch.float64).softmax(1).to(dtype)
+
+
+def _weighted(N: int, dtype: torch.dtype, **options: Any) -> nn.Module:
+    weight = torch.linspace(0.5, 1.5, N, dtype=dtype)
+    return nn.CrossEntropyLoss(weight, label_smoothing=0.1, **options)
+
+
+class Loss(NamedTuple):
+    criterion: Callable[..., nn.Module]  # called with N, the dtype and the reduction
+    target: Callable[[int, int, torch.dtype], Tensor]  # of rows, N and the dtype
+    last: type[nn.Module] = nn.Identity  # the activation before it
+
+
+LOSSES = {
+    "mse": Loss(lambda N, dtype, **r: nn.MSELoss(**r), _uniform, nn.Sigmoid),
+    "mse-linear": Loss(lambda N, dtype, **r: nn.MSELoss(**r), _uniform),
+    "bce": Loss(lambda N, dtype, **r: nn.BCELoss(**r), _uniform, nn.Sigmoid),
+    "bce-logits": Loss(lambda N, dtype, **r: nn.BCEWithLogitsLoss(**r), _uniform),
+    "classes": Loss(lambda N, dtype, **r: nn.CrossEntropyLoss(**r), _classes),
+    "classes-weight-smoothing": Loss(
+        lambda N, dtype, **r: _weighted(N, dtype, ignore_index=0, **r), _classes
+    ),
+    "probabilities": Loss(lambda N, dtype, **r: nn.CrossEntropyLoss(**r), _probabilities),
+    "probabilities-weight-smoothing": Loss(_weighted, _probabilities),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "maximize": {
+        "lr": 0.1,
+        "momentum": 0.5,
+        "dampening": 0.1,
+        "maximize": True,
+        "weight_decay": 0.01,
+    },
+    "tensor-lr": {"lr": torch.tensor(0.5), "momentum": 0.9},
+    "foreach": {"foreach": True, "momentum": 0.9},
+    "fused": {"fused": True, "nesterov": True, "momentum": 0.9},
+}
+
+
+def make_net(widths: list[int], last: type[nn.Module] = nn.Identity) -> nn.Sequential:
+    modules: list[nn.Module] = []
+    for i, (k, n) in enumerate(pairwise(widths)):
+        modules += [nn.Linear(k, n), HIDDEN[i % len(HIDDEN)]()]
+    return nn.Sequential(*modules[:-1], last())
+
+
+Make = Callable[[nn.Module, nn.Module, torch.optim.Optimizer], Step]
+
+
+class Training(NamedTuple):
+    """A model, what trains it, and its data."""
+
+    model: nn.Sequential
+    criterion: nn.Module
+    optimizer: torch.optim.SGD
+    input: Tensor
+    target: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Training":
+        """A copy in which all that is real is of `dtype`."""
+        model, criterion, optimizer, x, y = deepcopy(self)
+        y = y.to(dtype) if y.is_floating_point() else y
+        return Training(model.to(dtype), criterion.to(dtype), optimizer, x.to(dtype), y)
+
+    def run(self, make: Make, steps: int) -> Results:
+        """Losses of each step, and parameters and momentum after them, by name."""
+        step = make(self.model, self.criterion, self.optimizer)
+        losses = [step(self.input, self.target) for _ in range(steps)]
+        return {"losses": torch.stack(losses), **self.state()}
+
+    def state(self) -> Results:
+        found = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            if (buffer := self.optimizer.state.get(p, {}).get("momentum_buffer")) is not None:
+                found[f"momentum of {name}"] = buffer
+        return {name: t.clone() for name, t in found.items()}
+
+
+def training(
+    net: str, loss: str, options: str, dtype: torch.dtype, reduction: str = "mean"
+) -> Training:
+    widths, rows = NETS[net]
+    criterion, target, last = LOSSES[loss]
+    model = make_net(widths, last).to(dtype)
+    N = widths[-1]
+    scale = 1 / (10 + widths[0])  # so that no training is chaotic
+    if reduction == "sum":
+        scale /= rows * N
+    chosen = {"lr": 1.0, **OPTIONS[options]}
+    optimizer = torch.optim.SGD(model.parameters(), **{**chosen, "lr": chosen["lr"] * scale})
+    input = torch.randn(rows, widths[0], dtype=dtype)
+    return Training(
+        model, criterion(N, dtype, reduction=reduction), optimizer, input, target(rows, N, dtype)
+    )
+
+
+def assert_steps_match_eager(training: Training, steps: int, make: Make = TrainStep) -> Results:
+    """As accurate as eager: see references.py. What is added up: all changes of the steps."""
+    dtype = training.input.dtype
+    if dtype.itemsize == 2:  # each of the intermediate results is rounded, too
+        unit = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4
+    else:
+        unit = steps
+    reference = training.to(torch.float64).run(sgd_step, steps)
+    native = training.to(dtype).run(sgd_step, steps)
+    found = training.to(dtype).run(make, steps)
+    assert found.keys() == native.keys()
+    for name, expected in native.items():
+        exact = reference[name]
+        terms = unit * (exact.abs() + reference["losses"].abs().max().clamp(max=1))
+        assert_as_accurate_as_native(found[name], expected, exact, terms, name)
+    return found
+
+
+# As the operator takes them: the last activation, the target, loss_weight.
+SMALL_LOSSES: dict[str, tuple[str, Callable[..., Tensor], Tensor | None]] = {
+    "mse": ("sigmoid", _uniform, None),
+    "bce": ("sigmoid", _uniform, None),
+    "bce_with_logits": ("identity", _uniform, None),
+    "cross_entropy-classes": ("identity", _classes, torch.tensor([0.5, 2.0])),
+    "cross_entropy-probabilities": ("tanh", _probabilities, torch.tensor([0.5, 2.0])),
+}

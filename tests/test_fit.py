@@ -1,0 +1,281 @@
+"""fit: the epochs and batches of an eager loop; progress, Ctrl-C, threads."""
+
+import io
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from references import Results
+from steps import Training, training
+from torch import Tensor, nn
+
+from mlp_ext import TrainStep
+from mlp_ext.loop import sgd_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def eager_fit(
+    part: Training,
+    epochs: int,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    step, n = sgd_step(*part[:3]), len(part.input)
+    losses = []
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        batches = order.split(batch_size or n)
+        of_batches = [step(part.input[rows], part.target[rows]) for rows in batches]
+        if part.criterion.reduction == "mean":
+            sizes = zip(of_batches, batches, strict=True)
+            losses.append(sum(loss * len(rows) for loss, rows in sizes) / n)
+        else:
+            losses.append(sum(of_batches))
+    return torch.stack(losses)
+
+
+def both(part: Training, dtype: torch.dtype = torch.float64, **options) -> list[Results]:
+    """What eager and fit come to, from the same seed."""
+    seeded = "generator" in options
+    results = []
+    for ours in (False, True):
+        copy = part.to(dtype)
+        if seeded:
+            options["generator"] = torch.Generator().manual_seed(3)
+        torch.manual_seed(7)
+        if ours:
+            losses = TrainStep(*copy[:3]).fit(*copy[3:], **options)
+        else:
+            losses = eager_fit(copy, **options)
+        states = [torch.get_rng_state()]
+        if seeded:
+            states.append(options["generator"].get_state())
+        results.append({"losses": losses, "random": torch.cat(states), **copy.state()})
+    return results
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("batch_size", [None, 1, 32, 50, 99, 100, 1000])
+@pytest.mark.parametrize("order", ["in order", "shuffled", "shuffled by a generator"])
+def test_batches_are_the_eager_loops(order: str, batch_size: int | None, reduction: str) -> None:
+    options = {"batch_size": batch_size, "shuffle": order != "in order"}
+    if "generator" in order:
+        options["generator"] = None
+    part = training("3-17-5@100", "classes", "dampening", torch.float64, reduction)
+    eager, ours = both(part, epochs=4, **options)
+    torch.testing.assert_close(ours, eager)
+    assert ours["losses"].shape == (4,)
+
+
+def test_rows_of_many_bytes_are_shuffled_in_parts() -> None:
+    """Batches of 70 rows, of which 8 MiB hold several and not all."""
+    part = training("3-17-5@100", "mse", "plain", torch.float64)
+    part.model[0] = nn.Linear(4096, 17).double()
+    optimizer = torch.optim.SGD(part.model.parameters(), lr=1e-3)
+    x, y = torch.randn(1000, 4096).double(), torch.rand(1000, 5).double()
+    part = part._replace(optimizer=optimizer, input=x, target=y)
+    eager, ours = both(part, epochs=2, batch_size=70, shuffle=True)
+    torch.testing.assert_close(ours, eager)
+
+
+def test_default_is_fifty_epochs_of_one_batch() -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float64)
+    eager = eager_fit(part.to(torch.float64), 50)
+    losses = TrainStep(*part[:3]).fit(*part[3:])
+    torch.testing.assert_close(losses, eager)
+
+
+def test_fit_goes_on_where_it_stopped() -> None:
+    part = training("10-5-1@10", "mse", "dampening", torch.float64)
+    at_once, in_parts = part.to(torch.float64), part.to(torch.float64)
+    expected = TrainStep(*at_once[:3]).fit(*at_once[3:], epochs=7, batch_size=3)
+    step = TrainStep(*in_parts[:3])
+    found = [step.fit(*in_parts[3:], epochs=n, batch_size=3) for n in (1, 2, 4)]
+    assert torch.equal(torch.cat(found), expected)
+    torch.testing.assert_close(in_parts.state(), at_once.state(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_losses"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_losses_are_float32_at_least(dtype: torch.dtype, of_losses: torch.dtype) -> None:
+    part = training("10-5-1@10", "mse", "plain", dtype)
+    losses = TrainStep(*part[:3]).fit(*part[3:], epochs=2)
+    assert (losses.dtype, losses.device.type) == (of_losses, "cpu")
+    assert not losses.requires_grad
+
+
+@pytest.mark.parametrize(("reduction", "loss"), [("mean", torch.nan), ("sum", 0.0)])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 4, "shuffle": True}], ids=str)
+def test_no_rows_no_steps(options: dict, reduction: str, loss: float) -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float32, reduction)
+    before = part.state()
+    losses = TrainStep(*part[:3]).fit(part.input[:0], part.target[:0], epochs=3, **options)
+    torch.testing.assert_close(losses, torch.full((3,), loss), equal_nan=True)
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+
+
+def test_loss_that_is_not_finite_does_not_stop() -> None:
+    part = training("10-5-1@10", "mse-linear", "plain", torch.float32)
+    part.input[7] = torch.inf
+    losses = TrainStep(*part[:3]).fit(*part[3:], epochs=3, batch_size=5)
+    assert not losses.isfinite().any()
+
+
+ERRORS = [
+    ({"input": [1.0]}, TypeError, r"input must be a tensor, got \[1.0\]"),
+    ({"target": None}, TypeError, "target must be a tensor, got None"),
+    ({"input": torch.zeros(())}, ValueError, "input must have rows, got a tensor of no dimension"),
+    ({"input": torch.zeros(9, 10)}, ValueError, "input has 9 rows, target 10"),
+    ({"epochs": 0}, ValueError, "epochs must be from 1 on, got 0"),
+    ({"epochs": -1}, ValueError, "epochs must be from 1 on, got -1"),
+    ({"epochs": 1.0}, TypeError, "epochs must be an int, got 1.0"),
+    ({"epochs": None}, TypeError, "epochs must be an int, got None"),
+    ({"epochs": True}, TypeError, "epochs must be an int, got True"),
+    ({"batch_size": 0}, ValueError, "batch_size must be from 1 on, got 0"),
+    ({"batch_size": "all"}, TypeError, "batch_size must be an int, got 'all'"),
+    ({"shuffle": 1}, TypeError, "shuffle must be True or False, got 1"),
+    ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), ERRORS, ids=lambda v: str(v)[:30])
+def test_wrong_argument_is_an_error_before_anything(wrong: dict, error, message: str) -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    before = part.state()
+    with pytest.raises(error, match=f"^TrainStep.fit: {message}$"):
+        TrainStep(*part[:3]).fit(**{"input": part.input, "target": part.target, **wrong})
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+
+
+def test_error_on_the_way_leaves_the_last_finished_step() -> None:
+    part = training("3-17-5@100", "classes", "momentum", torch.float64)
+    part.target[60] = 5  # no such class
+    expected = part.to(torch.float64)
+    TrainStep(*expected[:3]).fit(expected.input[:60], expected.target[:60], 1, batch_size=20)
+    with pytest.raises(IndexError, match="classes from 0 to 4"):
+        TrainStep(*part[:3]).fit(*part[3:], epochs=2, batch_size=20)
+    torch.testing.assert_close(part.state(), expected.state(), rtol=0, atol=0)
+
+
+# --- Progress ---
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, progress: bool = True) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    part = training("10-5-1@10", "mse", "plain", torch.float32)
+    TrainStep(*part[:3]).fit(*part[3:], epochs=30, progress=progress)
+    return stream.getvalue()
+
+
+def test_bar_where_tqdm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    assert "30/30 [" in shown(monkeypatch, Terminal())
+
+
+def test_plain_text_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlp_ext.train_step.find_spec", lambda name: None)
+    text = shown(monkeypatch, Terminal())
+    assert text.startswith("\repoch: 0 loss: 0.")
+    assert "\repoch: 29 loss: 0." in text
+    assert text.endswith("\n")
+
+
+def test_nothing_in_a_pipe_or_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, io.StringIO()) == ""
+    assert shown(monkeypatch, Terminal(), progress=False) == ""
+
+
+# --- Ctrl-C and threads ---
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """The alarm of the clock is Ctrl-C."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 1000}, {"batch_size": 300, "shuffle": True}], ids=str
+)
+def test_ctrl_c_leaves_a_whole_number_of_steps(options: dict, alarm: None) -> None:
+    part = training("33-64-20-7@1000", "classes", "nesterov", torch.float64)
+    again = part.to(torch.float64)
+    torch.manual_seed(7)
+    with pytest.raises(KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        TrainStep(*part[:3]).fit(*part[3:], epochs=2**40, **options)
+    found = part.state()
+
+    torch.manual_seed(7)
+    step = TrainStep(*again[:3])
+    for _ in range(5000):
+        order = torch.randperm(1000) if "shuffle" in options else torch.arange(1000)
+        for rows in order.split(options["batch_size"]):
+            step(again.input[rows], again.target[rows])
+            state = again.state()
+            if all(torch.allclose(found[n], state[n], rtol=1e-9, atol=1e-12) for n in found):
+                return
+    pytest.fail("no number of steps leads to this state")
+
+
+def test_models_in_threads_are_as_alone() -> None:
+    parts = [training("33-64-20-7@1000", "classes", "momentum", torch.float32) for _ in range(4)]
+    alone = [part.to(torch.float32) for part in parts]
+
+    def fit(part: Training, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        options = {"batch_size": 64, "shuffle": True, "generator": generator}
+        TrainStep(*part[:3]).fit(*part[3:], epochs=5, **options)
+        for _ in range(5):
+            TrainStep(*part[:3])(*part[3:])
+
+    for seed, part in enumerate(alone):
+        fit(part, seed)
+    threads = [threading.Thread(target=fit, args=(p, seed)) for seed, p in enumerate(parts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for part, expected in zip(parts, alone, strict=True):
+        torch.testing.assert_close(part.state(), expected.state(), rtol=0, atol=0)
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """A fit that held the interpreter's lock would let this one count once or twice."""
+    part = training("10-5-1@10", "mse", "plain", torch.float32)
+    ended: list[float] = []
+
+    def fit() -> None:
+        TrainStep(*part[:3]).fit(*part[3:], epochs=50000)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=fit)
+    thread.start()
+    counts = 0
+    while not ended:
+        counts += 1
+        time.sleep(1e-4)
+    thread.join()
+    assert counts > 20

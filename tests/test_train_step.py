@@ -1,0 +1,391 @@
+"""TrainStep: steps equal eager's, for every loss and option, alone and with eager in between."""
+
+import io
+import pickle
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from steps import LOSSES, NETS, OPTIONS, Training, assert_steps_match_eager, make_net, training
+from torch import Tensor, nn
+
+import mlp_ext
+from mlp_ext import TrainStep
+from mlp_ext.loop import Step, sgd_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 50
+SMALL = "3-17-5@100"
+DTYPES = (torch.float32, torch.float64)
+
+
+# --- Fifty steps ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fifty_steps_match_eager(
+    loss: str, options: str, reduction: str, dtype: torch.dtype
+) -> None:
+    found = assert_steps_match_eager(training(SMALL, loss, options, dtype, reduction), STEPS)
+    first, last = found["losses"][0], found["losses"][-1]
+    assert last > first if "maximize" in options else last < first
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["mse", "bce", "bce-logits", "classes-weight-smoothing"])
+@pytest.mark.parametrize("net", NETS)
+def test_every_net_matches_eager(net: str, loss: str, dtype: torch.dtype) -> None:
+    part = training(net, loss, "nesterov", dtype)
+    many_rows = len(part.input) > 100
+    torch.set_num_threads(2 if many_rows else 1)
+    assert_steps_match_eager(part, 5 if many_rows else 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "bce-logits", "classes"])
+@pytest.mark.parametrize("net", ["10-5-1@10", "33-64-20-7@1000"])
+def test_16_bit_matches_eager(net: str, loss: str, dtype: torch.dtype) -> None:
+    assert_steps_match_eager(training(net, loss, "momentum", dtype), 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturated_bce_has_torchs_clamping(dtype: torch.dtype) -> None:
+    def saturated() -> Training:
+        part = training("10-5-1@10", "bce", "plain", dtype)
+        with torch.no_grad():
+            part.model[2].weight.mul_(1e4)
+        part.target.copy_((torch.arange(10) % 2 == 0).unsqueeze(1))
+        return part
+
+    found = assert_steps_match_eager(saturated(), 3)
+    assert 10 < found["losses"][0] <= 100
+
+
+@pytest.mark.parametrize("level", ["none", "layers"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 5)), nn.Tanh()),
+        nn.Sequential(nn.Identity(), nn.Linear(3, 4), nn.Linear(4, 5, bias=False), nn.Identity()),
+        nn.Sequential(mlp_ext.LinearReLU(3, 4), nn.Identity(), mlp_ext.LinearTanh(4, 5)),
+        nn.Linear(3, 5),
+        mlp_ext.LinearSigmoid(3, 5, bias=False),
+    ],
+    ids=["nested", "identities", "layers", "linear", "layer"],
+)
+def test_every_form_of_model_is_taken(model: nn.Module, level: str) -> None:
+    model = deepcopy(model).double()
+    if level != "none":
+        mlp_ext.fuse(model, level=level)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(9, 3).double(), torch.rand(9, 5).double()
+    assert_steps_match_eager(Training(model, nn.MSELoss(), optimizer, x, y), 5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.repeat_interleave(2, 0)[::2],
+        lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
+        lambda t: t[:1].expand(t.shape),
+    ],
+    ids=["sliced", "transposed", "expanded"],
+)
+@pytest.mark.parametrize("loss", ["mse", "classes", "probabilities"])
+def test_strided_data_match_eager(loss: str, change) -> None:
+    part = training(SMALL, loss, "plain", torch.float64)
+    part = part._replace(input=change(part.input), target=change(part.target))
+    assert_steps_match_eager(part, 3)
+
+
+# --- What learns ---
+
+
+def test_frozen_parameters_stay_and_may_thaw() -> None:
+    def freezing(model: nn.Sequential, *rest) -> Step:
+        step, count = Making.make(model, *rest), 0
+
+        def counted(input: Tensor, target: Tensor) -> Tensor:
+            nonlocal count
+            for i, p in enumerate(model.parameters()):
+                p.requires_grad_(i in ((0, 3, 4), (1, 2), (5,), (0, 1, 2, 3, 4, 5))[count // 3])
+            count += 1
+            return step(input, target)
+
+        return counted
+
+    class Making:
+        make = sgd_step
+
+    part = training("33-64-20-7@1000", "classes", "nesterov", torch.float64)
+    native = part.to(torch.float64).run(freezing, 12)
+    Making.make = TrainStep
+    found = part.run(freezing, 12)
+    torch.testing.assert_close(found, native)
+
+
+def test_what_does_not_learn_keeps_its_version() -> None:
+    part = training(SMALL, "mse", "momentum", torch.float32)
+    weight, bias = part.model[0].parameters()
+    bias.requires_grad_(False)
+    before, versions = bias.clone(), (weight._version, bias._version)
+    part.run(TrainStep, 1)
+    assert torch.equal(bias, before)
+    assert weight._version > versions[0]
+    assert bias._version == versions[1]
+    assert bias not in part.optimizer.state
+
+
+def test_versions_of_momentum_change() -> None:
+    part = training(SMALL, "mse", "momentum", torch.float32)
+    step = TrainStep(*part[:3])
+    step(*part[3:])
+    buffer = part.optimizer.state[part.model[0].weight]["momentum_buffer"]
+    version = buffer._version
+    step(*part[3:])
+    assert buffer is part.optimizer.state[part.model[0].weight]["momentum_buffer"]
+    assert buffer._version > version
+    assert not buffer.requires_grad
+
+
+def test_graph_over_changed_parameters_is_an_error() -> None:
+    part = training(SMALL, "mse", "plain", torch.float32)
+    loss = part.criterion(part.model(part.input), part.target)
+    part.run(TrainStep, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_stay_as_they_are() -> None:
+    part = training(SMALL, "mse", "plain", torch.float32)
+    weight, bias = part.model[0].parameters()
+    weight.grad = kept = torch.full_like(weight, 7.0)
+    part.run(TrainStep, 2)
+    assert weight.grad is kept
+    assert torch.equal(kept, torch.full_like(weight, 7.0))
+    assert bias.grad is None
+
+
+def several_groups(model: nn.Sequential) -> torch.optim.SGD:
+    """With unlike options, in another order; without the bias of the first layer."""
+    groups = [
+        {"params": [model[4].bias, model[2].weight], "momentum": 0.9, "nesterov": True},
+        {"params": [model[0].weight], "lr": torch.tensor(0.25), "maximize": True},
+        {"params": [model[2].bias, nn.Parameter(torch.ones(3))], "weight_decay": 0.1},
+        {"params": [model[4].weight], "lr": 0.03, "momentum": 0.5, "dampening": 0.5},
+    ]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def test_groups_have_their_own_options() -> None:
+    part = training("33-64-20-7@1000", "classes", "plain", torch.float64)
+    part = part._replace(optimizer=several_groups(part.model))
+    before = part.model[0].bias.clone()
+    found = assert_steps_match_eager(part, 10)
+    assert torch.equal(found["0.bias"], before)
+    assert {"momentum of 2.weight", "momentum of 4.bias", "momentum of 4.weight"} < {*found}
+
+
+# --- With the rest of torch ---
+
+
+def alternating(period: int, first: bool) -> object:
+    def make(*parts) -> Step:
+        steps, count = (TrainStep(*parts), sgd_step(*parts)), -1
+
+        def step(input: Tensor, target: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return steps[(count // period + first) % 2](input, target)
+
+        return step
+
+    return make
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["ours-first", "eager-first"])
+@pytest.mark.parametrize("options", ["plain", "dampening", "nesterov"])
+def test_eager_steps_may_come_in_between(options: str, first: bool) -> None:
+    part = training(SMALL, "classes", options, torch.float64)
+    assert_steps_match_eager(part, 20, alternating(3, first))
+
+
+SCHEDULERS = {
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
+    "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=30),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=2),
+}
+
+
+@pytest.mark.parametrize("options", ["momentum", "tensor-lr"])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_work(kind: str, options: str) -> None:
+    def scheduled(make):
+        def made(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.SGD) -> Step:
+            step = make(model, criterion, optimizer)
+            scheduler = SCHEDULERS[kind](optimizer)
+
+            def stepping(input: Tensor, target: Tensor) -> Tensor:
+                loss = step(input, target)
+                scheduler.step(*[loss] * (kind == "plateau"))
+                return loss
+
+            return stepping
+
+        return made
+
+    part = training(SMALL, "mse", options, torch.float64)
+    native = part.to(torch.float64).run(scheduled(sgd_step), 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = part.run(scheduled(TrainStep), 20)
+    torch.testing.assert_close(found, native)
+
+
+def test_schedulers_own_warning_is_not_hidden() -> None:
+    part = training(SMALL, "mse", "plain", torch.float32)
+    part.run(TrainStep, 1)  # before the scheduler: it does not count with torch either
+    scheduler = torch.optim.lr_scheduler.StepLR(part.optimizer, 1)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        scheduler.step()
+
+
+@pytest.mark.parametrize("resumed", [TrainStep, sgd_step], ids=["ours", "eager"])
+@pytest.mark.parametrize("options", ["plain", "dampening"])
+def test_checkpoint_and_resume(options: str, resumed) -> None:
+    part = training(SMALL, "bce-logits", options, torch.float64)
+    expected = part.to(torch.float64).run(sgd_step, 20)
+
+    model, criterion, optimizer, x, y = part.to(torch.float64)
+    TrainStep(model, criterion, optimizer).fit(x, y, epochs=8)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+
+    after = part.to(torch.float64)
+    step = resumed(after.model, criterion, after.optimizer)
+    step(x, y)  # made, and used, before the checkpoint is loaded
+    for one, state in zip((after.model, after.optimizer), torch.load(file), strict=True):
+        one.load_state_dict(state)
+    losses = [step(x, y) for _ in range(12)]
+    torch.testing.assert_close(torch.stack(losses), expected["losses"][8:])
+    torch.testing.assert_close(after.state(), {k: v for k, v in expected.items() if k != "losses"})
+
+
+def test_state_dict_of_the_optimizer_is_eagers() -> None:
+    part = training(SMALL, "mse", "nesterov", torch.float64)
+    ours, eager = part.to(torch.float64), part.to(torch.float64)
+    ours.run(TrainStep, 3)
+    eager.run(sgd_step, 3)
+    torch.testing.assert_close(ours.optimizer.state_dict(), eager.optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "copied", [deepcopy, lambda step: pickle.loads(pickle.dumps(step))], ids=["deepcopy", "pickle"]
+)
+def test_copy_trains_copies(copied) -> None:
+    model, criterion, optimizer, x, y = training(SMALL, "mse", "momentum", torch.float32)
+    step = TrainStep(model, criterion, optimizer)
+    step(x, y)
+    copy = copied(step)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    loss = copy(x, y)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(step(x, y), loss)
+    assert torch.equal(step(x, y), copy(x, y))
+
+
+def test_grad_mode_does_not_matter() -> None:
+    part = training(SMALL, "mse", "plain", torch.float64)
+
+    def without_grad(*parts) -> Step:
+        return torch.no_grad()(TrainStep(*parts))
+
+    assert_steps_match_eager(part, 3, without_grad)
+
+
+# --- What changes between steps ---
+
+
+def replace_layer(part: Training) -> None:
+    torch.manual_seed(1)
+    part.model[0] = nn.Linear(3, 17).double()
+    part.optimizer.add_param_group({"params": part.model[0].parameters()})
+
+
+def load_by_assignment(part: Training) -> None:
+    torch.manual_seed(1)
+    state = make_net([3, 17, 5]).double().state_dict()
+    part.model.load_state_dict(state, assign=True)
+    part.optimizer.param_groups[0]["params"][:] = part.model.parameters()
+
+
+def set_momentum(part: Training) -> None:
+    part.optimizer.param_groups[0].update(momentum=0.9, weight_decay=0.1)
+
+
+CHANGES = {
+    "layer": replace_layer,
+    "assigned": load_by_assignment,
+    "fused": lambda part: mlp_ext.fuse(part.model),
+    "options": set_momentum,
+    "group dropped": lambda part: part.optimizer.param_groups[0]["params"].pop(),
+    "appended": lambda part: part.model.append(nn.Tanh()),
+    "smoothing": lambda part: setattr(part.criterion, "label_smoothing", 0.2),
+    "weight": lambda part: setattr(part.criterion, "weight", torch.linspace(0, 1, 5).double()),
+    "reduction": lambda part: setattr(part.criterion, "reduction", "sum"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_followed(change: str) -> None:
+    part = training(SMALL, "classes", "plain", torch.float64)
+    found = []
+    for make in (sgd_step, TrainStep):
+        copy = part.to(torch.float64)
+        step = make(*copy[:3])
+        losses = [step(*copy[3:])]
+        CHANGES[change](copy)
+        losses += [step(*copy[3:]) for _ in range(3)]
+        found.append({"losses": torch.stack(losses), **copy.state()})
+    torch.testing.assert_close(*found)
+    assert found[0]["losses"][1] != found[0]["losses"][0]
+
+
+# --- Values ---
+
+
+def test_loss_is_detached_and_of_no_dimension() -> None:
+    part = training(SMALL, "mse", "plain", torch.float32)
+    expected = part.criterion(part.model(part.input), part.target)
+    loss = TrainStep(*part[:3])(*part[3:])
+    assert loss.shape == ()
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected.detach())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("loss", ["mse-linear", "bce-logits", "classes"])
+def test_loss_that_is_not_finite_is_returned(loss: str, value: float) -> None:
+    part = training(SMALL, loss, "plain", torch.float32)
+    part.input[3, 1] = value
+    assert_steps_match_eager(part, 2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_rows_match_eager(loss: str, reduction: str) -> None:
+    part = training(SMALL, loss, "nesterov", torch.float64, reduction)
+    part = part._replace(input=part.input[:0], target=part.target[:0])
+    assert_steps_match_eager(part, 2)
+
+
+def test_nothing_but_ignored_rows_matches_eager() -> None:
+    part = training(SMALL, "classes-weight-smoothing", "plain", torch.float64)
+    part.target.fill_(0)  # the class that is ignored
+    assert_steps_match_eager(part, 2)

@@ -1,0 +1,555 @@
+"""What TrainStep does not take: each an error that names it and what to use instead."""
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from steps import Training, training
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import mlp_ext
+from mlp_ext import TrainStep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LOOP = "use the eager loop, with mlp_ext.fuse(model)"
+TAKEN = (
+    "not exactly one of Sequential, Linear, LinearReLU, LinearSigmoid, LinearTanh, ReLU, Sigmoid, "
+    f"Tanh, Identity; {LOOP}"
+)
+OWN = __name__
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class MySequential(nn.Sequential):
+    def forward(self, input):
+        return super().forward(input)
+
+
+class MyLoss(nn.MSELoss):
+    pass
+
+
+class MySGD(torch.optim.SGD):
+    pass
+
+
+def hook(*_: object) -> None:
+    pass
+
+
+def sequential(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), *modules)
+
+
+def hooked(method: str, place: str = "0") -> nn.Sequential:
+    model = sequential(nn.ReLU())
+    getattr(model.get_submodule(place), method)(hook)
+    return model
+
+
+def tied() -> nn.Sequential:
+    model = sequential(nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
+def one_memory() -> nn.Sequential:
+    model = sequential(nn.Linear(4, 4))
+    model[1].weight.data = model[0].weight.data
+    return model
+
+
+def used_twice() -> nn.Sequential:
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+def hooked_parameter(method: str) -> nn.Sequential:
+    model = sequential()
+    getattr(model[0].weight, method)(hook)
+    return model
+
+
+def special_parameter() -> nn.Sequential:
+    class Special(nn.Parameter):
+        pass
+
+    model = sequential()
+    model[0].weight = Special(torch.zeros(4, 4))
+    return model
+
+
+def with_code_of_its_own(place: str) -> nn.Sequential:
+    model = sequential(nn.ReLU())
+    module = model.get_submodule(place)
+    module.forward = type(module).forward
+    return model
+
+
+def compiled_inside() -> nn.Sequential:
+    model = sequential()
+    model.compile()
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "dropout": (
+        lambda: sequential(nn.Dropout()),
+        TypeError,
+        f"model.1 is a torch.nn.modules.dropout.Dropout, {TAKEN}",
+    ),
+    "batch norm": (
+        lambda: sequential(nn.Sequential(nn.BatchNorm1d(4))),
+        TypeError,
+        f"model.1.0 is a torch.nn.modules.batchnorm.BatchNorm1d, {TAKEN}",
+    ),
+    "flatten": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 4)),
+        TypeError,
+        f"model.0 is a torch.nn.modules.flatten.Flatten, {TAKEN}",
+    ),
+    "other activation": (
+        lambda: sequential(nn.GELU()),
+        TypeError,
+        f"model.1 is a torch.nn.modules.activation.GELU, {TAKEN}",
+    ),
+    "own linear": (lambda: MyLinear(4, 4), TypeError, f"model is a {OWN}.MyLinear, {TAKEN}"),
+    "own sequential": (
+        lambda: MySequential(nn.Linear(4, 4)),
+        TypeError,
+        f"model is a {OWN}.MySequential, {TAKEN}",
+    ),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(4)),
+        TypeError,
+        f"model.0 is a torch.nn.modules.linear.LazyLinear, {TAKEN}",
+    ),
+    "no module": (lambda: torch.relu, TypeError, "model is a builtins.builtin_function_or_method"),
+    "compiled": (
+        lambda: torch.compile(sequential()),
+        TypeError,
+        f"{TAKEN.replace(LOOP, '')}pass its ._orig_mod, or {LOOP}",
+    ),
+    "data parallel": (
+        lambda: nn.DataParallel(sequential()),
+        TypeError,
+        f"{TAKEN.replace(LOOP, '')}pass its .module, or {LOOP}",
+    ),
+    "compiled inside": (
+        compiled_inside,
+        ValueError,
+        f"model has a _compiled_call_impl of its own; {LOOP}",
+    ),
+    "activation first": (
+        lambda: nn.Sequential(nn.ReLU(), nn.Linear(4, 4)),
+        ValueError,
+        f"model.0, a ReLU, comes before any Linear; {LOOP}",
+    ),
+    "two activations": (
+        lambda: sequential(nn.Tanh(), nn.Identity(), nn.ReLU()),
+        ValueError,
+        "model.3, a ReLU, follows another activation; put an nn.Linear between them, or " + LOOP,
+    ),
+    "two activations, one in a layer": (
+        lambda: nn.Sequential(mlp_ext.LinearReLU(4, 4), nn.ReLU()),
+        ValueError,
+        "model.1, a ReLU, follows another activation; ",
+    ),
+    "no linear": (lambda: nn.Sequential(nn.Identity()), TypeError, f"model has no Linear; {LOOP}"),
+    "empty": (lambda: nn.Sequential(), TypeError, f"model has no Linear; {LOOP}"),
+    "tied": (tied, ValueError, f"model.1.weight is shared with model.0; {LOOP}"),
+    "one memory": (one_memory, ValueError, f"model.1.weight is shared with model.0; {LOOP}"),
+    "used twice": (used_twice, ValueError, f"model.2.weight is shared with model.0; {LOOP}"),
+    "dtypes": (
+        lambda: sequential(nn.Linear(4, 4).double()),
+        ValueError,
+        "model.1.weight is torch.float64 on cpu, others torch.float32 on cpu; move them with ",
+    ),
+    "devices": (
+        lambda: sequential(nn.Linear(4, 4, device="meta")),
+        ValueError,
+        "model.1.weight is torch.float32 on meta, others torch.float32 on cpu; move them with ",
+    ),
+    "complex": (
+        lambda: sequential().to(torch.complex64),
+        ValueError,
+        "model.0.weight is torch.complex64, torch.strided, not torch.strided of torch.float32, ",
+    ),
+    "special parameter": (
+        special_parameter,
+        TypeError,
+        "Special, not exactly an nn.Parameter; " + LOOP,
+    ),
+    "parametrized": (
+        lambda: nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4))),
+        TypeError,
+        f"model.0 is a torch.nn.utils.parametrize.ParametrizedLinear, {TAKEN}",
+    ),
+    "pruned": (
+        lambda: nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)),
+        ValueError,
+        f"model.0 has forward pre hooks; {LOOP}",
+    ),
+    "hook of an activation": (
+        lambda: hooked("register_forward_hook", "1"),
+        ValueError,
+        f"model.1 has forward hooks; {LOOP}",
+    ),
+    "hook of a sequential": (
+        lambda: hooked("register_forward_pre_hook", ""),
+        ValueError,
+        f"model has forward pre hooks; {LOOP}",
+    ),
+    "backward hook": (
+        lambda: hooked("register_full_backward_hook"),
+        ValueError,
+        f"model.0 has backward hooks; {LOOP}",
+    ),
+    "backward pre hook": (
+        lambda: hooked("register_full_backward_pre_hook"),
+        ValueError,
+        f"model.0 has backward pre hooks; {LOOP}",
+    ),
+    "hook of a parameter": (
+        lambda: hooked_parameter("register_hook"),
+        ValueError,
+        f"model.0.weight has hooks; {LOOP}",
+    ),
+    "hook of a gradient": (
+        lambda: hooked_parameter("register_post_accumulate_grad_hook"),
+        ValueError,
+        f"model.0.weight has hooks; {LOOP}",
+    ),
+    "own forward": (
+        lambda: with_code_of_its_own("1"),
+        ValueError,
+        f"model.1 has a forward of its own; {LOOP}",
+    ),
+}
+
+
+def fails(error: type[Exception], message: str, *parts: object) -> None:
+    with pytest.raises(error, match="^TrainStep: .*" + re.escape(message)):
+        TrainStep(*parts)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_refused(name: str) -> None:
+    make, error, message = MODELS[name]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    fails(error, message, make(), nn.MSELoss(), optimizer)
+
+
+LOSSES = "not exactly one of nn.MSELoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.CrossEntropyLoss; use"
+CRITERIA: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "other": (nn.L1Loss, TypeError, f"criterion is a torch.nn.modules.loss.L1Loss, {LOSSES}"),
+    "own": (MyLoss, TypeError, f"criterion is a {OWN}.MyLoss, {LOSSES}"),
+    "function": (
+        lambda: nn.functional.mse_loss,
+        TypeError,
+        f"criterion is a builtins.function, {LOSSES}",
+    ),
+    "none": (
+        lambda: nn.MSELoss(reduction="none"),
+        ValueError,
+        "criterion has the reduction 'none'; use mean or sum, or the eager loop",
+    ),
+    "bce weight": (
+        lambda: nn.BCELoss(torch.ones(4)),
+        ValueError,
+        "criterion has a weight, which is supported for nn.CrossEntropyLoss alone; leave out w",
+    ),
+    "logits weight": (
+        lambda: nn.BCEWithLogitsLoss(torch.ones(4)),
+        ValueError,
+        "criterion has a weight, which",
+    ),
+    "pos_weight": (
+        lambda: nn.BCEWithLogitsLoss(pos_weight=torch.ones(4)),
+        ValueError,
+        "criterion has a pos_weight, which is supported for nn.CrossEntropyLoss alone; leave out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_criterion_is_refused(name: str) -> None:
+    make, error, message = CRITERIA[name]
+    model = sequential()
+    fails(error, message, model, make(), torch.optim.SGD(model.parameters()))
+
+
+def test_criterion_with_a_hook_is_refused() -> None:
+    model, criterion = sequential(), nn.MSELoss()
+    criterion.register_forward_hook(hook)
+    optimizer = torch.optim.SGD(model.parameters())
+    fails(ValueError, f"criterion has forward hooks; {LOOP}", model, criterion, optimizer)
+
+
+def hooked_optimizer(method: str) -> Callable[..., torch.optim.SGD]:
+    def make(parameters) -> torch.optim.SGD:
+        optimizer = torch.optim.SGD(parameters)
+        getattr(optimizer, method)(hook)
+        return optimizer
+
+    return make
+
+
+def replaced_step(parameters) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(parameters)
+    optimizer.step = hook
+    return optimizer
+
+
+OPTIMIZERS = {
+    "adam": (
+        torch.optim.Adam,
+        TypeError,
+        "optimizer is a torch.optim.adam.Adam, not exactly a torch.optim.SGD; "
+        "use torch.optim.SGD, or the eager loop, with mlp_ext.fuse(model)",
+    ),
+    "own": (MySGD, TypeError, f"optimizer is a {OWN}.MySGD, not exactly a torch.optim.SGD; use"),
+    "pre hook": (
+        hooked_optimizer("register_step_pre_hook"),
+        ValueError,
+        f"optimizer has optimizer step pre hooks; {LOOP}",
+    ),
+    "post hook": (
+        hooked_optimizer("register_step_post_hook"),
+        ValueError,
+        f"optimizer has optimizer step post hooks; {LOOP}",
+    ),
+    "own step": (replaced_step, ValueError, f"optimizer has a step of its own; {LOOP}"),
+    "differentiable": (
+        lambda parameters: torch.optim.SGD(parameters, differentiable=True),
+        ValueError,
+        f"optimizer.param_groups[0] is differentiable; {LOOP}",
+    ),
+    "of another model": (
+        lambda parameters: torch.optim.SGD(sequential().parameters()),
+        ValueError,
+        "optimizer has none of the model's parameters; make it with model.parameters()",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_is_refused(name: str) -> None:
+    make, error, message = OPTIMIZERS[name]
+    model = sequential()
+    fails(error, message, model, nn.MSELoss(), make(model.parameters()))
+
+
+def test_global_hooks_are_refused() -> None:
+    parts = training("10-5-1@10", "mse", "plain", torch.float32)[:3]
+    register = {
+        "forward": nn.modules.module.register_module_forward_hook,
+        "forward pre": nn.modules.module.register_module_forward_pre_hook,
+        "optimizer post": register_optimizer_step_post_hook,
+    }
+    for name, add in register.items():
+        handle = add(hook)
+        try:
+            fails(ValueError, f"there are global {name} hooks; remove them, or {LOOP}", *parts)
+        finally:
+            handle.remove()
+    TrainStep(*parts)
+
+
+# --- Between steps ---
+
+
+def parametrize(part: Training) -> None:
+    parametrizations.weight_norm(part.model[0])
+
+
+CHANGES: dict[str, tuple[Callable[[Training], object], str]] = {
+    "hook": (
+        lambda part: part.model[0].register_forward_hook(hook),
+        "model.0 has forward hooks",
+    ),
+    "hook of the criterion": (
+        lambda part: part.criterion.register_forward_hook(hook),
+        "criterion has forward hooks",
+    ),
+    "hook of the optimizer": (
+        lambda part: part.optimizer.register_step_post_hook(hook),
+        "optimizer has optimizer step post hooks",
+    ),
+    "hook of a parameter": (
+        lambda part: part.model[0].weight.register_hook(hook),
+        "model.0.weight has hooks",
+    ),
+    "layer": (
+        lambda part: part.model.__setitem__(1, nn.Dropout()),
+        "model.1 is a torch.nn.modules.dropout.Dropout",
+    ),
+    "appended": (
+        lambda part: part.model.append(nn.Dropout()),
+        "model.4 is a torch.nn.modules.drop",
+    ),
+    "parametrized": (parametrize, "model.0 is a torch.nn.utils.parametrize.ParametrizedLinear"),
+    "reduction": (
+        lambda part: setattr(part.criterion, "reduction", "none"),
+        "criterion has the reduction 'none'",
+    ),
+    "own forward": (
+        lambda part: setattr(part.model[1], "forward", torch.relu),
+        "model.1 has a forward of its own",
+    ),
+    "own step": (
+        lambda part: setattr(part.optimizer, "step", hook),
+        "optimizer has a step of its own",
+    ),
+    "differentiable": (
+        lambda part: part.optimizer.param_groups[0].update(differentiable=True),
+        "optimizer.param_groups[0] is differentiable",
+    ),
+}
+
+
+@pytest.mark.parametrize("fit", [False, True], ids=["step", "fit"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_to_what_is_refused_is_seen(change: str, fit: bool) -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    step = TrainStep(*part[:3])
+    call = step.fit if fit else step
+    call(*part[3:])
+    weight = part.model[0].weight
+    before = weight.clone()
+    make, message = CHANGES[change]
+    make(part)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match="^TrainStep: " + re.escape(message)):
+            call(*part[3:])
+    assert torch.equal(weight, before)
+
+
+def test_hooks_may_come_and_go() -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    step = TrainStep(*part[:3])
+    weight = part.model[0].weight
+    registrations = (
+        part.model[0].register_forward_hook,
+        weight.register_hook,
+        weight.register_post_accumulate_grad_hook,
+    )
+    for register in registrations:
+        handle = register(hook)
+        with pytest.raises(ValueError, match="hooks"):
+            step(*part[3:])
+        handle.remove()
+        step(*part[3:])
+
+
+# --- At a step ---
+
+
+@pytest.fixture
+def part() -> Iterator[Training]:
+    """Whose state is to be as it was."""
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    TrainStep(*part[:3])(*part[3:])
+    before = part.state()
+    yield part
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+
+
+AT_A_STEP: dict[str, tuple[Callable[[Training], tuple], type[Exception], str]] = {
+    "list": (
+        lambda p: ([1.0], p.target),
+        TypeError,
+        "TrainStep: input must be a tensor, got list",
+    ),
+    "no target": (
+        lambda p: (p.input, None),
+        TypeError,
+        "TrainStep: target must be a tensor, got NoneType",
+    ),
+    "input learns": (
+        lambda p: (p.input.clone().requires_grad_(), p.target),
+        ValueError,
+        "TrainStep: input requires a gradient, which a step does not compute; detach it, or use ",
+    ),
+    "target learns": (
+        lambda p: (p.input, p.target.clone().requires_grad_()),
+        ValueError,
+        "TrainStep: target requires a gradient, which",
+    ),
+    "width": (
+        lambda p: (p.input[:, 1:], p.target),
+        RuntimeError,
+        "mlp_sgd_step_: the weight of layer 0 must be [N, K=9] to match input, got [5, 10]",
+    ),
+    "dtype": (
+        lambda p: (p.input.double(), p.target.double()),
+        TypeError,
+        "mlp_sgd_step_: a weight must be float64 to match input, got float32",
+    ),
+    "rows": (
+        lambda p: (p.input, p.target[1:]),
+        RuntimeError,
+        "mlp_sgd_step_: target must be [M=10, N=1] to match the output, got [9, 1]",
+    ),
+    "target that would broadcast": (
+        lambda p: (p.input, p.target[:, 0]),
+        RuntimeError,
+        "mlp_sgd_step_: target must be [M=10, N=1] to match the output, got [10]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_A_STEP)
+def test_data_are_refused_before_anything_changes(name: str, part: Training) -> None:
+    make, error, message = AT_A_STEP[name]
+    with pytest.raises(error, match="^" + re.escape(message)):
+        TrainStep(*part[:3])(*make(part))
+
+
+@pytest.mark.parametrize("fit", [False, True], ids=["step", "fit"])
+def test_modes_are_refused(fit: bool, part: Training) -> None:
+    step = TrainStep(*part[:3])
+    call = step.fit if fit else step
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="TrainStep: autocast is enabled"):
+        call(*part[3:])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode forbids"):
+        call(*part[3:])
+
+
+def test_nothing_that_learns_is_an_error(part: Training) -> None:
+    step = TrainStep(*part[:3])
+    part.model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="TrainStep: nothing learns: no parameter of"):
+        step(*part[3:])
+
+
+@pytest.mark.parametrize("which", ["output", "target"])
+def test_what_is_no_probability_is_an_error_of_bce(which: str) -> None:
+    part = training("10-5-1@10", "bce", "momentum", torch.float32)
+    if which == "output":
+        part.model[3] = nn.Identity()
+    else:
+        part.target[3] = 1.5
+    before = part.state()
+    with pytest.raises(RuntimeError, match="bce needs outputs and targets between 0 and 1"):
+        TrainStep(*part[:3])(*part[3:])
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, -100 + 1])
+def test_class_that_does_not_exist_is_an_error(wrong: int) -> None:
+    part = training("3-17-5@100", "classes", "momentum", torch.float32)
+    part.target[99] = wrong
+    before = part.state()
+    message = f"target must be classes from 0 to 4 or ignore_index -100, got {wrong}"
+    with pytest.raises(IndexError, match=message):
+        TrainStep(*part[:3])(*part[3:])
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
