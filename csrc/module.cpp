@@ -1,5 +1,5 @@
 // The Python module mlp_ext._C: loading it registers the operators; beyond that it tells about the build and the plans.
-// Tensors cross in the class Stepper alone.
+// Tensors cross in the classes Run and Stepper alone.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,6 +16,7 @@
 #include "cpu/variants.h"
 #include "cuda/plan.h"
 #include "stepper.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
         "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
+  bind_watch(m);
   bind_stepper(m);
 }
 

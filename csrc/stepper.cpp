@@ -18,6 +18,7 @@
 #include <limits>
 
 #include "sgd_step.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -46,12 +47,9 @@ struct Update {
 class Stepper {
  public:
   // groups: of each parameter the place of its group in param_groups, or -1 where the optimizer does not have it.
-  // watched: (dict or list, key, the very object that is expected there). sizes: (dict or list, expected size).
   Stepper(std::vector<Tensor> parameters, std::vector<int64_t> groups, const std::vector<std::string>& activations,
           std::string loss, std::string reduction, std::optional<Tensor> loss_weight, int64_t ignore_index,
-          double label_smoothing, py::object optimizer,
-          std::vector<std::tuple<py::object, py::object, py::object>> watched,
-          std::vector<std::pair<py::object, int64_t>> sizes)
+          double label_smoothing, py::object optimizer, Watch watch)
       : parameters_(std::move(parameters)),
         groups_(std::move(groups)),
         activations_(activations),
@@ -61,8 +59,7 @@ class Stepper {
         ignore_index_(ignore_index),
         label_smoothing_(label_smoothing),
         optimizer_(optimizer.attr("__dict__")),
-        watched_(std::move(watched)),
-        sizes_(std::move(sizes)) {
+        watch_(std::move(watch)) {
     for (const Tensor& p : parameters_) {
       python_parameters_.push_back(py::cast(p));
       hooks_.push_back(hooks(p));
@@ -71,16 +68,7 @@ class Stepper {
 
   // Whether model, criterion and optimizer are made of the same parts as when this was made.
   bool is_current() const {
-    for (const auto& [container, key, expected] : watched_) {
-      PyObject* const found = PyDict_Check(container.ptr())
-                                  ? PyDict_GetItemWithError(container.ptr(), key.ptr())
-                                  : PyList_GetItem(container.ptr(), PyLong_AsSsize_t(key.ptr()));
-      if (PyErr_Occurred()) PyErr_Clear();
-      if (found != expected.ptr()) return false;
-    }
-    for (const auto& [container, size] : sizes_)
-      if ((PyDict_Check(container.ptr()) ? PyDict_GET_SIZE(container.ptr()) : PyList_GET_SIZE(container.ptr())) != size)
-        return false;
+    if (!watch_.holds()) return false;
     for (size_t i = 0; i < parameters_.size(); ++i)
       if (hooks(parameters_[i]) != hooks_[i]) return false;
     return true;
@@ -288,8 +276,7 @@ class Stepper {
   const int64_t ignore_index_;
   const double label_smoothing_;
   const py::dict optimizer_;
-  const std::vector<std::tuple<py::object, py::object, py::object>> watched_;
-  const std::vector<std::pair<py::object, int64_t>> sizes_;
+  const Watch watch_;
 };
 
 }  // namespace
@@ -297,12 +284,10 @@ class Stepper {
 void bind_stepper(py::module_& m) {
   py::class_<Stepper>(m, "Stepper", "What stands behind mlp_ext.TrainStep.")
       .def(py::init<std::vector<Tensor>, std::vector<int64_t>, const std::vector<std::string>&, std::string,
-                    std::string, std::optional<Tensor>, int64_t, double, py::object,
-                    std::vector<std::tuple<py::object, py::object, py::object>>,
-                    std::vector<std::pair<py::object, int64_t>>>(),
+                    std::string, std::optional<Tensor>, int64_t, double, py::object, Watch>(),
            py::arg("parameters"), py::arg("groups"), py::arg("activations"), py::arg("loss"), py::arg("reduction"),
            py::arg("loss_weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("optimizer"),
-           py::arg("watched"), py::arg("sizes"))
+           py::arg("watch"))
       .def("is_current", &Stepper::is_current)
       .def("step", torch::wrap_pybind_function(&Stepper::step), py::arg("input"), py::arg("target"))
       .def("fit", torch::wrap_pybind_function(&Stepper::fit), py::arg("input"), py::arg("target"), py::arg("epochs"),

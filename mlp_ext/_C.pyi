@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,26 @@ def peak_flops(seconds: float, threads: int) -> float: ...
 def plan(M: int, K: int, N: int, item_size: int, threads: int) -> dict[str, Any]: ...
 def waiting_bytes() -> int: ...
 
+class Watch:
+    def __init__(
+        self,
+        items: Iterable[tuple[dict[Any, Any] | list[Any], Any, object]],
+        sizes: Iterable[tuple[dict[Any, Any] | list[Any], int]],
+        types: Iterable[tuple[object, type]] = ...,
+        tensors: Sequence[Tensor] = ...,
+    ) -> None: ...
+    def holds(self) -> bool: ...
+
+class Run:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        activations: Sequence[str],
+        function: Callable[[Any], Any],
+    ) -> None: ...
+    def __call__(self, input: Any) -> Any: ...
+
 class Stepper:
     def __init__(
         self,
@@ -35,8 +55,7 @@ class Stepper:
         ignore_index: int,
         label_smoothing: float,
         optimizer: torch.optim.Optimizer,
-        watched: Sequence[tuple[dict[Any, Any] | list[Any], Any, object]],
-        sizes: Sequence[tuple[dict[Any, Any] | list[Any], int]],
+        watch: Watch,
     ) -> None: ...
     def is_current(self) -> bool: ...
     def step(self, input: Tensor, target: Tensor) -> Tensor | None: ...

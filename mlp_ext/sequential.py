@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
-from itertools import chain
-from operator import is_
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from mlp_ext.nn import DTYPES, FusedActivation, LinearAct, find_addition, find_special, type_name
+from mlp_ext import _C
+from mlp_ext.nn import FusedActivation, LinearAct, find_addition, find_special, type_name
 
 _mlp: Callable[..., Tensor] = torch.ops.mlp_ext.mlp.default
 
@@ -43,10 +43,10 @@ class Sequential(nn.Sequential):
         if torch.compiler.is_compiling():
             return _traced(self, input)
         plan = self.__dict__.get("_plan")
-        if plan is None or not plan.holds([*self._modules.values()]):
-            plan = self.__dict__["_plan"] = _Plan([*self._modules.values()])
-        for child, weights, biases, activations in plan.calls:
-            input = _mlp(input, weights, biases, activations) if activations else child(input)
+        if plan is None or not plan.watch.holds():
+            plan = self.__dict__["_plan"] = _Plan(self._modules)
+        for call in plan.calls:
+            input = call(input)
         return input
 
     def __getstate__(self) -> dict[str, Any]:  # for pickle and copy
@@ -121,52 +121,36 @@ _HOOKS_OF_ALL: tuple[dict[int, Any], ...] = (
 
 
 class _Plan:
-    """The steps over the very children and parameters, for as long as they are what they were.
+    """The calls of a Sequential, and a watch over whatever find_steps looked at for them."""
 
-    Whatever find_steps looked at is looked at again by holds, on every call, hence in as few
-    steps of the interpreter as can be.
-    """
+    def __init__(self, modules: dict[str, Any]) -> None:
+        children = [*modules.values()]
+        self.calls: list[Callable[[Any], Any]] = []
+        weights = []  # of one dtype in a run
+        for places, activations in find_steps(children):
+            layers: list[Any] = [children[place] for place in places]
+            if activations:
+                operands = [layer.weight for layer in layers], [layer.bias for layer in layers]
+                function = partial(_call_mlp, *operands, activations)
+                self.calls.append(_C.Run(*operands, activations, function))
+                weights.append(layers[0].weight)
+            else:
+                self.calls.append(layers[0])
 
-    def __init__(self, children: list[nn.Module]) -> None:
-        steps = find_steps(children)
-        layers: list[list[Any]] = [
-            [children[place] for place in step.places if step.activations] for step in steps
-        ]
-        self.children = children
-        self.calls = [
-            (
-                children[step.places[0]],
-                [layer.weight for layer in run],
-                [layer.bias for layer in run],
-                step.activations,
-            )
-            for step, run in zip(steps, layers, strict=True)
-        ]
-        known = [child for child in children if _activation(child)]
-        self.named = [child._parameters for child in known if child._parameters]
-        self.parameters = [p for named in self.named for p in named.values()]
-        self.types = [*map(type, chain(children, self.parameters))]
+        known = [child for child in children if child is not None and _activation(child)]
+        named = [child._parameters for child in known]
+        parts: list[dict[Any, Any]] = [modules, *named]
+        items = [(d, key, value) for d in parts for key, value in d.items()]
         # Hooks, buffers, children: what makes one of these longer or shorter is an addition.
         attributes = [vars(child) for child in known]
-        collections: list[Sized] = [*_HOOKS_OF_ALL, *attributes]
-        collections += [d for a in attributes for d in a.values() if isinstance(d, dict)]
-        self.empty = [c for c in collections if not c]  # nearly all, and any() is fastest
-        self.filled = [c for c in collections if c]
-        self.lengths = [*map(len, self.filled)]
-        self.weights = [weights[0] for _, weights, _, _ in self.calls if weights]
+        dicts: list[dict[Any, Any]] = [*parts, *_HOOKS_OF_ALL, *attributes]
+        dicts += [d for a in attributes for d in a.values() if isinstance(d, dict)]
+        types = [(value, type(value)) for _, _, value in items]
+        self.watch = _C.Watch(items, [(d, len(d)) for d in dicts], types, weights)
 
-    def holds(self, children: list[nn.Module]) -> bool:
-        parameters = [*chain.from_iterable(map(dict.values, self.named))]
-        return (
-            len(children) == len(self.children)
-            and all(map(is_, children, self.children))
-            and len(parameters) == len(self.parameters)
-            and all(map(is_, parameters, self.parameters))
-            and [*map(type, chain(children, parameters))] == self.types
-            and not any(self.empty)
-            and [*map(len, self.filled)] == self.lengths
-            and all(weight.dtype in DTYPES for weight in self.weights)
-        )
+
+def _call_mlp(weights: Any, biases: Any, activations: Any, input: Any) -> Any:
+    return _mlp(input, weights, biases, activations)
 
 
 def _traced(model: Sequential, input: Any) -> Any:

@@ -166,9 +166,8 @@ def _read(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimiz
     parameters = [p for layer in reading.layers for p in layer.parameters]
     groups = _read_optimizer(optimizer, parameters, reading)
     activations = [layer.activation or "identity" for layer in reading.layers]
-    return _C.Stepper(
-        parameters, groups, activations, *loss, optimizer, reading.watched, reading.sizes
-    )
+    watch = _C.Watch(reading.watched, reading.sizes)
+    return _C.Stepper(parameters, groups, activations, *loss, optimizer, watch)
 
 
 # Of a module or an optimizer: what is called beside its own code, and what replaces that code.
