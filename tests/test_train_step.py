@@ -66,7 +66,7 @@ def test_saturated_bce_has_torchs_clamping(dtype: torch.dtype) -> None:
     assert 10 < found["losses"][0] <= 100
 
 
-@pytest.mark.parametrize("level", ["none", "layers"])
+@pytest.mark.parametrize("level", ["none", "layers", "stack"])
 @pytest.mark.parametrize(
     "model",
     [
@@ -81,7 +81,7 @@ def test_saturated_bce_has_torchs_clamping(dtype: torch.dtype) -> None:
 def test_every_form_of_model_is_taken(model: nn.Module, level: str) -> None:
     model = deepcopy(model).double()
     if level != "none":
-        mlp_ext.fuse(model, level=level)
+        model = mlp_ext.fuse(model, level=level)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(9, 3).double(), torch.rand(9, 5).double()
     assert_steps_match_eager(Training(model, nn.MSELoss(), optimizer, x, y), 5)
