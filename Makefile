@@ -35,7 +35,7 @@ bench: build
 	$(LAYERS) --mode full --activation sigmoid --csv $(RESULTS)/layers-full-sigmoid.csv
 	$(LAYERS) --mode forward --providers native,native_inplace,compile,mkldnn,fused --csv $(RESULTS)/layers-forward-relu.csv
 	$(LAYERS) --mode full --dtype bfloat16 --providers native,fused --csv $(RESULTS)/layers-full-relu-bfloat16.csv
-	$(BENCH) --suite train --peak --providers native,compile,compile-step,fused,stack,step,fit --csv $(RESULTS)/train-step-relu.csv
+	$(BENCH) --suite train --peak --providers native,compile,compile-step,fused,stack,step,fit --csv $(RESULTS)/train-step-relu.csv --plot $(RESULTS)/train-step-relu.png
 	@echo "== a sweep of sizes, with all threads and with one"
 	$(SWEEP) --mode full --csv $(RESULTS)/sweep-full-relu.csv
 	$(SWEEP) --mode forward --csv $(RESULTS)/sweep-forward-relu.csv

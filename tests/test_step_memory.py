@@ -25,6 +25,8 @@ print(peak(2**14), peak(2**18))
 
 def test_step_takes_no_memory_for_rows() -> None:
     # One layer's output of all rows alone would be 64 MiB.
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
     few, many = map(int, done.stdout.split())  # KiB
     assert many - few < 4 * 1024

@@ -18,9 +18,14 @@ COLOURS = {  # told apart also without red or green; others take what is left
     "native_inplace": "#999999",
     "mkldnn": "#cc79a7",
     "compile-max-autotune": "#f0e442",
+    "compile-step": "#d55e00",
+    "stack": "#56b4e9",
+    "step": "#009e73",
+    "fit": "#000000",
 }
-SPARE_COLOURS = ("#d55e00", "#009e73", "#56b4e9", "#000000")
+SPARE_COLOURS = ("#7f3c8d", "#8c564b", "#b0b0b0", "#1a1a6e")
 BAR = 0.19  # inches
+LOGARITHMIC_FROM = 20  # times as fast: on a linear axis the others would vanish beside it
 
 
 def ratio_bars(rows: Iterable[Row]) -> Figure:
@@ -74,7 +79,13 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(cases)), cases)
     axes.set_ylim(len(cases) - 0.5, -0.5)
-    axes.set_xlim(0, 1.25 * max(1, *(row.ratio_to_native for row in rows)))
+    ratios = [1.0, *(row.ratio_to_native for row in rows)]
+    if max(ratios) > LOGARITHMIC_FROM:
+        axes.set_xscale("log")
+        axes.set_xlim(0.8 * min(ratios), 4 * max(ratios))
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(0, 1.25 * max(ratios))
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -165,7 +165,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
     },
 }
 DEFAULT = {  # by device; of these, those of the suite
-    "cpu": ("native", "compile", "compile-step", "fused", "step", "fit"),
+    "cpu": ("native", "compile", "compile-step", "fused", "stack", "step", "fit"),
     "cuda": (
         "native",
         "cudagraph",
@@ -173,6 +173,7 @@ DEFAULT = {  # by device; of these, those of the suite
         "compile-step",
         "fused",
         "fused-cudagraph",
+        "stack",
         "step",
         "fit",
     ),
