@@ -2,6 +2,7 @@
 // a step of a small network takes less time than the Python that would prepare it.
 #include "stepper.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/randperm.h>
@@ -25,6 +26,7 @@ using at::Tensor;
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kBetweenSignals = std::chrono::milliseconds(50);
+constexpr int64_t kStepsBetweenSignals = 4096;        // where many steps are one call: as many microseconds or more
 constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input that are gathered at a time
 
 // What the optimizer says now about the parameters that learn.
@@ -99,8 +101,7 @@ class Stepper {
     const py::gil_scoped_release no_gil;
     Clock::time_point last = Clock::now();
     bool first = true;
-    const auto train = [&](const Tensor& x, const Tensor& y) {
-      const Tensor loss = run(x, y, update);
+    const auto after_steps = [&] {
       if (first) {
         const py::gil_scoped_acquire gil;
         keep_fresh_buffers(update);
@@ -112,11 +113,30 @@ class Stepper {
         const py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals()) throw py::error_already_set();
       }
+    };
+    const auto train = [&](const Tensor& x, const Tensor& y) {
+      const Tensor loss = run(x, y, update);
+      after_steps();
       return loss;
+    };
+    // The first step has a dampening of its own.
+    const auto train_many = [&](const Tensor& x, const Tensor& y, const std::optional<Tensor>& order) {
+      const int64_t rows = order ? order->size(0) : x.size(0);
+      std::vector<Tensor> found;
+      for (int64_t begin = 0, size = 0; begin < rows; begin += size) {
+        size = std::min(rows - begin, (first ? 1 : kStepsBetweenSignals) * batch_size);
+        const auto part = [&](const Tensor& t) { return t.narrow(0, begin, size); };
+        found.push_back(order ? run_many(x, y, part(*order), batch_size, update)
+                              : run_many(part(x), part(y), std::nullopt, batch_size, update));
+        after_steps();
+      }
+      return found;
     };
     for (int64_t epoch = 0; epoch < epochs; ++epoch) {
       const double loss = one_batch ? train(input, target).item<double>()
-                                    : train_epoch(input, target, batch_size, shuffle, generator, train);
+                          : input.is_cuda()
+                              ? train_epoch_at_once(input, target, batch_size, shuffle, generator, train_many)
+                              : train_epoch(input, target, batch_size, shuffle, generator, train);
       losses.push_back(loss);
       if (after_epoch.is_none()) continue;
       const py::gil_scoped_acquire gil;
@@ -129,6 +149,29 @@ class Stepper {
   Tensor run(const Tensor& input, const Tensor& target, const Update& update) const {
     return mlp_sgd_step_(input, target, parameters_, update.momentum_buffers, activations_, loss_, reduction_,
                          loss_weight_, ignore_index_, label_smoothing_, update.learning, update.hyperparameters);
+  }
+
+  Tensor run_many(const Tensor& input, const Tensor& target, const std::optional<Tensor>& order, int64_t batch_size,
+                  const Update& update) const {
+    return mlp_sgd_steps_(input, target, parameters_, update.momentum_buffers, activations_, loss_, reduction_,
+                          loss_weight_, ignore_index_, label_smoothing_, update.learning, update.hyperparameters, order,
+                          batch_size);
+  }
+
+  // As train_epoch, for a device that does many steps at once.
+  template <class TrainMany>
+  double train_epoch_at_once(const Tensor& input, const Tensor& target, int64_t batch_size, bool shuffle,
+                             const std::optional<at::Generator>& generator, const TrainMany& train_many) const {
+    const int64_t rows = input.size(0);
+    if (rows == 0) return std::numeric_limits<double>::quiet_NaN();
+    std::optional<Tensor> order;
+    if (shuffle) order = at::randperm(rows, generator, at::dtype(at::kLong)).to(input.device());
+    const Tensor losses = at::cat(train_many(input, target, order)).to(at::kCPU, at::kDouble);
+    double total = 0;
+    for (int64_t i = 0; i < losses.size(0); ++i)
+      total +=
+          losses.const_data_ptr<double>()[i] * (reduction_ == "mean" ? std::min(batch_size, rows - i * batch_size) : 1);
+    return reduction_ == "mean" ? total / rows : total;
   }
 
   // The batches of an eager loop that draws torch.randperm(n, generator=generator), the last one maybe short.
