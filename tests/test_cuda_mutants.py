@@ -162,7 +162,7 @@ CASES = {
 
 STEPS = [
     Training((3, 17, 5), 66, 33),
-    Training((4, 33, 9), 30, 30),
+    Training((4, 33, 17), 30, 30),
     Training((2, 3), 40, 36, "cross_entropy"),
 ]
 
