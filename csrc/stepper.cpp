@@ -2,6 +2,7 @@
 // a step of a small network takes less time than the Python that would prepare it.
 #include "stepper.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
@@ -27,6 +28,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kBetweenSignals = std::chrono::milliseconds(50);
 constexpr int64_t kStepsBetweenSignals = 4096;        // where many steps are one call: as many microseconds or more
+constexpr int64_t kRepeatedBytes = int64_t(1) << 20;  // of input: where it is one launch per step, each gathers it
 constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input that are gathered at a time
 
 // What the optimizer says now about the parameters that learn.
@@ -132,6 +134,11 @@ class Stepper {
       }
       return found;
     };
+    const bool repeats = one_batch && after_epoch.is_none() && 0 < input.size(0);
+    if (input.is_cuda() && repeats && static_cast<int64_t>(input.nbytes()) <= kRepeatedBytes) {
+      batch_size = input.size(0);
+      return train_epochs_at_once(input, target, epochs, train_many);
+    }
     for (int64_t epoch = 0; epoch < epochs; ++epoch) {
       const double loss = one_batch ? train(input, target).item<double>()
                           : input.is_cuda()
@@ -172,6 +179,20 @@ class Stepper {
       total +=
           losses.const_data_ptr<double>()[i] * (reduction_ == "mean" ? std::min(batch_size, rows - i * batch_size) : 1);
     return reduction_ == "mean" ? total / rows : total;
+  }
+
+  // All epochs, each of one batch: an order that has the rows again and again.
+  template <class TrainMany>
+  static std::vector<double> train_epochs_at_once(const Tensor& input, const Tensor& target, int64_t epochs,
+                                                  const TrainMany& train_many) {
+    const int64_t rows = input.size(0), places = kShuffledBytes / static_cast<int64_t>(sizeof(int64_t));
+    const int64_t most = std::min({epochs, kStepsBetweenSignals, std::max<int64_t>(1, places / rows)});
+    const Tensor order = at::arange(rows, input.options().dtype(at::kLong)).repeat({most});
+    std::vector<Tensor> losses;
+    for (int64_t epoch = 0; epoch < epochs; epoch += most)
+      losses.push_back(at::cat(train_many(input, target, order.narrow(0, 0, std::min(most, epochs - epoch) * rows))));
+    const Tensor all = at::cat(losses).to(at::kCPU, at::kDouble);
+    return {all.const_data_ptr<double>(), all.const_data_ptr<double>() + epochs};
   }
 
   // The batches of an eager loop that draws torch.randperm(n, generator=generator), the last one maybe short.

@@ -95,7 +95,7 @@ def test_options_of_sgd_match_torch(options: str) -> None:
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("training", [ONE_BLOCK[2], ONE_BLOCK[3], LAYERS[0]], ids=str)
+@pytest.mark.parametrize("training", [ONE_BLOCK[1], ONE_BLOCK[2], ONE_BLOCK[3], LAYERS[0]], ids=str)
 def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
     x, y = (
         torch.rand(training.rows, n, device="cuda")
