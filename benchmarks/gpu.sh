@@ -42,7 +42,7 @@ measure() {
 }
 
 tests() {
-  have pytest && within 100 "$PYTHON" -m pytest -rs tests/test_cuda.py tests/test_cuda_as_cpu.py
+  have pytest && within 100 "$PYTHON" -m pytest -rs tests/test_cuda.py tests/test_cuda_train.py tests/test_cuda_as_cpu.py
 }
 
 sanitize() {

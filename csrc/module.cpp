@@ -74,19 +74,34 @@ py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t thread
   return result;
 }
 
+cuda::DType cuda_dtype(const std::string& name) {
+  static const std::map<std::string, cuda::DType> dtypes{{"float32", cuda::DType::float32},
+                                                         {"float64", cuda::DType::float64},
+                                                         {"bfloat16", cuda::DType::bfloat16},
+                                                         {"float16", cuda::DType::float16}};
+  return dtypes.at(name);
+}
+
 py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
                    bool tf32, bool aligned, bool cutlass) {
-  const std::map<std::string, cuda::DType> dtypes{{"float32", cuda::DType::float32},
-                                                  {"float64", cuda::DType::float64},
-                                                  {"bfloat16", cuda::DType::bfloat16},
-                                                  {"float16", cuda::DType::float16}};
-  const cuda::Plan plan = cuda::make_plan({M, K, N, dtypes.at(dtype), activation, arch, tf32, aligned, cutlass});
+  const cuda::Plan plan = cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass});
   py::dict result;
   result["forward"] = cuda::path_name(plan.forward);
   result["forward_reason"] = plan.forward_reason;
   result["backward"] = cuda::path_name(plan.backward);
   result["backward_reason"] = plan.backward_reason;
   result["epilogue"] = cuda::epilogue_name(plan.epilogue);
+  return result;
+}
+
+py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const std::string& dtype, int arch,
+                        int64_t shared) {
+  if (widths.size() < 2) throw py::value_error("widths must name input and output");
+  const auto layers = static_cast<int64_t>(widths.size()) - 1;
+  const cuda::StepPlan plan = cuda::make_step_plan({widths.data(), layers, batch, cuda_dtype(dtype), arch, shared});
+  py::dict result;
+  result["path"] = cuda::step_path_name(plan.path);
+  result["reason"] = plan.reason;
   return result;
 }
 
@@ -115,6 +130,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
         "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
+  m.def("cuda_step_plan", cuda_step_plan, py::arg("widths"), py::arg("batch"), py::arg("dtype"), py::arg("arch"),
+        py::arg("shared"),
+        "The plan of a training step on a GPU whose blocks may have so many bytes of shared memory.");
   bind_watch(m);
   bind_stepper(m);
 }

@@ -196,12 +196,15 @@ struct LossAndGrad {
   at::Tensor loss, dy;
 };
 
+// On CUDA torch's own kernels assert it on the device: to ask here would wait, and could not be captured in a graph.
+bool asserted_on_device(const Step& step) { return step.input.is_cuda(); }
+
 LossAndGrad cross_entropy(const Step& step, const at::Tensor& z) {
   const int64_t N = z.size(1);
   const at::Tensor w = step.loss_weight ? *step.loss_weight : at::ones({N}, z.options());
   at::Tensor q, count, ignored;
   if (step.target_is_classes) {
-    check_classes(step);
+    if (!asserted_on_device(step)) check_classes(step);
     ignored = step.target.eq(step.ignore_index);
     const at::Tensor classes = step.target.masked_fill(ignored, 0);
     const at::Tensor weights = w.index_select(0, classes).masked_fill(ignored, 0);
@@ -232,7 +235,7 @@ LossAndGrad loss_and_grad(const Step& step, const at::Tensor& y) {
       return {at::mse_loss(y, t, reduction), at::mse_loss_backward(one, y, t, reduction)};
     case kBCE: {
       const auto outside = [](const at::Tensor& p) { return p.ge(0).logical_and(p.le(1)).logical_not().any(); };
-      if (outside(y).logical_or(outside(t)).item<bool>()) throw_not_a_probability();
+      if (!asserted_on_device(step) && outside(y).logical_or(outside(t)).item<bool>()) throw_not_a_probability();
       return {at::binary_cross_entropy(y, t, {}, reduction),
               at::binary_cross_entropy_backward(one, y, t, {}, reduction)};
     }

@@ -28,6 +28,32 @@ at::Tensor mlp_sgd_step_(
     at::IntArrayRef learning,                      // the places among parameters of those to update, rising
     at::ArrayRef<double> hyperparameters);         // of each of these: Sgd, member by member
 
+// The same over batch after batch: batch i has the rows of order from i batch_size on, the last one may be short.
+// Returns the losses [steps]. Through the dispatcher.
+at::Tensor mlp_sgd_steps_(
+    const at::Tensor& input, const at::Tensor& target, at::TensorList parameters, at::TensorList momentum_buffers,
+    const c10::List<std::string>& activations, std::string_view loss, std::string_view reduction,
+    const std::optional<at::Tensor>& loss_weight, int64_t ignore_index, double label_smoothing,
+    at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
+    const std::optional<at::Tensor>& order,  // [rows] of int64, places among the rows of the input; none: as they lie
+    int64_t batch_size);
+// As a loop over mlp_sgd_step_.
+at::Tensor mlp_sgd_steps_native(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
+                                at::TensorList momentum_buffers, const c10::List<std::string>& activations,
+                                std::string_view loss, std::string_view reduction,
+                                const std::optional<at::Tensor>& loss_weight, int64_t ignore_index,
+                                double label_smoothing, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
+                                const std::optional<at::Tensor>& order, int64_t batch_size);
+
+// The rows of many steps.
+struct Batches {
+  const at::Tensor* order;  // or nullptr
+  c10::SymInt rows;
+  int64_t batch_size;
+};
+// Throws unless all fits.
+Batches check_batches(const at::Tensor& input, const std::optional<at::Tensor>& order, int64_t batch_size);
+
 // A parameter, and how it is updated. Points to arguments of the operator.
 struct StepParameter {
   const at::Tensor* value = nullptr;            // nullptr: there is none

@@ -3,6 +3,8 @@
 #include "stepper.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/randperm.h>
 #include <ATen/ops/stack.h>
@@ -29,6 +31,8 @@ using at::Tensor;
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kBetweenSignals = std::chrono::milliseconds(50);
+constexpr int64_t kStepsBetweenSignals = 4096;        // where many steps are one call: as many microseconds or more
+constexpr int64_t kRepeatedBytes = int64_t(1) << 20;  // of input: where it is one launch per step, each gathers it
 constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input that are gathered at a time
 
 // What the optimizer says now about the parameters that learn.
@@ -89,6 +93,24 @@ class Stepper {
     return loss;
   }
 
+  // What a captured step would do to which memory, beside what its arguments say.
+  py::bytes key() const {
+    const Update update = read_optimizer();
+    std::string key(reinterpret_cast<const char*>(update.hyperparameters.data()),
+                    update.hyperparameters.size() * sizeof(double));
+    const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
+    for (const int64_t place : update.learning) add(place);
+    for (const auto& tensors : {at::TensorList(parameters_), at::TensorList(update.momentum_buffers)})
+      for (const Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
+    return py::bytes(key);
+  }
+
+  // Throws if something speaks against a step with these now.
+  void check(const py::object& input, const py::object& target) const {
+    data(input, "input");
+    data(target, "target");
+  }
+
   // One loss for each epoch, the mean over its rows, or the sum. after_epoch(epoch, loss) is called after each.
   // None, and nothing done, unless is_current().
   std::optional<std::vector<double>> fit(const py::object& x, const py::object& y, int64_t epochs, int64_t batch_size,
@@ -103,8 +125,7 @@ class Stepper {
     const py::gil_scoped_release no_gil;
     Clock::time_point last = Clock::now();
     bool first = true;
-    const auto train = [&](const Tensor& x, const Tensor& y) {
-      const Tensor loss = run(x, y, update);
+    const auto after_steps = [&] {
       if (first) {
         const py::gil_scoped_acquire gil;
         keep_fresh_buffers(update);
@@ -117,11 +138,35 @@ class Stepper {
         const py::gil_scoped_acquire gil;
         if (PyErr_CheckSignals()) throw py::error_already_set();
       }
+    };
+    const auto train = [&](const Tensor& x, const Tensor& y) {
+      const Tensor loss = run(x, y, update);
+      after_steps();
       return loss;
     };
+    // The first step has a dampening of its own.
+    const auto train_many = [&](const Tensor& x, const Tensor& y, const std::optional<Tensor>& order) {
+      const int64_t rows = order ? order->size(0) : x.size(0);
+      std::vector<Tensor> found;
+      for (int64_t begin = 0, size = 0; begin < rows; begin += size) {
+        size = std::min(rows - begin, (first ? 1 : kStepsBetweenSignals) * batch_size);
+        const auto part = [&](const Tensor& t) { return t.narrow(0, begin, size); };
+        found.push_back(order ? run_many(x, y, part(*order), batch_size, update)
+                              : run_many(part(x), part(y), std::nullopt, batch_size, update));
+        after_steps();
+      }
+      return found;
+    };
+    const bool repeats = one_batch && after_epoch.is_none() && 0 < input.size(0);
+    if (input.is_cuda() && repeats && static_cast<int64_t>(input.nbytes()) <= kRepeatedBytes) {
+      batch_size = input.size(0);
+      return train_epochs_at_once(input, target, epochs, train_many);
+    }
     for (int64_t epoch = 0; epoch < epochs; ++epoch) {
-      const double loss =
-          one_batch ? value(train(input, target)) : train_epoch(input, target, batch_size, shuffle, generator, train);
+      const double loss = one_batch ? value(train(input, target))
+                          : input.is_cuda()
+                              ? train_epoch_at_once(input, target, batch_size, shuffle, generator, train_many)
+                              : train_epoch(input, target, batch_size, shuffle, generator, train);
       losses.push_back(loss);
       if (after_epoch.is_none()) continue;
       const py::gil_scoped_acquire gil;
@@ -134,6 +179,43 @@ class Stepper {
   Tensor run(const Tensor& input, const Tensor& target, const Update& update) const {
     return mlp_sgd_step_(input, target, parameters_, update.momentum_buffers, activations_, loss_, reduction_,
                          loss_weight_, ignore_index_, label_smoothing_, update.learning, update.hyperparameters);
+  }
+
+  Tensor run_many(const Tensor& input, const Tensor& target, const std::optional<Tensor>& order, int64_t batch_size,
+                  const Update& update) const {
+    return mlp_sgd_steps_(input, target, parameters_, update.momentum_buffers, activations_, loss_, reduction_,
+                          loss_weight_, ignore_index_, label_smoothing_, update.learning, update.hyperparameters, order,
+                          batch_size);
+  }
+
+  // As train_epoch, for a device that does many steps at once.
+  template <class TrainMany>
+  double train_epoch_at_once(const Tensor& input, const Tensor& target, int64_t batch_size, bool shuffle,
+                             const std::optional<at::Generator>& generator, const TrainMany& train_many) const {
+    const int64_t rows = input.size(0);
+    if (rows == 0) return reduction_ == "mean" ? std::numeric_limits<double>::quiet_NaN() : 0;
+    std::optional<Tensor> order;
+    if (shuffle) order = at::randperm(rows, generator, at::dtype(at::kLong)).to(input.device());
+    const Tensor losses = at::cat(train_many(input, target, order)).to(at::kCPU, at::kDouble);
+    double total = 0;
+    for (int64_t i = 0; i < losses.size(0); ++i)
+      total +=
+          losses.const_data_ptr<double>()[i] * (reduction_ == "mean" ? std::min(batch_size, rows - i * batch_size) : 1);
+    return reduction_ == "mean" ? total / rows : total;
+  }
+
+  // All epochs, each of one batch: an order that has the rows again and again.
+  template <class TrainMany>
+  static std::vector<double> train_epochs_at_once(const Tensor& input, const Tensor& target, int64_t epochs,
+                                                  const TrainMany& train_many) {
+    const int64_t rows = input.size(0), places = kShuffledBytes / static_cast<int64_t>(sizeof(int64_t));
+    const int64_t most = std::min({epochs, kStepsBetweenSignals, std::max<int64_t>(1, places / rows)});
+    const Tensor order = at::arange(rows, input.options().dtype(at::kLong)).repeat({most});
+    std::vector<Tensor> losses;
+    for (int64_t epoch = 0; epoch < epochs; epoch += most)
+      losses.push_back(at::cat(train_many(input, target, order.narrow(0, 0, std::min(most, epochs - epoch) * rows))));
+    const Tensor all = at::cat(losses).to(at::kCPU, at::kDouble);
+    return {all.const_data_ptr<double>(), all.const_data_ptr<double>() + epochs};
   }
 
   // The batches of an eager loop that draws torch.randperm(n, generator=generator), the last one maybe short.
@@ -293,6 +375,8 @@ void bind_stepper(py::module_& m) {
            py::arg("loss_weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("optimizer"),
            py::arg("watch"))
       .def("is_current", &Stepper::is_current)
+      .def("key", torch::wrap_pybind_function(&Stepper::key))
+      .def("check", torch::wrap_pybind_function(&Stepper::check), py::arg("input"), py::arg("target"))
       .def("step", torch::wrap_pybind_function(&Stepper::step), py::arg("input"), py::arg("target"))
       .def("fit", torch::wrap_pybind_function(&Stepper::fit), py::arg("input"), py::arg("target"), py::arg("epochs"),
            py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("after_epoch"));

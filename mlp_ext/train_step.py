@@ -24,6 +24,7 @@ from mlp_ext import _C
 from mlp_ext.fuse import chains
 from mlp_ext.nn import DTYPES, FusedActivation, LinearAct, type_name
 from mlp_ext.sequential import Sequential
+from mlp_ext.step_graph import graphed
 
 LOSSES: dict[type[nn.Module], str] = {  # and what csrc/losses.h calls them
     nn.MSELoss: "mse",
@@ -73,7 +74,11 @@ class TrainStep:
         self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
         self._parts = (model, criterion, optimizer)
-        self._stepper = _read(*self._parts)
+        self._read()
+
+    def _read(self) -> None:
+        self._stepper, widths = _read(*self._parts)
+        self._step = graphed(self._stepper, widths, self._parts[2])
 
     def __reduce__(self) -> tuple[type[TrainStep], tuple[Any, ...]]:
         return type(self), self._parts
@@ -89,8 +94,8 @@ class TrainStep:
         nn.BCELoss that are no probabilities, and where input or target requires a gradient, nothing
         learns, or autocast or inference_mode is on.
         """
-        while (loss := self._stepper.step(input, target)) is None:
-            self._stepper = _read(*self._parts)
+        while (loss := self._step(input, target)) is None:
+            self._read()
         return loss
 
     def fit(
@@ -127,7 +132,7 @@ class TrainStep:
         with _progress(epochs) if progress else nullcontext() as after_epoch:
             options = (epochs, batch_size, shuffle, generator, after_epoch)
             while (losses := self._stepper.fit(input, target, *options)) is None:
-                self._stepper = _read(*self._parts)
+                self._read()
         return torch.tensor(losses, dtype=torch.promote_types(input.dtype, torch.float32))
 
 
@@ -157,7 +162,10 @@ class _Reading:
         self.sizes.append((container, len(container)))
 
 
-def _read(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer) -> _C.Stepper:
+def _read(
+    model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[_C.Stepper, list[int]]:
+    """The Stepper, and the widths of the model, input first."""
     reading = _Reading()
     _read_module("model", model, reading)
     if not reading.layers:
@@ -167,7 +175,9 @@ def _read(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimiz
     groups = _read_optimizer(optimizer, parameters, reading)
     activations = [layer.activation or "identity" for layer in reading.layers]
     watch = _C.Watch(reading.watched, reading.sizes)
-    return _C.Stepper(parameters, groups, activations, *loss, optimizer, watch)
+    weights = [layer.parameters[0] for layer in reading.layers]
+    widths = [weights[0].shape[-1], *(weight.shape[0] for weight in weights)]
+    return _C.Stepper(parameters, groups, activations, *loss, optimizer, watch), widths
 
 
 # Of a module or an optimizer: what is called beside its own code, and what replaces that code.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_kernels import CSRC, Runner, compile_all, linear_act
+from cuda_steps import Training, assert_trains_as_torch, model_of_cuda
 from references import assert_matches_native
 from shapes import Shape, grad_output, operands
 from torch import Tensor
@@ -41,8 +42,13 @@ def source(header: str) -> str:
     return (CSRC / "cuda" / header).read_text()
 
 
-FAMILIES = {"small.cuh": "small", "tall.cuh": "tall", "pointwise.cuh": "passes"}
-ENTRIES = {"small": "small", "tall": "tall", "passes": "pointwise"}
+FAMILIES = {
+    "small.cuh": "small",
+    "tall.cuh": "tall",
+    "pointwise.cuh": "passes",
+    "step.cuh": "step",
+}
+ENTRIES = {"small": "small", "tall": "tall", "passes": "pointwise", "step": "step"}
 BARRIER = re.compile(r"__(?:syncthreads|threadfence)\(\);|__syncthreads_or\((\w+)\)")
 
 
@@ -88,6 +94,20 @@ BOUNDS = [
     ),
     ("pointwise.cuh", "part < gridDim.y;", "part <= gridDim.y;"),
     ("pointwise.cuh", "gridDim.y - 1) == gridDim.y - 1;", "gridDim.y - 1) == 0;"),
+    ("step.cuh", "w < kWarps;", "w + 1 < kWarps;"),
+    ("step.cuh", "i < layer.N * columns;", "i <= layer.N * columns;"),
+    ("step.cuh", "smaller(row + i * down, a.count - 1)", "smaller(row + i * down, a.count)"),
+    ("step.cuh", "smaller(column + i * across, b.count - 1)", "(column + i * across)"),
+    ("step.cuh", "k < depth;", "k + 1 < depth;"),
+    ("step.cuh", "row + i * down < a.count &&", "row + i * down <= a.count &&"),
+    ("step.cuh", "column + j * across < b.count)", "column + j * across <= b.count)"),
+    ("step.cuh", "m < count; m += kThreads", "m <= count; m += kThreads"),
+    ("step.cuh", "i < rows * layer.N;", "i <= rows * layer.N;"),
+    ("step.cuh", "if (m >= rows) return 0;", "if (m > rows) return 0;"),
+    ("step.cuh", "threadIdx.x < kStepRows)", "threadIdx.x + 1 < kStepRows)"),
+    ("step.cuh", "i < rows * lowest.K;", "i <= rows * lowest.K;"),
+    ("step.cuh", "rows, m0 == 0, chip", "rows, true, chip"),
+    ("step.cuh", "begin + f.batch >= f.rows;", "begin + f.batch > f.rows;"),
     ("problem.cuh", "aligned(m.data, 16) && ", ""),
     ("problem.cuh", "m.stride % kVector<S> == 0 && ", ""),
     ("problem.cuh", " && columns % kVector<S> == 0;", ";"),
@@ -140,7 +160,18 @@ CASES = {
 }
 
 
+STEPS = [
+    Training((3, 17, 5), 66, 33),
+    Training((4, 33, 17), 30, 30),
+    Training((2, 3), 40, 36, "cross_entropy"),
+]
+
+
 def check(library: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family == "step":
+        for training in STEPS:
+            assert_trains_as_torch(model_of_cuda(ctypes.CDLL(str(library))), training)
+        return
     run = Runner(ctypes.CDLL(str(library)), processors=1)
     monkeypatch.setattr(mlp_ext, "linear_act", linear_act(family, run))
     for shape, before, between in CASES[family]:

@@ -128,7 +128,9 @@ def test_kernels_fit_any_number_of_processors(
 
 def test_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    program = compile_all(tmp_path / "kernels", ["small", "tall", "pointwise", "main"], *flags)
+    program = compile_all(
+        tmp_path / "kernels", ["small", "tall", "pointwise", "step", "main"], *flags
+    )
     # Fibers have stacks of their own, and a kernel's run is not to be followed to its end.
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
     done = subprocess.run(
@@ -140,4 +142,4 @@ def test_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert done.stdout == f"{6 * 3 * 4 * 2} runs\n"
+    assert done.stdout == f"{7 * 3 * 4 * 2} runs\n"

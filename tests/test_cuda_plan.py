@@ -89,3 +89,34 @@ def test_plan_gives_a_reason_for_each_path() -> None:
     chosen = plan(65536, 64, 64)
     assert chosen["forward_reason"].startswith("by count: ")
     assert chosen["backward_reason"].startswith("by count: ")
+
+
+H100 = 227 * 1024  # bytes of shared memory that a block may have
+A100 = 163 * 1024
+
+
+@pytest.mark.parametrize(
+    ("widths", "batch", "dtype", "shared", "path", "reason"),
+    [
+        ([10, 5, 1], 10, "float32", H100, "one_block", "one launch instead of"),
+        ([30, 64, 32, 1], 32, "bfloat16", A100, "one_block", "one launch instead of"),
+        ([64, 128], 64, "float32", A100, "one_block", "one launch instead of"),  # 2^19 products
+        ([64, 128], 65, "float32", A100, "layers", "one processor takes longer"),
+        ([64, 128], 64, "float64", A100, "layers", "does not fit on chip"),
+        ([64, 128], 64, "float64", H100, "one_block", "one launch instead of"),
+        ([784, 30, 10], 10, "float32", H100, "layers", "does not fit on chip"),
+        ([784, 128, 10], 32, "float32", H100, "layers", "one processor takes longer"),
+        ([2] * 9, 4, "float32", H100, "one_block", "one launch instead of"),
+        ([2] * 10, 4, "float32", H100, "layers", "more layers than"),
+        ([2, 0, 3], 4, "float32", H100, "layers", "nothing to launch for"),
+        ([2, 3], 0, "float32", H100, "layers", "nothing to launch for"),
+        ([2**31, 2**31], 2**31, "float32", H100, "layers", "one processor takes longer"),
+    ],
+)
+def test_step_plan_takes_the_path_of_the_net(
+    widths: list[int], batch: int, dtype: str, shared: int, path: str, reason: str
+) -> None:
+    chosen = _C.cuda_step_plan(widths, batch, dtype, 90, shared)
+    assert chosen["path"] == path
+    assert reason in chosen["reason"]
+    assert _C.cuda_step_plan(widths, batch, dtype, 75, shared)["path"] == "layers"

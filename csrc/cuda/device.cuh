@@ -16,6 +16,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__CUDACC__) && defined(NDEBUG)  // without it <cassert> declares the same
+extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned line,
+                                                  const char* function) noexcept __attribute__((__noreturn__));
+#endif
+
 namespace mlp_ext::cuda {
 
 using BFloat16 = __nv_bfloat16;
@@ -47,6 +52,13 @@ struct alignas(V * sizeof(S) < 16 ? V * sizeof(S) : 16) Vector {
 };
 
 #if defined(__CUDACC__)
+// As torch's kernels do, which assert also with NDEBUG: the error is "device-side assert triggered".
+__device__ inline void device_assert(bool holds, const char* what) {
+#if defined(__CUDA_ARCH__)
+  if (!holds) __assert_fail(what, __FILE__, __LINE__, "mlp_ext");
+#endif
+}
+
 template <class T>
 using Pointer = T*;
 
@@ -81,6 +93,10 @@ class SharedMemory {
 using model::aligned;
 using model::Pointer;
 using model::SharedMemory;
+
+inline void device_assert(bool holds, const char* what) {
+  if (!holds) model::fault(std::string("not ") + what);
+}
 
 template <int V, class S>
 Vector<std::remove_const_t<S>, V> load(const Pointer<S>& p) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/plan.h"
+#include "sgd.h"
 
 namespace mlp_ext::cuda {
 
@@ -48,6 +49,37 @@ struct BackwardProblem {
   void* db;           // [N] or nullptr
 };
 
+// Training steps: batch i has the rows of order from i batch on, the last one maybe fewer.
+struct StepParameterProblem {       // contiguous
+  void* value = nullptr;            // nullptr: there is none
+  void* momentum_buffer = nullptr;  // where it learns with momentum
+  Sgd sgd = {};
+  bool learns = false;
+};
+struct StepLayerProblem {
+  int64_t K, N;
+  size_t activation;
+  StepParameterProblem weight, bias;  // [N, K], [N]
+};
+struct StepsProblem {
+  DType dtype;
+  int64_t rows, batch;
+  const int64_t* order;  // [rows], places among the rows of x; nullptr: as they lie
+  int64_t input_rows;
+  ConstMatrix x;  // [input_rows, K]
+  size_t loss;    // its place in Losses
+  bool mean;
+  ConstMatrix target;      // [input_rows, N]; unread with classes
+  const int64_t* classes;  // [input_rows] or nullptr
+  int64_t classes_stride;
+  const void* loss_weight;  // [N] or nullptr
+  int64_t ignore_index;
+  double label_smoothing;
+  void* losses;  // [steps]
+  int64_t layers, lowest_learning;
+  StepLayerProblem layer[kStepLayers];
+};
+
 // Whole problems. A workspace has as many bytes as the function above says, of any content.
 cudaError_t launch_small_forward(const ForwardProblem& problem, const Gpu& gpu);
 cudaError_t launch_small_backward(const BackwardProblem& problem, const Gpu& gpu);
@@ -55,6 +87,8 @@ cudaError_t launch_small_backward(const BackwardProblem& problem, const Gpu& gpu
 cudaError_t launch_tall_forward(const ForwardProblem& problem, const Gpu& gpu);
 int64_t tall_backward_bytes(const BackwardProblem& problem, const Gpu& gpu);
 cudaError_t launch_tall_backward(const BackwardProblem& problem, void* workspace, const Gpu& gpu);
+
+cudaError_t launch_sgd_steps(const StepsProblem& problem, const Gpu& gpu);
 
 // On the tensor cores of compute capability 9.0, bfloat16 or float16. All rows are whole multiples of 16 bytes and
 // begin at such.

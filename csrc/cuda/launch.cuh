@@ -7,21 +7,26 @@
 
 namespace mlp_ext::cuda {
 
+// f(S()) for the dtype.
+template <class F>
+auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float());
+    case DType::float64:
+      return f(double());
+    case DType::bfloat16:
+      return f(BFloat16());
+    default:
+      return f(Half());
+  }
+}
+
 // f(S(), Act()) for the dtype and activation of a problem.
 template <class Problem, class F>
 auto with_types(const Problem& problem, const F& f) {
-  return visit_activation(problem.activation, [&](auto act) {
-    switch (problem.dtype) {
-      case DType::float32:
-        return f(float(), act);
-      case DType::float64:
-        return f(double(), act);
-      case DType::bfloat16:
-        return f(BFloat16(), act);
-      default:
-        return f(Half(), act);
-    }
-  });
+  return visit_activation(problem.activation,
+                          [&](auto act) { return with_dtype(problem.dtype, [&](auto s) { return f(s, act); }); });
 }
 
 template <class S>

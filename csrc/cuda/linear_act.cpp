@@ -7,57 +7,16 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <limits>
 
 #include "activations.h"
-#include "cuda/kernels.h"
+#include "cuda/tensors.h"
 
 namespace mlp_ext::cuda {
 
 namespace {
-
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kDouble:
-      return DType::float64;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    default:  // the checks let no other pass
-      return DType::float16;
-  }
-}
-
-// The tensors' device is the current one; the products called below have the operands' dtype, whatever autocast says.
-struct Guard {
-  explicit Guard(const at::Tensor& t) : device(t.device()) {}
-  c10::cuda::CUDAGuard device;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCUDA};
-};
-
-// [*, columns] as [M, columns] of unit-stride rows; copied only where it does not lie so.
-at::Tensor as_rows(const at::Tensor& t, int64_t M, int64_t columns) {
-  const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
-  return unit_stride ? t : t.contiguous().view({M, columns});
-}
-
-ConstMatrix matrix(const at::Tensor& t) {
-  return t.defined() ? ConstMatrix{t.const_data_ptr(), t.stride(0)} : ConstMatrix();
-}
-
-// A workspace. The caching allocator keeps it for this stream.
-at::Tensor bytes(int64_t size, const at::Tensor& like) {
-  return size > 0 ? at::empty({size}, like.options().dtype(at::kByte)) : at::Tensor();
-}
-
-void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
 
@@ -67,22 +26,10 @@ at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, colum
   return at::empty(sizes, t.options().memory_format(std::nullopt));
 }
 
-int attribute(cudaDeviceAttr which) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
-  return value;
-}
-
-Gpu gpu() {
-  return {c10::cuda::getCurrentCUDAStream(), attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-}
-
 Plan plan(int64_t M, int64_t K, int64_t N, const at::Tensor& t, std::string_view activation, bool aligned) {
-  const int arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   const bool tf32 = precision == at::Float32Precision::TF32;
-  return make_plan({M, K, N, dtype_of(t), activation, arch, tf32, aligned, MLP_EXT_CUTLASS});
+  return make_plan({M, K, N, dtype_of(t), activation, arch(), tf32, aligned, MLP_EXT_CUTLASS});
 }
 
 // Whether rows are whole multiples of 16 bytes, begin at such, and do not overlap.

@@ -109,8 +109,8 @@ constexpr EpilogueRow kEpilogues[] = {
     {Epilogue::pass, [](const Case&) { return true; }, "none: one pass in place"},
 };
 
-template <class R, int n>
-constexpr const R& first_row(const R (&rows)[n], const Case& c) {
+template <class R, int n, class C>
+constexpr const R& first_row(const R (&rows)[n], const C& c) {
   int i = 0;
   while (!rows[i].applies(c)) ++i;  // the last row always does
   return rows[i];
@@ -125,6 +125,73 @@ struct Plan {
 constexpr Plan make_plan(const Case& c) {
   const Row &forward = first_row(kForward, c), &backward = first_row(kBackward, c);
   return {forward.path, backward.path, forward.reason, backward.reason, first_row(kEpilogues, c).epilogue};
+}
+
+// ---- A whole training step ----
+
+enum class StepPath {
+  one_block,  // all of it, and many of them, in one launch: step.cuh
+  layers,     // the layers' kernels, torch's loss and update
+};
+constexpr const char* step_path_name(StepPath path) { return path == StepPath::one_block ? "one_block" : "layers"; }
+
+constexpr int kStepLayers = 8;  // fit the kernel's argument
+constexpr int kStepRows = 32;   // on chip at a time
+// By count: three times as many products, at 32 a cycle, take 30 us, as long as the two dozen launches of the layers.
+constexpr double kStepProducts = 1 << 19;
+
+// On chip, of a row as wide: the bias beside W, a one beside x; odd, so that neighbouring rows begin in other banks.
+constexpr int64_t step_row_stride(int64_t width) { return (width + 1) | 1; }
+
+struct StepCase {
+  const int64_t* widths;  // [layers + 1]: K, and N of each layer
+  int64_t layers;
+  int64_t batch;  // rows of a step
+  DType dtype;
+  int arch;
+  int64_t shared;  // bytes of shared memory that a block may have
+};
+
+constexpr bool few_step_products(const StepCase& c) {
+  double products = 0;
+  for (int64_t l = 0; l < c.layers; ++l)
+    products += static_cast<double>(c.batch) * static_cast<double>(c.widths[l]) * static_cast<double>(c.widths[l + 1]);
+  return products <= kStepProducts;
+}
+// Weights and their gradients, a few rows of each width, and what rounding the pieces up and sums of warps add.
+constexpr int64_t step_shared_bytes(const StepCase& c) {
+  int64_t elements = kStepRows * step_row_stride(c.widths[c.layers]);
+  for (int64_t l = 0; l < c.layers; ++l) elements += (2 * c.widths[l + 1] + kStepRows) * step_row_stride(c.widths[l]);
+  return elements * accumulator_size(c.dtype) + 256;
+}
+constexpr bool step_is_empty(const StepCase& c) {
+  int64_t least = c.batch;
+  for (int64_t l = 0; l <= c.layers; ++l) least = c.widths[l] < least ? c.widths[l] : least;
+  return least == 0;
+}
+
+struct StepRow {
+  StepPath path;
+  bool (*applies)(const StepCase&);
+  const char* reason;
+};
+constexpr StepRow kSteps[] = {
+    {StepPath::layers, [](const StepCase& c) { return c.arch < 80; }, "not built for it"},
+    {StepPath::layers, [](const StepCase& c) { return step_is_empty(c); }, "nothing to launch for"},
+    {StepPath::layers, [](const StepCase& c) { return c.layers > kStepLayers; }, "more layers than an argument holds"},
+    {StepPath::layers, [](const StepCase& c) { return !few_step_products(c); },
+     "by count: one processor takes longer than two dozen launches"},
+    {StepPath::layers, [](const StepCase& c) { return step_shared_bytes(c) > c.shared; }, "does not fit on chip"},
+    {StepPath::one_block, [](const StepCase&) { return true; }, "by count: one launch instead of two dozen"},
+};
+
+struct StepPlan {
+  StepPath path;
+  const char* reason;
+};
+constexpr StepPlan make_step_plan(const StepCase& c) {
+  const StepRow& row = first_row(kSteps, c);
+  return {row.path, row.reason};
 }
 
 }  // namespace mlp_ext::cuda

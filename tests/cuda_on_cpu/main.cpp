@@ -4,7 +4,7 @@
 
 #include "run.h"
 
-#define KERNELS(X) X(small_forward) X(small_backward) X(tall_forward) X(tall_backward) X(bias_act) X(grad_z)
+#define KERNELS(X) X(small_forward) X(small_backward) X(tall_forward) X(tall_backward) X(bias_act) X(grad_z) X(sgd_step)
 #define DECLARE(name) extern "C" const char* name##_on_cpu(const Problem*);
 KERNELS(DECLARE)
 

@@ -1,0 +1,68 @@
+// Tensors to what the kernels take; the device to launch on.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/kernels.h"
+
+namespace mlp_ext::cuda {
+
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:  // the checks let no other pass
+      return DType::float16;
+  }
+}
+
+// The tensors' device is the current one; the products called below have the operands' dtype, whatever autocast says.
+struct Guard {
+  explicit Guard(const at::Tensor& t) : device(t.device()) {}
+  c10::cuda::CUDAGuard device;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCUDA};
+};
+
+// [*, columns] as [M, columns] of unit-stride rows; copied only where it does not lie so.
+inline at::Tensor as_rows(const at::Tensor& t, int64_t M, int64_t columns) {
+  const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
+  return unit_stride ? t : t.contiguous().view({M, columns});
+}
+
+inline ConstMatrix matrix(const at::Tensor& t) {
+  return t.defined() ? ConstMatrix{t.const_data_ptr(), t.stride(0)} : ConstMatrix();
+}
+
+// A workspace. The caching allocator keeps it for this stream.
+inline at::Tensor bytes(int64_t size, const at::Tensor& like) {
+  return size > 0 ? at::empty({size}, like.options().dtype(at::kByte)) : at::Tensor();
+}
+
+inline void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+inline int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
+  return value;
+}
+
+inline Gpu gpu() {
+  return {c10::cuda::getCurrentCUDAStream(), attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
+
+// 10 major + minor.
+inline int arch() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+}
+
+}  // namespace mlp_ext::cuda

@@ -1,0 +1,165 @@
+"""On a GPU: whole training steps, in one block and layer by layer, many at once, and as a graph."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from cuda_steps import OPTIONS, PLAIN, Data, Training, assert_trains_as_torch, model_of
+from shapes import DTYPES
+from test_sgd_steps import OP, arguments
+from torch import Tensor, nn
+
+from mlp_ext import _C
+from mlp_ext.step_graph import WARM_UPS, StepGraph
+
+if not torch.cuda.is_available():
+    pytest.skip("torch finds no cuda device here", allow_module_level=True)
+
+pytestmark = pytest.mark.cuda
+
+STEP = torch.ops.mlp_ext.mlp_sgd_step_.default
+close = torch.testing.assert_close
+
+# In one block; the last ones layer by layer: too many products, too many layers.
+ONE_BLOCK = [
+    Training((1, 1), 1, 1),
+    Training((10, 5, 1), 10, 10),
+    Training((3, 17, 5), 33, 14),
+    Training((33, 64, 20, 7), 700, 70),
+    Training((64, 128), 64, 64),  # more than 48 KiB of shared memory
+    Training((5, 4, 3), 12, 5, bias=False),
+]
+LAYERS = [Training((64, 300, 10), 200, 200), Training((4,) + (3,) * 9, 9, 4)]
+
+
+def on_gpu(value: Any) -> Any:
+    if isinstance(value, list):
+        return [on_gpu(v) for v in value]
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+def run(t: Training, data: Data, parameters: list[Tensor], buffers: list[Tensor | None]) -> Tensor:
+    there = {name: on_gpu(v) for name, v in arguments(t, data, parameters, buffers).items()}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # nothing waits
+    losses: Tensor = OP(**there)
+    torch.cuda.set_sync_debug_mode("default")
+    kept = [b for b in buffers if b is not None]
+    changed = chain(there["parameters"], there["momentum_buffers"])
+    for here, value in zip([*parameters, *kept], changed, strict=True):
+        here.copy_(value)
+    return losses.cpu()
+
+
+def test_shapes_here_take_each_path() -> None:
+    arch = 10 * torch.cuda.get_device_capability()[0]
+    for path, trainings in (("one_block", ONE_BLOCK), ("layers", LAYERS)):
+        for t in trainings:
+            plan = _C.cuda_step_plan([*t.widths], t.batch, "float32", arch, 163 << 10)
+            assert plan["path"] == path, t
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [*ONE_BLOCK, *LAYERS], ids=str)
+def test_steps_match_torch(training: Training, dtype: torch.dtype) -> None:
+    assert_trains_as_torch(run, training._replace(dtype=dtype))
+
+
+SMALL = Training((6, 5, 4), 40, 36, hidden="tanh")
+MANY = Training((64, 300, 4), 240, 200, hidden="tanh")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "loss", ["mse", "bce", "bce_with_logits", "cross_entropy", "cross_entropy-soft"]
+)
+def test_losses_match_torch(loss: str, reduction: str) -> None:
+    for training in (SMALL, MANY):
+        options = {"lr": 0.01 if reduction == "mean" else 0.0001}
+        training = training._replace(loss=loss, reduction=reduction, options=options)
+        assert_trains_as_torch(run, training)
+        if loss.startswith("cross_entropy"):
+            assert_trains_as_torch(run, training._replace(weighted=True, smoothing=0.1))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_sgd_match_torch(options: str) -> None:
+    for training in (SMALL, MANY):
+        assert_trains_as_torch(run, training._replace(options=OPTIONS[options], frozen=(1,)))
+
+
+# ---- fit ----
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("training", [ONE_BLOCK[1], ONE_BLOCK[2], ONE_BLOCK[3], LAYERS[0]], ids=str)
+def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
+    x, y = (
+        torch.rand(training.rows, n, device="cuda")
+        for n in training.widths[:: len(training.widths) - 1]
+    )
+    nets = [model_of(training).cuda() for _ in range(2)]
+    optimizers = [
+        torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, dampening=0.2) for net in nets
+    ]
+    parameters = [*nets[0].parameters()]
+    activations = [*["relu"] * (len(training.widths) - 2), "identity"]
+    stepper = _C.Stepper(
+        parameters, [0] * len(parameters), activations, "mse", "mean", None, -100, 0.0,
+        optimizers[0], [], [],
+    )  # fmt: skip
+    drawn = [torch.Generator().manual_seed(5) for _ in nets]
+    found = stepper.fit(x, y, 3, training.batch, shuffle, drawn[0], None)
+    for epoch in range(3):
+        order = torch.arange(training.rows)
+        if shuffle:
+            order = torch.randperm(training.rows, generator=drawn[1])
+        total = 0.0
+        for rows in order.cuda().split(training.batch):
+            loss = nn.functional.mse_loss(nets[1](x[rows]), y[rows])
+            optimizers[1].zero_grad()
+            loss.backward()
+            optimizers[1].step()
+            total += loss.item() * len(rows)
+        close(found[epoch], total / training.rows, rtol=1e-4, atol=1e-5)
+    close([*nets[0].parameters()], [*nets[1].parameters()], rtol=1e-4, atol=1e-5)
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        buffers = [o.state[r]["momentum_buffer"] for o, r in zip(optimizers, (p, q), strict=True)]
+        close(*buffers, rtol=1e-4, atol=1e-5)
+
+
+# ---- graphs ----
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "cross_entropy"])
+@pytest.mark.parametrize("training", [SMALL, MANY], ids=["one block", "layers"])
+def test_a_graph_of_steps_is_the_steps(training: Training, loss: str) -> None:
+    """Also cross-entropy by classes, which asks the device for nothing."""
+    training = training._replace(loss=loss, shuffled=False, options=PLAIN)
+    given = []
+    for _ in range(2):
+        data = batch_of(training)
+        parameters = [p.detach().clone() for p in model_of(training).parameters()]
+        there = arguments(training, data, parameters, [None] * len(parameters))
+        for name in ("order", "batch_size"):
+            there.pop(name)
+        given.append({name: on_gpu(value) for name, value in there.items()})
+    graphed = StepGraph(
+        lambda input, target: STEP(**given[0] | {"input": input, "target": target}), lambda: 0
+    )
+    for _ in range(WARM_UPS + 5):
+        data = batch_of(training)
+        x, y = data.input.cuda(), data.target.cuda()
+        expected = STEP(**given[1] | {"input": x, "target": y})
+        assert torch.equal(graphed(x, y), expected)
+    for a, b in zip(given[0]["parameters"], given[1]["parameters"], strict=True):
+        assert torch.equal(a, b)
+
+
+def batch_of(t: Training) -> Data:
+    N = t.widths[-1]
+    target = torch.randint(N, (t.rows,)) if t.loss == "cross_entropy" else torch.rand(t.rows, N)
+    return Data(torch.randn(t.rows, t.widths[0]), target, None, None)
