@@ -67,7 +67,7 @@ build: $(VENV)/built
 
 # PATH, so that the environment's ninja is found.
 $(VENV)/built: $(VENV)/tools $(BUILT_FROM)
-	@echo "== compiling the extension (about two minutes the first time)"
+	@echo "== compiling the extension (about three minutes)"
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

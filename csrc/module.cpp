@@ -82,6 +82,18 @@ cuda::DType cuda_dtype(const std::string& name) {
   return dtypes.at(name);
 }
 
+py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads) {
+  int64_t products = 0;
+  for (size_t l = 1; l < widths.size(); ++l) products += widths[l - 1] * widths[l];
+  const int64_t widest = *std::max_element(widths.begin(), widths.end());
+  const cpu::StepPlan plan =
+      cpu::make_step_plan(batch, widest, products, widths.size() - 1, std::max<int64_t>(4, item_size), threads);
+  py::dict result;
+  result["path"] = plan.by_blocks ? "blocks" : "layers";
+  result["pieces"] = plan.pieces;
+  return result;
+}
+
 py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
                    bool tf32, bool aligned, bool cutlass) {
   const cuda::Plan plan = cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass});
@@ -126,6 +138,8 @@ PYBIND11_MODULE(_C, m) {
         "FLOP/s of float32 that the processor reaches in registers alone.");
   m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
         "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut.");
+  m.def("step_plan", step_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("threads"),
+        "The CPU plan of a training step: block by block of rows or layer by layer, the rows in how many pieces.");
   m.def("waiting_bytes", cpu::waiting_bytes, "Memory of freed results that waits for the next ones.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,

@@ -107,3 +107,21 @@ def test_plan_cuts_samples_of_narrow_layers() -> None:
 def test_plan_bounds_the_rows_of_16_bit_pieces() -> None:
     assert plan(65536, 512, 512, item_size=2)["forward"][0] == 65536 // 512
     assert plan(65536, 512, 512)["forward"][0] <= 2
+
+
+@pytest.mark.parametrize(
+    ("widths", "batch", "path", "pieces"),
+    [
+        ([10, 5, 1], 10, "blocks", 1),  # a thread would cost more than it takes over
+        ([64, 64, 64, 64, 64], 4096, "blocks", 2),
+        ([512, 512], 4096, "blocks", 2),
+        ([513, 8], 4096, "layers", 2),  # its rows are wider than a block's
+        ([784, 256, 10], 64, "layers", 2),
+        ([256, 256], 48, "layers", 2),  # too few rows for sums of each thread
+        ([512, 512, 512], 4096, "layers", 2),  # weights that no cache keeps
+        ([8] * 34, 10, "layers", 1),  # more layers than have a place
+    ],
+)
+def test_step_takes_its_path(widths: list[int], batch: int, path: str, pieces: int) -> None:
+    plan = _C.step_plan(widths, batch, item_size=4, threads=2)
+    assert plan == {"path": path, "pieces": pieces}
