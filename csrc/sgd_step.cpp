@@ -2,6 +2,7 @@
 // operations that serves devices without kernels of ours.
 #include "sgd_step.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -17,6 +18,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -89,6 +91,13 @@ void check_target(const Step& step, const at::Tensor& weight) {
   }
 }
 
+// That it can be updated in place, which later would be too late: other parameters have changed by then.
+void check_writable(const at::Tensor& t, const char* name) {
+  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), kOp, ": ", name,
+              " is an inference tensor, which cannot be updated");
+  if (!t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) at::assert_no_internal_overlap(t);
+}
+
 void set_hyperparameters(c10::SmallVector<StepLayer, 8>& layers, at::TensorList momentum_buffers,
                          at::IntArrayRef learning, at::ArrayRef<double> hyperparameters) {
   TORCH_CHECK(hyperparameters.size() == learning.size() * Sgd::size, kOp, ": hyperparameters must be ", Sgd::size,
@@ -106,6 +115,7 @@ void set_hyperparameters(c10::SmallVector<StepLayer, 8>& layers, at::TensorList 
                 ": learning must be rising places among ", all.size(), " parameters, got ", learning);
     last = place;
     StepParameter& p = *all[place];
+    check_writable(*p.value, "a parameter");
     const double* h = &hyperparameters[i * Sgd::size];
     p.sgd = Sgd{h[0], h[1], h[2], h[3], h[4] != 0, h[5] != 0};
     if (p.sgd->momentum == 0) continue;
@@ -116,6 +126,7 @@ void set_hyperparameters(c10::SmallVector<StepLayer, 8>& layers, at::TensorList 
     check_like(buffer, "a momentum buffer", *p.value);
     TORCH_CHECK(buffer.sym_sizes() == p.value->sym_sizes(), kOp, ": a momentum buffer must be ", p.value->sym_sizes(),
                 " like its parameter, got ", buffer.sym_sizes());
+    check_writable(buffer, "a momentum buffer");
     p.momentum_buffer = &buffer;
   }
   TORCH_CHECK(buffers == momentum_buffers.size(), kOp,
@@ -169,6 +180,10 @@ Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorLis
   }
   check_target(step, *step.layers.back().weight.value);
   set_hyperparameters(step.layers, momentum_buffers, learning, hyperparameters);
+  for (const int64_t place : learning)
+    for (const at::Tensor* t : {&input, &target})
+      TORCH_CHECK(!t->has_storage() || !parameters[place].has_storage() || !parameters[place].is_alias_of(*t), kOp,
+                  ": input and target must not share memory with a parameter that learns; pass a clone()");
   for (const StepLayer& layer : step.layers) {
     if (layer.weight.sgd || layer.bias.sgd) break;
     ++step.lowest_learning;

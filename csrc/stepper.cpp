@@ -93,9 +93,11 @@ class Stepper {
     return loss;
   }
 
-  // What a captured step would do to which memory, beside what its arguments say.
+  // What a captured step would do to which memory, beside what its arguments say; nothing while there is momentum that
+  // the optimizer does not have yet.
   py::bytes key() const {
     const Update update = read_optimizer();
+    if (!update.fresh.empty()) return py::bytes();
     std::string key(reinterpret_cast<const char*>(update.hyperparameters.data()),
                     update.hyperparameters.size() * sizeof(double));
     const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
@@ -263,7 +265,10 @@ class Stepper {
     const Tensor& t = THPVariable_Unpack(given.ptr());
     TORCH_CHECK_VALUE(!t.requires_grad(), "TrainStep: ", name, " requires a gradient, which a step does not compute; ",
                       "detach it, or use the eager loop");
-    TORCH_CHECK(!at::autocast::is_autocast_enabled(t.device().type()),
+    TORCH_CHECK(t.layout() == at::kStrided, "TrainStep: ", name, " must be dense, got ", t.layout(),
+                "; call its to_dense()");
+    const auto device = t.device().type();
+    TORCH_CHECK(!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device),
                 "TrainStep: autocast is enabled, and a step would not follow it; leave it, or use the eager loop");
     TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids");
     return t;
@@ -320,7 +325,11 @@ class Stepper {
     if (PyErr_Occurred()) throw py::error_already_set();
     if (!of_parameter) return {};
     PyObject* const buffer = PyDict_GetItemString(of_parameter, "momentum_buffer");
-    return buffer && buffer != Py_None ? THPVariable_Unpack(buffer) : Tensor();
+    if (!buffer || buffer == Py_None) return {};
+    TORCH_CHECK_TYPE(THPVariable_Check(buffer),
+                     "TrainStep: a momentum_buffer in optimizer.state must be a tensor, got ",
+                     Py_TYPE(buffer)->tp_name);
+    return THPVariable_Unpack(buffer);
   }
 
   void keep_fresh_buffers(Update& update) const {
@@ -331,7 +340,9 @@ class Stepper {
     for (size_t i = 0; i < update.learning.size() && fresh != update.fresh.end(); ++i) {
       if (update.hyperparameters[i * Sgd::size + 1] == 0) continue;
       if (buffer == *fresh) {
-        state[python_parameters_[update.learning[i]]]["momentum_buffer"] = py::cast(update.momentum_buffers[buffer]);
+        const py::object& parameter = python_parameters_[update.learning[i]];
+        if (!state.contains(parameter)) state[parameter] = py::dict();
+        state[parameter]["momentum_buffer"] = py::cast(update.momentum_buffers[buffer]);
         ++fresh;
       }
       ++buffer;

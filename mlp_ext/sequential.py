@@ -44,7 +44,7 @@ class Sequential(nn.Sequential):
             return _traced(self, input)
         plan = self.__dict__.get("_plan")
         if plan is None or not plan.watch.holds():
-            plan = self.__dict__["_plan"] = _Plan(self._modules)
+            plan = self.__dict__["_plan"] = _Plan(self)
         for call in plan.calls:
             input = call(input)
         return input
@@ -123,17 +123,19 @@ _HOOKS_OF_ALL: tuple[dict[int, Any], ...] = (
 class _Plan:
     """The calls of a Sequential, and a watch over whatever find_steps looked at for them."""
 
-    def __init__(self, modules: dict[str, Any]) -> None:
+    def __init__(self, model: Sequential) -> None:
+        modules: dict[str, Any] = model._modules
         children = [*modules.values()]
         self.calls: list[Callable[[Any], Any]] = []
         weights = []  # of one dtype in a run
         for places, activations in find_steps(children):
             layers: list[Any] = [children[place] for place in places]
             if activations:
-                operands = [layer.weight for layer in layers], [layer.bias for layer in layers]
-                function = partial(_call_mlp, *operands, activations)
-                self.calls.append(_C.Run(*operands, activations, function))
-                weights.append(layers[0].weight)
+                ws = [_held(layer, "weight") for layer in layers]
+                bs = [_held(layer, "bias") for layer in layers]
+                function = partial(_call_mlp, ws, bs, activations)
+                self.calls.append(_C.Run(ws, bs, activations, function))
+                weights.append(ws[0])
             else:
                 self.calls.append(layers[0])
 
@@ -141,12 +143,21 @@ class _Plan:
         named = [child._parameters for child in known]
         parts: list[dict[Any, Any]] = [modules, *named]
         items = [(d, key, value) for d in parts for key, value in d.items()]
-        # Hooks, buffers, children: what makes one of these longer or shorter is an addition.
-        attributes = [vars(child) for child in known]
-        dicts: list[dict[Any, Any]] = [*parts, *_HOOKS_OF_ALL, *attributes]
-        dicts += [d for a in attributes for d in a.values() if isinstance(d, dict)]
         types = [(value, type(value)) for _, _, value in items]
+        # Hooks, buffers, children: what makes one of these dicts longer or shorter is an addition,
+        # and each may be replaced by another, as del model[0] does.
+        attributes = [vars(child) for child in known]
+        owned = [(a, name, d) for a in attributes for name, d in a.items() if isinstance(d, dict)]
+        items += [(vars(model), "_modules", modules), *owned]
+        dicts: list[dict[Any, Any]] = [*parts, *_HOOKS_OF_ALL, *attributes]
+        dicts += [d for _, _, d in owned]
         self.watch = _C.Watch(items, [(d, len(d)) for d in dicts], types, weights)
+
+
+def _held(layer: nn.Module, name: str) -> Any:
+    """layer.name, but torch.fx, when it traces, makes no access of the model's of it."""
+    held = layer._parameters
+    return held[name] if name in held else getattr(layer, name)
 
 
 def _call_mlp(weights: Any, biases: Any, activations: Any, input: Any) -> Any:

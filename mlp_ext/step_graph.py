@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -66,8 +67,13 @@ class StepGraph:
         self._capture, self._warm_up = capture, warm_up
         self._calls: dict[Hashable, int] = {}  # of each key, the oldest first
         self._graphs: dict[Hashable, Step] = {}
+        self._lock = Lock()  # a graph has one input: threads take turns
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+        with self._lock:
+            return self._run(input, target)
+
+    def _run(self, input: Tensor, target: Tensor) -> Tensor:
         key = (_layout(input), _layout(target), self._key())
         if graph := self._graphs.get(key):
             return graph(input, target)
@@ -101,6 +107,7 @@ def graphed(
             torch.cuda.is_current_stream_capturing()
             or any(isinstance(v, Tensor) and v.is_cuda for v in settings)  # read by waiting for it
             or not stepper.is_current()
+            or not stepper.key()  # momentum begins with this step
             or _is_one_launch(widths, input)
         ):
             return stepper.step(input, target)

@@ -49,7 +49,8 @@ class TrainStep:
 
     with the model's own Parameters, which change in place, and the optimizer's own settings and
     momentum. So a scheduler, a checkpoint or an eager step in between go on as with torch alone.
-    One thing differs: gradients are not kept, and .grad stays as it is.
+    One thing differs: gradients are not kept, and .grad stays as it is. After model.to(dtype) the
+    optimizer's momentum must follow: optimizer.load_state_dict(optimizer.state_dict()).
 
     Stochastic gradient descent (Robbins and Monro, 1951), for each parameter p with gradient g and
     momentum buffer v (Polyak, 1964; Nesterov, 1983, in the form of Sutskever et al., ICML 2013):
@@ -78,6 +79,8 @@ class TrainStep:
 
     def _read(self) -> None:
         self._stepper, widths = _read(*self._parts)
+        if not self._stepper.is_current():
+            raise RuntimeError("TrainStep: model, criterion or optimizer changed while being read")
         self._step = graphed(self._stepper, widths, self._parts[2])
 
     def __reduce__(self) -> tuple[type[TrainStep], tuple[Any, ...]]:
@@ -154,6 +157,7 @@ class _Reading:
     layers: list[_Layer] = field(default_factory=list)
     watched: list[tuple[Any, Any, object]] = field(default_factory=list)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
+    types: list[tuple[object, type]] = field(default_factory=list)
 
     def watch(self, container: dict[Any, Any] | list[Any], keys: Iterable[Any]) -> None:
         self.watched += [(container, key, container[key]) for key in keys]
@@ -174,7 +178,7 @@ def _read(
     parameters = [p for layer in reading.layers for p in layer.parameters]
     groups = _read_optimizer(optimizer, parameters, reading)
     activations = [layer.activation or "identity" for layer in reading.layers]
-    watch = _C.Watch(reading.watched, reading.sizes)
+    watch = _C.Watch(reading.watched, reading.sizes, reading.types)
     weights = [layer.parameters[0] for layer in reading.layers]
     widths = [weights[0].shape[-1], *(weight.shape[0] for weight in weights)]
     return _C.Stepper(parameters, groups, activations, *loss, optimizer, watch), widths
@@ -197,6 +201,7 @@ _GLOBAL_HOOKS: dict[str, Any] = {
 def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Reading) -> None:
     """That `thing` runs as its class says."""
     own = vars(thing)
+    reading.types.append((thing, type(thing)))
     for name in hooks:
         if own[name]:
             _refuse(ValueError, f"{path} has {name.strip('_').replace('_', ' ')}")
@@ -206,6 +211,8 @@ def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Readin
         if name in own and not hasattr(own[name], "_wrapped_by_lr_sched"):
             _refuse(ValueError, f"{path} has a {name} of its own")
     reading.watch_size(own)
+    # A dict of children, Parameters or hooks may be replaced by another, as del model[0] does.
+    reading.watch(own, [name for name, value in own.items() if isinstance(value, dict)])
 
 
 def _is_chain(module: nn.Module) -> bool:
@@ -322,6 +329,9 @@ def _read_optimizer(
     reading.watch(groups, range(len(groups)))
     reading.watch_size(groups)
     for place, group in enumerate(groups):
+        if not isinstance(group["params"], list):
+            what = f"optimizer.param_groups[{place}]['params'] is a {type_name(group['params'])}"
+            _refuse(TypeError, what, "make it a list, as torch.optim.SGD does")
         if group["differentiable"]:
             _refuse(ValueError, f"optimizer.param_groups[{place}] is differentiable")
         reading.watch(group, ["params", "differentiable"])

@@ -201,7 +201,7 @@ class CpuStep {
       const StepLayer& layer = step_.layers[l];
       const at::Tensor& w = *layer.weight.value;
       const int64_t K = w.size(1), N = w.size(0);
-      const auto update_w = update(layer.weight), update_b = update(layer.bias);
+      const auto update_w = K ? update(layer.weight) : std::nullopt, update_b = update(layer.bias);
       at::Tensor dx;
       if (l > step_.lowest_learning) dx = empty_result({M_, K}, dtype);
       Backward b{M_,

@@ -1,0 +1,145 @@
+"""What is replaced, shared or broken under a TrainStep or a Sequential is noticed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import mlp_ext
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def append_pop_set(model: nn.Sequential) -> None:
+    model.append(nn.Tanh())
+    model.pop(3)  # replaces the dict of children
+    model[1] = nn.Tanh()
+
+
+def replace_parameters(model: nn.Sequential) -> None:
+    model[0].__dict__["_parameters"] = dict(nn.Linear(4, 3)._parameters)
+
+
+def replace_children(model: nn.Sequential) -> None:
+    model._modules = OrderedDict(nn.Sequential(nn.Linear(4, 2))._modules)
+
+
+@pytest.mark.parametrize("change", [append_pop_set, replace_parameters, replace_children])
+def test_replaced_dicts_are_noticed(change: Callable[[nn.Sequential], None]) -> None:
+    x, y = torch.randn(5, 4), torch.rand(5, 2)
+    stack = mlp_ext.fuse(network(), level="stack")
+    model = network()
+    step = mlp_ext.TrainStep(
+        model, nn.MSELoss(), torch.optim.SGD([*model.parameters(), torch.zeros(1)], lr=0.0)
+    )
+    stack(x)
+    step(x, y)
+    change(stack)
+    change(model)
+    torch.testing.assert_close(stack(x), nn.Sequential(*stack)(x))
+    if change is replace_children:  # the optimizer has none of the new parameters
+        with pytest.raises(ValueError, match="none of the model's parameters"):
+            step(x, y)
+    else:
+        torch.testing.assert_close(step(x, y), nn.MSELoss()(model(x), y).detach())
+
+
+def test_hooks_after_their_dict_was_replaced_are_called() -> None:
+    stack, x, calls = mlp_ext.fuse(network(), level="stack"), torch.randn(5, 4), []
+    stack(x)
+    stack[0]._forward_hooks = OrderedDict()
+    stack[0].register_forward_hook(lambda *_: calls.append(1))
+    stack(x)
+    assert calls
+
+
+def test_another_class_is_noticed() -> None:
+    model = network()
+    step = mlp_ext.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.0))
+    x, y = torch.randn(5, 4), torch.rand(5, 2)
+    step(x, y)
+    model[1].__class__ = nn.Tanh
+    torch.testing.assert_close(step(x, y), nn.MSELoss()(model(x), y).detach())
+
+
+def test_symbolic_trace_of_a_new_stack() -> None:
+    stack, x = mlp_ext.fuse(network(), level="stack"), torch.randn(5, 4)
+    assert torch.equal(torch.fx.symbolic_trace(stack)(x), stack(x))
+
+
+def test_bias_of_a_layer_without_inputs_learns() -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 600)).double()
+    eager = deepcopy(model)
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 600).double()
+    mlp_ext.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=1.0))(x, y)
+    nn.MSELoss()(eager(x), y).backward()
+    torch.optim.SGD(eager.parameters(), lr=1.0).step()
+    torch.testing.assert_close(model[1].bias, eager[1].bias)
+
+
+def overlapping(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    model[0].weight.data = torch.ones(1).expand(3, 4)
+
+
+def listed_momentum(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    optimizer.state[model[0].weight]["momentum_buffer"] = [1.0]
+
+
+def tuple_of_parameters(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (overlapping, "more than one element"),
+        (listed_momentum, "momentum_buffer in optimizer.state must be a tensor, got list"),
+        (tuple_of_parameters, r"param_groups\[0\]\['params'\] is a builtins.tuple"),
+    ],
+)
+def test_what_cannot_be_updated_changes_nothing(
+    breaks: Callable[[nn.Sequential, torch.optim.SGD], None], message: str
+) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+    breaks(model, optimizer)
+    before = deepcopy(model.state_dict())
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        step(torch.randn(5, 4), torch.rand(5, 2))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_inference_tensors_change_nothing() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    step = mlp_ext.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        step(torch.randn(4, 3), torch.randn(4, 2))
+    assert torch.equal(model.weight, before)
+
+
+def test_input_in_a_parameters_memory_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    step = mlp_ext.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="must not share memory with a parameter"):
+        step(model[1].weight.detach(), torch.randn(3, 3))
+
+
+def test_state_may_be_a_plain_dict() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state = {}
+    mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)(torch.randn(5, 4), torch.rand(5, 2))
+    assert len(optimizer.state) == 4
