@@ -17,20 +17,19 @@
 #include <ATen/ops/mse_loss_backward.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sigmoid.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "linear_act.h"
 #include "losses.h"
+#include "mlp.h"
 
 namespace mlp_ext {
 
 namespace {
 
 constexpr const char* kOp = "mlp_sgd_step_";
-std::string_view dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
 
 template <class... Loss>
 size_t loss_index(std::string_view name, TypeList<Loss...> losses) {
@@ -40,13 +39,6 @@ size_t loss_index(std::string_view name, TypeList<Loss...> losses) {
 }
 constexpr size_t kMSE = activation_index(MSE::name, Losses{}), kBCE = activation_index(BCE::name, Losses{}),
                  kCrossEntropy = activation_index(CrossEntropy::name, Losses{});
-
-void check_like(const at::Tensor& t, const char* name, const at::Tensor& input) {
-  TORCH_CHECK(t.device() == input.device(), kOp, ": ", name, " must be on ", input.device(), " to match input, got ",
-              t.device());
-  TORCH_CHECK_TYPE(t.scalar_type() == input.scalar_type(), kOp, ": ", name, " must be ",
-                   dtype_name(input.scalar_type()), " to match input, got ", dtype_name(t.scalar_type()));
-}
 
 // The layers of a list of parameters: a weight has two dimensions, and a bias after it one.
 c10::SmallVector<StepLayer, 8> layers_of(at::TensorList parameters, const c10::List<std::string>& activations) {
@@ -66,7 +58,7 @@ c10::SmallVector<StepLayer, 8> layers_of(at::TensorList parameters, const c10::L
   TORCH_CHECK(layers.size() == activations.size(), kOp, ": activations must be one for each of ", layers.size(),
               " layers, got ", activations.size());
   for (size_t l = 0; l < layers.size(); ++l) {
-    const std::string_view name = activations.get(l);
+    const std::string_view name = name_at(activations, l);
     layers[l].activation = activation_index(name);
     TORCH_CHECK_VALUE(layers[l].activation < Activations::size, kOp, ": activations must be among ", activation_names(),
                       ", got '", name, "'");
@@ -84,7 +76,7 @@ void check_target(const Step& step, const at::Tensor& weight) {
                 ": target must be [M=", input.sym_size(0), "] of classes to match input ", input.sym_sizes(), ", got ",
                 target.sym_sizes());
   } else {
-    check_like(target, "target", input);
+    check_like(kOp, target, "target", input, "input");
     TORCH_CHECK(target.dim() == 2 && target.sym_size(0) == input.sym_size(0) && target.sym_size(1) == N, kOp,
                 ": target must be [M=", input.sym_size(0), ", N=", N, "] to match the output, got ",
                 target.sym_sizes());
@@ -123,7 +115,7 @@ void set_hyperparameters(c10::SmallVector<StepLayer, 8>& layers, at::TensorList 
                 ": momentum_buffers must be one for each parameter that learns with momentum, got ",
                 momentum_buffers.size());
     const at::Tensor& buffer = momentum_buffers[buffers++];
-    check_like(buffer, "a momentum buffer", *p.value);
+    check_like(kOp, buffer, "a momentum buffer", *p.value, "input");
     TORCH_CHECK(buffer.sym_sizes() == p.value->sym_sizes(), kOp, ": a momentum buffer must be ", p.value->sym_sizes(),
                 " like its parameter, got ", buffer.sym_sizes());
     check_writable(buffer, "a momentum buffer");
@@ -149,19 +141,17 @@ Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorLis
             ignore_index,
             label_smoothing};
   TORCH_CHECK_VALUE(step.mean || reduction == "sum", kOp, ": reduction must be mean or sum, got '", reduction, "'");
-  const auto dtype = input.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, kOp,
-                   ": input must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+  check_dtype(kOp, input, "input");
   TORCH_CHECK(input.dim() == 2, kOp, ": input must be [M, K], got ", input.sym_sizes());
   auto width = input.sym_size(1);
   for (size_t l = 0; l < step.layers.size(); ++l) {
     const at::Tensor &weight = *step.layers[l].weight.value, *const bias = step.layers[l].bias.value;
-    check_like(weight, "a weight", input);
+    check_like(kOp, weight, "a weight", input, "input");
     TORCH_CHECK(weight.sym_size(1) == width, kOp, ": the weight of layer ", l, " must be [N, K=", width, "] to match ",
                 l ? "the layer before" : "input", ", got ", weight.sym_sizes());
     width = weight.sym_size(0);
     if (!bias) continue;
-    check_like(*bias, "a bias", input);
+    check_like(kOp, *bias, "a bias", input, "input");
     TORCH_CHECK(bias->sym_size(0) == width, kOp, ": the bias of layer ", l, " must be [N=", width,
                 "] to match its weight, got ", bias->sym_sizes());
   }
@@ -170,7 +160,7 @@ Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorLis
     TORCH_CHECK_VALUE(0 <= label_smoothing && label_smoothing <= 1, kOp, ": label_smoothing must be from 0 to 1, got ",
                       label_smoothing);
     if (step.loss_weight) {
-      check_like(*step.loss_weight, "loss_weight", input);
+      check_like(kOp, *step.loss_weight, "loss_weight", input, "input");
       TORCH_CHECK(step.loss_weight->dim() == 1 && step.loss_weight->sym_size(0) == width, kOp,
                   ": loss_weight must be [N=", width, "], one for each class, got ", step.loss_weight->sym_sizes());
     }
