@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/randperm.h>
 #include <ATen/ops/stack.h>
@@ -17,7 +18,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <chrono>
-#include <limits>
+#include <utility>
 
 #include "sgd_step.h"
 #include "watch.h"
@@ -37,15 +38,16 @@ constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input that are gathe
 
 // What the optimizer says now about the parameters that learn.
 struct Update {
+  struct Fresh {  // a momentum buffer that the optimizer does not have yet: its first step goes without dampening
+    size_t place, buffer;  // of its parameter in learning; among momentum_buffers
+    double dampening;      // of the steps that follow
+  };
   c10::SmallVector<int64_t, 16> learning;
   c10::SmallVector<double, 16 * Sgd::size> hyperparameters;
   c10::SmallVector<Tensor, 16> momentum_buffers;
-  c10::SmallVector<size_t, 16> fresh;  // places among momentum_buffers of those that the optimizer does not have yet
+  c10::SmallVector<Fresh, 16> fresh;
 
-  // After the first step, whose dampening is 0: those of the steps that follow.
-  void set_dampening(const std::vector<double>& dampening) {
-    for (size_t i = 0; i < learning.size(); ++i) hyperparameters[i * Sgd::size + 2] = dampening[i];
-  }
+  double& dampening(size_t place) { return hyperparameters[place * Sgd::size + 2]; }
 };
 
 class Stepper {
@@ -95,9 +97,9 @@ class Stepper {
 
   // What a captured step would do to which memory, beside what its arguments say; nothing while there is momentum that
   // the optimizer does not have yet.
-  py::bytes key() const {
+  std::optional<py::bytes> key() const {
     const Update update = read_optimizer();
-    if (!update.fresh.empty()) return py::bytes();
+    if (!update.fresh.empty()) return std::nullopt;
     std::string key(reinterpret_cast<const char*>(update.hyperparameters.data()),
                     update.hyperparameters.size() * sizeof(double));
     const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
@@ -121,7 +123,6 @@ class Stepper {
     if (!is_current()) return std::nullopt;
     const Tensor &input = data(x, "input"), &target = data(y, "target");
     Update update = read_optimizer();
-    const std::vector<double> dampening = dampenings();
     std::vector<double> losses;
     const bool one_batch = !shuffle && batch_size >= input.size(0) && input.size(0) > 0;
     const py::gil_scoped_release no_gil;
@@ -132,7 +133,6 @@ class Stepper {
         const py::gil_scoped_acquire gil;
         keep_fresh_buffers(update);
         tell_schedulers();
-        update.set_dampening(dampening);
         first = false;
       }
       if (const auto now = Clock::now(); now - last > kBetweenSignals) {
@@ -159,7 +159,7 @@ class Stepper {
       }
       return found;
     };
-    const bool repeats = one_batch && after_epoch.is_none() && 0 < input.size(0);
+    const bool repeats = one_batch && after_epoch.is_none();
     if (input.is_cuda() && repeats && static_cast<int64_t>(input.nbytes()) <= kRepeatedBytes) {
       batch_size = input.size(0);
       return train_epochs_at_once(input, target, epochs, train_many);
@@ -194,16 +194,10 @@ class Stepper {
   template <class TrainMany>
   double train_epoch_at_once(const Tensor& input, const Tensor& target, int64_t batch_size, bool shuffle,
                              const std::optional<at::Generator>& generator, const TrainMany& train_many) const {
-    const int64_t rows = input.size(0);
-    if (rows == 0) return reduction_ == "mean" ? std::numeric_limits<double>::quiet_NaN() : 0;
     std::optional<Tensor> order;
-    if (shuffle) order = at::randperm(rows, generator, at::dtype(at::kLong)).to(input.device());
-    const Tensor losses = at::cat(train_many(input, target, order)).to(at::kCPU, at::kDouble);
-    double total = 0;
-    for (int64_t i = 0; i < losses.size(0); ++i)
-      total +=
-          losses.const_data_ptr<double>()[i] * (reduction_ == "mean" ? std::min(batch_size, rows - i * batch_size) : 1);
-    return reduction_ == "mean" ? total / rows : total;
+    if (shuffle) order = draw_order(input, generator);
+    const std::vector<Tensor> losses = train_many(input, target, order);
+    return of_epoch(losses.empty() ? at::empty({0}) : at::cat(losses), input.size(0), batch_size);
   }
 
   // All epochs, each of one batch: an order that has the rows again and again.
@@ -226,10 +220,8 @@ class Stepper {
                      const std::optional<at::Generator>& generator, const Train& train) const {
     const int64_t rows = input.size(0), row_bytes = std::max<int64_t>(1, input.size(1) * input.element_size());
     const int64_t chunk = shuffle ? std::max<int64_t>(1, kShuffledBytes / row_bytes / batch_size) * batch_size : rows;
-    Tensor order;
-    if (shuffle) order = at::randperm(rows, generator, at::dtype(at::kLong)).to(input.device());
+    const Tensor order = shuffle ? draw_order(input, generator) : Tensor();
     std::vector<Tensor> losses;
-    std::vector<int64_t> sizes;
     for (int64_t begin = 0; begin < rows; begin += chunk) {
       const int64_t size = std::min(chunk, rows - begin);
       const auto part = [&](const Tensor& t) {
@@ -237,15 +229,24 @@ class Stepper {
       };
       const Tensor x = part(input), y = part(target);
       for (int64_t i = 0; i < size; i += batch_size) {
-        sizes.push_back(std::min(batch_size, size - i));
-        losses.push_back(train(x.narrow(0, i, sizes.back()), y.narrow(0, i, sizes.back())));
+        const int64_t batch = std::min(batch_size, size - i);
+        losses.push_back(train(x.narrow(0, i, batch), y.narrow(0, i, batch)));
       }
     }
+    return of_epoch(losses.empty() ? at::empty({0}) : at::stack(losses), rows, batch_size);
+  }
+
+  static Tensor draw_order(const Tensor& input, const std::optional<at::Generator>& generator) {
+    return at::randperm(input.size(0), generator, at::dtype(at::kLong)).to(input.device());
+  }
+
+  // From the losses of an epoch's batches: the mean over its rows, NaN without any, or the sum.
+  double of_epoch(const Tensor& losses, int64_t rows, int64_t batch_size) const {
     const bool mean = reduction_ == "mean";
-    if (losses.empty()) return mean ? std::numeric_limits<double>::quiet_NaN() : 0;
-    const Tensor all = at::stack(losses).to(at::kCPU, at::kDouble);
+    const Tensor all = losses.to(at::kCPU, at::kDouble);
     double total = 0;
-    for (size_t i = 0; i < sizes.size(); ++i) total += all.const_data_ptr<double>()[i] * (mean ? sizes[i] : 1);
+    for (int64_t i = 0; i < all.size(0); ++i)
+      total += all.const_data_ptr<double>()[i] * (mean ? std::min(batch_size, rows - i * batch_size) : 1);
     return mean ? total / rows : total;
   }
 
@@ -297,25 +298,17 @@ class Stepper {
       update.learning.push_back(i);
       update.hyperparameters.append(h, h + Sgd::size);
       if (h[1] == 0) continue;
-      const Tensor buffer = momentum_buffer(i);
+      Tensor buffer = momentum_buffer(i);
       if (!buffer.defined()) {
-        update.fresh.push_back(update.momentum_buffers.size());
-        update.hyperparameters[update.hyperparameters.size() - Sgd::size + 2] = 0;
+        const size_t place = update.learning.size() - 1;
+        update.fresh.push_back({place, update.momentum_buffers.size(), std::exchange(update.dampening(place), 0)});
+        buffer = at::zeros_like(parameters_[i]);
       }
-      update.momentum_buffers.push_back(buffer.defined() ? buffer : at::zeros_like(parameters_[i]));
+      update.momentum_buffers.push_back(std::move(buffer));
     }
     TORCH_CHECK(!update.learning.empty(),
                 "TrainStep: nothing learns: no parameter of the optimizer requires a gradient");
     return update;
-  }
-
-  std::vector<double> dampenings() const {
-    std::vector<double> found;
-    const py::list groups = item(optimizer_, "param_groups");
-    for (size_t i = 0; i < parameters_.size(); ++i)
-      if (groups_[i] >= 0 && parameters_[i].requires_grad())
-        found.push_back(number(item(PyList_GET_ITEM(groups.ptr(), groups_[i]), "dampening")));
-    return found;
   }
 
   // optimizer.state[p]["momentum_buffer"], undefined if there is none.
@@ -332,20 +325,15 @@ class Stepper {
     return THPVariable_Unpack(buffer);
   }
 
+  // After the first step.
   void keep_fresh_buffers(Update& update) const {
     if (update.fresh.empty()) return;
     const py::object state = item(optimizer_, "state");
-    size_t buffer = 0;
-    auto fresh = update.fresh.begin();
-    for (size_t i = 0; i < update.learning.size() && fresh != update.fresh.end(); ++i) {
-      if (update.hyperparameters[i * Sgd::size + 1] == 0) continue;
-      if (buffer == *fresh) {
-        const py::object& parameter = python_parameters_[update.learning[i]];
-        if (!state.contains(parameter)) state[parameter] = py::dict();
-        state[parameter]["momentum_buffer"] = py::cast(update.momentum_buffers[buffer]);
-        ++fresh;
-      }
-      ++buffer;
+    for (const auto& [place, buffer, dampening] : update.fresh) {
+      const py::object& parameter = python_parameters_[update.learning[place]];
+      if (!state.contains(parameter)) state[parameter] = py::dict();
+      state[parameter]["momentum_buffer"] = py::cast(update.momentum_buffers[buffer]);
+      update.dampening(place) = dampening;
     }
     update.fresh.clear();
   }

@@ -53,7 +53,8 @@ class StepGraph:
     key: what a graph of it depends on beside the shapes and dtypes of its arguments, such as the
         hyperparameters, which are constants of the captured kernels, and whose memory it updates.
         Where this changes at every call, as with a scheduler that does a step for each batch, no
-        graph is made.
+        graph is made. None where this call must do the step itself, as the one that begins
+        momentum.
     """
 
     def __init__(
@@ -74,7 +75,10 @@ class StepGraph:
             return self._run(input, target)
 
     def _run(self, input: Tensor, target: Tensor) -> Tensor:
-        key = (_layout(input), _layout(target), self._key())
+        own = self._key()
+        if own is None:
+            return self._step(input, target)
+        key = (_layout(input), _layout(target), own)
         if graph := self._graphs.get(key):
             return graph(input, target)
         calls = self._calls[key] = self._calls.pop(key, 0) + 1
@@ -107,7 +111,6 @@ def graphed(
             torch.cuda.is_current_stream_capturing()
             or any(isinstance(v, Tensor) and v.is_cuda for v in settings)  # read by waiting for it
             or not stepper.is_current()
-            or not stepper.key()  # momentum begins with this step
             or _is_one_launch(widths, input)
         ):
             return stepper.step(input, target)

@@ -106,3 +106,20 @@ def test_key_follows_the_optimizer() -> None:
     assert key() == first
     model[0].bias.requires_grad_(False)
     assert key() != first
+
+
+def test_a_call_without_a_key_does_the_step(run: Recorder) -> None:
+    run(UNTIL_CAPTURED)
+    run.key = None
+    assert run(2) == "eager eager"
+    run.key = 0
+    assert run() == "replay"
+
+
+def test_there_is_no_key_before_momentum() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+    assert step._stepper.key() is None
+    step(torch.randn(4, 3), torch.randn(4, 2))
+    assert step._stepper.key() is not None
