@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "activations.h"
+#include "dtype.h"
 
 namespace mlp_ext {
 
@@ -35,6 +36,20 @@ void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
   const auto dtype = first.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
                    ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+// Of a tensor that check_dtype lets pass.
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      return DType::float16;
+  }
 }
 
 template <class Name, class First>

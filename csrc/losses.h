@@ -59,5 +59,6 @@ struct CrossEntropy {
 // The losses of single elements, and the one of whole rows after them.
 using ElementLosses = TypeList<MSE, BCE, BCEWithLogits>;
 using Losses = TypeList<MSE, BCE, BCEWithLogits, CrossEntropy>;
+constexpr size_t kCrossEntropy = ElementLosses::size;  // its place
 
 }  // namespace mlp_ext

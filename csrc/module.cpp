@@ -74,11 +74,11 @@ py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t thread
   return result;
 }
 
-cuda::DType cuda_dtype(const std::string& name) {
-  static const std::map<std::string, cuda::DType> dtypes{{"float32", cuda::DType::float32},
-                                                         {"float64", cuda::DType::float64},
-                                                         {"bfloat16", cuda::DType::bfloat16},
-                                                         {"float16", cuda::DType::float16}};
+DType cuda_dtype(const std::string& name) {
+  static const std::map<std::string, DType> dtypes{{"float32", DType::float32},
+                                                   {"float64", DType::float64},
+                                                   {"bfloat16", DType::bfloat16},
+                                                   {"float16", DType::float16}};
   return dtypes.at(name);
 }
 

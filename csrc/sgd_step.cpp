@@ -37,8 +37,7 @@ size_t loss_index(std::string_view name, TypeList<Loss...> losses) {
   TORCH_CHECK_VALUE(index < losses.size, kOp, ": loss must be one of ", activation_names(losses), ", got '", name, "'");
   return index;
 }
-constexpr size_t kMSE = activation_index(MSE::name, Losses{}), kBCE = activation_index(BCE::name, Losses{}),
-                 kCrossEntropy = activation_index(CrossEntropy::name, Losses{});
+constexpr size_t kMSE = activation_index(MSE::name, Losses{}), kBCE = activation_index(BCE::name, Losses{});
 
 // The layers of a list of parameters: a weight has two dimensions, and a bias after it one.
 c10::SmallVector<StepLayer, 8> layers_of(at::TensorList parameters, const c10::List<std::string>& activations) {
@@ -181,6 +180,19 @@ Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorLis
   return step;
 }
 
+bool is_contiguous(const Step& step) {
+  for (const StepLayer& layer : step.layers)
+    for (const StepParameter& p : {layer.weight, layer.bias})
+      for (const at::Tensor* t : {p.value, p.momentum_buffer})
+        if (t && !t->is_contiguous()) return false;
+  return true;
+}
+
+void bump_versions(at::TensorList parameters, at::TensorList momentum_buffers, at::IntArrayRef learning) {
+  for (const int64_t place : learning) parameters[place].unsafeGetTensorImpl()->bump_version();
+  for (const at::Tensor& buffer : momentum_buffers) buffer.unsafeGetTensorImpl()->bump_version();
+}
+
 void check_classes(const Step& step) {
   const at::Tensor &t = step.target, ignored = t.eq(step.ignore_index);
   const int64_t N = step.layers.back().weight.value->size(0);
@@ -313,9 +325,7 @@ at::Tensor step_autograd(const at::Tensor& input, const at::Tensor& target, at::
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const at::Tensor result = mlp_sgd_step_(input, target, parameters, momentum_buffers, activations, loss, reduction,
                                           loss_weight, ignore_index, label_smoothing, learning, hyperparameters);
-  const auto changed = [](const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
-  for (const int64_t place : learning) changed(parameters[place]);
-  for (const at::Tensor& buffer : momentum_buffers) changed(buffer);
+  bump_versions(parameters, momentum_buffers, learning);
   return result;
 }
 

@@ -45,14 +45,11 @@ at::Tensor mlp_sgd_steps_native(const at::Tensor& input, const at::Tensor& targe
                                 double label_smoothing, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
                                 const std::optional<at::Tensor>& order, int64_t batch_size);
 
-// The rows of many steps.
-struct Batches {
-  const at::Tensor* order;  // or nullptr
-  c10::SymInt rows;
-  int64_t batch_size;
-};
-// Throws unless all fits.
-Batches check_batches(const at::Tensor& input, const std::optional<at::Tensor>& order, int64_t batch_size);
+// Throws unless they fit; the rows of all steps.
+c10::SymInt check_batches(const at::Tensor& input, const std::optional<at::Tensor>& order, int64_t batch_size);
+
+// Tells autograd what a step has changed.
+void bump_versions(at::TensorList parameters, at::TensorList momentum_buffers, at::IntArrayRef learning);
 
 // A parameter, and how it is updated. Points to arguments of the operator.
 struct StepParameter {
@@ -82,6 +79,8 @@ Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorLis
                 at::TensorList momentum_buffers, const c10::List<std::string>& activations, std::string_view loss,
                 std::string_view reduction, const std::optional<at::Tensor>& loss_weight, int64_t ignore_index,
                 double label_smoothing, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters);
+// Whether the parameters and their momentum buffers lie without gaps, as the kernels need them.
+bool is_contiguous(const Step& step);
 // Throws where a class in the target is neither ignore_index nor one of N.
 void check_classes(const Step& step);
 // What BCE does about outputs or targets that lie outside [0, 1].

@@ -10,15 +10,15 @@
 
 namespace mlp_ext {
 
-Batches check_batches(const at::Tensor& input, const std::optional<at::Tensor>& order, int64_t batch_size) {
+c10::SymInt check_batches(const at::Tensor& input, const std::optional<at::Tensor>& order, int64_t batch_size) {
   constexpr const char* kOp = "_mlp_sgd_steps_";
   TORCH_CHECK_VALUE(batch_size >= 1, kOp, ": batch_size must be from 1 on, got ", batch_size);
-  if (!order) return {nullptr, input.sym_size(0), batch_size};
+  if (!order) return input.sym_size(0);
   TORCH_CHECK(order->device() == input.device(), kOp, ": order must be on ", input.device(), " to match input, got ",
               order->device());
   TORCH_CHECK_TYPE(order->scalar_type() == at::kLong, kOp, ": order must be int64");
   TORCH_CHECK(order->dim() == 1, kOp, ": order must be places [rows] among those of input, got ", order->sym_sizes());
-  return {&*order, order->sym_size(0), batch_size};
+  return order->sym_size(0);
 }
 
 at::Tensor mlp_sgd_steps_native(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
@@ -29,7 +29,7 @@ at::Tensor mlp_sgd_steps_native(const at::Tensor& input, const at::Tensor& targe
                                 const std::optional<at::Tensor>& order, int64_t batch_size) {
   check_step(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight, ignore_index,
              label_smoothing, learning, hyperparameters);
-  const int64_t rows = check_batches(input, order, batch_size).rows.expect_int();
+  const int64_t rows = check_batches(input, order, batch_size).expect_int();
   std::vector<at::Tensor> losses;
   for (int64_t begin = 0; begin < rows; begin += batch_size) {
     const int64_t size = std::min(batch_size, rows - begin);
@@ -63,8 +63,8 @@ at::Tensor steps_meta(const at::Tensor& input, const at::Tensor& target, at::Ten
                       const std::optional<at::Tensor>& order, int64_t batch_size) {
   check_step(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight, ignore_index,
              label_smoothing, learning, hyperparameters);
-  const Batches batches = check_batches(input, order, batch_size);
-  return at::empty_symint({(batches.rows + (batch_size - 1)) / batch_size}, input.options());
+  const c10::SymInt rows = check_batches(input, order, batch_size);
+  return at::empty_symint({(rows + (batch_size - 1)) / batch_size}, input.options());
 }
 
 // Below autograd, like the updates under no_grad: parameters that require a gradient change in place.
@@ -78,9 +78,7 @@ at::Tensor steps_autograd(const at::Tensor& input, const at::Tensor& target, at:
   const at::Tensor losses =
       mlp_sgd_steps_(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight,
                      ignore_index, label_smoothing, learning, hyperparameters, order, batch_size);
-  const auto changed = [](const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
-  for (const int64_t place : learning) changed(parameters[place]);
-  for (const at::Tensor& buffer : momentum_buffers) changed(buffer);
+  bump_versions(parameters, momentum_buffers, learning);
   return losses;
 }
 

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cpu/plan.h"
+#include "dtype.h"
 
 namespace mlp_ext {
 struct Sgd;  // sgd.h, which has code for vectors and is included after the target is set
@@ -32,10 +33,6 @@ struct Half {
 // What a dtype is accumulated in.
 template <class S>
 using Accumulator = std::conditional_t<sizeof(S) == 2, float, S>;
-
-// The order of KernelTable's rows.
-enum class DType { float32, float64, bfloat16, float16 };
-constexpr int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 template <class Pointer>
 struct MatrixOf {  // rows of unit-stride elements

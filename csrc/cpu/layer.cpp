@@ -14,19 +14,6 @@ namespace mlp_ext::cpu {
 
 int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kDouble:
-      return DType::float64;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    default:
-      return DType::float16;
-  }
-}
-
 void* memory(Memory which, size_t bytes) {
   constexpr size_t line = 64;
   struct Free {
@@ -111,7 +98,7 @@ class WeightSums {
         dw_(static_cast<char*>(problem.dw)),
         db_(static_cast<char*>(problem.db)),
         size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
-        item_(dtype == DType::float64 ? 8 : 4),
+        item_(accumulator_size(dtype)),
         at_the_last_write_(at_the_last_write) {
     const bool updates = problem.update_w || problem.update_b;
     if (pieces == 1 && item_size(dtype) == item_ && !updates) return;

@@ -1,13 +1,10 @@
 // One layer on raw pointers: the plan's path, its pieces on the threads.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include "cpu/kernels.h"
 
 namespace mlp_ext::cpu {
 
-DType dtype_of(const at::Tensor& t);  // of the four that the operators' checks let pass
 void forward_layer(const Forward& problem, DType dtype, size_t activation);
 // With updates the problem's dw and db are left out, and the parameters change once W is no longer read.
 void backward_layer(const Backward& problem, DType dtype, size_t activation);

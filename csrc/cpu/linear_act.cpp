@@ -3,6 +3,7 @@
 
 #include <torch/library.h>
 
+#include "checks.h"
 #include "cpu/layer.h"
 #include "cpu/results.h"
 

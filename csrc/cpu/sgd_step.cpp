@@ -3,9 +3,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "cpu/layer.h"
 #include "cpu/plan.h"
 #include "cpu/results.h"
@@ -15,8 +15,6 @@
 namespace mlp_ext::cpu {
 
 namespace {
-
-constexpr size_t kCrossEntropy = activation_index(CrossEntropy::name, Losses{});
 
 // Accumulates over threads: the losses of their rows, and whether all were valid.
 struct LossSums {
@@ -58,14 +56,13 @@ class CpuStep {
       widest = std::max(widest, layer.weight.value->size(0));
       products += layer.weight.value->numel();
     }
-    const StepPlan plan = make_step_plan(M_, widest, products, step_.layers.size(), accumulator_size(), threads());
+    const StepPlan plan =
+        make_step_plan(M_, widest, products, step_.layers.size(), accumulator_size(dtype_), threads());
     const double sum = plan.by_blocks ? by_blocks(plan.pieces) : by_layers();
-    return result(sum * loss_scale_);
+    return result(sum * loss_.scale);
   }
 
  private:
-  int64_t accumulator_size() const { return std::max<int64_t>(4, item_size(dtype_)); }
-
   // The loss as the kernels take it. Of the mean, what it is divided by: elements, rows, or their classes' weights.
   Loss loss() {
     Loss loss;
@@ -87,7 +84,7 @@ class CpuStep {
     }
     loss.ignore_index = step_.ignore_index;
     loss.label_smoothing = step_.label_smoothing;
-    loss.scale = loss_scale_ = step_.mean ? 1 / count : 1;
+    loss.scale = step_.mean ? 1 / count : 1;
     return loss;
   }
 
@@ -145,11 +142,11 @@ class CpuStep {
     }
     const StepProblem problem{
         {x.const_data_ptr(), x.stride(0)}, {layers.data(), layers.size()}, step_.lowest_learning, size, loss_};
-    char* const sums = static_cast<char*>(memory(Memory::sums, pieces * size * accumulator_size()));
+    char* const sums = static_cast<char*>(memory(Memory::sums, pieces * size * accumulator_size(dtype_)));
     LossSums losses(pieces);
     for_pieces(pieces, [&](int64_t i) {
       bool valid = true;
-      losses.sums[i] = kernels_.rows(problem, piece(i, pieces, M_), sums + i * size * accumulator_size(),
+      losses.sums[i] = kernels_.rows(problem, piece(i, pieces, M_), sums + i * size * accumulator_size(dtype_),
                                      memory(Memory::scratch, kernels_.scratch_bytes(problem)), valid);
       losses.valid[i] = valid;
     });
@@ -157,7 +154,7 @@ class CpuStep {
     const auto finish = [&](const StepParameter& p, int64_t begin) {
       if (const auto u = update(p))
         at::parallel_for(0, p.value->numel(), kProductsPerThread, [&](int64_t from, int64_t to) {
-          kernels_.update(*u, sums + begin * accumulator_size(), pieces, size, {from, to});
+          kernels_.update(*u, sums + begin * accumulator_size(dtype_), pieces, size, {from, to});
         });
     };
     for (size_t l = step_.lowest_learning; l < layers.size(); ++l) {
@@ -193,7 +190,7 @@ class CpuStep {
     for_pieces(pieces, [&](int64_t i) {
       bool valid = true;
       losses.sums[i] = kernels_.loss(loss_, piece(i, pieces, M_), N_, rows[L].const_data_ptr(), dy.mutable_data_ptr(),
-                                     memory(Memory::scratch, 3 * kLossRows * N_ * accumulator_size()), valid);
+                                     memory(Memory::scratch, 3 * kLossRows * N_ * accumulator_size(dtype_)), valid);
       losses.valid[i] = valid;
     });
     const double total = losses.total();
@@ -227,17 +224,10 @@ class CpuStep {
   const DType dtype_;
   const StepKernels& kernels_;
   at::Tensor rows_of_target_, weight_;
-  double loss_scale_ = 1;
   Loss loss_;
 };
 
-at::Tensor step(const Step& step) {
-  for (const StepLayer& layer : step.layers)
-    for (const StepParameter& p : {layer.weight, layer.bias})
-      for (const at::Tensor* t : {p.value, p.momentum_buffer})
-        if (t && !t->is_contiguous()) return step_native(step);
-  return CpuStep(step).run();
-}
+at::Tensor step(const Step& step) { return is_contiguous(step) ? CpuStep(step).run() : step_native(step); }
 
 }  // namespace
 

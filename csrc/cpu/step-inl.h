@@ -34,7 +34,7 @@ struct RowsLoss {
   // Returns the sum of the losses, not scaled; clears `valid` where BCE meets what is no probability. `targets` has
   // room for as many T as there are in y.
   static double run(const Loss& loss, Range rows, int64_t N, const T* y, T* dy, T* targets, bool& valid) {
-    if (loss.index == activation_index(CrossEntropy::name, Losses{})) return cross_entropy(loss, rows, N, y, dy);
+    if (loss.index == kCrossEntropy) return cross_entropy(loss, rows, N, y, dy);
     const T* const t = targets_in_a_row(loss, rows, N, targets);
     return visit_activation(
         loss.index, [&](auto l) { return elements<decltype(l)>(loss, rows.size() * N, y, t, dy, valid); },

@@ -6,11 +6,9 @@
 #include <cstdint>
 #include <string_view>
 
-namespace mlp_ext::cuda {
+#include "dtype.h"
 
-enum class DType { float32, float64, bfloat16, float16 };
-constexpr int item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-constexpr int accumulator_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+namespace mlp_ext::cuda {
 
 enum class Path {
   small,   // own kernels, one launch each way: small.cuh

@@ -10,20 +10,12 @@ namespace mlp_ext::cuda {
 
 namespace {
 
-bool contiguous(const Step& step) {
-  for (const StepLayer& layer : step.layers)
-    for (const mlp_ext::StepParameter& p : {layer.weight, layer.bias})
-      for (const at::Tensor* t : {p.value, p.momentum_buffer})
-        if (t && !t->is_contiguous()) return false;
-  return true;
-}
-
 bool in_one_block(const Step& step, int64_t batch) {
   c10::SmallVector<int64_t, 9> widths{step.input.size(1)};
   for (const StepLayer& layer : step.layers) widths.push_back(layer.weight.value->size(0));
   const int64_t layers = step.layers.size(), shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const StepPlan plan = make_step_plan({widths.data(), layers, batch, dtype_of(step.input), arch(), shared});
-  return plan.path == StepPath::one_block && contiguous(step);
+  return plan.path == StepPath::one_block && is_contiguous(step);
 }
 
 StepParameterProblem parameter(const mlp_ext::StepParameter& p) {
@@ -83,7 +75,7 @@ at::Tensor steps(const at::Tensor& input, const at::Tensor& target, at::TensorLi
                  const std::optional<at::Tensor>& order, int64_t batch_size) {
   const Step step = check_step(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight,
                                ignore_index, label_smoothing, learning, hyperparameters);
-  const int64_t rows = check_batches(input, order, batch_size).rows.expect_int();
+  const int64_t rows = check_batches(input, order, batch_size).expect_int();
   const int64_t batch = std::min(batch_size, rows);
   const Guard guard(input);
   if (!in_one_block(step, batch))

@@ -56,7 +56,7 @@ struct Steps {
 namespace step {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kCrossEntropy = activation_index(CrossEntropy::name, Losses());
+constexpr int kCrossEntropy = mlp_ext::kCrossEntropy;
 
 template <class T>
 struct OnChip {

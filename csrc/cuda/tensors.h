@@ -8,22 +8,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "checks.h"
 #include "cuda/kernels.h"
 
 namespace mlp_ext::cuda {
-
-inline DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kDouble:
-      return DType::float64;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    default:  // the checks let no other pass
-      return DType::float16;
-  }
-}
 
 // The tensors' device is the current one; the products called below have the operands' dtype, whatever autocast says.
 struct Guard {
