@@ -52,7 +52,7 @@ std::string run(const StepsBuffers& p) {
     widths[l + 1] = from.N;
   }
   const Launch geometry = steps_launch(f);
-  constexpr DType dtype = sizeof(S) == 8 ? DType::float64 : DType::float32;
+  constexpr auto dtype = sizeof(S) == 8 ? mlp_ext::DType::float64 : mlp_ext::DType::float32;
   if (geometry.shared > step_shared_bytes({widths, p.layers, p.batch, dtype, 90, 0}))
     return "more shared memory than planned";
   return model::run(geometry, static_cast<model::Order>(p.order_of_threads), 0, [=] { sgd_steps<S>(f); });
