@@ -144,10 +144,10 @@ struct Bfloat16Pair {  // two bfloat16 in the place of a float, both products ac
 };
 #endif
 
-// sums[R, Tile::columns] = A B for R rows of A and V vectors of B, the last of `lanes` lanes.
-template <class Layout, class Element, int R, int V, class T, class Lanes>
+// out(row, column, vector, lanes) for all of A B: R rows of A, V vectors of B, the last of `lanes` lanes.
+template <class Layout, class Element, int R, int V, class T, class Lanes, class Out>
 __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __restrict__ b, int64_t b_step, int64_t depth,
-                                        Lanes lanes, T* __restrict__ sums) {
+                                        Lanes lanes, const Out out) {
   Vec<T> acc[R][V];
   for (int64_t k = 0; k < depth; ++k, a += Layout::depth_step, b += b_step) {
     Vec<T> bk[V];
@@ -164,8 +164,17 @@ __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __rest
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(sums + i * Tile<T>::columns + v * Vec<T>::lanes, acc[i][v]);
+    for (int v = 0; v < V; ++v) out(i, v * Vec<T>::lanes, acc[i][v], AllLanes{});
 }
+
+// Where the sums of a tile wait to be taken on: sums[R, Tile::columns].
+template <class T>
+struct StoreTile {
+  T* __restrict__ sums;
+  void operator()(int row, int column, Vec<T> v, AllLanes) const {
+    store(sums + row * Tile<T>::columns + column, v);
+  }
+};
 
 // f(row, column, vector, lanes) for all sums of a tile.
 template <class T, class F>
@@ -232,13 +241,19 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < Tile<T>::vectors; ++v)
             __builtin_prefetch(partial.data + (i + r) * partial.row_stride + j + v * lanes, 1);
-      if (width == Tile<T>::columns)
-        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, sums);
-      else if (width > lanes)
-        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, sums);
-      else
-        multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, sums);
-      pass_on(sums, R, width, i, j, stage, partial, finish);
+      if (Finish::whole_depth && width == Tile<T>::columns) {  // finished while the sums are in registers
+        if constexpr (Finish::whole_depth)
+          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, finish.from(i, j));
+      } else {
+        const StoreTile<T> store{sums};
+        if (width == Tile<T>::columns)
+          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, store);
+        else if (width > lanes)
+          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, store);
+        else
+          multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, store);
+        pass_on(sums, R, width, i, j, stage, partial, finish);
+      }
       ahead.step();
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activations.h"
+#include "cpu/dots.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
@@ -83,6 +84,11 @@ struct LinearAct {
       if (bias) z = z + load(bias + j, lanes);
       store_result(y + i * stride + j, Act::forward(z), lanes, past_caches);
     }
+    template <class Lanes>
+    void column(int64_t i, V z, Lanes lanes) const {  // the only one, from row i on
+      if (bias) z = z + V(load(bias, 1).v[0]);
+      store(y + i, Act::forward(z), lanes);
+    }
   };
   static Epilogue epilogue(const Forward& f) {
     return {static_cast<const S*>(f.bias), static_cast<S*>(f.y.data), f.y.stride, is_large<S>(f.M, f.N)};
@@ -134,16 +140,7 @@ struct LinearAct {
 
   // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
   static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
-    if (f.M == 1 && f.N == 1)
-      dots_of_one_row<1>(f, columns);
-    else if (f.M == 1 && f.w.stride * sizeof(S) % kPageBytes == 0)
-      dots_of_one_row<4>(f, columns);
-    else if (f.N == 1)
-      dots<V::lanes, 1>(f, rows, columns);
-    else if (f.M == 1)
-      dots<1, V::lanes>(f, rows, columns);
-    else  // as square as the lanes allow
-      dots<V::lanes / kSide, kSide>(f, rows, columns);
+    dots<S>(f.x, f.w, {f.M, f.K, f.N}, rows, columns, epilogue(f));
   }
 
   // dx = dz W   (M,N)(N,K), dz made while packing
@@ -475,77 +472,6 @@ struct LinearAct {
                                    backward_one_output, combine};
 
  private:
-  static constexpr int kSide = V::lanes >= 16 ? 4 : 2;
-
-  // One row of x, few rows of W at a time: one, or where their lines would compete for the same places in L1.
-  template <int Q>
-  static void dots_of_one_row(const Forward& f, Range columns) {
-    constexpr int chains = 4;
-    const Epilogue finish = epilogue(f);
-    for (int64_t n = columns.begin; n < columns.end; n += Q) {
-      const S *const x = at<S>(f.x, 0, 0), *w[Q];  // beyond the edge the last row again
-      for (int q = 0; q < Q; ++q) w[q] = at<S>(f.w, std::min<int64_t>(n + q, columns.end - 1), 0);
-      V sums[chains][Q];
-      const auto add = [&](int chain, int64_t k, auto lanes) {
-        const V xk = load(x + k, lanes);
-#pragma GCC unroll 4
-        for (int q = 0; q < Q; ++q) sums[chain][q] = sums[chain][q] + xk * load(w[q] + k, lanes);
-      };
-      int64_t k = 0;
-      for (; k + chains * V::lanes <= f.K; k += chains * V::lanes)
-#pragma GCC unroll 4
-        for (int chain = 0; chain < chains; ++chain) add(chain, k + chain * V::lanes, AllLanes{});
-      for_vectors<T>(f.K - k, [&](int64_t j, auto lanes) { add(0, k + j, lanes); });
-      for (int q = 0; q < Q && n + q < columns.end; ++q)
-        finish(0, n + q, V(sum_lanes((sums[0][q] + sums[1][q]) + (sums[2][q] + sums[3][q]))), 1);
-    }
-  }
-
-  // Tiles of P rows of x and Q rows of W, P Q sums of lanes, which one transposition turns into one vector of results.
-  template <int P, int Q>
-  static void dots(const Forward& f, Range rows, Range columns) {
-    static_assert(P * Q == V::lanes);
-    const Epilogue finish = epilogue(f);
-    for (int64_t n = columns.begin; n < columns.end; n += Q)
-      for (int64_t m = rows.begin; m < rows.end; m += P) {
-        if (Q == 1 && f.K == 1 && f.x.stride == 1) {  // both with one column: element by element
-          const int n_lanes = static_cast<int>(std::min<int64_t>(P, rows.end - m));
-          V z = load(at<S>(f.x, m, 0), n_lanes) * V(load(at<S>(f.w, 0, 0), 1).v[0]);
-          if (f.bias) z = z + V(load(finish.bias, 1).v[0]);
-          store(finish.y + m, Act::forward(z), n_lanes);
-          continue;
-        }
-        const S *x[P], *w[Q];  // beyond the edge the last row again
-        for (int p = 0; p < P; ++p) x[p] = at<S>(f.x, std::min<int64_t>(m + p, rows.end - 1), 0);
-        for (int q = 0; q < Q; ++q) w[q] = at<S>(f.w, std::min<int64_t>(n + q, columns.end - 1), 0);
-        V acc[V::lanes];
-        for_vectors<T>(f.K, [&](int64_t k, auto lanes) {
-          V wk[Q];
-#pragma GCC unroll 16
-          for (int q = 0; q < Q; ++q) wk[q] = load(w[q] + k, lanes);
-#pragma GCC unroll 16
-          for (int p = 0; p < P; ++p) {
-            const V xk = load(x[p] + k, lanes);
-#pragma GCC unroll 16
-            for (int q = 0; q < Q; ++q) acc[p * Q + q] = acc[p * Q + q] + xk * wk[q];
-          }
-        });
-        transpose(acc);
-        V z = acc[0];
-#pragma GCC unroll 16
-        for (int i = 1; i < V::lanes; ++i) z = z + acc[i];
-        const int count = static_cast<int>(std::min<int64_t>(Q, columns.end - n));
-        if (Q == 1) {  // N = 1: the results of P rows lie side by side
-          if (f.bias) z = z + V(load(finish.bias, 1).v[0]);
-          store(finish.y + m, Act::forward(z), static_cast<int>(std::min<int64_t>(P, rows.end - m)));
-          continue;
-        }
-        alignas(kVectorBytes) T z_rows[V::lanes];
-        store(z_rows, z);
-        for (int p = 0; p < P && m + p < rows.end; ++p) finish(m + p, n, load(z_rows + p * Q, count), count);
-      }
-  }
-
   static T scalar(const S* p) {
     if constexpr (std::is_same_v<S, T>)
       return *p;

@@ -82,6 +82,9 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
   return best;
 }
 
+// Whether lanes along N would leave a tile of [M, K] [K, N] so empty that lanes along K are faster.
+constexpr bool tiles_mostly_empty(int64_t K, int64_t N) { return N == 1 || (N <= kDotColumns && K > kTinyDepth); }
+
 // item_size: bytes of an element. threads: how many may work. both: dx and dW are wanted.
 inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, bool both = true) {
   const int64_t products = M * K * N;
@@ -100,8 +103,7 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
             at_once};
 
   const bool transposing_costs_more = M <= kDotRows || (M <= kDotRowsIfDeep && K >= kDotDepth * M);
-  const bool tiles_mostly_empty = N == 1 || (N <= kDotColumns && K > kTinyDepth);
-  if (transposing_costs_more || tiles_mostly_empty) plan.forward_path = Path::dots;
+  if (transposing_costs_more || tiles_mostly_empty(K, N)) plan.forward_path = Path::dots;
 
   const int64_t row_bytes = N * std::max<int64_t>(item_size, 4);  // of dz, as it is accumulated
   const bool blocks_stay_in_cache = row_bytes <= kTallRowBytes && K <= kTallInputs && N * K <= kTallWeights;

@@ -3,6 +3,7 @@
 // Compiled once per instruction set, like kernels-inl.h.
 #pragma once
 
+#include "cpu/dots.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
@@ -25,20 +26,32 @@ struct RowsOfBlockTransposed {
   static constexpr int64_t panel = Tile<T>::rows;
 };
 
-// The loss of outputs y [rows, N] without gaps, and its gradient dy.
-template <class S>
+// The loss of y = act(z) for z [rows, N] without gaps, and its gradient dz.
+template <class S, class Act>
 struct RowsLoss {
   using T = Accumulator<S>;
   using V = Vec<T>;
 
   // Returns the sum of the losses, not scaled; clears `valid` where BCE meets what is no probability. `targets` has
-  // room for as many T as there are in y.
-  static double run(const Loss& loss, Range rows, int64_t N, const T* y, T* dy, T* targets, bool& valid) {
-    if (loss.index == kCrossEntropy) return cross_entropy(loss, rows, N, y, dy);
-    const T* const t = targets_in_a_row(loss, rows, N, targets);
-    return visit_activation(
-        loss.index, [&](auto l) { return elements<decltype(l)>(loss, rows.size() * N, y, t, dy, valid); },
-        ElementLosses{});
+  // room for as many T as there are in z.
+  static double run(const Loss& loss, Range rows, int64_t N, const T* z, T* dz, T* targets, bool& valid) {
+    const int64_t size = rows.size() * N;
+    if (loss.index != kCrossEntropy) {
+      const T* const t = targets_in_a_row(loss, rows, N, targets);
+      return visit_activation(
+          loss.index, [&](auto l) { return elements<decltype(l)>(loss, size, z, t, dz, valid); }, ElementLosses{});
+    }
+    if constexpr (std::is_same_v<Act, Identity>) {
+      return cross_entropy(loss, rows, N, z, dz);
+    } else {
+      T *const y = targets, *const dy = dz;
+      for_vectors<T>(size, [&](int64_t i, auto lanes) { store(y + i, Act::forward(load(z + i, lanes)), lanes); });
+      const double total = cross_entropy(loss, rows, N, y, dy);
+      for_vectors<T>(size, [&](int64_t i, auto lanes) {
+        store(dz + i, Act::backward(load(dy + i, lanes), load(y + i, lanes)), lanes);
+      });
+      return total;
+    }
   }
 
   static const T* targets_in_a_row(const Loss& loss, Range rows, int64_t N, T* targets) {
@@ -51,13 +64,13 @@ struct RowsLoss {
   }
 
   template <class L>
-  static double elements(const Loss& loss, int64_t size, const T* y, const T* t, T* dy, bool& valid) {
+  static double elements(const Loss& loss, int64_t size, const T* z, const T* t, T* dz, bool& valid) {
     const V scale = static_cast<T>(loss.scale);
     V sum;
     for_vectors<T>(size, [&](int64_t i, auto lanes) {
-      const V yi = load(y + i, lanes), ti = load(t + i, lanes);
+      const V yi = Act::forward(load(z + i, lanes)), ti = load(t + i, lanes);
       if constexpr (std::is_same_v<L, BCE>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
-      store(dy + i, L::backward(yi, ti) * scale, lanes);
+      store(dz + i, Act::backward(L::backward(yi, ti) * scale, yi), lanes);
       sum = sum + only(L::forward(yi, ti), lanes);
     });
     return sum_lanes(sum);
@@ -138,7 +151,13 @@ struct StepRows {
     const T *w[kMostLayers], *wt[kMostLayers], *bias[kMostLayers];
     for (size_t l = 0; l < L; ++l) {
       const StepLayerView& layer = p.layers[l];
-      pack_panels_transposed<S>(layer.w, 0, layer.K, 0, layer.N, packed);
+      if (l + 1 == L && tiles_mostly_empty(layer.K, layer.N))
+        for (int64_t n = 0; n < layer.N; ++n)
+          for_vectors<T>(layer.K, [&](int64_t k, auto lanes) {
+            store(packed + n * layer.K + k, load(at<S>(layer.w, n, k), lanes), lanes);
+          });
+      else
+        pack_panels_transposed<S>(layer.w, 0, layer.K, 0, layer.N, packed);
       wt[l] = packed;
       packed += layer.K * round_up_columns<T>(layer.N);
       if (l > p.lowest) pack_panels<S>(layer.w, 0, layer.N, 0, layer.K, packed);
@@ -166,23 +185,20 @@ struct StepRows {
                   Forward<decltype(act)>{bias[l], y + kBlock});
         });
 
-      // The output, its loss and their gradients have no gaps between rows, however few columns.
-      T *const output = y + kBlock, *const dy = dz_below;
-      const int64_t size = count * top.N;
-      product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, AddBias{bias[L - 1], output, top.N});
+      // What the loss is of and its gradient have no gaps between rows, however few columns.
+      T *const z = y + kBlock, *const top_dz = dz_below;
+      const AddBias finish{bias[L - 1], z, top.N};
+      if (tiles_mostly_empty(top.K, top.N))
+        dots<T>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
+      else
+        product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);
       with_activation(top, [&](auto act) {
-        for_vectors<T>(size,
-                       [&](int64_t i, auto lanes) { store(output + i, act.forward(load(output + i, lanes)), lanes); });
-      });
-      loss += RowsLoss<S>::run(p.loss, {m0, m0 + count}, top.N, output, dy, targets, valid);
-      with_activation(top, [&](auto act) {
-        for_vectors<T>(size, [&](int64_t i, auto lanes) {
-          store(dy + i, act.backward(load(dy + i, lanes), load(output + i, lanes)), lanes);
-        });
+        loss += RowsLoss<S, decltype(act)>::run(p.loss, {m0, m0 + count}, top.N, z, top_dz, targets, valid);
       });
       for (int64_t m = 0; m < count; ++m)
-        for_vectors<T>(
-            top.N, [&](int64_t n, auto lanes) { store(dz + m * kStride + n, load(dy + m * top.N + n, lanes), lanes); });
+        for_vectors<T>(top.N, [&](int64_t n, auto lanes) {
+          store(dz + m * kStride + n, load(top_dz + m * top.N + n, lanes), lanes);
+        });
 
       for (size_t l = L; l-- > p.lowest; y -= kBlock) {
         const StepLayerView& layer = p.layers[l];
@@ -209,6 +225,7 @@ struct StepRows {
     static constexpr bool whole_depth = true;
     const T* bias;
     T* y;
+    Forward from(int64_t i, int64_t j) const { return {bias + j, y + i * kStride + j}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
       store(y + i * kStride + j, Act::forward(z + load(bias + j, lanes)), lanes);
@@ -219,9 +236,14 @@ struct StepRows {
     const T* bias;
     T* z;
     int64_t stride;
+    AddBias from(int64_t i, int64_t j) const { return {bias + j, z + i * stride + j, stride}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
       store(z + i * stride + j, v + load(bias + j, lanes), lanes);
+    }
+    template <class Lanes>
+    void column(int64_t i, V v, Lanes lanes) const {
+      store(z + i, v + V(bias[0]), lanes);
     }
   };
   template <class Act>
@@ -229,10 +251,23 @@ struct StepRows {
     static constexpr bool whole_depth = true;
     const T* y;
     T* dz;
+    Backward from(int64_t i, int64_t j) const { return {y + i * kStride + j, dz + i * kStride + j}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V dy, Lanes lanes) const {
       const int64_t at = i * kStride + j;
       store(dz + at, Act::backward(dy, load(y + at, lanes)), lanes);
+    }
+  };
+  // dW += sums
+  struct AddTo {
+    static constexpr bool whole_depth = true;
+    T* dw;
+    int64_t stride;
+    AddTo from(int64_t i, int64_t j) const { return {dw + i * stride + j, stride}; }
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
+      T* const at = dw + i * stride + j;
+      store(at, load(at, lanes) + v, lanes);
     }
   };
 
@@ -258,8 +293,8 @@ struct StepRows {
     Ahead none;
     if (l.dw >= 0)
       tiles<RowsOfBlockTransposed<T, width>, Single<T>, Tile<T>::rows>(
-          dz, Panels<T>::in_place(x, kStride), count, 0, l.N, l.K, Stage{false, false}, Partial<T>{sums + l.dw, l.K, 0},
-          StoreSums<T>{}, none);
+          dz, Panels<T>::in_place(x, kStride), count, 0, l.N, l.K, Stage{true, true}, Partial<T>{},
+          AddTo{sums + l.dw, l.K}, none);
   }
 };
 
@@ -277,10 +312,10 @@ double loss_rows(const Loss& loss, Range rows, int64_t N, const void* y_data, vo
     const Range some{m, std::min(m + kLossRows, rows.end)};
     const int64_t begin = m * N, size = some.size() * N;
     if constexpr (std::is_same_v<S, T>) {
-      total += RowsLoss<S>::run(loss, some, N, y + begin, dy + begin, targets, valid);
+      total += RowsLoss<S, Identity>::run(loss, some, N, y + begin, dy + begin, targets, valid);
     } else {
       for_vectors<T>(size, [&](int64_t i, auto lanes) { store(outputs + i, load(y + begin + i, lanes), lanes); });
-      total += RowsLoss<S>::run(loss, some, N, outputs, gradients, targets, valid);
+      total += RowsLoss<S, Identity>::run(loss, some, N, outputs, gradients, targets, valid);
       for_vectors<T>(size, [&](int64_t i, auto lanes) { store(dy + begin + i, load(gradients + i, lanes), lanes); });
     }
   }
