@@ -83,13 +83,9 @@ DType cuda_dtype(const std::string& name) {
 }
 
 py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads) {
-  int64_t products = 0;
-  for (size_t l = 1; l < widths.size(); ++l) products += widths[l - 1] * widths[l];
-  const int64_t widest = *std::max_element(widths.begin(), widths.end());
-  const cpu::StepPlan plan =
-      cpu::make_step_plan(batch, widest, products, widths.size() - 1, std::max<int64_t>(4, item_size), threads);
+  const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads);
   py::dict result;
-  result["path"] = plan.by_blocks ? "blocks" : "layers";
+  result["path"] = cpu::step_path_name(plan.path);
   result["pieces"] = plan.pieces;
   return result;
 }

@@ -16,9 +16,9 @@ struct Tile {  // what one pass of the inner loop holds in registers: rows x vec
 };
 
 template <class T>
-struct Blocking {                                 // the loops around it, measured at 1024x1024x1024 on Zen 4:
-  static constexpr int depth = 2048 / sizeof(T);  // 102 GFLOP/s; with 1024 bytes 98, sums are written twice as often
-  static constexpr int rows = 8 * Tile<T>::rows;  // A: a quarter of L2; 16 tiles are no faster
+struct Blocking {  // the loops around it, measured at 1024x1024x1024 on Zen 4: 102 GFLOP/s
+  static constexpr int depth = kDepthBytes / sizeof(T);
+  static constexpr int rows = 8 * Tile<T>::rows;         // A: a quarter of L2; 16 tiles are no faster
   static constexpr int columns = 32 * Tile<T>::columns;  // B: with 16 tiles 97, A is packed twice as often
 };
 
@@ -58,13 +58,20 @@ struct Panels {
 
   static Panels packed(const T* data, int64_t depth) { return {data, Tile<T>::columns, depth * Tile<T>::columns}; }
   static Panels in_place(const T* data, int64_t stride) { return {data, stride, Tile<T>::columns}; }
+  Panels from(int64_t k, int64_t j) const {
+    return {data + k * depth_step + j / Tile<T>::columns * panel_step, depth_step, panel_step};
+  }
 };
 
 // Sums that wait for the next block of depth: the result itself, or a scratch block where it has fewer bits.
 template <class T>
 struct Partial {
   T* data;
-  int64_t row_stride, column_stride;  // column_stride 0: every block of columns starts over
+  int64_t row_stride;
+  int64_t panel_step = Tile<T>::columns;
+  bool starts_over = false;  // with every block of columns
+
+  T* at(int64_t i, int64_t j) const { return data + i * row_stride + j / Tile<T>::columns * panel_step; }
 };
 
 // What one call of tiles() does with the sums: add what waits (not first), then finish (last) or let them wait.
@@ -171,9 +178,7 @@ __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __rest
 template <class T>
 struct StoreTile {
   T* __restrict__ sums;
-  void operator()(int row, int column, Vec<T> v, AllLanes) const {
-    store(sums + row * Tile<T>::columns + column, v);
-  }
+  void operator()(int row, int column, Vec<T> v, AllLanes) const { store(sums + row * Tile<T>::columns + column, v); }
 };
 
 // f(row, column, vector, lanes) for all sums of a tile.
@@ -195,7 +200,7 @@ inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, St
   if (Finish::whole_depth || (stage.first && stage.last))
     return for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { finish(i + r, j + c, v, lanes); });
   if constexpr (!Finish::whole_depth) {
-    T* const waiting = partial.data + i * partial.row_stride + j;
+    T* const waiting = partial.at(i, j);
     const int64_t stride = partial.row_stride;
     if (stage.last)
       for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
@@ -231,30 +236,30 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
                   Partial<T> partial, const Finish finish, Ahead& ahead) {
   constexpr int whole = Tile<T>::rows, lanes = Vec<T>::lanes;
   static_assert(Tile<T>::vectors == 2);
+  const bool complete = Finish::whole_depth || (stage.first && stage.last);
   alignas(kVectorBytes) T sums[R * Tile<T>::columns];
   for (; i + R <= rows; i += R) {  // a panel of A stays in L1 while those of B stream past
     const T* const ai = a + i / whole * Layout::panel + i % whole * Layout::row_step;
     const T* bj = b.data;
     for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
       const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
-      if (depth >= kDepthToPrefetch && partial.data)
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < Tile<T>::vectors; ++v)
-            __builtin_prefetch(partial.data + (i + r) * partial.row_stride + j + v * lanes, 1);
-      if (Finish::whole_depth && width == Tile<T>::columns) {  // finished while the sums are in registers
-        if constexpr (Finish::whole_depth)
-          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, finish.from(i, j));
-      } else {
-        const StoreTile<T> store{sums};
-        if (width == Tile<T>::columns)
-          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, store);
-        else if (width > lanes)
-          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, store);
-        else
-          multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, store);
-        pass_on(sums, R, width, i, j, stage, partial, finish);
-      }
       ahead.step();
+      if constexpr (R == whole || Finish::whole_depth)
+        if (complete && width == Tile<T>::columns) {  // finished while the sums are in registers
+          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, finish.from(i, j));
+          continue;
+        }
+      if (depth >= kDepthToPrefetch && !complete)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < Tile<T>::vectors; ++v) __builtin_prefetch(partial.at(i + r, j) + v * lanes, 1);
+      const StoreTile<T> store{sums};
+      if (width == Tile<T>::columns)
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, store);
+      else if (width > lanes)
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, store);
+      else
+        multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, store);
+      pass_on(sums, R, width, i, j, stage, partial, finish);
     }
   }
   constexpr int next = R == whole ? (whole > 8 ? 8 : 4) : R / 2;
@@ -277,22 +282,21 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
   T* const packed_b = scratch + kPackedA<T>;
   for (int64_t j0 = 0; j0 < columns; j0 += Block::columns) {
     const int64_t nc = std::min<int64_t>(Block::columns, columns - j0);
-    // In place, B is walked in pieces of rows that fit L1, so that each is read in the order in which it lies.
+    // Rows of B in place are walked in pieces that fit L1, so that each is read in the order in which it lies.
     const int64_t in_l1 = std::max<int64_t>(8, kBytesInL1 / static_cast<int64_t>(sizeof(T)) / nc);
-    const int64_t step = b.data ? std::min<int64_t>(in_l1, Block::depth) : Block::depth;
+    const bool in_rows = b.data && b.panel_step == Tile<T>::columns;
+    const int64_t step = in_rows ? std::min<int64_t>(in_l1, Block::depth) : Block::depth;
     int64_t k0 = 0;
     do {  // once at least: with no depth at all, C is zero before the epilogue
       const int64_t kc = std::min<int64_t>(step, depth - k0);
       if (kc && !b.data) pack_b(k0, kc, j0, nc, packed_b);
-      const auto panels =
-          b.data ? Panels<T>::in_place(b.data + k0 * b.depth_step + j0, b.depth_step) : Panels<T>::packed(packed_b, kc);
+      const auto panels = b.data ? b.from(k0, j0) : Panels<T>::packed(packed_b, kc);
       for (int64_t i0 = 0; i0 < rows; i0 += Block::rows) {
         const int64_t mc = std::min<int64_t>(Block::rows, rows - i0);
         Ahead ahead;
         if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a, ahead);
         ahead.spread(ceil_div(mc, Tile<T>::rows) * ceil_div(nc, Tile<T>::columns));
-        const Partial<T> waiting{partial.data + i0 * partial.row_stride + j0 * partial.column_stride,
-                                 partial.row_stride, 0};
+        const Partial<T> waiting{partial.at(i0, partial.starts_over ? 0 : j0), partial.row_stride, partial.panel_step};
         tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth},
                                               waiting, finish.from(i0, j0), ahead);
       }

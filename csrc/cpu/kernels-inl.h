@@ -7,6 +7,7 @@
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "cpu/panels-inl.h"
 #include "cpu/step-inl.h"
 #include "cpu/update.h"
 #include "cpu/vec.h"
@@ -18,9 +19,9 @@ namespace {
 template <class S, class T>
 inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, T* scratch) {
   if constexpr (std::is_same_v<S, T>)
-    return {at<S>(result, rows.begin, columns.begin), result.stride, 1};
+    return {at<S>(result, rows.begin, columns.begin), result.stride};
   else
-    return {scratch, Blocking<T>::columns, 0};
+    return {scratch, Blocking<T>::columns, Tile<T>::columns, true};
 }
 
 // B where it lies; nothing if it must be converted.
@@ -43,24 +44,6 @@ template <class S>
 inline bool is_large(int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
 }
-
-// The end of a product whose sums are a weight's gradient: stores them, or updates the weight.
-template <class S, class T>
-struct StoreOrUpdate {
-  static constexpr bool whole_depth = false;
-  T* result;
-  int64_t stride, offset;
-  const Update* update;  // or nullptr
-  StoreOrUpdate from(int64_t i, int64_t j) const { return {result, stride, offset + i * stride + j, update}; }
-  template <class Lanes>
-  void operator()(int64_t i, int64_t j, Vec<T> v, Lanes lanes) const {
-    const int64_t place = offset + i * stride + j;
-    if (update)
-      update_at<S>(*update, place, v, lanes);
-    else
-      store(result + place, v, lanes);
-  }
-};
 
 template <class S, class Act, class Element = Single<Accumulator<S>>>
 struct LinearAct {
@@ -234,7 +217,7 @@ struct LinearAct {
     T* const out = static_cast<T*>(dw) + offset;
     gemm<ColumnsOfA<T>, Element, T>(rows.size(), columns.size(), elements(samples.size()), pack_dz, pack_x,
                                     in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
-                                    Partial<T>{out, b.K, 1},
+                                    Partial<T>{out, b.K},
                                     StoreOrUpdate<S, T>{static_cast<T*>(dw), b.K, offset, b.update_w}, begin);
     if (sums && b.update_b) update<S>(*b.update_b, sums, 1, 0, rows);
   }
@@ -409,7 +392,7 @@ struct LinearAct {
         panels = Panels<T>::packed(x, count);
       }
       tiles<RowsOfATransposed<T>, Single<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
-                                                            Partial<T>{dw_sums, b.K, 0}, StoreSums<T>{}, ahead);
+                                                            Partial<T>{dw_sums, b.K}, StoreSums<T>{}, ahead);
     }
     end_of_streams();
   }

@@ -134,6 +134,29 @@ struct StepKernels {
   void (*update)(const Update&, const void* parts, int64_t count, int64_t stride, Range range);
 };
 
+// A layer of a training step in panels, as panels-inl.h has them.
+struct PanelLayer {
+  int64_t M, K, N;
+  ConstMatrix w;     // [N, K], without gaps
+  const void* bias;  // [N] or nullptr
+  size_t activation, activation_below;
+  const void* x;                      // panels of K features
+  ConstMatrix rows_of_x;              // the same as it lies, or nullptr
+  void *y, *dz;                       // panels of N features
+  void* dz_below;                     // panels of K features, or nullptr
+  void* sums;                         // [N, K] accumulators, needed where M has more than kDepthBytes
+  const Update *update_w, *update_b;  // or nullptr
+};
+
+struct PanelKernels {
+  int64_t (*width)();  // rows of a panel
+  // Ranges of rows begin at a panel. Scratch: kScratchBytes, and for the loss 3 width N accumulators.
+  void (*input)(const ConstMatrix& x, Range rows, int64_t K, void* panels);
+  void (*forward)(const PanelLayer&, Range features, Range rows, void* scratch);
+  double (*loss)(const Loss&, const PanelLayer&, size_t activation, Range rows, void* scratch, bool& valid);
+  void (*backward)(const PanelLayer&, Range columns, Range biases, void* scratch);
+};
+
 template <size_t activations>
 using KernelTable = std::array<std::array<Kernels, activations>, 4>;  // [DType][activation]
 

@@ -15,7 +15,7 @@
 #include "cpu/kernels-inl.h"
 
 namespace mlp_ext::cpu {
-extern const Variant variant_avx2{"avx2", kernels, step_kernels, fma_loop};
+extern const Variant variant_avx2{"avx2", kernels, step_kernels, panel_kernels, fma_loop};
 }  // namespace mlp_ext::cpu
 
 #if defined(__clang__)

@@ -5,5 +5,5 @@
 #include "cpu/kernels-inl.h"
 
 namespace mlp_ext::cpu {
-extern const Variant variant_generic{"generic", kernels, step_kernels, fma_loop};
+extern const Variant variant_generic{"generic", kernels, step_kernels, panel_kernels, fma_loop};
 }  // namespace mlp_ext::cpu

@@ -34,16 +34,15 @@ void* memory(Memory which, size_t bytes) {
   return block.data.get();
 }
 
-namespace {
-
-void* scratch(size_t bytes) { return memory(Memory::scratch, bytes); }
-
-// Piece i of n of [0, size), cut at multiples of a cache line's elements.
-Range piece(int64_t i, int64_t n, int64_t size) {
+Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
   constexpr int64_t line = 16;
   const int64_t lines = (size + line - 1) / line;
   return {std::min(size, i * lines / n * line), std::min(size, (i + 1) * lines / n * line)};
 }
+
+namespace {
+
+void* scratch(size_t bytes) { return memory(Memory::scratch, bytes); }
 
 // A product and how it is cut: run(rows, columns, samples, which piece of the samples) computes a piece.
 struct Product {
@@ -55,7 +54,8 @@ struct Product {
   void run_share(int64_t i, int64_t n) const {
     for (int64_t p = i * grid.size() / n; p < (i + 1) * grid.size() / n; ++p) {
       const int64_t c = p % grid.columns, r = p / grid.columns % grid.rows, s = p / grid.columns / grid.rows;
-      run(piece(r, grid.rows, rows), piece(c, grid.columns, columns), piece(s, grid.samples, samples), s);
+      run(piece_of_lines(r, grid.rows, rows), piece_of_lines(c, grid.columns, columns),
+          piece_of_lines(s, grid.samples, samples), s);
     }
   }
 };

@@ -13,6 +13,9 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation);
 enum class Memory { scratch, sums };
 void* memory(Memory which, size_t bytes);
 
+// Piece i of n of [0, size), cut at multiples of a cache line's elements.
+Range piece_of_lines(int64_t i, int64_t n, int64_t size);
+
 int64_t threads();  // that a parallel_for here would use
 
 }  // namespace mlp_ext::cpu

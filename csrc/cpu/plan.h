@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 
 namespace mlp_ext::cpu {
 
@@ -46,14 +47,19 @@ constexpr int64_t kTallWeights = 1 << 18;  // N K: 8192x512x512 gains 4 %, and d
 constexpr int64_t kOneBreadth = 1 << 16;   // K = 1: most N, N = 1: most K; bounds the scratch memory
 constexpr int64_t kFewSamples = 4;         // M: dW is written rather than computed
 constexpr int64_t kRowsPerPiece = 512;     // bounds the accumulators of 16-bit results
-constexpr int64_t kStepRowBytes = 2048;    // of the widest rows of a step block by block: a tile's depth is not cut
-constexpr size_t kMostLayers = 32;         // of such a step
-constexpr int64_t kStepWeights = 1 << 18;  // packed twice and summed by each thread
-constexpr int64_t kStepRows = 32;          // of a thread: below, adding up the sums costs more than it saves
-constexpr int64_t kLossRows = 8;           // of outputs whose loss is taken at a time
-constexpr int64_t kLossesPerThread = 1 << 12;  // elements of the output
-constexpr int64_t kBlockColumns = 1024;        // of a product that are computed at a time: A is packed once for each
-constexpr int64_t kPieceEdge = 64;             // a piece is not cut narrower than a few tiles
+constexpr int64_t kDepthBytes = 2048;  // of a block of A; with 1024 a twentieth slower, sums are written twice as often
+constexpr int64_t kStepRowBytes = kDepthBytes;  // of the widest rows of a step by blocks: a tile's depth is not cut
+constexpr size_t kMostLayers = 32;              // of such a step
+constexpr int64_t kStepWeights = 1 << 18;       // packed twice and summed by each thread
+constexpr int64_t kStepRows = 32;               // of a thread: below, adding up the sums costs more than it saves
+constexpr int64_t kFewestPanelRows = 32;        // of a step in panels
+constexpr int64_t kMostPanelRows = 2048;
+constexpr int64_t kPanelRowsPerEmptyLane = 16;  // in the last vector of a batch
+constexpr int64_t kPanelColumns = 32;           // of W, of each thread
+constexpr int64_t kLossRows = 8;                // of outputs whose loss is taken at a time
+constexpr int64_t kLossesPerThread = 1 << 12;   // elements of the output
+constexpr int64_t kBlockColumns = 1024;         // of a product that are computed at a time: A is packed once for each
+constexpr int64_t kPieceEdge = 64;              // a piece is not cut narrower than a few tiles
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -62,6 +68,7 @@ struct PackingCost {
   int64_t a, b;
 };
 constexpr PackingCost kForwardPacking{1, 2};   // W is transposed
+constexpr PackingCost kPanelPacking{1, 0};     // A is W, a copy; B is packed
 constexpr PackingCost kBackwardPacking{2, 1};  // dz is made of dy and y
 
 // Cuts [rows, columns] into about `pieces`, so that least is packed in all.
@@ -122,20 +129,44 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
   return plan;
 }
 
-// How a training step runs: all layers block of rows by block of rows, the rows in so many pieces, or layer by layer.
+enum class StepPath {
+  blocks,  // all layers block of rows by block of rows
+  panels,  // layer by layer, activations transposed
+  layers,  // layer by layer, each as by itself
+};
+constexpr const char* step_path_name(StepPath path) {
+  constexpr const char* names[] = {"blocks", "panels", "layers"};
+  return names[static_cast<int>(path)];
+}
+
+// How a training step runs; pieces: of the rows, by blocks.
 struct StepPlan {
-  bool by_blocks;
+  StepPath path;
   int64_t pieces;
 };
 
-// products: of all layers for one row, which is also the number of weights. item_size: of an accumulator.
-inline StepPlan make_step_plan(int64_t M, int64_t widest, int64_t products, size_t layers, int64_t item_size,
-                               int64_t threads) {
+// widths: of the input and of each layer. item_size: bytes of an element. threads: how many may work.
+inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64_t item_size, int64_t threads) {
+  int64_t products = 0;  // of all layers for one row, which is also the number of weights
+  bool columns_suffice = true;
+  for (size_t l = 1; l < widths.size(); ++l) {
+    const int64_t K = widths[l - 1], N = widths[l];
+    products += K * N;
+    if (M * K * N > threads * kProductsPerThread && K < threads * kPanelColumns) columns_suffice = false;
+  }
   const int64_t pieces = std::clamp<int64_t>(M * products / kProductsPerThread, 1, threads);
-  const bool rows_fit = widest * item_size <= kStepRowBytes && layers <= kMostLayers;
+  const int64_t widest = *std::max_element(widths.begin(), widths.end());
+  const bool rows_fit = widest * std::max<int64_t>(4, item_size) <= kStepRowBytes && widths.size() <= kMostLayers + 1;
   const bool weights_stay_in_cache = products <= kStepWeights;
   const bool rows_outweigh_sums = pieces == 1 || M >= pieces * kStepRows;
-  return {rows_fit && weights_stay_in_cache && rows_outweigh_sums, pieces};
+  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums) return {StepPath::blocks, pieces};
+
+  const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;
+  const bool batch_fits = kFewestPanelRows <= M && M <= kMostPanelRows && kPanelRowsPerEmptyLane * empty <= M;
+  const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
+  if (item_size >= 4 && batch_fits && columns_suffice && some_layer && pieces == threads)
+    return {StepPath::panels, pieces};
+  return {StepPath::layers, pieces};
 }
 
 }  // namespace mlp_ext::cpu

@@ -51,14 +51,12 @@ class CpuStep {
 
   at::Tensor run() {
     loss_ = loss();
-    int64_t widest = step_.input.size(1), products = 0;
-    for (const StepLayer& layer : step_.layers) {
-      widest = std::max(widest, layer.weight.value->size(0));
-      products += layer.weight.value->numel();
-    }
-    const StepPlan plan =
-        make_step_plan(M_, widest, products, step_.layers.size(), accumulator_size(dtype_), threads());
-    const double sum = plan.by_blocks ? by_blocks(plan.pieces) : by_layers();
+    c10::SmallVector<int64_t, 9> widths{step_.input.size(1)};
+    for (const StepLayer& layer : step_.layers) widths.push_back(layer.weight.value->size(0));
+    const StepPlan plan = make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads());
+    const double sum = plan.path == StepPath::blocks   ? by_blocks(plan.pieces)
+                       : plan.path == StepPath::panels ? by_panels()
+                                                       : by_layers();
     return result(sum * loss_.scale);
   }
 
@@ -160,6 +158,92 @@ class CpuStep {
     for (size_t l = step_.lowest_learning; l < layers.size(); ++l) {
       finish(step_.layers[l].weight, layers[l].dw);
       finish(step_.layers[l].bias, layers[l].db);
+    }
+    return total;
+  }
+
+  // One layer after the other, forward by rows of W, backward by its columns: whoever has read some updates them.
+  double by_panels() {
+    const PanelKernels& kernels = *variant().panel_kernels(dtype_);
+    const int64_t width = kernels.width(), panels = ceil_div(M_, width), size = item_size(dtype_);
+    const auto pieces_of = [](int64_t products) {
+      return std::clamp<int64_t>(products / kProductsPerThread, 1, threads());
+    };
+    const auto rows_piece = [&](int64_t i, int64_t n) {
+      return Range{i * panels / n * width, std::min(M_, (i + 1) * panels / n * width)};
+    };
+    const auto scratch = [](int64_t bytes) { return memory(Memory::scratch, bytes); };
+
+    const at::Tensor x = step_.input.stride(1) == 1 ? step_.input : step_.input.contiguous();
+    const size_t L = step_.layers.size();
+    int64_t widest = x.size(1), features = x.size(1), weights = 0;
+    for (const StepLayer& layer : step_.layers) {
+      const at::Tensor& w = *layer.weight.value;
+      widest = std::max(widest, w.size(0));
+      features += w.size(0);
+      weights = std::max(weights, w.numel());
+    }
+    const bool waits = M_ * size > kDepthBytes;
+    const at::Tensor memory_of_rows = empty_result({panels * width * (features + 2 * widest)}, x.scalar_type());
+    const at::Tensor sums = empty_result({waits ? weights : 0}, x.scalar_type());
+    char* free = static_cast<char*>(memory_of_rows.mutable_data_ptr());
+    const auto take = [&](int64_t F) { return std::exchange(free, free + panels * width * F * size); };
+
+    c10::SmallVector<PanelLayer, 8> layers;
+    const ConstMatrix rows_of_x{x.const_data_ptr(), x.stride(0)};
+    char* const input = take(x.size(1));
+    char* const gradients[] = {take(widest), take(widest)};
+    for (size_t l = 0; l < L; ++l) {
+      const StepLayer& layer = step_.layers[l];
+      const at::Tensor& w = *layer.weight.value;
+      PanelLayer p{};
+      p.M = M_;
+      p.K = w.size(1);
+      p.N = w.size(0);
+      p.w = {w.const_data_ptr(), p.K};
+      p.bias = data(layer.bias);
+      p.activation = l + 1 < L ? layer.activation : activation_index(Identity::name);
+      p.activation_below = l > 0 ? step_.layers[l - 1].activation : 0;
+      p.x = l > 0 ? layers[l - 1].y : input;
+      if (l == 0) p.rows_of_x = rows_of_x;
+      p.y = take(p.N);
+      p.dz = gradients[l % 2];
+      p.dz_below = l > step_.lowest_learning ? gradients[(l + 1) % 2] : nullptr;
+      p.sums = sums.mutable_data_ptr();
+      layers.push_back(p);
+    }
+
+    const int64_t input_pieces = std::min(panels, pieces_of(M_ * x.size(1)));
+    for_pieces(input_pieces,
+               [&](int64_t i) { kernels.input(rows_of_x, rows_piece(i, input_pieces), x.size(1), input); });
+    for (const PanelLayer& l : layers) {
+      const Grid grid = cut(l.N, M_, pieces_of(M_ * l.K * l.N), kPanelPacking);
+      for_pieces(grid.size(), [&](int64_t i) {
+        const Range rows = rows_piece(i / grid.rows, grid.columns);
+        if (rows.size() > 0)
+          kernels.forward(l, piece_of_lines(i % grid.rows, grid.rows, l.N), rows, scratch(kScratchBytes));
+      });
+    }
+    const int64_t loss_pieces = std::clamp<int64_t>(M_ * N_ / kLossesPerThread, 1, std::min(panels, threads()));
+    LossSums losses(loss_pieces);
+    for_pieces(loss_pieces, [&](int64_t i) {
+      bool valid = true;
+      losses.sums[i] = kernels.loss(loss_, layers[L - 1], step_.layers[L - 1].activation, rows_piece(i, loss_pieces),
+                                    scratch(3 * width * N_ * size), valid);
+      losses.valid[i] = valid;
+    });
+    const double total = losses.total();
+    for (size_t l = L; l-- > step_.lowest_learning;) {
+      PanelLayer& layer = layers[l];
+      const auto update_w = update(step_.layers[l].weight), update_b = update(step_.layers[l].bias);
+      layer.update_w = update_w ? &*update_w : nullptr;
+      layer.update_b = update_b ? &*update_b : nullptr;
+      const int64_t pieces =
+          std::min(pieces_of(2 * M_ * layer.K * layer.N), std::max<int64_t>(1, layer.K / kPanelColumns));
+      for_pieces(pieces, [&](int64_t i) {
+        kernels.backward(layer, piece_of_lines(i, pieces, layer.K), piece_of_lines(i, pieces, layer.N),
+                         scratch(kScratchBytes));
+      });
     }
     return total;
   }

@@ -292,9 +292,9 @@ struct StepRows {
       });
     Ahead none;
     if (l.dw >= 0)
-      tiles<RowsOfBlockTransposed<T, width>, Single<T>, Tile<T>::rows>(
-          dz, Panels<T>::in_place(x, kStride), count, 0, l.N, l.K, Stage{true, true}, Partial<T>{},
-          AddTo{sums + l.dw, l.K}, none);
+      tiles<RowsOfBlockTransposed<T, width>, Single<T>, Tile<T>::rows>(dz, Panels<T>::in_place(x, kStride), count, 0,
+                                                                       l.N, l.K, Stage{true, true}, Partial<T>{},
+                                                                       AddTo{sums + l.dw, l.K}, none);
   }
 };
 

@@ -1,6 +1,7 @@
 // A parameter's update, fused into what makes its gradient.
 #pragma once
 
+#include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/vec.h"
@@ -32,6 +33,24 @@ void update(const Update& update, const void* parts, int64_t count, int64_t stri
     update_at<S>(update, range.begin + i, gradient, lanes);
   });
 }
+
+// The end of a product whose sums are a weight's gradient: stores them, or updates the weight.
+template <class S, class T>
+struct StoreOrUpdate {
+  static constexpr bool whole_depth = false;
+  T* result;
+  int64_t stride, offset;
+  const Update* update;  // or nullptr
+  StoreOrUpdate from(int64_t i, int64_t j) const { return {result, stride, offset + i * stride + j, update}; }
+  template <class Lanes>
+  void operator()(int64_t i, int64_t j, Vec<T> v, Lanes lanes) const {
+    const int64_t place = offset + i * stride + j;
+    if (update)
+      update_at<S>(*update, place, v, lanes);
+    else
+      store(result + place, v, lanes);
+  }
+};
 
 }  // namespace
 }  // namespace mlp_ext::cpu

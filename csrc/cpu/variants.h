@@ -15,7 +15,8 @@ struct Variant {
   const char* name;
   const Kernels& (*kernels)(DType, size_t activation);
   const StepKernels& (*step_kernels)(DType);
-  int64_t (*fma_loop)(int64_t rounds);  // multiplies and adds in registers; returns how many operations it did
+  const PanelKernels* (*panel_kernels)(DType);  // nullptr where there are none
+  int64_t (*fma_loop)(int64_t rounds);          // multiplies and adds in registers; returns how many operations it did
 };
 
 extern const Variant variant_generic;
