@@ -13,7 +13,7 @@ struct Sgd {
   static constexpr size_t size = 6;  // hyperparameters
 
   template <class V>  // momentum_buffer: unused unless momentum
-  MLP_EXT_HOST_DEVICE void update(V& parameter, V& momentum_buffer, V gradient) const {
+  MLP_EXT_HOST_DEVICE __attribute__((always_inline)) void update(V& parameter, V& momentum_buffer, V gradient) const {
     if (maximize) gradient = -gradient;
     if (weight_decay != 0) gradient = gradient + V(weight_decay) * parameter;
     if (momentum != 0) {

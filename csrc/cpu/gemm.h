@@ -274,9 +274,10 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
 //   finish(i, j, vector, lanes)                       stores sums of C at row i from column j on; finish.from(i, j) is
 //                                                     the same for the block that begins there. Copied, so that its
 //                                                     pointers stay in registers: stores of vectors may alias anything.
+//   block_rows                                        of A, how many are packed at a time
 template <class Layout, class Element, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,
-          Partial<T> partial, const Finish& finish, T* scratch) {
+          Partial<T> partial, const Finish& finish, T* scratch, int64_t block_rows = Blocking<T>::rows) {
   using Block = Blocking<T>;
   T* const packed_a = scratch;
   T* const packed_b = scratch + kPackedA<T>;
@@ -291,8 +292,8 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
       const int64_t kc = std::min<int64_t>(step, depth - k0);
       if (kc && !b.data) pack_b(k0, kc, j0, nc, packed_b);
       const auto panels = b.data ? b.from(k0, j0) : Panels<T>::packed(packed_b, kc);
-      for (int64_t i0 = 0; i0 < rows; i0 += Block::rows) {
-        const int64_t mc = std::min<int64_t>(Block::rows, rows - i0);
+      for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
+        const int64_t mc = std::min(block_rows, rows - i0);
         Ahead ahead;
         if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a, ahead);
         ahead.spread(ceil_div(mc, Tile<T>::rows) * ceil_div(nc, Tile<T>::columns));

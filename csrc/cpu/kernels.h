@@ -154,7 +154,7 @@ struct PanelKernels {
   void (*input)(const ConstMatrix& x, Range rows, int64_t K, void* panels);
   void (*forward)(const PanelLayer&, Range features, Range rows, void* scratch);
   double (*loss)(const Loss&, const PanelLayer&, size_t activation, Range rows, void* scratch, bool& valid);
-  void (*backward)(const PanelLayer&, Range columns, Range biases, void* scratch);
+  void (*backward)(const PanelLayer&, Range rows, Range columns, Range biases, void* scratch);
 };
 
 template <size_t activations>

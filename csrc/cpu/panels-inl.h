@@ -18,6 +18,7 @@ template <class T>
 struct PanelSteps {
   using V = Vec<T>;
   static constexpr int64_t width = Tile<T>::columns;
+  static constexpr int64_t kRowsInL1 = Tile<T>::rows;  // copied at a time; 8 tiles, which W's columns take, 1 % slower
 
   static int64_t panel_width() { return width; }
 
@@ -71,7 +72,7 @@ struct PanelSteps {
                         int64_t depth, Ahead& ahead) {
     const bool below = rows.begin + i + count < rows.end;
     const int64_t next_i = below ? rows.begin + i + count : rows.begin, next_k = below ? k : k + depth;
-    const int64_t n_rows = std::min<int64_t>(Blocking<T>::rows, rows.end - next_i);
+    const int64_t n_rows = std::min<int64_t>(kRowsInL1, rows.end - next_i);
     const int64_t n_columns = std::min(depth, columns.end - next_k);
     if (n_columns > 0) ahead.add(at<T>(l.w, next_i, next_k), l.K * sizeof(T), n_rows, n_columns * sizeof(T));
   }
@@ -90,7 +91,7 @@ struct PanelSteps {
       const Forward<decltype(act)> finish{static_cast<const T*>(l.bias), y, l.N};
       gemm<RowsOfA<T>, Single<T>, T>(features.size(), rows.size(), l.K, pack_w, nothing_to_pack,
                                      panels(l.x, l.K, 0, rows.begin), partial(y, l.N, features.begin, rows.begin),
-                                     finish.from(features.begin, rows.begin), static_cast<T*>(scratch));
+                                     finish.from(features.begin, rows.begin), static_cast<T*>(scratch), kRowsInL1);
       return true;
     });
   }
@@ -111,11 +112,11 @@ struct PanelSteps {
     return total;
   }
 
-  // dz_below = act'(dz W, y_below) and dW = dz^T x for some columns of W, which nobody else reads; db for some of its
-  // rows. W and b are updated.
-  static void backward(const PanelLayer& l, Range columns, Range biases, void* scratch) {
+  // dz_below = act'(dz W, y_below) for some columns of W, then dW = dz^T x for these, or some of their rows where there
+  // is no layer below: nobody else may read them. db for others. W and b are updated.
+  static void backward(const PanelLayer& l, Range rows, Range columns, Range biases, void* scratch) {
     if (l.dz_below) grad_input(l, columns, scratch);
-    if (l.update_w) grad_weight(l, columns, scratch);
+    if (l.update_w) grad_weight(l, rows, columns, scratch);
     if (l.update_b) grad_bias(l, biases, scratch);
   }
 
@@ -165,16 +166,17 @@ struct PanelSteps {
   static int64_t next_rows(int64_t rows) { return std::min<int64_t>(Blocking<T>::rows, rows); }
 
   // (N,M)(M,K)
-  static void grad_weight(const PanelLayer& l, Range columns, void* scratch) {
+  static void grad_weight(const PanelLayer& l, Range rows, Range columns, void* scratch) {
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool, T* packed, Ahead& ahead) {
-      if (const int64_t next = next_rows(l.N - i - count); next > 0)
-        ahead.add(at<T>(l.w, i + count, columns.begin), l.K * sizeof(T), next,
+      const int64_t n = rows.begin + i, next = std::min<int64_t>(kRowsInL1, rows.end - n - count);
+      if (next > 0)
+        ahead.add(at<T>(l.w, n + count, columns.begin), l.K * sizeof(T), next,
                   std::min<int64_t>(Blocking<T>::columns, columns.size()) * sizeof(T));
       for (int64_t m = 0; m < depth; m += width)
         for (int64_t r = 0; r < count; ++r)
           for_vectors<T>(std::min(width, depth - m), [&](int64_t c, auto lanes) {
             store(packed + r * RowsOfA<T>::row_step + m + c,
-                  load(place(static_cast<const T*>(l.dz), l.N, i + r, m0 + m) + c, lanes), lanes);
+                  load(place(static_cast<const T*>(l.dz), l.N, n + r, m0 + m) + c, lanes), lanes);
           });
     };
     const auto pack_x = [&](int64_t m0, int64_t depth, int64_t j, int64_t count, T* packed) {
@@ -186,10 +188,11 @@ struct PanelSteps {
                                     packed + c * depth + m * width);
         }
     };
+    const int64_t offset = rows.begin * l.K + columns.begin;
     T* const sums = static_cast<T*>(l.sums);
-    gemm<RowsOfA<T>, Single<T>, T>(l.N, columns.size(), l.M, pack_dz, pack_x, Panels<T>{},
-                                   Partial<T>{sums + columns.begin, l.K},
-                                   StoreOrUpdate<T, T>{sums, l.K, columns.begin, l.update_w}, static_cast<T*>(scratch));
+    gemm<RowsOfA<T>, Single<T>, T>(rows.size(), columns.size(), l.M, pack_dz, pack_x, Panels<T>{},
+                                   Partial<T>{sums + offset, l.K}, StoreOrUpdate<T, T>{sums, l.K, offset, l.update_w},
+                                   static_cast<T*>(scratch), kRowsInL1);
   }
 
   static void grad_bias(const PanelLayer& l, Range range, void* scratch) {

@@ -54,12 +54,12 @@ constexpr int64_t kStepWeights = 1 << 18;       // packed twice and summed by ea
 constexpr int64_t kStepRows = 32;               // of a thread: below, adding up the sums costs more than it saves
 constexpr int64_t kFewestPanelRows = 32;        // of a step in panels
 constexpr int64_t kMostPanelRows = 2048;
-constexpr int64_t kPanelRowsPerEmptyLane = 16;  // in the last vector of a batch
-constexpr int64_t kPanelColumns = 32;           // of W, of each thread
-constexpr int64_t kLossRows = 8;                // of outputs whose loss is taken at a time
-constexpr int64_t kLossesPerThread = 1 << 12;   // elements of the output
-constexpr int64_t kBlockColumns = 1024;         // of a product that are computed at a time: A is packed once for each
-constexpr int64_t kPieceEdge = 64;              // a piece is not cut narrower than a few tiles
+constexpr int64_t kPanelRowsPerEmptyLane = 16;   // in the last vector of a batch
+constexpr int64_t kPanelColumns = 32;            // of W, of each thread
+constexpr int64_t kLossRows = 8;                 // of outputs whose loss is taken at a time
+constexpr int64_t kElementsPerThread = 1 << 12;  // copied, or outputs with a loss
+constexpr int64_t kBlockColumns = 1024;          // of a product that are computed at a time: A is packed once for each
+constexpr int64_t kPieceEdge = 64;               // a piece is not cut narrower than a few tiles
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

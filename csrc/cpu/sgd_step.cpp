@@ -162,12 +162,57 @@ class CpuStep {
     return total;
   }
 
-  // One layer after the other, forward by rows of W, backward by its columns: whoever has read some updates them.
+  // The layers with memory for their panels, of which `width` rows each.
+  struct PanelLayers {
+    at::Tensor memory, sums;
+    c10::SmallVector<PanelLayer, 8> layers;
+  };
+  PanelLayers panel_layers(const ConstMatrix& x, int64_t K, int64_t width) const {
+    const auto dtype = step_.input.scalar_type();
+    int64_t widest = K, features = K, weights = 0;
+    for (const StepLayer& layer : step_.layers) {
+      const at::Tensor& w = *layer.weight.value;
+      widest = std::max(widest, w.size(0));
+      features += w.size(0);
+      weights = std::max(weights, w.numel());
+    }
+    const int64_t rows = ceil_div(M_, width) * width, size = item_size(dtype_);
+    const bool depth_is_cut = M_ * size > kDepthBytes;
+    PanelLayers result{
+        empty_result({rows * (features + 2 * widest)}, dtype), empty_result({depth_is_cut ? weights : 0}, dtype), {}};
+    char* free = static_cast<char*>(result.memory.mutable_data_ptr());
+    const auto take = [&](int64_t F) { return std::exchange(free, free + rows * F * size); };
+    char *const input = take(K), *const gradients[] = {take(widest), take(widest)};
+    for (size_t l = 0; l < step_.layers.size(); ++l) {
+      const StepLayer& layer = step_.layers[l];
+      const at::Tensor& w = *layer.weight.value;
+      const bool top = l + 1 == step_.layers.size();  // its activation goes with the loss
+      PanelLayer p{};
+      p.M = M_;
+      p.K = w.size(1);
+      p.N = w.size(0);
+      p.w = {w.const_data_ptr(), p.K};
+      p.bias = data(layer.bias);
+      p.activation = top ? activation_index(Identity::name) : layer.activation;
+      p.activation_below = l > 0 ? step_.layers[l - 1].activation : 0;
+      p.x = l > 0 ? result.layers[l - 1].y : input;
+      if (l == 0) p.rows_of_x = x;
+      p.y = take(p.N);
+      p.dz = gradients[l % 2];
+      p.dz_below = l > step_.lowest_learning ? gradients[(l + 1) % 2] : nullptr;
+      p.sums = result.sums.mutable_data_ptr();
+      result.layers.push_back(p);
+    }
+    return result;
+  }
+
+  // One layer after the other, forward by rows of W. Backward by its columns: whoever has read some then changes them.
+  // The last to learn has nothing to read, so there dW is cut by rows, which share x as it lies.
   double by_panels() {
     const PanelKernels& kernels = *variant().panel_kernels(dtype_);
-    const int64_t width = kernels.width(), panels = ceil_div(M_, width), size = item_size(dtype_);
-    const auto pieces_of = [](int64_t products) {
-      return std::clamp<int64_t>(products / kProductsPerThread, 1, threads());
+    const int64_t width = kernels.width(), panels = ceil_div(M_, width);
+    const auto pieces_of = [](int64_t work, int64_t of_a_thread, int64_t most) {
+      return std::clamp<int64_t>(work / of_a_thread, 1, std::max<int64_t>(1, std::min(most, threads())));
     };
     const auto rows_piece = [&](int64_t i, int64_t n) {
       return Range{i * panels / n * width, std::min(M_, (i + 1) * panels / n * width)};
@@ -175,73 +220,43 @@ class CpuStep {
     const auto scratch = [](int64_t bytes) { return memory(Memory::scratch, bytes); };
 
     const at::Tensor x = step_.input.stride(1) == 1 ? step_.input : step_.input.contiguous();
-    const size_t L = step_.layers.size();
-    int64_t widest = x.size(1), features = x.size(1), weights = 0;
-    for (const StepLayer& layer : step_.layers) {
-      const at::Tensor& w = *layer.weight.value;
-      widest = std::max(widest, w.size(0));
-      features += w.size(0);
-      weights = std::max(weights, w.numel());
-    }
-    const bool waits = M_ * size > kDepthBytes;
-    const at::Tensor memory_of_rows = empty_result({panels * width * (features + 2 * widest)}, x.scalar_type());
-    const at::Tensor sums = empty_result({waits ? weights : 0}, x.scalar_type());
-    char* free = static_cast<char*>(memory_of_rows.mutable_data_ptr());
-    const auto take = [&](int64_t F) { return std::exchange(free, free + panels * width * F * size); };
-
-    c10::SmallVector<PanelLayer, 8> layers;
+    const int64_t K = x.size(1);
     const ConstMatrix rows_of_x{x.const_data_ptr(), x.stride(0)};
-    char* const input = take(x.size(1));
-    char* const gradients[] = {take(widest), take(widest)};
-    for (size_t l = 0; l < L; ++l) {
-      const StepLayer& layer = step_.layers[l];
-      const at::Tensor& w = *layer.weight.value;
-      PanelLayer p{};
-      p.M = M_;
-      p.K = w.size(1);
-      p.N = w.size(0);
-      p.w = {w.const_data_ptr(), p.K};
-      p.bias = data(layer.bias);
-      p.activation = l + 1 < L ? layer.activation : activation_index(Identity::name);
-      p.activation_below = l > 0 ? step_.layers[l - 1].activation : 0;
-      p.x = l > 0 ? layers[l - 1].y : input;
-      if (l == 0) p.rows_of_x = rows_of_x;
-      p.y = take(p.N);
-      p.dz = gradients[l % 2];
-      p.dz_below = l > step_.lowest_learning ? gradients[(l + 1) % 2] : nullptr;
-      p.sums = sums.mutable_data_ptr();
-      layers.push_back(p);
-    }
+    PanelLayers memory_and_layers = panel_layers(rows_of_x, K, width);
+    auto& layers = memory_and_layers.layers;
 
-    const int64_t input_pieces = std::min(panels, pieces_of(M_ * x.size(1)));
-    for_pieces(input_pieces,
-               [&](int64_t i) { kernels.input(rows_of_x, rows_piece(i, input_pieces), x.size(1), input); });
+    const int64_t input_pieces = pieces_of(M_ * K, kElementsPerThread, panels);
+    for_pieces(input_pieces, [&](int64_t i) {
+      kernels.input(rows_of_x, rows_piece(i, input_pieces), K, const_cast<void*>(layers[0].x));
+    });
     for (const PanelLayer& l : layers) {
-      const Grid grid = cut(l.N, M_, pieces_of(M_ * l.K * l.N), kPanelPacking);
+      const Grid grid = cut(l.N, M_, pieces_of(M_ * l.K * l.N, kProductsPerThread, threads()), kPanelPacking);
       for_pieces(grid.size(), [&](int64_t i) {
         const Range rows = rows_piece(i / grid.rows, grid.columns);
         if (rows.size() > 0)
           kernels.forward(l, piece_of_lines(i % grid.rows, grid.rows, l.N), rows, scratch(kScratchBytes));
       });
     }
-    const int64_t loss_pieces = std::clamp<int64_t>(M_ * N_ / kLossesPerThread, 1, std::min(panels, threads()));
+    const int64_t loss_pieces = pieces_of(M_ * N_, kElementsPerThread, panels);
     LossSums losses(loss_pieces);
     for_pieces(loss_pieces, [&](int64_t i) {
       bool valid = true;
-      losses.sums[i] = kernels.loss(loss_, layers[L - 1], step_.layers[L - 1].activation, rows_piece(i, loss_pieces),
-                                    scratch(3 * width * N_ * size), valid);
+      losses.sums[i] = kernels.loss(loss_, layers.back(), step_.layers.back().activation, rows_piece(i, loss_pieces),
+                                    scratch(3 * width * N_ * item_size(dtype_)), valid);
       losses.valid[i] = valid;
     });
     const double total = losses.total();
-    for (size_t l = L; l-- > step_.lowest_learning;) {
+    for (size_t l = layers.size(); l-- > step_.lowest_learning;) {
       PanelLayer& layer = layers[l];
       const auto update_w = update(step_.layers[l].weight), update_b = update(step_.layers[l].bias);
       layer.update_w = update_w ? &*update_w : nullptr;
       layer.update_b = update_b ? &*update_b : nullptr;
+      const bool by_rows = !layer.dz_below && layer.N > layer.K / 2;
       const int64_t pieces =
-          std::min(pieces_of(2 * M_ * layer.K * layer.N), std::max<int64_t>(1, layer.K / kPanelColumns));
+          pieces_of(2 * M_ * layer.K * layer.N, kProductsPerThread, (by_rows ? layer.N : layer.K) / kPanelColumns);
       for_pieces(pieces, [&](int64_t i) {
-        kernels.backward(layer, piece_of_lines(i, pieces, layer.K), piece_of_lines(i, pieces, layer.N),
+        const Range rows = piece_of_lines(i, pieces, layer.N), columns = piece_of_lines(i, pieces, layer.K);
+        kernels.backward(layer, by_rows ? rows : Range{0, layer.N}, by_rows ? Range{0, layer.K} : columns, rows,
                          scratch(kScratchBytes));
       });
     }
@@ -269,7 +284,7 @@ class CpuStep {
                     dtype_, layer.activation);
     }
     at::Tensor dy = empty_result({M_, N_}, dtype);
-    const int64_t pieces = std::clamp<int64_t>(M_ * N_ / kLossesPerThread, 1, threads());
+    const int64_t pieces = std::clamp<int64_t>(M_ * N_ / kElementsPerThread, 1, threads());
     LossSums losses(pieces);
     for_pieces(pieces, [&](int64_t i) {
       bool valid = true;

@@ -12,7 +12,7 @@ namespace {
 
 // parameter and momentum buffer after a step along the gradient, element by element.
 template <class S, class T, class Lanes>
-inline void update_at(const Update& update, int64_t i, Vec<T> gradient, Lanes lanes) {
+inline __attribute__((always_inline)) void update_at(const Update& update, int64_t i, Vec<T> gradient, Lanes lanes) {
   S* const p = static_cast<S*>(update.parameter) + i;
   Vec<T> parameter = load(p, lanes), momentum_buffer;
   S* const v = update.momentum_buffer ? static_cast<S*>(update.momentum_buffer) + i : nullptr;
