@@ -136,7 +136,7 @@ struct StepKernels {
 
 // A layer of a training step in panels, as panels-inl.h has them.
 struct PanelLayer {
-  int64_t M, K, N;
+  int64_t M, K, N;   // M: kDepthBytes at most
   ConstMatrix w;     // [N, K], without gaps
   const void* bias;  // [N] or nullptr
   size_t activation, activation_below;
@@ -144,7 +144,6 @@ struct PanelLayer {
   ConstMatrix rows_of_x;              // the same as it lies, or nullptr
   void *y, *dz;                       // panels of N features
   void* dz_below;                     // panels of K features, or nullptr
-  void* sums;                         // [N, K] accumulators, needed where M has more than kDepthBytes
   const Update *update_w, *update_b;  // or nullptr
 };
 

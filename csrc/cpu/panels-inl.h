@@ -188,11 +188,10 @@ struct PanelSteps {
                                     packed + c * depth + m * width);
         }
     };
-    const int64_t offset = rows.begin * l.K + columns.begin;
-    T* const sums = static_cast<T*>(l.sums);
-    gemm<RowsOfA<T>, Single<T>, T>(rows.size(), columns.size(), l.M, pack_dz, pack_x, Panels<T>{},
-                                   Partial<T>{sums + offset, l.K}, StoreOrUpdate<T, T>{sums, l.K, offset, l.update_w},
-                                   static_cast<T*>(scratch), kRowsInL1);
+    const int64_t offset = rows.begin * l.K + columns.begin;  // no sums wait: the depth is not cut
+    gemm<RowsOfA<T>, Single<T>, T>(rows.size(), columns.size(), l.M, pack_dz, pack_x, Panels<T>{}, Partial<T>{},
+                                   StoreOrUpdate<T, T>{nullptr, l.K, offset, l.update_w}, static_cast<T*>(scratch),
+                                   kRowsInL1);
   }
 
   static void grad_bias(const PanelLayer& l, Range range, void* scratch) {

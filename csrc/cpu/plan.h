@@ -48,18 +48,18 @@ constexpr int64_t kOneBreadth = 1 << 16;   // K = 1: most N, N = 1: most K; boun
 constexpr int64_t kFewSamples = 4;         // M: dW is written rather than computed
 constexpr int64_t kRowsPerPiece = 512;     // bounds the accumulators of 16-bit results
 constexpr int64_t kDepthBytes = 2048;  // of a block of A; with 1024 a twentieth slower, sums are written twice as often
-constexpr int64_t kStepRowBytes = kDepthBytes;  // of the widest rows of a step by blocks: a tile's depth is not cut
-constexpr size_t kMostLayers = 32;              // of such a step
-constexpr int64_t kStepWeights = 1 << 18;       // packed twice and summed by each thread
-constexpr int64_t kStepRows = 32;               // of a thread: below, adding up the sums costs more than it saves
-constexpr int64_t kFewestPanelRows = 32;        // of a step in panels
-constexpr int64_t kMostPanelRows = 2048;
-constexpr int64_t kPanelRowsPerEmptyLane = 16;   // in the last vector of a batch
-constexpr int64_t kPanelColumns = 32;            // of W, of each thread
-constexpr int64_t kLossRows = 8;                 // of outputs whose loss is taken at a time
-constexpr int64_t kElementsPerThread = 1 << 12;  // copied, or outputs with a loss
-constexpr int64_t kBlockColumns = 1024;          // of a product that are computed at a time: A is packed once for each
-constexpr int64_t kPieceEdge = 64;               // a piece is not cut narrower than a few tiles
+constexpr int64_t kStepRowBytes = kDepthBytes;    // of the widest rows of a step by blocks: a tile's depth is not cut
+constexpr size_t kMostLayers = 32;                // of such a step
+constexpr int64_t kStepWeights = 1 << 18;         // packed twice and summed by each thread
+constexpr int64_t kStepRows = 32;                 // of a thread: below, adding up the sums costs more than it saves
+constexpr int64_t kFewestPanelRows = 32;          // of a step in panels
+constexpr int64_t kMostPanelBytes = kDepthBytes;  // of a row of dz^T: from 1024 rows on it is no faster
+constexpr int64_t kPanelRowsPerEmptyLane = 16;    // in the last vector of a batch
+constexpr int64_t kPanelColumns = 32;             // of W, of each thread
+constexpr int64_t kLossRows = 8;                  // of outputs whose loss is taken at a time
+constexpr int64_t kElementsPerThread = 1 << 12;   // copied, or outputs with a loss
+constexpr int64_t kBlockColumns = 1024;           // of a product that are computed at a time: A is packed once for each
+constexpr int64_t kPieceEdge = 64;                // a piece is not cut narrower than a few tiles
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -162,7 +162,8 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
   if (rows_fit && weights_stay_in_cache && rows_outweigh_sums) return {StepPath::blocks, pieces};
 
   const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;
-  const bool batch_fits = kFewestPanelRows <= M && M <= kMostPanelRows && kPanelRowsPerEmptyLane * empty <= M;
+  const bool batch_fits =
+      kFewestPanelRows <= M && M * item_size <= kMostPanelBytes && kPanelRowsPerEmptyLane * empty <= M;
   const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
   if (item_size >= 4 && batch_fits && columns_suffice && some_layer && pieces == threads)
     return {StepPath::panels, pieces};

@@ -164,22 +164,19 @@ class CpuStep {
 
   // The layers with memory for their panels, of which `width` rows each.
   struct PanelLayers {
-    at::Tensor memory, sums;
+    at::Tensor memory;
     c10::SmallVector<PanelLayer, 8> layers;
   };
   PanelLayers panel_layers(const ConstMatrix& x, int64_t K, int64_t width) const {
     const auto dtype = step_.input.scalar_type();
-    int64_t widest = K, features = K, weights = 0;
+    int64_t widest = K, features = K;
     for (const StepLayer& layer : step_.layers) {
-      const at::Tensor& w = *layer.weight.value;
-      widest = std::max(widest, w.size(0));
-      features += w.size(0);
-      weights = std::max(weights, w.numel());
+      const int64_t N = layer.weight.value->size(0);
+      widest = std::max(widest, N);
+      features += N;
     }
     const int64_t rows = ceil_div(M_, width) * width, size = item_size(dtype_);
-    const bool depth_is_cut = M_ * size > kDepthBytes;
-    PanelLayers result{
-        empty_result({rows * (features + 2 * widest)}, dtype), empty_result({depth_is_cut ? weights : 0}, dtype), {}};
+    PanelLayers result{empty_result({rows * (features + 2 * widest)}, dtype), {}};
     char* free = static_cast<char*>(result.memory.mutable_data_ptr());
     const auto take = [&](int64_t F) { return std::exchange(free, free + rows * F * size); };
     char *const input = take(K), *const gradients[] = {take(widest), take(widest)};
@@ -200,7 +197,6 @@ class CpuStep {
       p.y = take(p.N);
       p.dz = gradients[l % 2];
       p.dz_below = l > step_.lowest_learning ? gradients[(l + 1) % 2] : nullptr;
-      p.sums = result.sums.mutable_data_ptr();
       result.layers.push_back(p);
     }
     return result;
