@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import NETS
 
 from mlp_ext import _C
 
@@ -63,3 +64,13 @@ def test_values_and_gradients_match_native_at_lower_levels(level: str) -> None:
     passed = re.search(r"(\d+) passed", python(level, "-m", "pytest", *options, *files))
     assert passed is not None
     assert int(passed[1]) > 400
+
+
+@pytest.mark.parametrize("level", available()[:-1])
+def test_steps_match_eager_at_lower_levels(level: str) -> None:
+    options = ["-x", "-m", "isa", "-o", "addopts=", "-p", "no:cacheprovider"]
+    passed = re.search(
+        r"(\d+) passed", python(level, "-m", "pytest", *options, str(HERE / "test_train_step.py"))
+    )
+    assert passed is not None
+    assert int(passed[1]) >= 8 * len(NETS)

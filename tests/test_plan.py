@@ -116,8 +116,15 @@ def test_plan_bounds_the_rows_of_16_bit_pieces() -> None:
         ([64, 64, 64, 64, 64], 4096, "blocks", 2),
         ([512, 512], 4096, "blocks", 2),
         ([513, 8], 4096, "layers", 2),  # its rows are wider than a block's
-        ([784, 256, 10], 64, "layers", 2),
-        ([256, 256], 48, "layers", 2),  # too few rows for sums of each thread
+        ([784, 256, 10], 64, "panels", 2),
+        ([256, 256], 48, "panels", 2),  # too few rows for sums of each thread
+        ([784, 256, 10], 50, "layers", 2),  # too many empty lanes in the last panel
+        ([784, 256, 10], 16, "layers", 2),  # too few rows for a copy of W
+        ([1024, 1024], 512, "panels", 2),
+        ([1024, 1024], 528, "layers", 2),  # a block of depth is cut
+        ([40, 9000], 64, "layers", 2),  # too few columns of W for two threads
+        ([3, 700, 400], 32, "panels", 2),  # but a small layer may have few
+        ([1024, 0, 1024], 64, "layers", 1),
         ([512, 512, 512], 4096, "layers", 2),  # weights that no cache keeps
         ([8] * 34, 10, "layers", 1),  # more layers than have a place
     ],
@@ -125,3 +132,8 @@ def test_plan_bounds_the_rows_of_16_bit_pieces() -> None:
 def test_step_takes_its_path(widths: list[int], batch: int, path: str, pieces: int) -> None:
     plan = _C.step_plan(widths, batch, item_size=4, threads=2)
     assert plan == {"path": path, "pieces": pieces}
+
+
+def test_step_of_16_bit_takes_no_panels() -> None:
+    assert _C.step_plan([784, 256, 10], 64, item_size=2, threads=2)["path"] == "layers"
+    assert _C.step_plan([784, 256, 10], 64, item_size=8, threads=2)["path"] == "panels"
