@@ -136,7 +136,7 @@ struct StepKernels {
 
 // A layer of a training step in panels, as panels-inl.h has them.
 struct PanelLayer {
-  int64_t M, K, N;   // M: kDepthBytes at most
+  int64_t M, K, N;   // M: not more than a block of depth
   ConstMatrix w;     // [N, K], without gaps
   const void* bias;  // [N] or nullptr
   size_t activation, activation_below;

@@ -117,7 +117,7 @@ struct PanelSteps {
   static void backward(const PanelLayer& l, Range rows, Range columns, Range biases, void* scratch) {
     if (l.dz_below) grad_input(l, columns, scratch);
     if (l.update_w) grad_weight(l, rows, columns, scratch);
-    if (l.update_b) grad_bias(l, biases, scratch);
+    if (l.update_b) grad_bias(l, biases);
   }
 
   static constexpr PanelKernels kernels{panel_width, input, forward, loss, backward};
@@ -194,17 +194,19 @@ struct PanelSteps {
                                    kRowsInL1);
   }
 
-  static void grad_bias(const PanelLayer& l, Range range, void* scratch) {
-    T* const sums = static_cast<T*>(scratch) - range.begin;
-    for (int64_t n = range.begin; n < range.end; ++n) {
-      V sum;
-      for (int64_t m = 0; m < l.M; m += width) {
-        const T* const dz = place(static_cast<const T*>(l.dz), l.N, n, m);
-        for_vectors<T>(std::min(width, l.M - m), [&](int64_t c, auto lanes) { sum = sum + load(dz + c, lanes); });
+  static void grad_bias(const PanelLayer& l, Range range) {
+    for_vectors<T>(range.size(), [&](int64_t i, auto lanes) {
+      alignas(kVectorBytes) T db[V::lanes] = {};
+      for (int64_t c = 0; c < std::min<int64_t>(V::lanes, range.size() - i); ++c) {
+        V sum;
+        for (int64_t m = 0; m < l.M; m += width) {
+          const T* const dz = place(static_cast<const T*>(l.dz), l.N, range.begin + i + c, m);
+          for_vectors<T>(std::min(width, l.M - m), [&](int64_t k, auto n) { sum = sum + load(dz + k, n); });
+        }
+        db[c] = sum_lanes(sum);
       }
-      sums[n] = sum_lanes(sum);
-    }
-    update<T>(*l.update_b, sums, 1, 0, range);
+      update_at<T>(*l.update_b, range.begin + i, load(db), lanes);
+    });
   }
 };
 
