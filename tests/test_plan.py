@@ -124,6 +124,8 @@ def test_plan_bounds_the_rows_of_16_bit_pieces() -> None:
         ([1024, 1024], 528, "layers", 2),  # a block of depth is cut
         ([40, 9000], 64, "layers", 2),  # too few columns of W for two threads
         ([3, 700, 400], 32, "panels", 2),  # but a small layer may have few
+        ([1024, 8192], 64, "panels", 2),
+        ([1024, 8193], 64, "layers", 2),  # the loss of a panel would not fit the scratch memory
         ([1024, 0, 1024], 64, "layers", 1),
         ([512, 512, 512], 4096, "layers", 2),  # weights that no cache keeps
         ([8] * 34, 10, "layers", 1),  # more layers than have a place

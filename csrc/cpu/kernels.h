@@ -149,7 +149,7 @@ struct PanelLayer {
 
 struct PanelKernels {
   int64_t (*width)();  // rows of a panel
-  // Ranges of rows begin at a panel. Scratch: kScratchBytes, and for the loss 3 width N accumulators.
+  // Ranges of rows begin at a panel. Scratch: kScratchBytes.
   void (*input)(const ConstMatrix& x, Range rows, int64_t K, void* panels);
   void (*forward)(const PanelLayer&, Range features, Range rows, void* scratch);
   double (*loss)(const Loss&, const PanelLayer&, size_t activation, Range rows, void* scratch, bool& valid);

@@ -20,6 +20,9 @@ struct PanelSteps {
   static constexpr int64_t width = Tile<T>::columns;
   static constexpr int64_t kRowsInL1 = Tile<T>::rows;  // copied at a time; 8 tiles, which W's columns take, 1 % slower
 
+  static_assert(kMostPanelBytes <= Blocking<T>::depth * sizeof(T));  // no sums of dW wait
+  static_assert(3 * width * kMostPanelOutputs * sizeof(T) <= kScratchBytes);
+
   static int64_t panel_width() { return width; }
 
   // Element (feature f, row m) of panels of F features.
@@ -188,9 +191,10 @@ struct PanelSteps {
                                     packed + c * depth + m * width);
         }
     };
-    const int64_t offset = rows.begin * l.K + columns.begin;  // no sums wait: the depth is not cut
-    gemm<RowsOfA<T>, Single<T>, T>(rows.size(), columns.size(), l.M, pack_dz, pack_x, Panels<T>{}, Partial<T>{},
-                                   StoreOrUpdate<T, T>{nullptr, l.K, offset, l.update_w}, static_cast<T*>(scratch),
+    const int64_t offset = rows.begin * l.K + columns.begin;
+    T* const w = static_cast<T*>(l.update_w->parameter);  // no sums wait there: the depth is not cut
+    gemm<RowsOfA<T>, Single<T>, T>(rows.size(), columns.size(), l.M, pack_dz, pack_x, Panels<T>{}, Partial<T>{w, l.K},
+                                   StoreOrUpdate<T, T>{w, l.K, offset, l.update_w}, static_cast<T*>(scratch),
                                    kRowsInL1);
   }
 

@@ -55,6 +55,7 @@ constexpr int64_t kStepRows = 32;                 // of a thread: below, adding 
 constexpr int64_t kFewestPanelRows = 32;          // of a step in panels: 784-256-10 takes 205 us, layers 230
 constexpr int64_t kMostPanelBytes = kDepthBytes;  // of all rows of a feature: from 1024 rows on it is no faster
 constexpr int64_t kPanelRowsPerEmptyLane = 16;    // in the last vector of a batch
+constexpr int64_t kMostPanelOutputs = 1 << 13;    // of the network: the loss of a panel fits the scratch memory
 constexpr int64_t kPanelColumns = 32;             // of W, of each thread
 constexpr int64_t kLossRows = 8;                  // of outputs whose loss is taken at a time
 constexpr int64_t kElementsPerThread = 1 << 12;   // copied, or outputs with a loss
@@ -164,8 +165,9 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
   const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;
   const bool batch_fits =
       kFewestPanelRows <= M && M * item_size <= kMostPanelBytes && kPanelRowsPerEmptyLane * empty <= M;
+  const bool loss_fits = widths.back() <= kMostPanelOutputs;
   const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
-  if (item_size >= 4 && batch_fits && columns_suffice && some_layer && pieces == threads)
+  if (item_size >= 4 && batch_fits && loss_fits && columns_suffice && some_layer && pieces == threads)
     return {StepPath::panels, pieces};
   return {StepPath::layers, pieces};
 }

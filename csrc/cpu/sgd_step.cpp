@@ -238,7 +238,7 @@ class CpuStep {
     for_pieces(loss_pieces, [&](int64_t i) {
       bool valid = true;
       losses.sums[i] = kernels.loss(loss_, layers.back(), step_.layers.back().activation, rows_piece(i, loss_pieces),
-                                    scratch(3 * width * N_ * item_size(dtype_)), valid);
+                                    scratch(kScratchBytes), valid);
       losses.valid[i] = valid;
     });
     const double total = losses.total();
