@@ -92,10 +92,14 @@ def test_few_graphs_are_kept(run: Recorder) -> None:
     assert run() == "eager"
 
 
-def test_key_follows_the_optimizer() -> None:
+def with_momentum() -> tuple[nn.Sequential, torch.optim.SGD, mlp_ext.TrainStep]:
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+    return model, optimizer, mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+
+
+def test_key_follows_the_optimizer() -> None:
+    model, optimizer, step = with_momentum()
     step(torch.randn(4, 3), torch.randn(4, 2))  # makes the momentum buffers
     key = step._stepper.key
     first = key()
@@ -117,9 +121,7 @@ def test_a_call_without_a_key_does_the_step(run: Recorder) -> None:
 
 
 def test_there_is_no_key_before_momentum() -> None:
-    model = nn.Sequential(nn.Linear(3, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+    *_, step = with_momentum()
     assert step._stepper.key() is None
     step(torch.randn(4, 3), torch.randn(4, 2))
     assert step._stepper.key() is not None
