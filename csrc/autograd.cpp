@@ -2,49 +2,51 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "activations.h"
 #include "linear_act.h"
 #include "mlp.h"
+#include "node.h"
 
 namespace mlp_ext {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+Tensor linear_act_below_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                 std::string_view activation) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return linear_act(input, weight, bias, activation);
+}
 
 std::optional<Tensor> optional(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
 
-struct LinearAct : torch::autograd::Function<LinearAct> {
-  static constexpr bool is_traceable = true;
-
+struct LinearAct {
   // y = act(x W^T + b). Saves what backward reads, and no more: x for dW, W for dx, y for dz.
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, std::string_view activation) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Tensor output = linear_act(input, weight, bias, activation);
-    ctx->save_for_backward({saves_output(activation) ? output : Tensor(), weight.requires_grad() ? input : Tensor(),
-                            input.requires_grad() ? weight : Tensor()});
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["has_bias"] = bias.has_value();
+  static Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        std::string_view activation) {
+    const Tensor output = linear_act_below_autograd(input, weight, bias, activation);
+    record(kDerivative, std::string(activation), {input, weight, bias.value_or(Tensor())}, {output},
+           {saves_output(activation) ? output : Tensor(), weight.requires_grad() ? input : Tensor(),
+            input.requires_grad() ? weight : Tensor()});
     return output;
   }
 
   // dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const bool needs_db = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
+  static variable_list backward(const variable_list& grads, const variable_list& saved, const c10::IValue& activation,
+                                const std::vector<bool>& wanted) {
+    if (!grads[0].defined()) return variable_list(wanted.size());
     const auto [dx, dw, db] = linear_act_backward(grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                                                  ctx->saved_data["activation"].toStringView(),
-                                                  {ctx->needs_input_grad(0), ctx->needs_input_grad(1), needs_db});
-    return {dx, dw, db, Tensor()};
+                                                  activation.toStringView(), {wanted[0], wanted[1], wanted[2]});
+    return {dx, dw, db};
   }
+
+  static constexpr Derivative kDerivative{"LinearActBackward", backward};
 };
 
-// Function supports neither functorch transforms nor forward-mode derivatives; native operations do.
+// Our node knows neither functorch transforms nor forward-mode derivatives; native operations do.
 bool needs_native(c10::ArrayRef<const Tensor*> tensors) {
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
   return std::any_of(tensors.begin(), tensors.end(),
@@ -61,7 +63,7 @@ const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr
 Tensor linear_act_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                            std::string_view activation) {
   if (needs_native({&input, &weight, pointer(bias)})) return linear_act_native(input, weight, bias, activation);
-  if (any_requires_grad({&input, &weight, pointer(bias)})) return LinearAct::apply(input, weight, bias, activation);
+  if (any_requires_grad({&input, &weight, pointer(bias)})) return LinearAct::forward(input, weight, bias, activation);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return linear_act(input, weight, bias, activation);
 }
@@ -98,81 +100,71 @@ OptionalTensors optionals(const variable_list& tensors, size_t begin, size_t cou
   return list;
 }
 
-struct Stack {
-  const Tensor& input;
-  at::TensorList weights;
-  const OptionalTensors& biases;
-  const Names& activations;
-};
-
 // One node for all layers. The hidden outputs are outputs of the node as well, though nobody sees them: saved as such,
 // they lead second derivatives back through it.
-struct Mlp : torch::autograd::Function<Mlp> {
-  static constexpr bool is_traceable = true;
-
+struct Mlp {
   // y_l = act_l(y_(l-1) W_l^T + b_l). Saves what backward reads, and no more.
-  // variables: x, each W, then the b that there are.
-  static variable_list forward(AutogradContext* ctx, at::TensorList variables, const Stack& stack) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto& [input, weights, biases, activations] = stack;
+  static variable_list forward(const Tensor& input, at::TensorList weights, const OptionalTensors& biases,
+                               const Names& activations) {
+    const variable_list outputs = [&] {
+      at::AutoDispatchBelowADInplaceOrView below_autograd;
+      return mlp_forward(input, weights, biases, activations);
+    }();
     const size_t layers = weights.size();
-    variable_list outputs = mlp_forward(input, weights, biases, activations);
-
-    variable_list saved(1 + 2 * layers);  // x, each W, each y
-    c10::List<bool> has_bias;
-    has_bias.reserve(layers);
-    bool reaches = input.requires_grad();  // whether a gradient goes down to this layer
+    variable_list inputs(1 + 2 * layers), saved(1 + 2 * layers);  // x, each W, each b;  x, each W, each y
+    inputs[0] = input;
     if (weights[0].requires_grad()) saved[0] = input;
+    bool reaches = input.requires_grad();  // whether a gradient goes down to this layer
     for (size_t l = 0; l < layers; ++l) {
-      const std::optional<Tensor> bias = biases[l];
-      has_bias.push_back(bias.has_value());
+      Tensor& bias = inputs[1 + layers + l];
+      inputs[1 + l] = weights[l];
+      if (std::optional<Tensor> b = biases[l]) bias = *std::move(b);
       if (reaches) saved[1 + l] = weights[l];
-      reaches = reaches || weights[l].requires_grad() || (bias && bias->requires_grad());
+      reaches = reaches || weights[l].requires_grad() || (bias.defined() && bias.requires_grad());
       const bool for_dz = reaches && saves_output(name_at(activations, l));
       const bool for_dw = l + 1 < layers && weights[l + 1].requires_grad();
       if (for_dz || for_dw) saved[1 + layers + l] = outputs[l];
     }
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["activations"] = activations;
-    ctx->saved_data["has_bias"] = std::move(has_bias);
-    ctx->set_materialize_grads(false);
+    record(kDerivative, activations, inputs, outputs, saved);
     return outputs;
   }
 
   // From the topmost layer that is handed a gradient: the last one, and another only in second derivatives.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    Names activations = ctx->saved_data["activations"].to<Names>();
-    const c10::List<bool> has_bias = ctx->saved_data["has_bias"].toBoolList();
+  static variable_list backward(const variable_list& grads, const variable_list& saved, const c10::IValue& names,
+                                const std::vector<bool>& wanted) {
     const size_t layers = grads.size();
     size_t top = layers;
     while (top > 0 && !grads[top - 1].defined()) --top;
+    Names activations = names.to<Names>();
     if (top < layers) {
       activations = activations.copy();
       activations.resize(top);
     }
 
     c10::List<bool> mask;
-    std::vector<size_t> wanted;  // places in the result
+    std::vector<size_t> places;  // in the result
     mask.reserve(1 + 2 * top);
-    const auto want = [&](bool has, size_t place) {
-      mask.push_back(has && ctx->needs_input_grad(place));
-      if (mask.get(mask.size() - 1)) wanted.push_back(place);
+    const auto add = [&](size_t begin, size_t count) {
+      for (size_t place = begin; place < begin + count; ++place) {
+        mask.push_back(wanted[place]);
+        if (wanted[place]) places.push_back(place);
+      }
     };
-    want(true, 0);
-    for (size_t l = 0; l < top; ++l) want(true, 1 + l);
-    for (size_t l = 0, place = 1 + layers; l < top; place += has_bias[l++]) want(has_bias[l], place);
+    add(0, 1 + top);
+    add(1 + layers, top);
 
-    variable_list result(1 + layers + std::count(has_bias.begin(), has_bias.end(), true) + 1);  // + the Stack
-    if (top == 0 || wanted.empty()) return result;
+    variable_list result(wanted.size());
+    if (top == 0 || places.empty()) return result;
     auto gradients = mlp_backward(optionals(grads, 0, top), optional(saved[0]), optionals(saved, 1, top),
                                   optionals(saved, 1 + layers, top), activations, mask);
-    for (size_t i = 0; i < wanted.size(); ++i) result[wanted[i]] = std::move(gradients[i]);
+    for (size_t i = 0; i < places.size(); ++i) result[places[i]] = std::move(gradients[i]);
     return result;
   }
+
+  static constexpr Derivative kDerivative{"MlpBackward", backward};
 };
 
-// The tensors that the operator is given, in the order of Mlp's variables.
+// The tensors that the operator is given.
 struct Given {
   variable_list tensors;
   c10::SmallVector<const Tensor*, 16> pointers;
@@ -196,8 +188,7 @@ variable_list mlp_forward_autograd(const Tensor& input, at::TensorList weights, 
                                    const Names& activations) {
   const Given given(input, weights, biases);
   if (needs_native(given.pointers)) return mlp_forward_loop(input, weights, biases, activations);
-  if (any_requires_grad(given.pointers))
-    return Mlp::apply(at::TensorList(given.tensors), Stack{input, weights, biases, activations});
+  if (any_requires_grad(given.pointers)) return Mlp::forward(input, weights, biases, activations);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return mlp_forward(input, weights, biases, activations);
 }
@@ -206,8 +197,7 @@ Tensor mlp_autograd(const Tensor& input, at::TensorList weights, const OptionalT
                     const Names& activations) {
   const Given given(input, weights, biases);
   if (needs_native(given.pointers)) return mlp_loop(input, weights, biases, activations);
-  if (any_requires_grad(given.pointers))
-    return Mlp::apply(at::TensorList(given.tensors), Stack{input, weights, biases, activations}).back();
+  if (any_requires_grad(given.pointers)) return Mlp::forward(input, weights, biases, activations).back();
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return mlp(input, weights, biases, activations);
 }
@@ -246,6 +236,9 @@ TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) {
   m.impl("_mlp_forward", mlp_forward_autograd);
   m.impl("_mlp_backward", mlp_backward_autograd);
 }
+
+// A batch of gradients, as autograd.grad(is_grads_batched=True) hands in: torch makes no rule for an operator of lists.
+TORCH_LIBRARY_IMPL(mlp_ext, Batched, m) { m.impl("_mlp_backward", mlp_backward_loop); }
 
 TORCH_LIBRARY_IMPL(mlp_ext, AutocastCPU, m) {
   m.impl("linear_act", linear_act_autocast<c10::kCPU>);
