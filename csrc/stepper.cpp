@@ -18,6 +18,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <chrono>
+#include <functional>
 #include <utility>
 
 #include "sgd_step.h"
@@ -80,13 +81,15 @@ class Stepper {
     return true;
   }
 
-  // The loss; none, and nothing done, unless is_current().
-  std::optional<Tensor> step(const py::object& input, const py::object& target) {
+  // The loss; none, and nothing done, unless is_current(). graph: None, or what does the step, as of through().
+  std::optional<Tensor> step(const py::object& input, const py::object& target, const py::object& graph) {
     if (!is_current()) return std::nullopt;
     const Tensor &x = data(input, "input"), &y = data(target, "target");
     Update update = read_optimizer();
     Tensor loss;
-    {
+    if (!graph.is_none() && update.fresh.empty()) {
+      loss = through(graph, update)(x, y);
+    } else {
       const py::gil_scoped_release no_gil;
       loss = run(x, y, update);
     }
@@ -95,36 +98,18 @@ class Stepper {
     return loss;
   }
 
-  // What a captured step would do to which memory, beside what its arguments say; nothing while there is momentum that
-  // the optimizer does not have yet.
-  std::optional<py::bytes> key() const {
-    const Update update = read_optimizer();
-    if (!update.fresh.empty()) return std::nullopt;
-    std::string key(reinterpret_cast<const char*>(update.hyperparameters.data()),
-                    update.hyperparameters.size() * sizeof(double));
-    const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
-    for (const int64_t place : update.learning) add(place);
-    for (const auto& tensors : {at::TensorList(parameters_), at::TensorList(update.momentum_buffers)})
-      for (const Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
-    return py::bytes(key);
-  }
-
-  // Throws if something speaks against a step with these now.
-  void check(const py::object& input, const py::object& target) const {
-    data(input, "input");
-    data(target, "target");
-  }
-
   // One loss for each epoch, the mean over its rows, or the sum. after_epoch(epoch, loss) is called after each.
-  // None, and nothing done, unless is_current().
+  // graph: None, or what does each batch's step. None, and nothing done, unless is_current().
   std::optional<std::vector<double>> fit(const py::object& x, const py::object& y, int64_t epochs, int64_t batch_size,
                                          bool shuffle, const std::optional<at::Generator>& generator,
-                                         const py::object& after_epoch) {
+                                         const py::object& after_epoch, const py::object& graph) {
     if (!is_current()) return std::nullopt;
     const Tensor &input = data(x, "input"), &target = data(y, "target");
     Update update = read_optimizer();
     std::vector<double> losses;
     const bool one_batch = !shuffle && batch_size >= input.size(0) && input.size(0) > 0;
+    const bool by_graph = !graph.is_none(), at_once = input.is_cuda() && !by_graph;
+    Train replay;  // of Python: to end when the GIL is held again
     const py::gil_scoped_release no_gil;
     Clock::time_point last = Clock::now();
     bool first = true;
@@ -141,8 +126,15 @@ class Stepper {
         if (PyErr_CheckSignals()) throw py::error_already_set();
       }
     };
-    const auto train = [&](const Tensor& x, const Tensor& y) {
-      const Tensor loss = run(x, y, update);
+    const Train train = [&](const Tensor& x, const Tensor& y) {
+      Tensor loss;
+      if (by_graph && update.fresh.empty()) {
+        const py::gil_scoped_acquire gil;
+        if (!replay) replay = through(graph, update);
+        loss = replay(x, y);
+      } else {
+        loss = run(x, y, update);
+      }
       after_steps();
       return loss;
     };
@@ -160,15 +152,15 @@ class Stepper {
       return found;
     };
     const bool repeats = one_batch && after_epoch.is_none();
-    if (input.is_cuda() && repeats && static_cast<int64_t>(input.nbytes()) <= kRepeatedBytes) {
+    if (at_once && repeats && static_cast<int64_t>(input.nbytes()) <= kRepeatedBytes) {
       batch_size = input.size(0);
       return train_epochs_at_once(input, target, epochs, train_many);
     }
+    if (repeats && (input.is_cuda() || by_graph)) return train_epochs(input, target, epochs, train);
     for (int64_t epoch = 0; epoch < epochs; ++epoch) {
       const double loss = one_batch ? value(train(input, target))
-                          : input.is_cuda()
-                              ? train_epoch_at_once(input, target, batch_size, shuffle, generator, train_many)
-                              : train_epoch(input, target, batch_size, shuffle, generator, train);
+                          : at_once ? train_epoch_at_once(input, target, batch_size, shuffle, generator, train_many)
+                                    : train_epoch(input, target, batch_size, shuffle, generator, train);
       losses.push_back(loss);
       if (after_epoch.is_none()) continue;
       const py::gil_scoped_acquire gil;
@@ -178,6 +170,8 @@ class Stepper {
   }
 
  private:
+  using Train = std::function<Tensor(const Tensor&, const Tensor&)>;  // input, target -> loss
+
   Tensor run(const Tensor& input, const Tensor& target, const Update& update) const {
     return mlp_sgd_step_(input, target, parameters_, update.momentum_buffers, activations_, loss_, reduction_,
                          loss_weight_, ignore_index_, label_smoothing_, update.learning, update.hyperparameters);
@@ -188,6 +182,29 @@ class Stepper {
     return mlp_sgd_steps_(input, target, parameters_, update.momentum_buffers, activations_, loss_, reduction_,
                           loss_weight_, ignore_index_, label_smoothing_, update.learning, update.hyperparameters, order,
                           batch_size);
+  }
+
+  // run() by the Python function graph(step, key, input, target), which calls step or replays what it captured of it
+  // with the same key. Once momentum has begun, and with the GIL.
+  Train through(const py::object& graph, const Update& update) const {
+    const py::object step = py::cpp_function(torch::wrap_pybind_function_no_gil(
+        [this, alive = py::cast(this), update](const Tensor& x, const Tensor& y) { return run(x, y, update); }));
+    return [this, graph, step, key = key(update), &update](const Tensor& x, const Tensor& y) {
+      const Tensor loss = graph(step, key, x, y).cast<Tensor>();
+      bump_versions(parameters_, update.momentum_buffers, update.learning);  // autograd does not see a replay
+      return loss;
+    };
+  }
+
+  // What a captured step does to which memory, beside what its arguments say.
+  py::bytes key(const Update& update) const {
+    std::string key(reinterpret_cast<const char*>(update.hyperparameters.data()),
+                    update.hyperparameters.size() * sizeof(double));
+    const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
+    for (const int64_t place : update.learning) add(place);
+    for (const auto& tensors : {at::TensorList(parameters_), at::TensorList(update.momentum_buffers)})
+      for (const Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
+    return key;
   }
 
   // As train_epoch, for a device that does many steps at once.
@@ -214,8 +231,22 @@ class Stepper {
     return {all.const_data_ptr<double>(), all.const_data_ptr<double>() + epochs};
   }
 
+  // All epochs, each of one batch, of a GPU: it is waited for once for many losses.
+  static std::vector<double> train_epochs(const Tensor& input, const Tensor& target, int64_t epochs,
+                                          const Train& train) {
+    std::vector<double> losses;
+    std::vector<Tensor> found;
+    while (epochs-- > 0) {
+      found.push_back(train(input, target));
+      if (epochs % kStepsBetweenSignals != 0) continue;
+      const Tensor all = at::stack(found).to(at::kCPU, at::kDouble);
+      losses.insert(losses.end(), all.const_data_ptr<double>(), all.const_data_ptr<double>() + all.numel());
+      found.clear();
+    }
+    return losses;
+  }
+
   // The batches of an eager loop that draws torch.randperm(n, generator=generator), the last one maybe short.
-  template <class Train>
   double train_epoch(const Tensor& input, const Tensor& target, int64_t batch_size, bool shuffle,
                      const std::optional<at::Generator>& generator, const Train& train) const {
     const int64_t rows = input.size(0), row_bytes = std::max<int64_t>(1, input.size(1) * input.element_size());
@@ -374,11 +405,11 @@ void bind_stepper(py::module_& m) {
            py::arg("loss_weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("optimizer"),
            py::arg("watch"))
       .def("is_current", &Stepper::is_current)
-      .def("key", torch::wrap_pybind_function(&Stepper::key))
-      .def("check", torch::wrap_pybind_function(&Stepper::check), py::arg("input"), py::arg("target"))
-      .def("step", torch::wrap_pybind_function(&Stepper::step), py::arg("input"), py::arg("target"))
+      .def("step", torch::wrap_pybind_function(&Stepper::step), py::arg("input"), py::arg("target"),
+           py::arg("graph") = py::none())
       .def("fit", torch::wrap_pybind_function(&Stepper::fit), py::arg("input"), py::arg("target"), py::arg("epochs"),
-           py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("after_epoch"));
+           py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("after_epoch"),
+           py::arg("graph") = py::none());
 }
 
 }  // namespace mlp_ext

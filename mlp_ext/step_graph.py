@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ Step = Callable[[Tensor, Tensor], Tensor]  # input [M, K], target [M, ...] -> lo
 
 WARM_UPS = 3  # as torch's notes on CUDA graphs ask
 KEPT = 4  # graphs, such as those of a full batch and of the last, short one; each keeps its memory
+# Bytes of input and target that a graph copies, at most. A step on more takes a GPU longer than the
+# host needs to launch it; on an H100 copying 33 MB took 22 of its 500 us.
+COPIED = 8 << 20
 
 
 def capture(step: Step, input: Tensor, target: Tensor) -> Step:
@@ -38,86 +41,106 @@ def warm_up(step: Step, input: Tensor, target: Tensor) -> Tensor:
     with torch.cuda.device(input.device):
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
-        with torch.cuda.stream(side):
-            loss = step(input, target)
-        here.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                loss = step(input, target)
+        finally:
+            here.wait_stream(side)  # also for the parameters, where the step is interrupted
         loss.record_stream(here)  # whose memory is the side stream's, to take back only after this
         return loss
 
 
-class StepGraph:
-    """step(input, target), from its fifth call with the same key on by replaying a graph.
+class Graphs:
+    """graphs(step, key, input, target) does step(input, target), from the fifth call with the same
+    key on by replaying a graph of it.
 
     step: does a whole training step on the current stream, with no wait for the GPU, and updates
         parameters in place.
     key: what a graph of it depends on beside the shapes and dtypes of its arguments, such as the
         hyperparameters, which are constants of the captured kernels, and whose memory it updates.
         Where this changes at every call, as with a scheduler that does a step for each batch, no
-        graph is made. None where this call must do the step itself, as the one that begins
-        momentum.
+        graph is made.
     """
 
     def __init__(
         self,
-        step: Step,
-        key: Callable[[], Hashable],
         capture: Callable[[Step, Tensor, Tensor], Step] = capture,
         warm_up: Callable[[Step, Tensor, Tensor], Tensor] = warm_up,
     ) -> None:
-        self._step, self._key = step, key
         self._capture, self._warm_up = capture, warm_up
         self._calls: dict[Hashable, int] = {}  # of each key, the oldest first
-        self._graphs: dict[Hashable, Step] = {}
+        self.kept: dict[Hashable, Step] = {}
         self._lock = Lock()  # a graph has one input: threads take turns
 
-    def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, step: Step, key: Hashable, input: Tensor, target: Tensor) -> Tensor:
         with self._lock:
-            return self._run(input, target)
+            return self._run(step, (_layout(input), _layout(target), key), input, target)
 
-    def _run(self, input: Tensor, target: Tensor) -> Tensor:
-        own = self._key()
-        if own is None:
-            return self._step(input, target)
-        key = (_layout(input), _layout(target), own)
-        if graph := self._graphs.get(key):
+    def _run(self, step: Step, key: Hashable, input: Tensor, target: Tensor) -> Tensor:
+        if graph := self.kept.get(key):
             return graph(input, target)
         calls = self._calls[key] = self._calls.pop(key, 0) + 1
         if len(self._calls) > KEPT:
             del self._calls[next(iter(self._calls))]
         if calls == 1:
-            return self._step(input, target)
+            return step(input, target)
         if calls <= 1 + WARM_UPS:
-            return self._warm_up(self._step, input, target)
+            return self._warm_up(step, input, target)
         del self._calls[key]
-        if len(self._graphs) == KEPT:
-            del self._graphs[next(iter(self._graphs))]
-        graph = self._graphs[key] = self._capture(self._step, input, target)
+        if len(self.kept) == KEPT:
+            del self.kept[next(iter(self.kept))]
+        graph = self.kept[key] = self._capture(step, input, target)
         return graph(input, target)
 
 
-def graphed(
-    stepper: _C.Stepper, widths: list[int], optimizer: torch.optim.Optimizer
-) -> Callable[[Tensor, Tensor], Tensor | None]:
-    """stepper.step; on a GPU as graphs where it is many launches and nothing speaks against it."""
-    if torch.version.cuda is None:
-        return stepper.step
-    graph = StepGraph(cast(Step, stepper.step), stepper.key)  # a stale one is not asked
+class StepGraph:
+    """step(input, target) through graphs, with key() as their key."""
 
-    def step(input: Tensor, target: Tensor) -> Tensor | None:
-        if not (isinstance(input, Tensor) and isinstance(target, Tensor) and input.is_cuda):
-            return stepper.step(input, target)
-        settings = [v for group in optimizer.param_groups for v in group.values()]
-        if (
-            torch.cuda.is_current_stream_capturing()
-            or any(isinstance(v, Tensor) and v.is_cuda for v in settings)  # read by waiting for it
-            or not stepper.is_current()
-            or _is_one_launch(widths, input)
-        ):
-            return stepper.step(input, target)
-        stepper.check(input, target)
-        return graph(input, target)
+    def __init__(self, step: Step, key: Callable[[], Hashable]) -> None:
+        self._step, self._key, self._graphs = step, key, Graphs()
 
-    return step
+    def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+        return self._graphs(self._step, self._key(), input, target)
+
+
+class GraphStepper:
+    """A Stepper whose steps go through graphs where they are many launches and a copy is cheap."""
+
+    def __init__(self, stepper: _C.Stepper, widths: list[int]) -> None:
+        self._stepper, self._widths = stepper, widths
+        self.graphs = Graphs()
+
+    def step(self, input: Tensor, target: Tensor) -> Tensor | None:
+        return self._stepper.step(input, target, self._graphs_for(input, target))
+
+    def fit(
+        self, input: Tensor, target: Tensor, epochs: int, batch_size: int, *options: Any
+    ) -> list[float] | None:
+        graphs = self._graphs_for(input, target, batch_size)
+        settings = (epochs, batch_size, *options, graphs)
+        return self._stepper.fit(input, target, *settings)
+
+    def _graphs_for(self, input: Tensor, target: Tensor, rows: int | None = None) -> Graphs | None:
+        """The graphs, where steps with so many rows of these, or all, should go through them."""
+        if not (_is_dense_on_gpu(input) and _is_dense_on_gpu(target)):
+            return None
+        if rows is not None:
+            input, target = input[:rows], target[:rows]
+        pays = (
+            input.nbytes + target.nbytes <= COPIED
+            and not _is_one_launch(self._widths, input)
+            and not torch.cuda.is_current_stream_capturing()
+        )
+        return self.graphs if pays else None
+
+
+def graphed(stepper: _C.Stepper, widths: list[int]) -> _C.Stepper | GraphStepper:
+    """The stepper, on a GPU by graphs where that pays."""
+    return stepper if torch.version.cuda is None else GraphStepper(stepper, widths)
+
+
+def _is_dense_on_gpu(t: object) -> bool:
+    return isinstance(t, Tensor) and t.is_cuda and t.layout is torch.strided and t.dim() > 0
 
 
 def _is_one_launch(widths: list[int], input: Tensor) -> bool:

@@ -78,10 +78,11 @@ class TrainStep:
         self._read()
 
     def _read(self) -> None:
-        self._stepper, widths = _read(*self._parts)
-        if not self._stepper.is_current():
+        stepper, widths = _read(*self._parts)
+        if not stepper.is_current():
             raise RuntimeError("TrainStep: model, criterion or optimizer changed while being read")
-        self._step = graphed(self._stepper, widths, self._parts[2])
+        self._stepper = graphed(stepper, widths)
+        self._step = self._stepper.step
 
     def __reduce__(self) -> tuple[type[TrainStep], tuple[Any, ...]]:
         return type(self), self._parts

@@ -12,7 +12,7 @@ from shapes import DTYPES
 from test_sgd_steps import OP, arguments
 from torch import Tensor, nn
 
-from mlp_ext import _C
+from mlp_ext import _C, TrainStep, loop
 from mlp_ext.step_graph import WARM_UPS, StepGraph
 
 if not torch.cuda.is_available():
@@ -109,7 +109,7 @@ def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
     activations = [*["relu"] * (len(training.widths) - 2), "identity"]
     stepper = _C.Stepper(
         parameters, [0] * len(parameters), activations, "mse", "mean", None, -100, 0.0,
-        optimizers[0], [], [],
+        optimizers[0], _C.Watch([], []),
     )  # fmt: skip
     drawn = [torch.Generator().manual_seed(5) for _ in nets]
     found = stepper.fit(x, y, 3, training.batch, shuffle, drawn[0], None)
@@ -129,6 +129,40 @@ def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
     for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         buffers = [o.state[r]["momentum_buffer"] for o, r in zip(optimizers, (p, q), strict=True)]
         close(*buffers, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_fit_goes_through_the_graphs_of_steps(shuffle: bool) -> None:
+    """Layer by layer: 200 rows by 60, and as many by step before and after."""
+    training = Training((64, 300, 10), 200, 60)
+    x, y = torch.rand(200, 64, device="cuda"), torch.rand(200, 10, device="cuda")
+    nets = [model_of(training).cuda() for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
+    step = TrainStep(nets[0], nn.MSELoss(), optimizers[0])
+    eager = loop.sgd_step(nets[1], nn.MSELoss(), optimizers[1])
+    drawn = [torch.Generator().manual_seed(5) for _ in nets]
+
+    def same(found: Any, expected: Any) -> None:
+        close(found, expected, rtol=1e-4, atol=1e-5)
+
+    def is_the_eager_step() -> None:
+        same(step(x[:60], y[:60]), eager(x[:60], y[:60]).detach())
+
+    is_the_eager_step()
+    losses = step.fit(x, y, 6, 60, shuffle, drawn[0])
+    graphs = step._stepper.graphs.kept
+    assert [key[0][0][0] for key in graphs] == [60, 20]
+    for epoch in range(6):
+        order = torch.randperm(200, generator=drawn[1]) if shuffle else torch.arange(200)
+        batches = order.cuda().split(60)
+        total = sum(eager(x[rows], y[rows]).item() * len(rows) for rows in batches)
+        same(losses[epoch].item(), total / 200)
+    is_the_eager_step()
+    assert len(graphs) == 2
+    same(step.fit(x, y, 3), torch.stack([eager(x, y).detach() for _ in range(3)]).cpu())
+    same([*nets[0].parameters()], [*nets[1].parameters()])
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        same(*(o.state[r]["momentum_buffer"] for o, r in zip(optimizers, (p, q), strict=True)))
 
 
 # ---- graphs ----

@@ -1,29 +1,37 @@
-"""StepGraph with a graph that only counts: when it runs the step, captures and replays it."""
+"""Graphs that only count: when a step is run, captured, replayed; step and fit through them."""
 
-from collections.abc import Iterator
+import re
+import signal
+from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
+from steps import training
 from torch import Tensor, nn
 
-import mlp_ext
-from mlp_ext.step_graph import KEPT, WARM_UPS, Step, StepGraph
+from mlp_ext import TrainStep, step_graph
+from mlp_ext.step_graph import COPIED, KEPT, WARM_UPS, Graphs, GraphStepper, Step
+from mlp_ext.train_step import _read
 
 
 class Recorder:
-    """What was done, in order, and a StepGraph that does it."""
+    """What was done, in order, and Graphs that do it."""
 
     def __init__(self, keys: Iterator[object] | None = None) -> None:
         self.done: list[str] = []
         self.key: object = 0
-        self.step = StepGraph(
-            self.eager, lambda: next(keys) if keys else self.key, self.capture, self.warm_up
-        )
+        self.keys = keys
+        self.graphs = Graphs(self.capture, self.warm_up)
 
     def eager(self, input: Tensor, target: Tensor) -> Tensor:
         self.done.append("eager")
         return input.sum() + target.sum()
+
+    def step(self, input: Tensor, target: Tensor) -> Tensor:
+        key = next(self.keys) if self.keys else self.key
+        return self.graphs(self.eager, key, input, target)
 
     def warm_up(self, step: Step, input: Tensor, target: Tensor) -> Tensor:
         self.done.append("warm up")
@@ -81,47 +89,230 @@ def test_other_arguments_have_a_graph_of_their_own(run: Recorder, change: dict[s
 def test_what_changes_at_every_call_stays_eager() -> None:
     run = Recorder(keys=count())
     assert set(run(20).split()) == {"eager"}
-    assert len(run.step._calls) == KEPT
+    assert len(run.graphs._calls) == KEPT
 
 
 def test_few_graphs_are_kept(run: Recorder) -> None:
     for run.key in range(KEPT + 2):
         assert run(UNTIL_CAPTURED) == FIRST
-    assert len(run.step._graphs) == KEPT
+    assert len(run.graphs.kept) == KEPT
     run.key = 0
     assert run() == "eager"
 
 
-def with_momentum() -> tuple[nn.Sequential, torch.optim.SGD, mlp_ext.TrainStep]:
-    model = nn.Sequential(nn.Linear(3, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, optimizer, mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+# --- Steps of a Stepper ---
+
+
+class Calls:
+    """A graph that notes keys and batches, and runs each step after event(which one)."""
+
+    def __init__(self, event: Callable[[int], object] = lambda call: None) -> None:
+        self.keys: list[bytes] = []
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.event = event
+
+    def __call__(self, step: Step, key: bytes, input: Tensor, target: Tensor) -> Tensor:
+        self.event(len(self.keys))
+        self.keys.append(key)
+        self.batches.append((input, target))
+        return step(input, target)
+
+
+def momentum_buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [state["momentum_buffer"] for state in optimizer.state.values()]
 
 
 def test_key_follows_the_optimizer() -> None:
-    model, optimizer, step = with_momentum()
-    step(torch.randn(4, 3), torch.randn(4, 2))  # makes the momentum buffers
-    key = step._stepper.key
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    stepper, _ = _read(model, nn.MSELoss(), optimizer)
+    calls = Calls()
+
+    def key() -> bytes | None:
+        before = len(calls.keys)
+        stepper.step(torch.randn(4, 3), torch.randn(4, 2), calls)
+        return calls.keys[-1] if len(calls.keys) > before else None
+
+    assert key() is None  # momentum begins
     first = key()
-    assert key() == first
+    assert key() == first is not None
     optimizer.param_groups[0]["lr"] = 0.2
     assert key() != first
     optimizer.param_groups[0]["lr"] = 0.1
     assert key() == first
+    optimizer.state[model[0].bias]["momentum_buffer"] = torch.zeros(2)
+    assert key() != first
     model[0].bias.requires_grad_(False)
     assert key() != first
 
 
-def test_a_call_without_a_key_does_the_step(run: Recorder) -> None:
-    run(UNTIL_CAPTURED)
-    run.key = None
-    assert run(2) == "eager eager"
-    run.key = 0
-    assert run() == "replay"
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 32, 50, 100])
+@pytest.mark.parametrize("options", ["plain", "dampening"])
+def test_fit_through_a_graph_is_fit(options: str, batch_size: int, shuffle: bool) -> None:
+    """Its calls are the eager loop's; without the first, where that begins momentum."""
+    part = training("3-17-5@100", "classes", options, torch.float64)
+    plain, calls, after = part.to(torch.float64), Calls(), []
+    given = (4, batch_size, shuffle)
+    drawn = [torch.Generator().manual_seed(3) for _ in range(3)]
+    expected = _read(*plain[:3])[0].fit(*plain[3:], *given, drawn[0], None)
+    stepper, _ = _read(*part[:3])
+    losses = stepper.fit(*part[3:], *given, drawn[1], None, calls)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+    torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
+    orders = [
+        torch.randperm(100, generator=drawn[2]) if shuffle else torch.arange(100) for _ in range(4)
+    ]
+    batches = [
+        (part.input[rows], part.target[rows])
+        for order in orders
+        for rows in order.split(batch_size)
+    ]
+    assert len(set(calls.keys)) == 1
+    skipped = 1 if options == "dampening" else 0
+    torch.testing.assert_close(calls.batches, batches[skipped:], rtol=0, atol=0)
+
+    losses = stepper.fit(*part[3:], *given, drawn[1], lambda epoch, loss: after.append(loss), calls)
+    assert after == losses
+    assert len(calls.keys) == 2 * len(batches) - skipped
 
 
-def test_there_is_no_key_before_momentum() -> None:
-    *_, step = with_momentum()
-    assert step._stepper.key() is None
-    step(torch.randn(4, 3), torch.randn(4, 2))
-    assert step._stepper.key() is not None
+def test_settings_are_those_of_the_start() -> None:
+    part = training("3-17-5@100", "classes", "plain", torch.float64)
+    plain = part.to(torch.float64)
+    _read(*plain[:3])[0].fit(*plain[3:], 3, 50, False, None, None)
+    calls = Calls(lambda call: part.optimizer.param_groups[0].update(lr=call))
+    _read(*part[:3])[0].fit(*part[3:], 3, 50, False, None, None, calls)
+    torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
+
+
+def test_losses_of_many_epochs_of_one_batch() -> None:
+    """More than are kept at a time."""
+    part = training("10-5-1@10", "mse", "plain", torch.float64)
+    plain = part.to(torch.float64)
+    given = (*part[3:], 4100, 10, False, None, None)
+    losses = _read(*part[:3])[0].fit(*given, Calls())
+    expected = _read(*plain[:3])[0].fit(*given)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+
+
+def interrupt(call: int) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def fail(call: int) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("event", "error"), [(interrupt, KeyboardInterrupt), (fail, ZeroDivisionError)]
+)
+@pytest.mark.parametrize("calls", [0, 3])
+def test_what_interrupts_leaves_whole_steps(
+    event: Callable[[int], None], error: type[BaseException], calls: int
+) -> None:
+    part = training("3-17-5@100", "classes", "dampening", torch.float64)
+    plain = part.to(torch.float64)
+    graph = Calls(lambda call: event(call) if call == calls else None)
+    with pytest.raises(error):
+        _read(*part[:3])[0].fit(*part[3:], 9, 20, False, None, None, graph)
+    step = TrainStep(*plain[:3])
+    for rows in torch.arange(100).split(20)[: 1 + calls]:  # the first began momentum
+        step(plain.input[rows], plain.target[rows])
+    torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fit", [False, True], ids=["step", "fit"])
+def test_a_replay_counts_as_a_change(fit: bool) -> None:
+    """As of any step, or a backward through what was saved before would give wrong gradients."""
+    part = training("10-5-1@10", "mse", "momentum", torch.float64)
+    part.model[0].bias.requires_grad_(False)
+    stepper, _ = _read(*part[:3])
+    stepper.step(*part[3:])
+    tensors = [*part.model.parameters(), *momentum_buffers(part.optimizer)]
+    before = [t._version for t in tensors]
+
+    def replay(step: Step, key: bytes, input: Tensor, target: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.float64)
+
+    if fit:
+        stepper.fit(*part[3:], 1, 10, False, None, None, replay)
+    else:
+        stepper.step(*part[3:], replay)
+    for t, version in zip(tensors, before, strict=True):
+        assert t._version == version + (t is not part.model[0].bias)
+
+
+# --- Which steps go through graphs ---
+
+
+class OnGpu(Tensor):
+    is_cuda = True
+
+
+def on_gpu(*shape: int) -> Tensor:
+    return torch.rand(shape).as_subclass(OnGpu)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[GraphStepper, Recorder]:
+    monkeypatch.setattr(step_graph, "_is_one_launch", lambda widths, input: len(input) < 5)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model = nn.Sequential(nn.Linear(64, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    stepper, run = GraphStepper(*_read(model, nn.MSELoss(), optimizer)), Recorder()
+    stepper.graphs = run.graphs
+    return stepper, run
+
+
+Recorded = tuple[GraphStepper, Recorder]
+
+
+def fit(stepper: GraphStepper, input: Tensor, batch_size: int) -> None:
+    stepper.fit(input, on_gpu(len(input), 2), 2, batch_size, False, None, None)
+
+
+def test_steps_and_fit_share_a_graph(recorded: Recorded) -> None:
+    stepper, run = recorded
+    input, target = on_gpu(10, 64), on_gpu(10, 2)
+    for _ in range(3):
+        stepper.step(input, target)
+    fit(stepper, on_gpu(25, 64), 10)  # and a short batch of its own
+    stepper.step(input, target)
+    # Beside the step that began momentum and the first ones of 10 and of 5 rows.
+    done = ["warm up"] * WARM_UPS + ["capture", "replay", "replay", "warm up", "replay"]
+    assert run.done == done
+    assert len(run.graphs.kept) == 1
+
+
+BIG = COPIED // 4 // 66 + 1  # rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "graphs"), [(4, False), (5, True), (BIG - 1, True), (BIG, False)], ids=str
+)
+def test_neither_one_launch_nor_what_is_dear_to_copy(
+    recorded: Recorded, rows: int, graphs: bool
+) -> None:
+    stepper, run = recorded
+    stepper.step(on_gpu(rows, 64), on_gpu(rows, 2))  # begins momentum
+    for _ in range(2):
+        stepper.step(on_gpu(rows, 64), on_gpu(rows, 2))
+    assert run.done == ["warm up"] * graphs
+
+
+def test_a_batch_of_fit_may_be_small_where_all_is_big(recorded: Recorded) -> None:
+    stepper, run = recorded
+    fit(stepper, on_gpu(BIG, 64), BIG // 4)
+    assert run.done[:4] == ["warm up"] * 3 + ["capture"]
+
+
+@pytest.mark.parametrize("input", [torch.rand(9, 64), None, on_gpu()], ids=["cpu", "none", "0-d"])
+def test_what_is_no_batch_on_a_gpu_is_the_steppers(recorded: Recorded, input: Any) -> None:
+    stepper, run = recorded
+    errors = (TypeError, ValueError, RuntimeError)
+    with pytest.raises(errors) as expected:
+        stepper._stepper.step(input, on_gpu(9, 3))
+    with pytest.raises(errors, match=re.escape(str(expected.value))):
+        stepper.step(input, on_gpu(9, 3))
+    assert not run.done
