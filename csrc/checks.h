@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <ostream>
+#include <string>
 #include <string_view>
 
 #include "activations.h"
@@ -20,7 +21,7 @@ inline std::ostream& operator<<(std::ostream& out, const Element& element) {
   return out << element.list << "[" << element.index << "]";
 }
 
-inline std::string_view dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
 // The place of the activation in Activations.
 template <class Name>
