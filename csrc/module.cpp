@@ -82,6 +82,13 @@ DType cuda_dtype(const std::string& name) {
   return dtypes.at(name);
 }
 
+std::optional<cuda::Path> cuda_path(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  for (const auto path : {cuda::Path::small, cuda::Path::tall, cuda::Path::large, cuda::Path::native})
+    if (*name == cuda::path_name(path)) return path;
+  throw py::value_error("path must be small, tall, large or native, got '" + *name + "'");
+}
+
 py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads) {
   const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads);
   py::dict result;
@@ -91,8 +98,9 @@ py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t it
 }
 
 py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
-                   bool tf32, bool aligned, bool cutlass) {
-  const cuda::Plan plan = cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass});
+                   bool tf32, bool aligned, bool cutlass, const std::optional<std::string>& path) {
+  const cuda::Plan plan =
+      cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass, cuda_path(path)});
   py::dict result;
   result["forward"] = cuda::path_name(plan.forward);
   result["forward_reason"] = plan.forward_reason;
@@ -139,7 +147,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("waiting_bytes", cpu::waiting_bytes, "Memory of freed results that waits for the next ones.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
+        py::arg("path") = py::none(),
         "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
+  m.def(
+      "force_cuda_path", [](const std::optional<std::string>& path) { cuda::forced_path = cuda_path(path); },
+      py::arg("path"), "The path that layers take on a GPU instead of the plan's, where it can; None: the plan's.");
   m.def("cuda_step_plan", cuda_step_plan, py::arg("widths"), py::arg("batch"), py::arg("dtype"), py::arg("arch"),
         py::arg("shared"),
         "The plan of a training step on a GPU whose blocks may have so many bytes of shared memory.");

@@ -209,10 +209,6 @@ void throw_not_a_probability() {
 
 namespace {
 
-struct LossAndGrad {
-  at::Tensor loss, dy;
-};
-
 // On CUDA torch's own kernels assert it on the device: to ask here would wait, and could not be captured in a graph.
 bool asserted_on_device(const Step& step) { return step.input.is_cuda(); }
 
@@ -244,7 +240,9 @@ LossAndGrad cross_entropy(const Step& step, const at::Tensor& z) {
   return {loss, log_p.exp() * q.sum(1, true) - q};
 }
 
-LossAndGrad loss_and_grad(const Step& step, const at::Tensor& y) {
+}  // namespace
+
+LossAndGrad loss_and_grad_native(const Step& step, const at::Tensor& y) {
   const auto reduction = step.mean ? at::Reduction::Mean : at::Reduction::Sum;
   const at::Tensor &t = step.target, one = at::ones({}, y.options());
   switch (step.loss) {
@@ -265,6 +263,8 @@ LossAndGrad loss_and_grad(const Step& step, const at::Tensor& y) {
   }
 }
 
+namespace {
+
 void update(const StepParameter& p, at::Tensor g) {
   const Sgd& h = *p.sgd;
   if (h.maximize) g = -g;
@@ -282,7 +282,7 @@ std::string_view activation_name(size_t index) {
 
 }  // namespace
 
-at::Tensor step_native(const Step& step) {
+at::Tensor step_by_layers(const Step& step, LossAndGrad (*loss_and_grad)(const Step&, const at::Tensor&)) {
   const auto optional = [](const at::Tensor* t) { return t ? std::optional<at::Tensor>(*t) : std::nullopt; };
   std::vector<at::Tensor> outputs{step.input};  // of each layer, after its input
   for (const StepLayer& layer : step.layers)
@@ -300,6 +300,8 @@ at::Tensor step_native(const Step& step) {
   }
   return loss;
 }
+
+at::Tensor step_native(const Step& step) { return step_by_layers(step, loss_and_grad_native); }
 
 at::Tensor mlp_sgd_step_(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
                          at::TensorList momentum_buffers, const c10::List<std::string>& activations,

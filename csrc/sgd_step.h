@@ -86,6 +86,13 @@ void check_classes(const Step& step);
 // What BCE does about outputs or targets that lie outside [0, 1].
 [[noreturn]] void throw_not_a_probability();
 
+struct LossAndGrad {
+  at::Tensor loss, dy;
+};
+LossAndGrad loss_and_grad_native(const Step& step, const at::Tensor& y);
+
+// The step layer by layer, with that loss.
+at::Tensor step_by_layers(const Step& step, LossAndGrad (*loss_and_grad)(const Step&, const at::Tensor&));
 // The step as a composite of native operations: the reference, and what runs where no kernel of ours does.
 at::Tensor step_native(const Step& step);
 

@@ -484,7 +484,7 @@ ERRORS = [
     ),  # 2e19 bytes
     ("--providers jax", "argument --providers: layers has native, native_inplace, compile, "),
     ("--providers fused,", "argument --providers: layers has "),
-    ("--suite train --providers mkldnn", "argument --providers: train has native, compile, comp"),
+    ("--suite train --providers mkldnn", "argument --providers: train has native, cudagraph"),
     ("--activation silu", "argument --activation: invalid choice: 'silu'"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ("--dtype tf32", "argument --dtype: tf32 is for --device cuda"),

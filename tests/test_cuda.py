@@ -1,6 +1,7 @@
 """On a GPU: every path of the plan, streams, graphs, several devices, sizes beyond 32 bits."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from mlp_ext import _C
 if not torch.cuda.is_available():
     pytest.skip("torch finds no cuda device here", allow_module_level=True)
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("on_cuda", "poisoned_memory")]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("on_cuda", "poisoned_memory", "exact_sums")]
 
 # One of each path; the last rows are not aligned to 16 bytes, which CUTLASS does not take.
 SMALL, TALL = Shape((64,), 200, 96), Shape((16411,), 64, 64)
@@ -27,6 +28,19 @@ close = torch.testing.assert_close
 each_path = pytest.mark.parametrize("shape", PATHS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_activation = pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+
+
+@pytest.fixture
+def exact_sums() -> Iterator[None]:
+    """cuBLAS may round parts of a sum to 16 bits, in some kernels: zeros would get either sign."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)
 
 
 def random(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[Operands, Tensor]:
@@ -76,6 +90,23 @@ def test_special_values_match_native(
     dy = arranged.pop("grad_output")
     for activation in mlp_ext.ACTIVATIONS:
         assert_matches_native(arranged, activation, dy)
+
+
+@each_dtype
+@pytest.mark.parametrize("tf32", [False, True])
+def test_relu_keeps_nan_whatever_kernel_makes_the_product(dtype: torch.dtype, tf32: bool) -> None:
+    """cuBLASLt's epilogue makes 0 of NaN in some of its kernels, as in torch._addmm_activation."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        for M, K, N in product((1, 16, 515, 4096), (8, 24, 517, 2048), (8, 64, 255, 2048)):
+            given = operands(Shape((M,), K, N), dtype)
+            given["input"][M // 2, K // 3] = torch.nan
+            given["bias"][N // 2] = torch.nan
+            expected = torch.relu(torch.nn.functional.linear(**given)).isnan()
+            assert torch.equal(mlp_ext.linear_relu(**given).isnan(), expected), (M, K, N)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("tensor", [*NAMES, "grad_output"])

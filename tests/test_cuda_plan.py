@@ -16,7 +16,7 @@ def plan(
     dtype: str = "float32",
     activation: str = "relu",
     arch: int = 90,
-    **more: bool,
+    **more: Any,
 ) -> dict[str, Any]:
     return _C.cuda_plan(M, K, N, dtype, activation, arch, **more)
 
@@ -27,18 +27,27 @@ def plan(
         ((10, 10, 5), "float32", "small", "small"),
         ((256, 256, 256), "float32", "small", "small"),  # 2^24 products
         ((257, 256, 256), "float32", "large", "large"),
-        ((512, 64, 64), "float32", "small", "small"),
-        ((513, 64, 64), "float32", "small", "tall"),  # dW would add up too many rows in one block
-        ((4, 4096, 8), "float32", "small", "small"),
-        ((4, 4097, 8), "float32", "large", "small"),
-        ((65536, 64, 64), "float32", "tall", "tall"),
-        ((65536, 65, 64), "float32", "large", "large"),  # 64 x 64 weights fit the chip
-        ((65536, 128, 32), "float32", "tall", "tall"),
+        ((32, 512, 1024), "float32", "small", "large"),  # in the depth of dx one block is slower
+        ((31, 513, 512), "float32", "large", "small"),  # and in that of y, for few rows
+        ((8192, 32, 16), "float32", "small", "tall"),  # 512 tiles of 16 x 16
+        ((8193, 32, 16), "float32", "large", "tall"),
+        ((1024, 64, 64), "float32", "small", "small"),
+        ((1025, 64, 64), "float32", "small", "tall"),  # dW would add up too many rows in one block
+        ((12287, 64, 64), "float32", "large", "tall"),  # too few tiles for all processors
+        ((12288, 64, 64), "float32", "tall", "tall"),
+        ((65536, 65, 64), "float32", "large", "large"),  # 64 x 64 weights fit the registers
+        ((65536, 33, 128), "float32", "large", "large"),  # in steps of 8 columns
+        ((65536, 32, 128), "float32", "tall", "tall"),
+        ((65536, 128, 32), "float32", "large", "tall"),
         ((65536, 129, 16), "float32", "large", "large"),
         ((65536, 64, 64), "float64", "native", "large"),
         ((65536, 32, 64), "float64", "tall", "tall"),
-        ((131072, 16, 16), "bfloat16", "tall", "tall"),  # beyond, the tensor cores win
-        ((131072, 17, 16), "bfloat16", "large", "large"),
+        ((512, 64, 64), "bfloat16", "small", "small"),  # 2^21 products
+        ((513, 64, 64), "bfloat16", "large", "small"),
+        ((16384, 64, 64), "bfloat16", "large", "tall"),
+        ((16385, 64, 64), "bfloat16", "large", "large"),  # beyond, the tensor cores win
+        ((131072, 16, 16), "bfloat16", "tall", "tall"),
+        ((131072, 17, 16), "bfloat16", "large", "tall"),
         ((4096, 4096, 4096), "float64", "native", "large"),
         ((4096, 4096, 4096), "float16", "large", "large"),
         ((2**31, 64, 64), "float32", "tall", "tall"),
@@ -68,7 +77,10 @@ def test_plan_follows_the_tf32_switch() -> None:
     ("activation", "dtype", "arch", "more", "epilogue"),
     [
         ("identity", "bfloat16", 90, {}, "bias"),
-        ("relu", "float32", 80, {}, "relu_bias"),
+        ("relu", "bfloat16", 90, {}, "relu_bias"),
+        ("relu", "float32", 90, {}, "pass"),  # cuBLASLt's epilogues there lose NaN
+        ("relu", "bfloat16", 80, {}, "pass"),
+        ("relu", "bfloat16", 90, {"aligned": False}, "pass"),
         ("sigmoid", "bfloat16", 90, {}, "cutlass"),
         ("tanh", "float16", 90, {}, "cutlass"),
         ("sigmoid", "float32", 90, {}, "pass"),
@@ -79,16 +91,31 @@ def test_plan_follows_the_tf32_switch() -> None:
     ],
 )
 def test_plan_names_the_epilogue_of_a_large_product(
-    activation: str, dtype: str, arch: int, more: dict[str, bool], epilogue: str
+    activation: str, dtype: str, arch: int, more: dict[str, Any], epilogue: str
 ) -> None:
     chosen = plan(4096, 4096, 4096, dtype, activation, arch, **more)
     assert (chosen["forward"], chosen["epilogue"]) == ("large", epilogue)
 
 
+def test_plan_has_no_epilogue_of_cutlass_for_few_products() -> None:
+    assert plan(1024, 1024, 1024, "bfloat16", "sigmoid")["epilogue"] == "pass"
+    assert plan(1025, 1024, 1024, "bfloat16", "sigmoid")["epilogue"] == "cutlass"
+
+
 def test_plan_gives_a_reason_for_each_path() -> None:
     chosen = plan(65536, 64, 64)
-    assert chosen["forward_reason"].startswith("by count: ")
-    assert chosen["backward_reason"].startswith("by count: ")
+    assert chosen["forward_reason"].startswith("x read once")
+    assert chosen["backward_reason"].startswith("dy, y and x read once")
+
+
+def test_plan_takes_the_path_that_is_asked_for_where_it_can() -> None:
+    for path in ("small", "tall", "large", "native"):
+        chosen = plan(300, 64, 64, path=path)
+        assert (chosen["forward"], chosen["backward"]) == (path, path)
+    assert plan(300, 129, 16, path="tall") == plan(300, 129, 16)
+    assert plan(300, 64, 64, arch=75, path="small")["forward"] == "native"
+    with pytest.raises(ValueError, match="path must be small, tall, large or native, got 'tiny'"):
+        plan(300, 64, 64, path="tiny")
 
 
 H100 = 227 * 1024  # bytes of shared memory that a block may have
@@ -100,10 +127,10 @@ A100 = 163 * 1024
     [
         ([10, 5, 1], 10, "float32", H100, "one_block", "one launch instead of"),
         ([30, 64, 32, 1], 32, "bfloat16", A100, "one_block", "one launch instead of"),
-        ([64, 128], 64, "float32", A100, "one_block", "one launch instead of"),  # 2^19 products
-        ([64, 128], 65, "float32", A100, "layers", "one processor takes longer"),
-        ([64, 128], 64, "float64", A100, "layers", "does not fit on chip"),
-        ([64, 128], 64, "float64", H100, "one_block", "one launch instead of"),
+        ([64, 128], 32, "float32", A100, "one_block", "one launch instead of"),  # 2^18 products
+        ([64, 128], 33, "float32", A100, "layers", "one processor takes longer"),
+        ([64, 128], 32, "float64", A100, "layers", "does not fit on chip"),
+        ([64, 128], 32, "float64", H100, "one_block", "one launch instead of"),
         ([784, 30, 10], 10, "float32", H100, "layers", "does not fit on chip"),
         ([784, 128, 10], 32, "float32", H100, "layers", "one processor takes longer"),
         ([2] * 9, 4, "float32", H100, "one_block", "one launch instead of"),

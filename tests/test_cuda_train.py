@@ -29,7 +29,7 @@ ONE_BLOCK = [
     Training((10, 5, 1), 10, 10),
     Training((3, 17, 5), 33, 14),
     Training((33, 64, 20, 7), 700, 70),
-    Training((64, 128), 64, 64),  # more than 48 KiB of shared memory
+    Training((64, 128), 64, 32),  # more than 48 KiB of shared memory
     Training((5, 4, 3), 12, 5, bias=False),
 ]
 LAYERS = [Training((64, 300, 10), 200, 200), Training((4,) + (3,) * 9, 9, 4)]

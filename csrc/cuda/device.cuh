@@ -70,6 +70,24 @@ template <int V, class S>
 __device__ void store(S* p, const Vector<S, V>& v) {
   *reinterpret_cast<Vector<S, V>*>(p) = v;
 }
+// V elements from global to shared memory: there after wait_copies() in the same thread.
+template <int V, class S>
+__device__ void copy_async(S* to, const S* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (V * sizeof(S) >= 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(__cvta_generic_to_global(from)), "n"(V * sizeof(S))
+                 : "memory");
+    return;
+  }
+#endif
+  store(to, load<V>(from));
+}
+__device__ inline void wait_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 template <class S>
 __host__ __device__ bool aligned(const S* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
@@ -108,6 +126,12 @@ template <int V, class S>
 void store(const Pointer<S>& p, const Vector<S, V>& v) {
   p.write(v.at);
 }
+template <int V, class S, class From>
+void copy_async(const Pointer<S>& to, const From& from) {
+  to.forget(V);
+  model::copy_later([=] { store(to, load<V>(from)); });
+}
+inline void wait_copies() { model::copy_now(); }
 #endif
 
 // Bytes of a piece of SharedMemory.

@@ -49,6 +49,17 @@ struct BackwardProblem {
   void* db;           // [N] or nullptr
 };
 
+// dy = L'(y, t) scale;  loss = scale times the sum of L(y, t)
+struct LossProblem {
+  DType dtype;
+  size_t loss;  // its place in ElementLosses
+  int64_t M, N;
+  ConstMatrix y, target;  // [M, N], not empty
+  Matrix dy;
+  double scale;
+  void* value;  // []
+};
+
 // Training steps: batch i has the rows of order from i batch on, the last one maybe fewer.
 struct StepParameterProblem {       // contiguous
   void* value = nullptr;            // nullptr: there is none
@@ -98,5 +109,8 @@ cudaError_t launch_sm90_forward(const ForwardProblem& problem, const Gpu& gpu);
 cudaError_t launch_act(const ForwardProblem& problem, const Gpu& gpu);
 int64_t grad_z_bytes(const BackwardProblem& problem, const Gpu& gpu);
 cudaError_t launch_grad_z(const BackwardProblem& problem, void* dz, void* workspace, const Gpu& gpu);
+
+int64_t element_loss_bytes(const LossProblem& problem, const Gpu& gpu);
+cudaError_t launch_element_loss(const LossProblem& problem, void* workspace, const Gpu& gpu);
 
 }  // namespace mlp_ext::cuda

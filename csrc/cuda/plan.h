@@ -1,9 +1,11 @@
 // Which path a shape takes on a GPU. Pure: no tensors, no device, so tests can ask it anything.
 //
-// No row is measured yet: each reason is a count of launches or of bytes.
+// Measured on one H100: benchmarks/results/h100/paths-*.csv have each path of a layer alone, captured in CUDA graphs,
+// and layers-*.csv and train-*.csv what comes of it. Of float64 and of other GPUs no row is measured.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include "dtype.h"
@@ -37,34 +39,69 @@ struct Case {
   int64_t M, K, N;
   DType dtype;
   std::string_view activation;
-  int arch;             // 10 major + minor: 80, 90
-  bool tf32 = false;    // torch lets float32 products round their operands to TF32
-  bool aligned = true;  // data and rows begin at multiples of 16 bytes
-  bool cutlass = true;  // built with CUTLASS
+  int arch;                       // 10 major + minor: 80, 90
+  bool tf32 = false;              // torch lets float32 products round their operands to TF32
+  bool aligned = true;            // data and rows begin at multiples of 16 bytes
+  bool cutlass = true;            // built with CUTLASS
+  std::optional<Path> path = {};  // instead of the table's, where it can
 };
 
-// Each limit with its reason.
-constexpr double kSmallProducts = 1 << 24;   // the work of few microseconds; beyond, tensor cores or bigger tiles win
-constexpr int64_t kSmallDepth = 512;         // M in dW: one block adds it all up, four loads of shared memory
-constexpr int64_t kSmallWidth = 4096;        // K in y, N in dx: the same, where the grid has more blocks
-constexpr int64_t kTallWidth = 128;          // K, N: a row of dy, y and x and their tiles in shared memory
-constexpr int64_t kTallWeightBytes = 16384;  // W and dW on chip, with room for three blocks
-constexpr int64_t kTallBalance = 32;         // products per element moved at 4 bytes: 30 TFLOP/s over 3 TB/s, nearly
+// The path of all layers instead of the table's, where it can: to measure what the table should say.
+inline std::optional<Path> forced_path;
 
-// K N / (K + N) products per element of x and y: beyond the balance, plain FMA takes longer than memory, and the tensor
-// cores of the library win.
-constexpr bool memory_bound(const Case& c) {
-  const bool tensor_cores = item_size(c.dtype) == 2 || c.tf32;
-  const int64_t balance = kTallBalance * item_size(c.dtype) / (tensor_cores ? 8 : 4);
-  return c.K * c.N <= balance * (c.K + c.N);
+// Each limit with its reason.
+constexpr double kSmallProducts = 1 << 24;    // beyond, bigger tiles win
+constexpr double kSmallForward16 = 1 << 21;   // beyond, tensor cores win, forward
+constexpr double kSmallBackward16 = 1 << 23;  // and backward, against three launches and more of the host's time
+constexpr double kCutlassProducts = 1 << 30;  // fewer do not fill the GPU with its tiles
+constexpr int64_t kSmallTiles = 512;          // of 16 x 16 results: two for each block that a GPU holds at once
+constexpr int64_t kSmallDepth = 1024;         // one block adds up K in y, M in dW
+constexpr int64_t kTallWidth = 128;           // K, N: a row of dy, y and x and their tiles in shared memory
+constexpr int64_t kTallWeightBytes = 16384;   // dW in the registers of half a block
+constexpr int64_t kTallRows = 12288;          // forward, a tile of 128 rows for most processors
+
+constexpr bool is_16_bit(const Case& c) { return item_size(c.dtype) == 2; }
+constexpr bool is_native(const Case& c) { return c.arch < 80; }
+constexpr bool few_products(const Case& c, double most) {
+  return static_cast<double>(c.M) * static_cast<double>(c.K) * static_cast<double>(c.N) <= most;
 }
 constexpr bool narrow(const Case& c) {
+  const int64_t weights = (c.K + 7) / 8 * 8 * ((c.N + 3) / 4 * 4);  // as threads share dW
   return 0 < c.K && c.K <= kTallWidth && 0 < c.N && c.N <= kTallWidth &&
-         c.K * c.N * accumulator_size(c.dtype) <= kTallWeightBytes;
+         weights * accumulator_size(c.dtype) <= kTallWeightBytes;
 }
-constexpr bool few_products(const Case& c) {
-  return static_cast<double>(c.M) * static_cast<double>(c.K) * static_cast<double>(c.N) <= kSmallProducts;
+// Whether products run on tensor cores, where K N / (K + N) products for each element moved are too few to fill them.
+constexpr bool on_tensor_cores(const Case& c) { return is_16_bit(c) || c.tf32; }
+
+template <class R, int n, class C>
+constexpr const R& first_row(const R (&rows)[n], const C& c) {
+  int i = 0;
+  while (!rows[i].applies(c)) ++i;  // the last row always does
+  return rows[i];
 }
+
+// Epilogues of the forward product, first that applies.
+struct EpilogueRow {
+  Epilogue epilogue;
+  bool (*applies)(const Case&);
+  const char* reason;
+};
+constexpr bool library_has_epilogue(std::string_view activation) {
+  return activation == "identity" || activation == "relu";
+}
+constexpr EpilogueRow kEpilogues[] = {
+    {Epilogue::bias, [](const Case& c) { return c.activation == "identity"; }, "cuBLASLt has it"},
+    {Epilogue::relu_bias,
+     [](const Case& c) { return c.activation == "relu" && c.arch == 90 && c.aligned && is_16_bit(c); },
+     "cuBLASLt has it; in other kernels than these it makes 0 of NaN"},
+    {Epilogue::cutlass,
+     [](const Case& c) {
+       return c.cutlass && c.arch == 90 && c.aligned && is_16_bit(c) && !library_has_epilogue(c.activation) &&
+              !few_products(c, kCutlassProducts);
+     },
+     "no pass after the product; warp-specialised kernels are for 9.0a and 16-byte rows"},
+    {Epilogue::pass, [](const Case&) { return true; }, "none: one pass in place"},
+};
 
 // The first row that applies is taken.
 struct Row {
@@ -74,45 +111,39 @@ struct Row {
 };
 
 constexpr Row kForward[] = {
-    {Path::native, [](const Case& c) { return c.arch < 80; }, "not built for it"},
-    {Path::small, [](const Case& c) { return few_products(c) && c.K <= kSmallWidth; },
-     "by count: one launch instead of product and activation"},
-    {Path::tall, [](const Case& c) { return narrow(c) && memory_bound(c); },
-     "by count: x read once, y written once, no pass for the activation"},
+    {Path::native, is_native, "not built for it"},
+    {Path::small,
+     [](const Case& c) {
+       const int64_t tiles = (c.M + 15) / 16 * ((c.N + 15) / 16);
+       return few_products(c, is_16_bit(c) ? kSmallForward16 : kSmallProducts) && tiles <= kSmallTiles &&
+              c.K <= kSmallDepth && (c.M >= 32 || c.K <= kSmallDepth / 2);
+     },
+     "one launch instead of product and activation"},
+    {Path::large,
+     [](const Case& c) { return first_row(kEpilogues, c).epilogue == Epilogue::relu_bias && c.K + c.N > 32; },
+     "one launch, on tensor cores"},
+    {Path::tall,
+     [](const Case& c) {
+       return narrow(c) && c.M >= kTallRows && (on_tensor_cores(c) ? c.K * c.N <= 1024 : c.K <= 64);
+     },
+     "x read once, y written once, no pass for the activation"},
     {Path::native, [](const Case& c) { return c.dtype == DType::float64; },
-     "by count: no product has an epilogue, so as many passes as native"},
-    {Path::large, [](const Case&) { return true; }, "by count: no pass for the activation, or one in place"},
+     "no product has an epilogue, so as many passes as native"},
+    {Path::large, [](const Case&) { return true; }, "no pass for the activation, or one in place"},
 };
 
 constexpr Row kBackward[] = {
-    {Path::native, [](const Case& c) { return c.arch < 80; }, "not built for it"},
-    {Path::small, [](const Case& c) { return few_products(c) && c.M <= kSmallDepth && c.N <= kSmallWidth; },
-     "by count: one launch instead of activation, two products and column sum"},
-    {Path::tall, [](const Case& c) { return narrow(c) && memory_bound(c); },
-     "by count: dy, y and x read once, dx written once; dz never leaves the chip"},
-    {Path::large, [](const Case&) { return true; }, "by count: one pass for dz and db instead of two"},
+    {Path::native, is_native, "not built for it"},
+    {Path::small,
+     [](const Case& c) {
+       return few_products(c, is_16_bit(c) ? kSmallBackward16 : kSmallProducts) && c.M <= kSmallDepth &&
+              c.N <= kSmallDepth / 2;
+     },
+     "one launch instead of activation, two products and column sum"},
+    {Path::tall, [](const Case& c) { return narrow(c) && (!on_tensor_cores(c) || c.M <= 16384 || c.K * c.N <= 1024); },
+     "dy, y and x read once, dx written once; dz never leaves the chip"},
+    {Path::large, [](const Case&) { return true; }, "one pass for dz and db instead of two"},
 };
-
-// Epilogues of the forward product, first that applies.
-struct EpilogueRow {
-  Epilogue epilogue;
-  bool (*applies)(const Case&);
-  const char* reason;
-};
-constexpr EpilogueRow kEpilogues[] = {
-    {Epilogue::bias, [](const Case& c) { return c.activation == "identity"; }, "cuBLASLt has it"},
-    {Epilogue::relu_bias, [](const Case& c) { return c.activation == "relu"; }, "cuBLASLt has it"},
-    {Epilogue::cutlass, [](const Case& c) { return c.cutlass && c.arch == 90 && c.aligned && item_size(c.dtype) == 2; },
-     "by count: no pass after the product; warp-specialised kernels are for 9.0a and 16-byte rows"},
-    {Epilogue::pass, [](const Case&) { return true; }, "none: one pass in place"},
-};
-
-template <class R, int n, class C>
-constexpr const R& first_row(const R (&rows)[n], const C& c) {
-  int i = 0;
-  while (!rows[i].applies(c)) ++i;  // the last row always does
-  return rows[i];
-}
 
 struct Plan {
   Path forward, backward;
@@ -121,7 +152,10 @@ struct Plan {
 };
 
 constexpr Plan make_plan(const Case& c) {
-  const Row &forward = first_row(kForward, c), &backward = first_row(kBackward, c);
+  const bool asked = c.path && c.arch >= 80 && (*c.path != Path::tall || narrow(c));
+  const Row of_caller{c.path.value_or(Path::native), nullptr, "asked for"};
+  const Row& forward = asked ? of_caller : first_row(kForward, c);
+  const Row& backward = asked ? of_caller : first_row(kBackward, c);
   return {forward.path, backward.path, forward.reason, backward.reason, first_row(kEpilogues, c).epilogue};
 }
 
@@ -133,10 +167,9 @@ enum class StepPath {
 };
 constexpr const char* step_path_name(StepPath path) { return path == StepPath::one_block ? "one_block" : "layers"; }
 
-constexpr int kStepLayers = 8;  // fit the kernel's argument
-constexpr int kStepRows = 32;   // on chip at a time
-// By count: three times as many products, at 32 a cycle, take 30 us, as long as the two dozen launches of the layers.
-constexpr double kStepProducts = 1 << 19;
+constexpr int kStepLayers = 8;             // fit the kernel's argument
+constexpr int kStepRows = 32;              // on chip at a time
+constexpr double kStepProducts = 1 << 18;  // 39 us for 303104, as for a graph of the layers
 
 // On chip, of a row as wide: the bias beside W, a one beside x; odd, so that neighbouring rows begin in other banks.
 constexpr int64_t step_row_stride(int64_t width) { return (width + 1) | 1; }
@@ -178,9 +211,9 @@ constexpr StepRow kSteps[] = {
     {StepPath::layers, [](const StepCase& c) { return step_is_empty(c); }, "nothing to launch for"},
     {StepPath::layers, [](const StepCase& c) { return c.layers > kStepLayers; }, "more layers than an argument holds"},
     {StepPath::layers, [](const StepCase& c) { return !few_step_products(c); },
-     "by count: one processor takes longer than two dozen launches"},
+     "one processor takes longer than a graph of the layers"},
     {StepPath::layers, [](const StepCase& c) { return step_shared_bytes(c) > c.shared; }, "does not fit on chip"},
-    {StepPath::one_block, [](const StepCase&) { return true; }, "by count: one launch instead of two dozen"},
+    {StepPath::one_block, [](const StepCase&) { return true; }, "one launch instead of two dozen"},
 };
 
 struct StepPlan {

@@ -55,4 +55,55 @@ cudaError_t launch_grad_z(const BackwardProblem& problem, void* dz, void* worksp
   });
 }
 
+namespace {
+
+template <class S>
+ElementLoss<S> element_loss_of(const LossProblem& p) {
+  return {p.M,
+          p.N,
+          typed<S>(p.y),
+          typed<S>(p.target),
+          typed<S>(p.dy),
+          static_cast<Accumulator<S>>(p.scale),
+          static_cast<S*>(p.value)};
+}
+
+// f(L()) for the loss of that place.
+template <class F, class... Ls>
+cudaError_t with_loss(size_t index, const F& f, TypeList<Ls...>) {
+  cudaError_t error = cudaErrorInvalidValue;
+  size_t place = 0;
+  (void)((place++ == index ? (error = f(Ls()), true) : false) || ...);
+  return error;
+}
+
+constexpr int64_t kCounter = 16;  // bytes of a workspace before the blocks' sums
+
+}  // namespace
+
+int64_t element_loss_bytes(const LossProblem& problem, const Gpu& gpu) {
+  return with_dtype(problem.dtype, [&](auto s) {
+    using S = decltype(s);
+    const int64_t blocks = element_loss_launch(element_loss_of<S>(problem), device(gpu)).blocks();
+    return kCounter + blocks * static_cast<int64_t>(sizeof(Accumulator<S>));
+  });
+}
+
+cudaError_t launch_element_loss(const LossProblem& problem, void* workspace, const Gpu& gpu) {
+  const auto error = cudaMemsetAsync(workspace, 0, kCounter, gpu.stream);
+  if (error != cudaSuccess) return error;
+  return with_dtype(problem.dtype, [&](auto s) {
+    using S = decltype(s);
+    auto f = element_loss_of<S>(problem);
+    f.finished = static_cast<unsigned*>(workspace);
+    f.sums = reinterpret_cast<Accumulator<S>*>(static_cast<char*>(workspace) + kCounter);
+    const auto run = [&](auto loss) {
+      using L = decltype(loss);
+      const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, L, 1> : element_loss<S, L, kVector<S>>;
+      return launch(kernel, element_loss_launch(f, device(gpu)), gpu, f);
+    };
+    return with_loss(problem.loss, run, ElementLosses());
+  });
+}
+
 }  // namespace mlp_ext::cuda

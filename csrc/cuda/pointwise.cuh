@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/tile.cuh"
+#include "losses.h"
 
 namespace mlp_ext::cuda {
 namespace pointwise {
@@ -11,7 +12,7 @@ constexpr int kThreads = 256;
 constexpr int kRowThreads = 8;      // of a block along M, where there are rows for them
 constexpr int kRows = 2;            // of a thread at a time: loads under way; with 4, 16-bit types spill registers
 constexpr int64_t kMaxParts = 256;  // of the rows: the last block adds as many sums
-constexpr int64_t kBlocks = 8;      // of a processor: 2048 threads
+constexpr int kBlocks = 3;          // of a processor: 80 registers a thread
 
 // The power of two not below n, at most `most`.
 __host__ __device__ constexpr int power_of_two(int64_t n, int most) {
@@ -33,7 +34,7 @@ struct Grid {
   __host__ __device__ int width() const { return across * vector; }
   int64_t strips() const { return ceil_div(N, width()); }
   int64_t parts(const Device& device) const {
-    const int64_t wanted = ceil_div(device.processors * kBlocks, strips()), most = ceil_div(M, down * kRows);
+    const int64_t wanted = device.processors * kBlocks / strips(), most = ceil_div(M, down * kRows);
     return std::max<int64_t>(1, std::min({wanted, most, kMaxParts}));
   }
 };
@@ -52,6 +53,19 @@ __device__ void add_rows(const Grid& grid, const Pointer<T>& sums, T (&sum)[V], 
         sums[(down * V + v) * grid.across + across] = sum[v];
       }
   }
+}
+
+// Whether this is the last of so many blocks to come here; it sees what the others wrote before. By all threads.
+__device__ inline bool is_last(const Pointer<unsigned>& finished, unsigned blocks) {
+  // A fence is cumulative: those of thread 0 hold for all that the barriers order before and after it.
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(finished, blocks - 1) == blocks - 1;  // wraps to 0
+    __threadfence();
+  }
+  return __syncthreads_or(last);
 }
 
 }  // namespace pointwise
@@ -79,7 +93,7 @@ Launch bias_act_launch(const BiasAct<S>& f, const Device& device) {
 }
 
 template <class S, class Act, int V>
-__global__ void __launch_bounds__(pointwise::kThreads) bias_act(const BiasAct<S> f) {
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) bias_act(const BiasAct<S> f) {
   using T = Accumulator<S>;
   using pointwise::kRows;
   const pointwise::Grid grid(f.M, f.N, V);
@@ -133,7 +147,7 @@ Launch grad_z_launch(const GradZProblem<S>& g, const Device& device) {
 }
 
 template <class S, class Act, int V>
-__global__ void __launch_bounds__(pointwise::kThreads) grad_z(const GradZProblem<S> g) {
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) grad_z(const GradZProblem<S> g) {
   using T = Accumulator<S>;
   using pointwise::kRows;
   using Source = GradZ<S, Act>;
@@ -171,15 +185,7 @@ __global__ void __launch_bounds__(pointwise::kThreads) grad_z(const GradZProblem
   if (down == 0 && column < g.N)
 #pragma unroll
     for (int v = 0; v < V; ++v) g.sums[blockIdx.y * g.N + column + v] = sum[v];
-  // A fence is cumulative: those of thread 0 hold for all that the barriers order before and after it.
-  __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(g.finished + blockIdx.x, gridDim.y - 1) == gridDim.y - 1;  // wraps to 0
-    __threadfence();
-  }
-  if (!__syncthreads_or(last)) return;
+  if (!pointwise::is_last(g.finished + blockIdx.x, gridDim.y)) return;
 #pragma unroll
   for (int v = 0; v < V; ++v) sum[v] = 0;
   if (column < g.N)
@@ -190,6 +196,63 @@ __global__ void __launch_bounds__(pointwise::kThreads) grad_z(const GradZProblem
   if (down == 0 && column < g.N)
 #pragma unroll
     for (int v = 0; v < V; ++v) g.db[column + v] = from_accumulator<S>(sum[v]);
+}
+
+// dy = L'(y, t) scale;  loss = scale times the sum of L(y, t) over all elements
+template <class S>
+struct ElementLoss {
+  int64_t M, N;
+  Rows<const S> y, target;  // [M, N]
+  Rows<S> dy;               // [M, N]
+  Accumulator<S> scale;
+  Pointer<S> loss;               // []
+  Pointer<Accumulator<S>> sums;  // [blocks of the launch]
+  Pointer<unsigned> finished;    // [], 0 before the launch and after it
+};
+
+// The V of element_loss<S, L, V>.
+template <class S>
+int element_loss_vector(const ElementLoss<S>& f) {
+  return in_vectors(f.y, f.N) && in_vectors(f.target, f.N) && in_vectors(f.dy, f.N) ? kVector<S> : 1;
+}
+
+template <class S>
+Launch element_loss_launch(const ElementLoss<S>& f, const Device& device) {
+  if (f.M == 0 || f.N == 0) return {};
+  const pointwise::Grid grid(f.M, f.N, element_loss_vector(f));
+  return {grid.strips(), grid.parts(device), pointwise::kThreads, shared_bytes<Accumulator<S>>(pointwise::kThreads)};
+}
+
+template <class S, class L, int V>
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) element_loss(const ElementLoss<S> f) {
+  using T = Accumulator<S>;
+  const pointwise::Grid grid(f.M, f.N, V), one_column(f.M, 1, 1);
+  const int64_t column = blockIdx.x * int64_t{grid.width()} + threadIdx.x % grid.across * V;
+  const int64_t rows_end = column < f.N ? f.M : 0, step = gridDim.y * int64_t{grid.down};
+  T sum[1] = {};
+  for (int64_t m = blockIdx.y * int64_t{grid.down} + threadIdx.x / grid.across; m < rows_end; m += step) {
+    const auto y = load<V>(f.y.at(m, column)), target = load<V>(f.target.at(m, column));
+    Vector<S, V> dy;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const T p = to_accumulator(y.at[v]), t = to_accumulator(target.at[v]);
+      if constexpr (std::is_same_v<L, BCE>) device_assert(0 <= p && p <= 1 && 0 <= t && t <= 1, "a probability");
+      sum[0] += L::forward(p, t);
+      dy.at[v] = from_accumulator<S>(L::backward(p, t) * f.scale);
+    }
+    store(f.dy.at(m, column), dy);
+  }
+
+  SharedMemory shared;
+  const auto sums = shared.take<T>(pointwise::kThreads);
+  const unsigned blocks = gridDim.x * gridDim.y;
+  pointwise::add_rows<1>(one_column, sums, sum, 0, threadIdx.x);
+  if (threadIdx.x == 0) f.sums[blockIdx.y * gridDim.x + blockIdx.x] = sum[0];
+  if (!pointwise::is_last(f.finished, blocks)) return;
+  sum[0] = 0;
+  for (unsigned b = threadIdx.x; b < blocks; b += pointwise::kThreads) sum[0] += f.sums[b];
+  pointwise::add_rows<1>(one_column, sums, sum, 0, threadIdx.x);
+  if (threadIdx.x == 0) *f.loss = from_accumulator<S>(sum[0] * f.scale);
 }
 
 }  // namespace mlp_ext::cuda

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cuda/tensors.h"
+#include "losses.h"
 
 namespace mlp_ext::cuda {
 
@@ -13,8 +14,10 @@ namespace {
 bool in_one_block(const Step& step, int64_t batch) {
   c10::SmallVector<int64_t, 9> widths{step.input.size(1)};
   for (const StepLayer& layer : step.layers) widths.push_back(layer.weight.value->size(0));
-  const int64_t layers = step.layers.size(), shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const StepPlan plan = make_step_plan({widths.data(), layers, batch, dtype_of(step.input), arch(), shared});
+  const int64_t layers = step.layers.size();
+  const Properties& here = properties();
+  const StepPlan plan =
+      make_step_plan({widths.data(), layers, batch, dtype_of(step.input), here.arch, here.block_shared});
   return plan.path == StepPath::one_block && is_contiguous(step);
 }
 
@@ -59,10 +62,30 @@ void launch(const Step& step, const at::Tensor& order, int64_t rows, int64_t bat
   C10_CUDA_CHECK(launch_sgd_steps(problem, gpu()));
 }
 
+LossAndGrad loss_and_grad(const Step& step, const at::Tensor& y) {
+  if (step.loss == kCrossEntropy || y.numel() == 0) return loss_and_grad_native(step, y);
+  const int64_t M = y.size(0), N = y.size(1);
+  const at::Tensor target = as_rows(step.target, M, N);
+  LossAndGrad result{at::empty({}, y.options()), at::empty({M, N}, y.options())};
+  const LossProblem problem{dtype_of(y),
+                            step.loss,
+                            M,
+                            N,
+                            matrix(y),
+                            matrix(target),
+                            {data(result.dy), N},
+                            step.mean ? 1.0 / static_cast<double>(y.numel()) : 1.0,
+                            data(result.loss)};
+  const Gpu here = gpu();
+  const at::Tensor workspace = bytes(element_loss_bytes(problem, here), y);
+  C10_CUDA_CHECK(launch_element_loss(problem, data(workspace), here));
+  return result;
+}
+
 at::Tensor step(const Step& step) {
   const Guard guard(step.input);
   const int64_t M = step.input.size(0);
-  if (!in_one_block(step, M)) return step_native(step);
+  if (!in_one_block(step, M)) return step_by_layers(step, loss_and_grad);
   at::Tensor loss = at::empty({}, step.input.options());
   launch(step, {}, M, M, loss);
   return loss;

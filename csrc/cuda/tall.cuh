@@ -1,35 +1,58 @@
 // Narrow layers of many rows: W stays in shared memory, each row is read once and written once.
 //
-// As many blocks as the processors hold take row tiles in turn; while one waits for its rows, others compute.
+// As many blocks as the processors hold take row tiles in turn. While a tile is computed, the rows of the next are on
+// their way to a stage in shared memory, from which each thread takes what it asked for.
 #pragma once
 
+#include "cuda/plan.h"
 #include "cuda/tile.cuh"
 
 namespace mlp_ext::cuda {
 namespace tall {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256, kHalf = kThreads / 2;
 constexpr int kWidth = 128;  // of K and N at most
 constexpr int kDepth = 64;   // columns of x in shared memory at a time, forward
-constexpr int kBlocks = 3;   // of a processor: 168 registers a thread
-template <class T>
-constexpr int kRows = 1024 / sizeof(T);  // of a tile at most, forward: bounds x in shared memory
-
-// The results of one thread: as many as registers allow, for each value read from shared memory is then used as often.
-// Layers of 16 bits are taken only where they are too narrow for that to count.
 template <class S>
-constexpr int kForwardRows = sizeof(S) == 4 ? 8 : 4;
+constexpr int kBlocks = sizeof(S) == 8 ? 1 : 2;  // of a processor, at 128 registers a thread
+template <class T>
+constexpr int kRows = 1024 / sizeof(T);  // of a tile at most, forward
+template <class T>
+constexpr int kElements = 32768 / sizeof(T);  // of x in it
+template <class T>
+constexpr int kTileRows = sizeof(T) == 4 ? 64 : 32;  // of a tile, backward
+
+// The results of one thread: each value read from shared memory is used as often.
+constexpr int kPart = 4;
 template <class T>
 constexpr int kColumns = sizeof(T) == 4 ? 8 : 4;
-constexpr int kBackwardRows = 4;
-// Rows of a tile, backward: dz and x leave room for three blocks.
-template <class T>
-constexpr int kTileRows = sizeof(T) == 4 ? 64 : 32;
+// Backward, half of the threads hold dW.
+static_assert(kTallWeightBytes / sizeof(float) == kHalf * kPart * kColumns<float>);
+static_assert(kTallWeightBytes / sizeof(double) == kHalf * kPart * kColumns<double>);
 
-inline int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
+template <class S>
+int64_t blocks(int64_t tiles, int64_t shared, const Device& device) {
   const int64_t reserved = 1024;  // by CUDA, for each block
-  const int64_t fit = std::max<int64_t>(1, std::min<int64_t>(kBlocks, device.shared / (shared + reserved)));
+  const int64_t fit = std::max<int64_t>(1, std::min<int64_t>(kBlocks<S>, device.shared / (shared + reserved)));
   return std::min(tiles, device.processors * fit);
+}
+
+// Elements from row to row of a stage.
+template <class S>
+__host__ __device__ int stage_stride(int columns) {
+  return static_cast<int>(round_up(columns, kVector<S>));
+}
+
+// Asks for the rows from `row` on of a matrix, columns from `column` on. By all threads of the block; fill with the
+// same V and number of columns takes them out, each thread its own.
+template <int V, class S>
+__device__ void ask(const Rows<S>& stage, int rows, int columns, const Rows<const S>& m, int64_t row, int64_t rows_end,
+                    int64_t column, int64_t columns_end) {
+  const int across = static_cast<int>(ceil_div(columns, V)), down = kThreads / across;
+  const int c = threadIdx.x % across * V, first = threadIdx.x / across;
+  if (first >= down || column + c >= columns_end) return;
+  for (int r = first; r < rows && row + r < rows_end; r += down)
+    copy_async<V>(stage.at(r, c), m.at(row + r, column + c));
 }
 
 // tile[r, c] = source(row + r, column + c), zero beyond rows_end and columns_end. By all threads of the block.
@@ -37,7 +60,7 @@ template <int V, class T, class Source>
 __device__ void fill(const Pointer<T>& tile, int stride, int rows, int columns, const Source& source, int64_t row,
                      int64_t rows_end, int64_t column, int64_t columns_end) {
   using Raw = typename Source::template Raw<V>;
-  constexpr int kBatch = smaller(4, 64 / sizeof(Raw));  // loads under way
+  constexpr int kBatch = V == 1 ? 2 : 1;  // loads under way
   constexpr int kPiece = V < kStep ? V : kStep;
   const int across = static_cast<int>(ceil_div(columns, V)), down = kThreads / across;
   const int c = threadIdx.x % across * V, first = threadIdx.x / across;
@@ -98,26 +121,30 @@ __device__ bool in_groups(const Rows<S>& m, int64_t columns) {
   return in_vectors(m, columns) && columns % kStep == 0;
 }
 
-template <class S>
+template <class T>
 struct ForwardTiles {
-  using T = Accumulator<S>;
   int K, N;
-  int column_groups, row_groups, rows;  // of threads, and of the tile
-  int depth;                            // columns of x at a time
+  int column_groups;     // of threads
+  int depth;             // columns of x at a time
+  int row_groups, rows;  // of threads, and of the tile
   int x_stride, w_stride;
   __host__ __device__ ForwardTiles(int64_t K_, int64_t N_)
       : K(static_cast<int>(K_)),
         N(static_cast<int>(N_)),
         column_groups(static_cast<int>(ceil_div(N, kColumns<T>))),
-        row_groups(static_cast<int>(smaller(kRows<T> / kForwardRows<S>, kThreads / column_groups))),
-        rows(row_groups * kForwardRows<S>),
         depth(static_cast<int>(smaller(kDepth, round_up(K, kStep)))),
+        row_groups(
+            static_cast<int>(smaller(smaller(kRows<T>, kElements<T> / depth) / kPart, kThreads / column_groups))),
+        rows(row_groups * kPart),
         x_stride(row_stride(depth)),
         w_stride(column_groups * kColumns<T> + kStep) {}
   __host__ __device__ int padded_depth() const { return static_cast<int>(round_up(K, kStep)); }
   __host__ __device__ int w_size() const { return (padded_depth() + 1) * w_stride; }
   __host__ __device__ int x_size() const { return rows * x_stride; }
-  int64_t shared() const { return shared_bytes<T>(w_size()) + shared_bytes<T>(x_size()); }
+  template <class S>
+  int64_t shared() const {
+    return shared_bytes<T>(w_size()) + shared_bytes<T>(x_size()) + shared_bytes<S>(rows * stage_stride<S>(depth));
+  }
 };
 
 template <class T>
@@ -135,9 +162,10 @@ struct BackwardTiles {
         dz_stride(row_stride(N)),
         width(column_groups * kColumns<T>) {}
   __host__ __device__ int weights() const { return depth * width; }
+  template <class S>
   int64_t shared() const {
-    return 2 * shared_bytes<T>(weights()) + shared_bytes<T>(depth) + shared_bytes<T>(rows * dz_stride) +
-           shared_bytes<T>(rows * width);
+    return shared_bytes<T>(weights()) + shared_bytes<T>(rows * dz_stride) + shared_bytes<T>(rows * width) +
+           2 * shared_bytes<S>(rows * stage_stride<S>(depth)) + shared_bytes<S>(rows * stage_stride<S>(width));
   }
   __host__ __device__ int64_t part() const { return int64_t{N} * K + N; }  // dW and db of a block
 };
@@ -147,20 +175,38 @@ struct BackwardTiles {
 // K and N from 1 to tall::kWidth.
 template <class S>
 Launch tall_forward_launch(const Forward<S>& f, const Device& device) {
-  const tall::ForwardTiles<S> tiles(f.K, f.N);
-  const int64_t shared = tiles.shared();
-  return {tall::blocks(ceil_div(f.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+  const tall::ForwardTiles<Accumulator<S>> tiles(f.K, f.N);
+  const int64_t shared = tiles.template shared<S>();
+  return {tall::blocks<S>(ceil_div(f.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
 }
 
 // y = act(x W^T + b)   (M,K)(K,N)
 template <class S, class Act>
-__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks) tall_forward(const Forward<S> f) {
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward(const Forward<S> f) {
   using T = Accumulator<S>;
-  constexpr int P = tall::kForwardRows<S>, Q = tall::kColumns<T>;
-  const tall::ForwardTiles<S> tiles(f.K, f.N);
+  constexpr int P = tall::kPart, Q = tall::kColumns<T>;
+  const tall::ForwardTiles<Accumulator<S>> tiles(f.K, f.N);
   SharedMemory shared;
   const auto w = shared.take<T>(tiles.w_size());  // [K rounded up, N rounded up], then the bias
   const auto x = shared.take<T>(tiles.x_size());  // [rows, depth]
+  const int stage_stride = tall::stage_stride<S>(tiles.depth);
+  const Rows<S> stage{shared.take<S>(tiles.rows * stage_stride), stage_stride};
+  const bool x_vectors = in_vectors(f.x, f.K), y_vectors = tall::in_groups(f.y, f.N);
+  const auto ask = [&](int64_t m, int k0) {
+    if (x_vectors)
+      tall::ask<kVector<S>>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
+    else
+      tall::ask<1>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
+  };
+  const auto take = [&](int64_t m, int k0) {
+    const Plain<S> source{{stage.data, stage.stride}};
+    if (x_vectors)
+      tall::fill<kVector<S>>(x, tiles.x_stride, tiles.rows, tiles.depth, source, 0, f.M - m, 0, tiles.K - k0);
+    else
+      tall::fill<1>(x, tiles.x_stride, tiles.rows, tiles.depth, source, 0, f.M - m, 0, tiles.K - k0);
+  };
+  const int64_t first = blockIdx.x * int64_t{tiles.rows}, step = gridDim.x * int64_t{tiles.rows};
+  ask(first, 0);
   const int depth = tiles.padded_depth(), bias = depth * tiles.w_stride;
   for (int i = threadIdx.x; i < bias; i += tall::kThreads) {
     const int k = i % depth, n = i / depth;  // neighbours along K, as W lies in memory
@@ -169,22 +215,22 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks) tall_forward(co
   for (int n = threadIdx.x; n < tiles.w_stride; n += tall::kThreads)
     w[bias + n] = f.bias && n < tiles.N ? to_accumulator(f.bias[n]) : T(0);
 
-  const bool x_vectors = in_vectors(f.x, f.K), y_vectors = tall::in_groups(f.y, f.N);
   const int column = threadIdx.x % tiles.column_groups, row = threadIdx.x / tiles.column_groups;
   const bool computes = row < tiles.row_groups;
   const int column_step = tiles.column_groups * kStep;
   const AlongDepth<T> a{x + row * tiles.x_stride, tiles.x_stride, tiles.row_groups};
-  for (int64_t m = blockIdx.x * int64_t{tiles.rows}; m < f.M; m += gridDim.x * int64_t{tiles.rows}) {
+  for (int64_t m = first; m < f.M; m += step) {
     T sum[P][Q] = {};
     for (int k0 = 0; k0 < tiles.K; k0 += tall::kDepth) {
+      wait_copies();
       __syncthreads();  // x was read
-      if (x_vectors)
-        tall::fill<kVector<S>>(x, tiles.x_stride, tiles.rows, tiles.depth, Plain<S>{f.x}, m, f.M, k0, tiles.K);
-      else
-        tall::fill<1>(x, tiles.x_stride, tiles.rows, tiles.depth, Plain<S>{f.x}, m, f.M, k0, tiles.K);
+      take(m, k0);
       __syncthreads();
+      const bool more = k0 + tall::kDepth < tiles.K;
+      ask(more ? m : m + step, more ? k0 + tall::kDepth : 0);
       if (!computes) continue;
       const AcrossDepth<T> b{w + (k0 * tiles.w_stride + column * kStep), tiles.w_stride, column_step};
+#pragma unroll 1
       for (int k = 0; k < tall::kDepth && k0 + k < tiles.K; k += kStep) add_product(sum, a, b, k);
     }
     if (computes)
@@ -197,8 +243,8 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks) tall_forward(co
 template <class S>
 Launch tall_backward_launch(const Backward<S>& b, const Device& device) {
   const tall::BackwardTiles<Accumulator<S>> tiles(b.K, b.N);
-  const int64_t shared = tiles.shared();
-  return {tall::blocks(ceil_div(b.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
+  const int64_t shared = tiles.template shared<S>();
+  return {tall::blocks<S>(ceil_div(b.M, tiles.rows), shared, device), 1, tall::kThreads, shared};
 }
 
 // Accumulators of dW and db of one block: parts is [blocks, tall_backward_part].
@@ -208,81 +254,97 @@ int64_t tall_backward_part(const Backward<S>& b) {
 }
 
 // dz = act'(dy, y);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums of
-// dz
+// dz. Half of the threads make dx; the others keep dW and db in registers from tile to tile.
 template <class S, class Act>
-__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks)
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
     tall_backward(const Backward<S> b, const Pointer<Accumulator<S>> parts) {
   using T = Accumulator<S>;
-  constexpr int P = tall::kBackwardRows, Q = tall::kColumns<T>;
+  constexpr int P = tall::kPart, Q = tall::kColumns<T>;
   const tall::BackwardTiles<T> tiles(b.K, b.N);
   SharedMemory shared;
   const auto w = shared.take<T>(tiles.weights());                // [depth, width]
-  const auto dw = shared.take<T>(tiles.weights());               // [depth, width]
-  const auto db = shared.take<T>(tiles.depth);                   // [depth]
   const auto dz = shared.take<T>(tiles.rows * tiles.dz_stride);  // [rows, depth]
   const auto x = shared.take<T>(tiles.rows * tiles.width);       // [rows, width]
-  if (b.dx.data) tall::fill<1>(w, tiles.width, tiles.depth, tiles.width, Plain<S>{b.w}, 0, b.N, 0, b.K);
-  for (int i = threadIdx.x; i < tiles.weights(); i += tall::kThreads) dw[i] = 0;
-  for (int n = threadIdx.x; n < tiles.depth; n += tall::kThreads) db[n] = 0;
-
-  const GradZ<S, Act> grad_z{b.dy, b.y};
+  const int dz_stage = tall::stage_stride<S>(tiles.depth), x_stage = tall::stage_stride<S>(tiles.width);
+  const Rows<S> dy_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage},
+      y_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage}, x_rows{shared.take<S>(tiles.rows * x_stage), x_stage};
   const bool dz_vectors = in_vectors(b.dy, b.N) && in_vectors(b.y, b.N), x_vectors = in_vectors(b.x, b.K),
              dx_vectors = tall::in_groups(b.dx, b.K);
-  const int column_step = tiles.column_groups * kStep;
-  for (int64_t m = blockIdx.x * int64_t{tiles.rows}; m < b.M; m += gridDim.x * int64_t{tiles.rows}) {
-    if (dz_vectors)
-      tall::fill<kVector<S>>(dz, tiles.dz_stride, tiles.rows, tiles.depth, grad_z, m, b.M, 0, b.N);
+  const auto ask = [&](const Rows<S>& stage, int columns, const Rows<const S>& from, int64_t m, bool vectors,
+                       int64_t end) {
+    if (vectors)
+      tall::ask<kVector<S>>(stage, tiles.rows, columns, from, m, b.M, 0, end);
     else
-      tall::fill<1>(dz, tiles.dz_stride, tiles.rows, tiles.depth, grad_z, m, b.M, 0, b.N);
-    if (b.dw && x_vectors)
-      tall::fill<kVector<S>>(x, tiles.width, tiles.rows, tiles.width, Plain<S>{b.x}, m, b.M, 0, b.K);
-    else if (b.dw)
-      tall::fill<1>(x, tiles.width, tiles.rows, tiles.width, Plain<S>{b.x}, m, b.M, 0, b.K);
+      tall::ask<1>(stage, tiles.rows, columns, from, m, b.M, 0, end);
+  };
+  const auto ask_all = [&](int64_t m) {
+    ask(dy_rows, tiles.depth, b.dy, m, dz_vectors, b.N);
+    if constexpr (Act::saves == Saves::output) ask(y_rows, tiles.depth, b.y, m, dz_vectors, b.N);
+    if (b.dw) ask(x_rows, tiles.width, b.x, m, x_vectors, b.K);
+  };
+  const auto take = [](const Pointer<T>& tile, int stride, int rows, int columns, const auto& source, int64_t rows_end,
+                       int64_t columns_end, bool vectors) {
+    if (vectors)
+      tall::fill<kVector<S>>(tile, stride, rows, columns, source, 0, rows_end, 0, columns_end);
+    else
+      tall::fill<1>(tile, stride, rows, columns, source, 0, rows_end, 0, columns_end);
+  };
+  const int64_t first = blockIdx.x * int64_t{tiles.rows}, step = gridDim.x * int64_t{tiles.rows};
+  ask_all(first);
+  if (b.dx.data) take(w, tiles.width, tiles.depth, tiles.width, Plain<S>{b.w}, b.N, b.K, in_vectors(b.w, b.K));
+
+  const int t = threadIdx.x % tall::kHalf, column_step = tiles.column_groups * kStep, down = tiles.rows / P;
+  const int k = t % tiles.column_groups * kStep, n = t / tiles.column_groups * P;  // of dW
+  const bool for_dx = threadIdx.x < tall::kHalf && b.dx.data, for_dw = threadIdx.x >= tall::kHalf && n < tiles.depth;
+  T sum[P][Q] = {}, db[P] = {};  // of dx, or all of dW
+  const auto add_db = [&](const T(&column)[P]) {
+#pragma unroll
+    for (int p = 0; p < P; ++p) db[p] += column[p];
+  };
+  for (int64_t m = first; m < b.M; m += step) {
+    wait_copies();
+    const GradZ<S, Act> grad_z{{dy_rows.data, dz_stage}, {y_rows.data, dz_stage}};
+    take(dz, tiles.dz_stride, tiles.rows, tiles.depth, grad_z, b.M - m, b.N, dz_vectors);
+    if (b.dw) take(x, tiles.width, tiles.rows, tiles.width, Plain<S>{{x_rows.data, x_stage}}, b.M - m, b.K, x_vectors);
     __syncthreads();
-    if (b.dx.data) {
-      const int down = tiles.rows / P;
-      for (int t = threadIdx.x; t < down * tiles.column_groups; t += tall::kThreads) {
-        const int column = t % tiles.column_groups, row = t / tiles.column_groups;
+    ask_all(m + step);
+    if (for_dx)
+      for (int i = t; i < down * tiles.column_groups; i += tall::kHalf) {
+        const int column = i % tiles.column_groups * kStep, row = i / tiles.column_groups;
         const AlongDepth<T> rows{dz + row * tiles.dz_stride, tiles.dz_stride, down};
-        const AcrossDepth<T> columns{w + column * kStep, tiles.width, column_step};
-        T sum[P][Q] = {};
-        for (int n = 0; n < tiles.depth; n += kStep) add_product(sum, rows, columns, n);
-        tall::store_results(b.dx, m + row, down, b.M, column * kStep, column_step, b.K, dx_vectors, sum,
-                            [](T v, int64_t) { return v; });
-      }
-    }
-    if (b.dw)
-      for (int t = threadIdx.x; t < tiles.depth / P * tiles.column_groups; t += tall::kThreads) {
-        const int column = t % tiles.column_groups * kStep, row = t / tiles.column_groups * P;
-        const AcrossDepth<T> rows{dz + row, tiles.dz_stride, kStep}, columns{x + column, tiles.width, column_step};
-        T sum[P][Q] = {};
-        for (int i = 0; i < tiles.rows; i += kStep) add_product(sum, rows, columns, i);
+        const AcrossDepth<T> columns{w + column, tiles.width, column_step};
 #pragma unroll
         for (int p = 0; p < P; ++p)
 #pragma unroll
-          for (int q = 0; q < Q; q += kStep) {
-            const auto total = dw + ((row + p) * tiles.width + column + q / kStep * column_step);
-            auto four = load<kStep>(total);
-#pragma unroll
-            for (int i = 0; i < kStep; ++i) four.at[i] += sum[p][q + i];
-            store(total, four);
-          }
+          for (int q = 0; q < Q; ++q) sum[p][q] = 0;
+#pragma unroll 1
+        for (int d = 0; d < tiles.depth; d += kStep) add_product(sum, rows, columns, d);
+        tall::store_results(b.dx, m + row, down, b.M, column, column_step, b.K, dx_vectors, sum,
+                            [](T v, int64_t) { return v; });
       }
-    if (b.db)
-      for (int n = threadIdx.x; n < tiles.depth; n += tall::kThreads) {
-        T sum = 0;
-        for (int i = 0; i < tiles.rows; ++i) sum += dz[i * tiles.dz_stride + n];
-        db[n] += sum;
-      }
+    if (for_dw) {
+      const AcrossDepth<T> rows{dz + n, tiles.dz_stride, kStep}, columns{x + k, tiles.width, column_step};
+      if (b.dw)
+#pragma unroll 1
+        for (int i = 0; i < tiles.rows; i += kStep) add_product(sum, rows, columns, i, add_db);
+      else
+        for (int i = 0; i < tiles.rows; i += kStep) for_depth<P>(rows, i, add_db);
+    }
     __syncthreads();  // dz and x were read
   }
 
   const auto part = parts + blockIdx.x * tiles.part();
-  if (b.dw)
-    for (int i = threadIdx.x; i < tiles.N * tiles.K; i += tall::kThreads)
-      part[i] = dw[i / tiles.K * tiles.width + i % tiles.K];
-  if (b.db)
-    for (int n = threadIdx.x; n < tiles.N; n += tall::kThreads) part[tiles.N * tiles.K + n] = db[n];
+  if (!for_dw) return;
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    if (n + p >= tiles.N) break;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+      const int column = k + q / kStep * column_step + q % kStep;
+      if (b.dw && column < tiles.K) part[(n + p) * tiles.K + column] = sum[p][q];
+    }
+    if (b.db && k == 0) part[tiles.N * tiles.K + n + p] = db[p];
+  }
 }
 
 namespace tall {

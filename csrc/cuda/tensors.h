@@ -5,8 +5,11 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+
+#include <vector>
 
 #include "checks.h"
 #include "cuda/kernels.h"
@@ -37,20 +40,35 @@ inline at::Tensor bytes(int64_t size, const at::Tensor& like) {
 
 inline void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-inline int attribute(cudaDeviceAttr which) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
-  return value;
+struct Properties {
+  int arch;  // 10 major + minor
+  int processors;
+  int64_t processor_shared, block_shared;  // bytes of shared memory that one may have
+};
+
+// Of the current device. Asked for once: the driver takes a tenth of a microsecond for each.
+inline const Properties& properties() {
+  static const auto all = [] {
+    std::vector<Properties> found(c10::cuda::device_count());
+    for (int device = 0; device < static_cast<int>(found.size()); ++device) {
+      const auto attribute = [device](cudaDeviceAttr which) {
+        int value = 0;
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+        return value;
+      };
+      found[device] = {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+                       attribute(cudaDevAttrMultiProcessorCount),
+                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    }
+    return found;
+  }();
+  return all[c10::cuda::current_device()];
 }
 
 inline Gpu gpu() {
-  return {c10::cuda::getCurrentCUDAStream(), attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-}
-
-// 10 major + minor.
-inline int arch() {
-  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  const Properties& p = properties();
+  return {c10::cuda::getCurrentCUDAStream(), p.processors, p.processor_shared};
 }
 
 }  // namespace mlp_ext::cuda

@@ -66,9 +66,9 @@ struct AcrossDepth {
   }
 };
 
-// sum[p][q] += a[p] . b[q] over four of depth   (P,4)(4,Q)
-template <int P, int Q, class T, class A, class B>
-__device__ void add_product(T (&sum)[P][Q], const A& a, const B& b, int depth) {
+// sum[p][q] += a[p] . b[q] over four of depth   (P,4)(4,Q). f(a) sees the P values of each depth.
+template <int P, int Q, class T, class A, class B, class F>
+__device__ void add_product(T (&sum)[P][Q], const A& a, const B& b, int depth, const F& f) {
   const auto a_fragment = a.template at<P>(depth);
   const auto b_fragment = b.template at<Q>(depth);
 #pragma unroll
@@ -76,10 +76,27 @@ __device__ void add_product(T (&sum)[P][Q], const A& a, const B& b, int depth) {
     T u[P], v[Q];
     a_fragment.read(d, u);
     b_fragment.read(d, v);
+    f(u);
 #pragma unroll
     for (int p = 0; p < P; ++p)
 #pragma unroll
       for (int q = 0; q < Q; ++q) sum[p][q] += u[p] * v[q];
+  }
+}
+template <int P, int Q, class T, class A, class B>
+__device__ void add_product(T (&sum)[P][Q], const A& a, const B& b, int depth) {
+  add_product(sum, a, b, depth, [](const T(&)[P]) {});
+}
+
+// f(a) for the P values of each of four of depth.
+template <int P, template <class> class Operand, class T, class F>
+__device__ void for_depth(const Operand<T>& a, int depth, const F& f) {
+  const auto fragment = a.template at<P>(depth);
+#pragma unroll
+  for (int d = 0; d < kStep; ++d) {
+    T u[P];
+    fragment.read(d, u);
+    f(u);
   }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -150,7 +150,8 @@ def _run(
             part = measure(case, setting, providers, args.rounds, peak, after_round)
             rows += part
             with bar.external_write_mode() if bar else nullcontext():
-                print(line(str(case), [_cell(row) for row in part]), flush=True)
+                cells = {row.provider: _cell(row) for row in part}
+                print(line(str(case), [cells.get(name, "-") for name in providers]), flush=True)
     except WrongResult as error:
         args.exit(1, f"{args.prog}: error: {error}\n")
     except RuntimeError as error:  # no memory for it
@@ -159,14 +160,22 @@ def _run(
         if bar:
             bar.close()
 
-    peers = by_provider(rows).values()
+    peers = by_provider(rows)
     if not peers:
         return rows
-    means = [f"{geometric_mean([row.ratio_to_native for row in part]):.2f}x" for part in peers]
-    print(line("geometric mean", ["", *means]))
-    least = [min(part, key=lambda row: row.ratio_to_native) for part in peers]
-    print(line("minimum", ["", *(f"{row.ratio_to_native:.2f}x" for row in least)]))
-    print(line("  at", ["", *(row.case for row in least)]))
+
+    def summary(name: str, of: Callable[[list[Row]], str]) -> str:
+        return line(name, [of(peers[p]) if p in peers else "" for p in providers])
+
+    def least(part: list[Row]) -> Row:
+        return min(part, key=lambda row: row.ratio_to_native)
+
+    def mean(part: list[Row]) -> str:
+        return f"{geometric_mean([row.ratio_to_native for row in part]):.2f}x"
+
+    print(summary("geometric mean", mean))
+    print(summary("minimum", lambda part: f"{least(part).ratio_to_native:.2f}x"))
+    print(summary("  at", lambda part: least(part).case))
     return rows
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlp_ext import loop
-from mlp_ext.bench.cases import Setting
+from mlp_ext import _C, loop
+from mlp_ext.bench.cases import Case, Layer, Setting
 from mlp_ext.bench.jax_step import JaxStep
 from mlp_ext.functional import linear_act
+from mlp_ext.step_graph import StepGraph
 from mlp_ext.train_step import TrainStep
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # [M, K], [N, K], [N] -> [M, N]
@@ -56,6 +57,18 @@ def _fused(setting: Setting) -> Function:
     return lambda input, weight, bias: linear_act(input, weight, bias, activation)
 
 
+def _path_takes(path: str) -> Callable[[Case, Setting], bool]:
+    def takes(case: Case, setting: Setting) -> bool:
+        assert isinstance(case, Layer)
+        major, minor = torch.cuda.get_device_capability()
+        dtype, tf32 = setting.dtype.replace("tf32", "float32"), setting.dtype == "tf32"
+        arch = 10 * major + minor
+        plan = _C.cuda_plan(*case, dtype, setting.activation, arch, tf32=tf32, path=path)
+        return plan["forward"] == path
+
+    return takes
+
+
 def _addmm_activation(setting: Setting) -> Function:
     return lambda input, weight, bias: torch._addmm_activation(bias, input, weight.t())
 
@@ -85,6 +98,11 @@ def _compiled_step(
     compiled = torch.compile(step, dynamic=False)
     group = optimizer.param_groups[0]
     return lambda input, target: compiled(parameters, input, target, group["lr"])
+
+
+def _captured_step(*parts: Any) -> loop.Step:
+    """The eager step as a CUDA graph."""
+    return StepGraph(loop.sgd_step(*parts), lambda: parts[2].param_groups[0]["lr"])
 
 
 def _fit(*parts: Any) -> Callable[..., Tensor]:
@@ -139,6 +157,8 @@ class Provider(NamedTuple):
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
     captured: bool = False  # in layers: the call is captured in a CUDA graph and replayed
     has_epochs: bool = False  # in train: a call may make several steps; its time is divided by them
+    path: str | None = None  # of csrc/cuda/plan.h, instead of the plan's; for what is captured
+    takes: Callable[[Case, Setting], bool] = lambda case, setting: True
 
 
 PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
@@ -152,9 +172,14 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "addmm_activation": Provider(_addmm_activation, _cublaslt_here),
         "fused": Provider(_fused),
         "fused-cudagraph": Provider(_fused, _on_cuda, captured=True),
+        **{
+            path: Provider(_fused, _on_cuda, captured=True, path=path, takes=_path_takes(path))
+            for path in ("small", "tall", "large")
+        },
     },
     "train": {
         "native": Provider(loop.LAYERS["native"]),
+        "cudagraph": Provider(_captured_step, _on_cuda),
         "compile": Provider(_compiled_model, _compiler_here),
         "compile-step": Provider(_compiled_step, _compiler_here),
         "fused": Provider(loop.LAYERS["fused"]),

@@ -39,10 +39,12 @@ def measure(
     peak: Peak | None = None,
     after_round: Callable[[], object] = lambda: None,
 ) -> list[Row]:
-    """A row for each of `providers`, the first of which must be native.
+    """A row for each of `providers` that takes the case; the first must be native.
 
     Raises WrongResult before anything is timed, RuntimeError where memory does not suffice.
     """
+    known = PROVIDERS[setting.suite]
+    providers = [name for name in providers if known[name].takes(case, setting)]
     try:
         seconds = _seconds(case, setting, providers, rounds, after_round)
     finally:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mlp_ext import _C
 from mlp_ext.bench.cases import Case, Layer, Net, Setting
 from mlp_ext.bench.providers import Function, Provider
 from mlp_ext.loop import make_mlp
@@ -63,7 +64,8 @@ def _layer(
             return MODES[setting.mode](function, [x[i], w, b], sets[i][1])
 
         if provider.captured:
-            call = cache(lambda i, make=call: _captured(partial(make, i), [x[i], w, b]))
+            leaves = [[x[i], w, b] for i in range(len(sets))]
+            call = cache(lambda i, make=call: _captured(partial(make, i), leaves[i], provider.path))
 
         def prepare(turn: int) -> Call:
             if setting.device == "cpu":
@@ -113,18 +115,22 @@ def _full(function: Function, leaves: list[Tensor], grad_output: Tensor) -> Call
     return call
 
 
-def _captured(make: Callable[[], Call], leaves: list[Tensor]) -> Call:
+def _captured(make: Callable[[], Call], leaves: list[Tensor], path: str | None) -> Call:
     """The call as a CUDA graph, replayed; its output and gradients are always the same memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = make()
-        for _ in range(3):  # libraries allocate their workspaces in the first calls
-            eager()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        output = eager()
+    _C.force_cuda_path(path)
+    try:
+        with torch.cuda.stream(stream):
+            eager = make()
+            for _ in range(3):  # libraries allocate their workspaces in the first calls
+                eager()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = eager()
+    finally:
+        _C.force_cuda_path(None)
     gradients = [leaf.grad for leaf in leaves]
 
     def call() -> Tensor:

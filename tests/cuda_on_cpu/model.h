@@ -22,6 +22,7 @@
 #include <string>
 #include <type_traits>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -68,7 +69,7 @@ struct Use {  // by whom, and between which barriers of which block
   unsigned lanes = 0;  // of the warp
   int64_t syncs = -1;  // of warps in the block, before the last of these uses
 };
-struct Word {  // four bytes of shared memory, or an element of global memory
+struct Word {  // two bytes of shared memory, or an element of global memory
   Use written, read;
 };
 
@@ -98,6 +99,7 @@ struct Fiber {
   unsigned mask;
   Lanes<uint64_t> brought;  // to that operation, by each lane
   Lanes<int64_t> seen;      // of each lane, the uses up to so many syncs come before what this thread does
+  std::vector<std::function<void()>> copies;  // asynchronous, not waited for yet
 };
 inline std::vector<Fiber> fibers;
 
@@ -126,6 +128,12 @@ inline void atomic() {
   });
   self.atomic = true;
   if (block.atomic < 0) block.atomic = block.barriers;
+}
+
+// An asynchronous copy arrives when its thread waits for it.
+inline void copy_later(std::function<void()> copy) { fibers[threadIdx.x].copies.push_back(std::move(copy)); }
+inline void copy_now() {
+  for (const auto& copy : std::exchange(fibers[threadIdx.x].copies, {})) copy();
 }
 
 inline void use(Word& word, bool writes, const std::string& where) {
@@ -204,6 +212,12 @@ class Pointer {
     std::memcpy(begin_ + at_, values, sizeof(values));
   }
 
+  // n elements of shared memory hold nothing until they are written again.
+  void forget(int64_t n) const {
+    const size_t first = reinterpret_cast<uintptr_t>(begin_ + at_) - reinterpret_cast<uintptr_t>(block.shared.data());
+    for (size_t i = first / 2; i < (first + n * sizeof(T) + 1) / 2; ++i) block.words[i].written = Use();
+  }
+
   T& of_atomic() const {
     if (at_ < 0 || at_ >= count_) fault("an atomic outside of its array");
     return begin_[at_];
@@ -226,7 +240,7 @@ class Pointer {
     if (address % piece != 0) fault("a misaligned access to" + where);
     if (shared_) {
       const size_t first = address - reinterpret_cast<uintptr_t>(block.shared.data());
-      for (size_t i = first / 4; i < (first + bytes + 3) / 4; ++i) {
+      for (size_t i = first / 2; i < (first + bytes + 1) / 2; ++i) {
         if (!writes && block.words[i].written.block < 0) fault("a read of shared memory that nobody wrote");
         use(block.words[i], writes, where);
       }
@@ -323,7 +337,7 @@ inline bool release_warps() {
 inline void run_block(int threads, int64_t shared, Order order, std::mt19937& random) {
   constexpr size_t kStack = 64 << 10;
   block.shared.assign(shared, 0xff);  // NaN
-  block.words.assign(shared / 4 + 1, Word());
+  block.words.assign(shared / 2 + 1, Word());
   block.barriers = block.syncs = 0;
   block.any[0] = block.any[1] = false;
   block.atomic = block.acquired = -1;
@@ -338,6 +352,7 @@ inline void run_block(int threads, int64_t shared, Order order, std::mt19937& ra
     fiber.wrote = fiber.fenced = -1;
     fiber.dirty = fiber.atomic = fiber.acquired = false;
     fiber.seen.fill(-1);
+    fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;

@@ -2,6 +2,7 @@
 
 #include "run.h"
 
+using namespace mlp_ext;
 using namespace mlp_ext::cuda;
 
 // y = act(y + bias), in place
@@ -28,5 +29,31 @@ extern "C" const char* grad_z_on_cpu(const Problem* p) {
     g.finished = Pointer<unsigned>(finished.data(), finished.size());
     const auto kernel = grad_z_vector(g) == 1 ? grad_z<S, Act, 1> : grad_z<S, Act, kVector<S>>;
     return launch(*p, geometry, [=] { kernel(g); });
+  });
+}
+
+// dy and, as db, the loss of y and the target x; K is the place of the loss
+extern "C" const char* element_loss_on_cpu(const Problem* p) {
+  return with_types(*p, [&](auto s, auto) {
+    using S = decltype(s);
+    using T = Accumulator<S>;
+    ElementLoss<S> f{p->M,
+                     p->N,
+                     rows<const S>(p->y),
+                     rows<const S>(p->x),
+                     rows<S>(p->dy),
+                     T(1.0 / (p->M * p->N)),
+                     pointer<S>(p->db)};
+    const Launch geometry = element_loss_launch(f, device(*p));
+    std::vector<T> sums(geometry.blocks(), T(NAN));
+    std::vector<unsigned> finished(1);
+    f.sums = Pointer<T>(sums.data(), sums.size());
+    f.finished = Pointer<unsigned>(finished.data(), 1);
+    const auto run = [&](auto loss) {
+      using L = decltype(loss);
+      const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, L, 1> : element_loss<S, L, kVector<S>>;
+      return launch(*p, geometry, [=] { kernel(f); });
+    };
+    return p->K == 0 ? run(MSE()) : p->K == 1 ? run(BCE()) : run(BCEWithLogits());
   });
 }
