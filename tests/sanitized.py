@@ -19,7 +19,7 @@ SHAPES = [
     Shape((16411,), 32, 32),
     Shape((16411,), 17, 16),
     Shape((515,), 515, 264),
-    Shape((515,), 512, 264),
+    Shape((520,), 2048, 1032),
 ]
 NETS = {(10, 5, 1): 10, (64, 300, 10): 200}  # widths: batch; in one block, layer by layer
 major, minor = torch.cuda.get_device_capability()

@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("on_cuda", "poisoned_mem
 
 # One of each path; the last rows are not aligned to 16 bytes, which CUTLASS does not take.
 SMALL, TALL = Shape((64,), 200, 96), Shape((16411,), 64, 64)
-LARGE, UNALIGNED = Shape((520,), 1024, 768), Shape((515,), 1031, 771)
-PATHS = [SMALL, TALL, LARGE, UNALIGNED]
+LARGE, UNALIGNED = Shape((520,), 2048, 1032), Shape((515,), 1031, 771)
+NARROW = Shape((16411,), 17, 16)  # in 16 bits too
+PATHS = [SMALL, TALL, LARGE, UNALIGNED, NARROW]
 NAMES = ["input", "weight", "bias"]
 
 close = torch.testing.assert_close
@@ -50,12 +51,17 @@ def random(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[Operands, 
 
 def test_shapes_here_take_each_path() -> None:
     major, minor = torch.cuda.get_device_capability()
-    plans = [
-        _C.cuda_plan(shape.leading[0], shape.K, shape.N, "float32", "tanh", 10 * major + minor)
-        for shape in PATHS
-    ]
-    assert [plan["forward"] for plan in plans] == ["small", "tall", "large", "large"]
-    assert [plan["backward"] for plan in plans] == ["small", "tall", "large", "large"]
+
+    def plan(shape: Shape, dtype: str) -> dict[str, Any]:
+        sizes = (shape.leading[0], shape.K, shape.N)
+        return _C.cuda_plan(*sizes, dtype, "tanh", 10 * major + minor)
+
+    plans = [plan(shape, "float32") for shape in PATHS]
+    assert [plan["forward"] for plan in plans] == ["small", "tall", "large", "large", "tall"]
+    assert [plan["backward"] for plan in plans] == ["small", "tall", "large", "large", "tall"]
+    assert plan(NARROW, "bfloat16")["forward"] == plan(NARROW, "bfloat16")["backward"] == "tall"
+    if major == 9:
+        assert plan(LARGE, "bfloat16")["epilogue"] == "cutlass"
 
 
 @each_activation

@@ -97,7 +97,7 @@ BOUNDS = [
         "if (m + r * step > rows_end) break;",
     ),
     ("pointwise.cuh", "part < gridDim.y;", "part <= gridDim.y;"),
-    ("pointwise.cuh", "gridDim.y - 1) == gridDim.y - 1;", "gridDim.y - 1) == 0;"),
+    ("pointwise.cuh", "blocks - 1) == blocks - 1;", "blocks - 1) == 0;"),
     ("step.cuh", "w < kWarps;", "w + 1 < kWarps;"),
     ("step.cuh", "i < layer.N * columns;", "i <= layer.N * columns;"),
     ("step.cuh", "smaller(row + i * down, a.count - 1)", "smaller(row + i * down, a.count)"),
