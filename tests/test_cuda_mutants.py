@@ -79,6 +79,8 @@ BOUNDS = [
     ("tall.cuh", "k0 + k < tiles.K;", "k0 + k + kStep < tiles.K;"),
     ("tall.cuh", "column + c >= columns_end) return;", "column + c > columns_end) return;"),
     ("tall.cuh", "r < rows && row + r < rows_end; r", "r < rows && row + r <= rows_end; r"),
+    ("tall.cuh", "wait_copies();\n      __sync", "__sync"),
+    ("tall.cuh", "wait_copies();\n    const GradZ", "const GradZ"),
     ("tall.cuh", "n < tiles.depth;", "n + kStep < tiles.depth;"),
     ("tall.cuh", "if (n + p >= tiles.N) break;", "if (n + p > tiles.N) break;"),
     ("tall.cuh", "column < tiles.K) part", "column <= tiles.K) part"),
