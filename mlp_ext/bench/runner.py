@@ -24,7 +24,7 @@ Clock = Callable[[], float]  # seconds
 SAMPLE_SECONDS = 0.02  # a shorter call is repeated until a sample lasts so long
 # Of a result from native's, as |difference| / |native's|. Loose: relu's mask may differ where z is
 # about 0, and gradients underflow in float16. A wrong tile of a wrong kernel is far above.
-TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "tf32": 5e-3, "bfloat16": 0.1, "float16": 0.1}
+TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "tf32": 2e-2, "bfloat16": 0.1, "float16": 0.1}
 
 
 class WrongResult(Exception):
