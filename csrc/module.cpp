@@ -89,7 +89,12 @@ std::optional<cuda::Path> cuda_path(const std::optional<std::string>& name) {
   throw py::value_error("path must be small, tall, large or native, got '" + *name + "'");
 }
 
+void check_widths(const std::vector<int64_t>& widths) {
+  if (widths.size() < 2) throw py::value_error("widths must name input and output");
+}
+
 py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads) {
+  check_widths(widths);
   const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads);
   py::dict result;
   result["path"] = cpu::step_path_name(plan.path);
@@ -112,7 +117,7 @@ py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, co
 
 py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const std::string& dtype, int arch,
                         int64_t shared) {
-  if (widths.size() < 2) throw py::value_error("widths must name input and output");
+  check_widths(widths);
   const auto layers = static_cast<int64_t>(widths.size()) - 1;
   const cuda::StepPlan plan = cuda::make_step_plan({widths.data(), layers, batch, cuda_dtype(dtype), arch, shared});
   py::dict result;

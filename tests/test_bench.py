@@ -431,6 +431,28 @@ def test_what_does_not_apply_is_left_out_with_a_line(capsys: pytest.CaptureFixtu
     assert out.splitlines()[2].split() == ["native"]
 
 
+def test_a_case_that_a_provider_does_not_take_is_no_row_of_its(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = PROVIDERS["layers"]
+    narrow = table["fused"]._replace(takes=lambda case, setting: case == Layer(4, 3, 2))
+    monkeypatch.setitem(table, "narrow", narrow)
+    path = tmp_path / "rows.csv"
+    args = "--mode forward --cases 5x3x2,4x3x2 --providers narrow,fused"
+    assert run(args, "--csv", str(path)) == 0
+    found = [(row.case, row.provider) for row in read_csv(path)]
+    assert found == [
+        ("5x3x2", "native"),
+        ("5x3x2", "fused"),
+        *(("4x3x2", provider) for provider in ("native", "narrow", "fused")),
+    ]
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert "-" in lines["5x3x2"].split()
+    assert "-" not in lines["4x3x2"].split()
+    ratios = {row.provider: row.ratio_to_native for row in read_csv(path) if row.case == "4x3x2"}
+    assert lines["geometric"].split()[2] == f"{ratios['narrow']:.2f}x"
+
+
 def test_published_cases_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for suite, case in TINY.items():
         tiny = SUITES[suite]._replace(cases=(parse(suite, case),))

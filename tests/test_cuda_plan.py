@@ -46,8 +46,9 @@ def plan(
         ((513, 64, 64), "bfloat16", "large", "small"),
         ((16384, 64, 64), "bfloat16", "large", "tall"),
         ((16385, 64, 64), "bfloat16", "large", "large"),  # beyond, the tensor cores win
-        ((131072, 16, 16), "bfloat16", "tall", "tall"),
-        ((131072, 17, 16), "bfloat16", "large", "tall"),
+        ((65535, 16, 16), "bfloat16", "large", "tall"),
+        ((65536, 16, 16), "bfloat16", "tall", "tall"),
+        ((65536, 17, 16), "bfloat16", "large", "tall"),
         ((4096, 4096, 4096), "float64", "native", "large"),
         ((4096, 4096, 4096), "float16", "large", "large"),
         ((2**31, 64, 64), "float32", "tall", "tall"),

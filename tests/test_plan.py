@@ -139,3 +139,9 @@ def test_step_takes_its_path(widths: list[int], batch: int, path: str, pieces: i
 def test_step_of_16_bit_takes_no_panels() -> None:
     assert _C.step_plan([784, 256, 10], 64, item_size=2, threads=2)["path"] == "layers"
     assert _C.step_plan([784, 256, 10], 64, item_size=8, threads=2)["path"] == "panels"
+
+
+def test_step_plan_needs_an_input_and_an_output() -> None:
+    for widths in ([], [3]):
+        with pytest.raises(ValueError, match="widths must name input and output"):
+            _C.step_plan(widths, 64, item_size=4, threads=2)

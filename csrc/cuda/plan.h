@@ -58,6 +58,7 @@ constexpr int64_t kSmallTiles = 512;          // of 16 x 16 results: two for eac
 constexpr int64_t kSmallDepth = 1024;         // one block adds up K in y, M in dW
 constexpr int64_t kTallWidth = 128;           // K, N: a row of dy, y and x and their tiles in shared memory
 constexpr int64_t kTallWeightBytes = 16384;   // dW in the registers of half a block
+constexpr int64_t kTallRows16 = 65536;        // on tensor cores: fewer rows are too little to gain by
 constexpr int64_t kTallRows = 12288;          // forward, a tile of 128 rows for most processors
 
 constexpr bool is_16_bit(const Case& c) { return item_size(c.dtype) == 2; }
@@ -124,7 +125,8 @@ constexpr Row kForward[] = {
      "one launch, on tensor cores"},
     {Path::tall,
      [](const Case& c) {
-       return narrow(c) && c.M >= kTallRows && (on_tensor_cores(c) ? c.K * c.N <= 1024 : c.K <= 64);
+       return narrow(c) &&
+              (on_tensor_cores(c) ? c.M >= kTallRows16 && c.K * c.N <= 1024 : c.M >= kTallRows && c.K <= 64);
      },
      "x read once, y written once, no pass for the activation"},
     {Path::native, [](const Case& c) { return c.dtype == DType::float64; },
