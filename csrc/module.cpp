@@ -103,9 +103,9 @@ py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t it
 }
 
 py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
-                   bool tf32, bool aligned, bool cutlass, const std::optional<std::string>& path) {
+                   bool tf32, bool aligned, bool cutlass, int64_t shared, const std::optional<std::string>& path) {
   const cuda::Plan plan =
-      cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass, cuda_path(path)});
+      cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass, shared, cuda_path(path)});
   py::dict result;
   result["forward"] = cuda::path_name(plan.forward);
   result["forward_reason"] = plan.forward_reason;
@@ -152,7 +152,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("waiting_bytes", cpu::waiting_bytes, "Memory of freed results that waits for the next ones.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
-        py::arg("path") = py::none(),
+        py::arg("shared") = 232448, py::arg("path") = py::none(),
         "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
   m.def(
       "force_cuda_path", [](const std::optional<std::string>& path) { cuda::forced_path = cuda_path(path); },

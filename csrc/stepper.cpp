@@ -2,6 +2,7 @@
 // a step of a small network takes less time than the Python that would prepare it.
 #include "stepper.h"
 
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -99,16 +100,17 @@ class Stepper {
   }
 
   // One loss for each epoch, the mean over its rows, or the sum. after_epoch(epoch, loss) is called after each.
-  // graph: None, or what does each batch's step. None, and nothing done, unless is_current().
+  // graph: None, or what does each batch's step. at_once: many steps are one call, each as short as its launch.
+  // None, and nothing done, unless is_current().
   std::optional<std::vector<double>> fit(const py::object& x, const py::object& y, int64_t epochs, int64_t batch_size,
                                          bool shuffle, const std::optional<at::Generator>& generator,
-                                         const py::object& after_epoch, const py::object& graph) {
+                                         const py::object& after_epoch, const py::object& graph, bool at_once) {
     if (!is_current()) return std::nullopt;
     const Tensor &input = data(x, "input"), &target = data(y, "target");
     Update update = read_optimizer();
     std::vector<double> losses;
     const bool one_batch = !shuffle && batch_size >= input.size(0) && input.size(0) > 0;
-    const bool by_graph = !graph.is_none(), at_once = input.is_cuda() && !by_graph;
+    const bool by_graph = !graph.is_none();
     Train replay;  // of Python: to end when the GIL is held again
     const py::gil_scoped_release no_gil;
     Clock::time_point last = Clock::now();
@@ -202,6 +204,7 @@ class Stepper {
                     update.hyperparameters.size() * sizeof(double));
     const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
     for (const int64_t place : update.learning) add(place);
+    add(static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)));
     for (const auto& tensors : {at::TensorList(parameters_), at::TensorList(update.momentum_buffers)})
       for (const Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
     return key;
@@ -409,7 +412,7 @@ void bind_stepper(py::module_& m) {
            py::arg("graph") = py::none())
       .def("fit", torch::wrap_pybind_function(&Stepper::fit), py::arg("input"), py::arg("target"), py::arg("epochs"),
            py::arg("batch_size"), py::arg("shuffle"), py::arg("generator"), py::arg("after_epoch"),
-           py::arg("graph") = py::none());
+           py::arg("graph") = py::none(), py::arg("at_once") = false);
 }
 
 }  // namespace mlp_ext

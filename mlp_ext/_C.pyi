@@ -16,6 +16,7 @@ def cuda_plan(
     tf32: bool = ...,
     aligned: bool = ...,
     cutlass: bool = ...,
+    shared: int = ...,
     path: str | None = ...,
 ) -> dict[str, str]: ...
 def cuda_step_plan(
@@ -77,4 +78,5 @@ class Stepper:
         generator: torch.Generator | None,
         after_epoch: Callable[[int, float], None] | None,
         graph: _Graph | None = ...,
+        at_once: bool = ...,
     ) -> list[float] | None: ...

@@ -117,15 +117,15 @@ class GraphStepper:
         self, input: Tensor, target: Tensor, epochs: int, batch_size: int, *options: Any
     ) -> list[float] | None:
         graphs = self._graphs_for(input, target, batch_size)
-        settings = (epochs, batch_size, *options, graphs)
+        at_once = _is_dense_on_gpu(input) and _is_one_launch(self._widths, input[:batch_size])
+        settings = (epochs, batch_size, *options, graphs, at_once)
         return self._stepper.fit(input, target, *settings)
 
     def _graphs_for(self, input: Tensor, target: Tensor, rows: int | None = None) -> Graphs | None:
         """The graphs, where steps with so many rows of these, or all, should go through them."""
         if not (_is_dense_on_gpu(input) and _is_dense_on_gpu(target)):
             return None
-        if rows is not None:
-            input, target = input[:rows], target[:rows]
+        input, target = input[:rows], target[:rows]
         pays = (
             input.nbytes + target.nbytes <= COPIED
             and not _is_one_launch(self._widths, input)

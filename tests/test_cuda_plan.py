@@ -109,6 +109,14 @@ def test_plan_gives_a_reason_for_each_path() -> None:
     assert chosen["backward_reason"].startswith("dy, y and x read once")
 
 
+def test_plan_takes_no_more_shared_memory_than_there_is() -> None:
+    ada = 99 * 1024  # bytes of a block
+    assert plan(65536, 32, 128)["backward"] == "tall"
+    assert plan(65536, 32, 128, shared=ada)["backward"] == "large"
+    assert plan(65536, 32, 128, shared=ada, path="tall")["backward"] == "large"
+    assert plan(65536, 32, 32, shared=ada)["backward"] == "tall"
+
+
 def test_plan_takes_the_path_that_is_asked_for_where_it_can() -> None:
     for path in ("small", "tall", "large", "native"):
         chosen = plan(300, 64, 64, path=path)

@@ -112,7 +112,8 @@ def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
         optimizers[0], _C.Watch([], []),
     )  # fmt: skip
     drawn = [torch.Generator().manual_seed(5) for _ in nets]
-    found = stepper.fit(x, y, 3, training.batch, shuffle, drawn[0], None)
+    at_once = training in ONE_BLOCK
+    found = stepper.fit(x, y, 3, training.batch, shuffle, drawn[0], None, None, at_once)
     for epoch in range(3):
         order = torch.arange(training.rows)
         if shuffle:

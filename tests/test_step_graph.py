@@ -146,6 +146,21 @@ def test_key_follows_the_optimizer() -> None:
     assert key() != first
 
 
+def test_key_follows_the_precision_of_products() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stepper, _ = _read(model, nn.MSELoss(), optimizer)
+    calls = Calls()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            stepper.step(torch.randn(4, 3), torch.randn(4, 2), calls)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert calls.keys[0] == calls.keys[2] != calls.keys[1]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 32, 50, 100])
 @pytest.mark.parametrize("options", ["plain", "dampening"])
@@ -286,6 +301,24 @@ def test_steps_and_fit_share_a_graph(recorded: Recorded) -> None:
 
 
 BIG = COPIED // 4 // 66 + 1  # rows
+
+
+def test_many_steps_are_one_call_only_where_each_is_one_launch(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else Ctrl-C would wait for thousands of long steps."""
+    stepper, _ = recorded
+    at_once = []
+
+    class Asked:
+        def fit(self, *args: Any) -> list[float]:
+            at_once.append(args[-1])
+            return []
+
+    monkeypatch.setattr(stepper, "_stepper", Asked())
+    for rows, batch_size in ((25, 4), (25, 10), (BIG, BIG)):
+        fit(stepper, on_gpu(rows, 64), batch_size)
+    assert at_once == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, colum
 Plan plan(int64_t M, int64_t K, int64_t N, const at::Tensor& t, std::string_view activation, bool aligned) {
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   const bool tf32 = precision == at::Float32Precision::TF32;
-  return make_plan({M, K, N, dtype_of(t), activation, properties().arch, tf32, aligned, MLP_EXT_CUTLASS, forced_path});
+  const Properties& here = properties();
+  return make_plan(
+      {M, K, N, dtype_of(t), activation, here.arch, tf32, aligned, MLP_EXT_CUTLASS, here.block_shared, forced_path});
 }
 
 // Whether rows are whole multiples of 16 bytes, begin at such, and do not overlap.

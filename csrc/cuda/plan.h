@@ -1,7 +1,8 @@
 // Which path a shape takes on a GPU. Pure: no tensors, no device, so tests can ask it anything.
 //
 // Measured on one H100: benchmarks/results/h100/paths-*.csv have each path of a layer alone, captured in CUDA graphs,
-// and layers-*.csv and train-*.csv what comes of it. Of float64 and of other GPUs no row is measured.
+// and layers-*.csv and train-*.csv what comes of it. Of float64,
+// TF32 and other GPUs no row is measured.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +44,7 @@ struct Case {
   bool tf32 = false;              // torch lets float32 products round their operands to TF32
   bool aligned = true;            // data and rows begin at multiples of 16 bytes
   bool cutlass = true;            // built with CUTLASS
+  int64_t shared = 232448;        // bytes of shared memory that a block may have
   std::optional<Path> path = {};  // instead of the table's, where it can
 };
 
@@ -71,6 +73,12 @@ constexpr bool narrow(const Case& c) {
   return 0 < c.K && c.K <= kTallWidth && 0 < c.N && c.N <= kTallWidth &&
          weights * accumulator_size(c.dtype) <= kTallWeightBytes;
 }
+// At most, of the backward kernel of tall.cuh: W, dz and x, and the rows under way.
+constexpr int64_t tall_backward_shared(const Case& c) {
+  const int64_t K = (c.K + 7) / 8 * 8, N = (c.N + 7) / 8 * 8, rows = accumulator_size(c.dtype) == 8 ? 32 : 64;
+  return accumulator_size(c.dtype) * (K * N + rows * (N + 4) + rows * K) + item_size(c.dtype) * rows * (2 * N + K);
+}
+constexpr bool tall_backward_fits(const Case& c) { return narrow(c) && tall_backward_shared(c) <= c.shared; }
 // Whether products run on tensor cores, where K N / (K + N) products for each element moved are too few to fill them.
 constexpr bool on_tensor_cores(const Case& c) { return is_16_bit(c) || c.tf32; }
 
@@ -142,7 +150,8 @@ constexpr Row kBackward[] = {
               c.N <= kSmallDepth / 2;
      },
      "one launch instead of activation, two products and column sum"},
-    {Path::tall, [](const Case& c) { return narrow(c) && (!on_tensor_cores(c) || c.M <= 16384 || c.K * c.N <= 1024); },
+    {Path::tall,
+     [](const Case& c) { return tall_backward_fits(c) && (!on_tensor_cores(c) || c.M <= 16384 || c.K * c.N <= 1024); },
      "dy, y and x read once, dx written once; dz never leaves the chip"},
     {Path::large, [](const Case&) { return true; }, "one pass for dz and db instead of two"},
 };
@@ -154,7 +163,7 @@ struct Plan {
 };
 
 constexpr Plan make_plan(const Case& c) {
-  const bool asked = c.path && c.arch >= 80 && (*c.path != Path::tall || narrow(c));
+  const bool asked = c.path && c.arch >= 80 && (*c.path != Path::tall || tall_backward_fits(c));
   const Row of_caller{c.path.value_or(Path::native), nullptr, "asked for"};
   const Row& forward = asked ? of_caller : first_row(kForward, c);
   const Row& backward = asked ? of_caller : first_row(kBackward, c);
@@ -165,7 +174,7 @@ constexpr Plan make_plan(const Case& c) {
 
 enum class StepPath {
   one_block,  // all of it, and many of them, in one launch: step.cuh
-  layers,     // the layers' kernels, torch's loss and update
+  layers,     // the layers' kernels and a loss kernel, torch's update
 };
 constexpr const char* step_path_name(StepPath path) { return path == StepPath::one_block ? "one_block" : "layers"; }
 
