@@ -64,8 +64,7 @@ Tensor linear_act_autograd(const Tensor& input, const Tensor& weight, const std:
                            std::string_view activation) {
   if (needs_native({&input, &weight, pointer(bias)})) return linear_act_native(input, weight, bias, activation);
   if (any_requires_grad({&input, &weight, pointer(bias)})) return LinearAct::forward(input, weight, bias, activation);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return linear_act(input, weight, bias, activation);
+  return linear_act_below_autograd(input, weight, bias, activation);
 }
 
 // Second derivatives come from the native operations of the composite.

@@ -68,15 +68,6 @@ ElementLoss<S> element_loss_of(const LossProblem& p) {
           static_cast<S*>(p.value)};
 }
 
-// f(L()) for the loss of that place.
-template <class F, class... Ls>
-cudaError_t with_loss(size_t index, const F& f, TypeList<Ls...>) {
-  cudaError_t error = cudaErrorInvalidValue;
-  size_t place = 0;
-  (void)((place++ == index ? (error = f(Ls()), true) : false) || ...);
-  return error;
-}
-
 constexpr int64_t kCounter = 16;  // bytes of a workspace before the blocks' sums
 
 }  // namespace
@@ -102,7 +93,7 @@ cudaError_t launch_element_loss(const LossProblem& problem, void* workspace, con
       const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, L, 1> : element_loss<S, L, kVector<S>>;
       return launch(kernel, element_loss_launch(f, device(gpu)), gpu, f);
     };
-    return with_loss(problem.loss, run, ElementLosses());
+    return visit_activation(problem.loss, run, ElementLosses());
   });
 }
 

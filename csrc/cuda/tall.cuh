@@ -11,8 +11,7 @@ namespace mlp_ext::cuda {
 namespace tall {
 
 constexpr int kThreads = 256, kHalf = kThreads / 2;
-constexpr int kWidth = 128;  // of K and N at most
-constexpr int kDepth = 64;   // columns of x in shared memory at a time, forward
+constexpr int kDepth = 64;  // columns of x in shared memory at a time, forward
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 1 : 2;  // of a processor, at 128 registers a thread
 template <class T>
@@ -172,7 +171,7 @@ struct BackwardTiles {
 
 }  // namespace tall
 
-// K and N from 1 to tall::kWidth.
+// K and N from 1 to kTallWidth.
 template <class S>
 Launch tall_forward_launch(const Forward<S>& f, const Device& device) {
   const tall::ForwardTiles<Accumulator<S>> tiles(f.K, f.N);
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
   }
 }
 
-// K and N from 1 to tall::kWidth. Of the workspace, each block needs tall_backward_part elements.
+// K and N from 1 to kTallWidth. Of the workspace, each block needs tall_backward_part elements.
 template <class S>
 Launch tall_backward_launch(const Backward<S>& b, const Device& device) {
   const tall::BackwardTiles<Accumulator<S>> tiles(b.K, b.N);
