@@ -148,6 +148,12 @@ CXX_FLAGS = [
 ]
 # Without NDEBUG the assertions in CUTLASS's kernels make ptxas serialise its wgmma.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "--compiler-options=-fvisibility=hidden"]
+LINK_FLAGS = [
+    "-fopenmp",  # at::parallel_for is inlined here, and serial without
+    # Some compilers bring libstdc++ as an archive alone. Exported, its streams mix with those that
+    # torch loaded, and the first number in an error message ends the message or the process.
+    "-Wl,--exclude-libs,libstdc++.a",
+]
 SOURCES = sources("*.cpp") + sources("cpu/*.cpp")
 if CUDA:
     SOURCES += sources("cuda/*.cpp") + sources("cuda/*.cu")
@@ -166,6 +172,6 @@ extension = Extension(
         ("MLP_EXT_CUTLASS", str(int(CUTLASS is not None))),
     ],
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + ARCH_FLAGS},
-    extra_link_args=["-fopenmp"],  # at::parallel_for is inlined here, and serial without
+    extra_link_args=LINK_FLAGS,
 )
 setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -160,10 +160,11 @@ from distutils.core import run_setup
 from torch.utils import cpp_extension
 (e,) = run_setup("setup.py", stop_after="init").ext_modules
 macros = dict(e.define_macros)
-print(json.dumps([e.sources, e.extra_compile_args["nvcc"], macros, cpp_extension.CUDA_HOME]))
+nvcc, link = e.extra_compile_args["nvcc"], e.extra_link_args
+print(json.dumps([e.sources, nvcc, link, macros, cpp_extension.CUDA_HOME]))
 """
     told = checked(sys.executable, "-c", code, cwd=ROOT, env=env).strip().splitlines()
-    keys = ("sources", "nvcc", "macros", "CUDA_HOME")
+    keys = ("sources", "nvcc", "link", "macros", "CUDA_HOME")
     return {"told": told[:-1], **dict(zip(keys, json.loads(told[-1]), strict=True))}
 
 
@@ -219,6 +220,24 @@ def test_cutlass_is_found_by_its_variable_and_missed_aloud(tmp_path: Path) -> No
     assert none["macros"]["MLP_EXT_CUTLASS"] == "0"
     assert "csrc/cuda/sm90.cu" not in none["sources"]
     assert any("no CUTLASS" in line for line in none["told"])
+
+
+def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX", "c++").split()
+    if not Path(checked(*compiler, "-print-file-name=libstdc++.a").strip()).is_absolute():
+        pytest.skip("this compiler brings no libstdc++.a")
+    source, library = tmp_path / "message.cpp", tmp_path / "message.so"
+    source.write_text("""#include <sstream>
+extern "C" size_t length() {
+  std::ostringstream out;
+  out << "got " << 1234;
+  return out.str().size();
+}
+""")
+    flags = ["-shared", "-fPIC", "-static-libstdc++", *extension({**os.environ})["link"]]
+    checked(*compiler, source, "-o", library, *flags)
+    code = f"import torch, ctypes; print(ctypes.CDLL({str(library)!r}).length())"
+    assert int(checked(sys.executable, "-c", code)) == len("got 1234")
 
 
 @pytest.mark.parametrize("wish", ["0", "auto"])
