@@ -61,8 +61,15 @@ size_t parallel_for_threads() {
   return ids.size();
 }
 
-py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads) {
-  const cpu::Plan plan = cpu::make_plan(M, K, N, item_size, threads);
+cpu::Products cpu_products(const std::string& name) {
+  const auto place = std::find(std::begin(cpu::kProducts), std::end(cpu::kProducts), name);
+  if (place == std::end(cpu::kProducts))
+    throw py::value_error("products must be single, pairs or tiles, got '" + name + "'");
+  return static_cast<cpu::Products>(place - std::begin(cpu::kProducts));
+}
+
+py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& products) {
+  const cpu::Plan plan = cpu::make_plan(M, K, N, item_size, threads, cpu_products(products));
   const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
   py::dict result;
   result["forward_path"] = cpu::path_name(plan.forward_path);
@@ -93,9 +100,10 @@ void check_widths(const std::vector<int64_t>& widths) {
   if (widths.size() < 2) throw py::value_error("widths must name input and output");
 }
 
-py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads) {
+py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads,
+                   const std::string& products) {
   check_widths(widths);
-  const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads);
+  const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads, cpu_products(products));
   py::dict result;
   result["path"] = cpu::step_path_name(plan.path);
   result["pieces"] = plan.pieces;
@@ -145,9 +153,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("parallel_for_threads", parallel_for_threads, "Distinct threads that ran in one at::parallel_for.");
   m.def("peak_flops", cpu::peak_flops, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of float32 that the processor reaches in registers alone.");
-  m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
-        "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut.");
+  m.def(
+      "plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
+      py::arg("products") = "single",
+      "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut. products: how the "
+      "dtype is multiplied, single, pairs (AVX512_BF16) or tiles (AMX).");
+  m.def(
+      "force_cpu_products",
+      [](const std::optional<std::string>& name) {
+        cpu::forced_products = name ? std::optional(cpu_products(*name)) : std::nullopt;
+      },
+      py::arg("products"),
+      "What the CPU plan takes for how bfloat16 is multiplied here; None: what the processor has.");
   m.def("step_plan", step_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("threads"),
+        py::arg("products") = "single",
         "The CPU plan of a training step: block by block of rows or layer by layer, the rows in how many pieces.");
   m.def("waiting_bytes", cpu::waiting_bytes, "Memory of freed results that waits for the next ones.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),

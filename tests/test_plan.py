@@ -12,8 +12,10 @@ from mlp_ext import _C
 FLOAT = 4
 
 
-def plan(M: int, K: int, N: int, threads: int = 2, item_size: int = FLOAT) -> dict[str, Any]:
-    return _C.plan(M, K, N, item_size, threads)
+def plan(
+    M: int, K: int, N: int, threads: int = 2, item_size: int = FLOAT, products: str = "single"
+) -> dict[str, Any]:
+    return _C.plan(M, K, N, item_size, threads, products)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,38 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
     for item_size, widest in ((2, 512), (4, 512), (8, 256)):
         assert plan(65536, 8, widest, item_size=item_size)["backward_path"] == "tall"
         assert plan(65536, 8, widest + 1, item_size=item_size)["backward_path"] == "packed"
+
+
+@pytest.mark.parametrize(
+    ("shape", "products", "forward", "backward"),
+    [
+        ((16, 784, 256), "single", "dots", "packed"),
+        ((17, 784, 256), "single", "packed", "packed"),  # converting is no dearer than dots
+        ((4, 784, 256), "pairs", "dots", "packed"),
+        ((5, 784, 256), "pairs", "packed", "packed"),  # dots have no pairs
+        ((1024, 128, 128), "single", "packed", "tall"),
+        ((1024, 128, 128), "pairs", "packed", "library"),  # 2^24 products
+        ((1024, 128, 128), "tiles", "library", "library"),
+        ((1023, 128, 128), "tiles", "packed", "tall"),
+        ((65536, 24, 16), "tiles", "library", "library"),
+        ((65536, 23, 16), "tiles", "packed", "tall"),
+        ((65536, 24, 15), "tiles", "packed", "tall"),
+        ((2, 4096, 4096), "tiles", "library", "library"),
+        ((1, 4096, 4096), "tiles", "dots", "packed"),
+        ((256, 2048, 256), "pairs", "library", "library"),
+        ((256, 2047, 256), "pairs", "packed", "library"),
+    ],
+)
+def test_plan_of_16_bit_depends_on_how_they_are_multiplied(
+    shape: tuple[int, int, int], products: str, forward: str, backward: str
+) -> None:
+    chosen = plan(*shape, item_size=2, products=products)
+    assert (chosen["forward_path"], chosen["backward_path"]) == (forward, backward)
+
+
+def test_plan_needs_a_known_way_of_multiplying() -> None:
+    with pytest.raises(ValueError, match="products must be single, pairs or tiles, got 'amx'"):
+        plan(1, 1, 1, products="amx")
 
 
 def test_plan_uses_threads_where_there_is_work_for_them() -> None:
@@ -139,6 +173,13 @@ def test_step_takes_its_path(widths: list[int], batch: int, path: str, pieces: i
 def test_step_of_16_bit_takes_no_panels() -> None:
     assert _C.step_plan([784, 256, 10], 64, item_size=2, threads=2)["path"] == "layers"
     assert _C.step_plan([784, 256, 10], 64, item_size=8, threads=2)["path"] == "panels"
+
+
+def test_step_by_blocks_is_narrow_where_pairs_are_multiplied() -> None:
+    for products, widest in (("single", 512), ("pairs", 48), ("tiles", 48)):
+        for width, path in ((widest, "blocks"), (widest + 1, "layers")):
+            plan = _C.step_plan([width, 8], 4096, item_size=2, threads=2, products=products)
+            assert plan["path"] == path
 
 
 def test_step_plan_needs_an_input_and_an_output() -> None:

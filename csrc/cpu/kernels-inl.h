@@ -346,6 +346,32 @@ struct LinearAct {
     if (db) *db = db_total;
   }
 
+  // dz of rows, and db added to what is there.
+  template <class D>
+  static void grad_z_rows(const Backward& b, Range rows, D* dz, int64_t stride, T* db) {
+    constexpr int64_t columns = kTallRowBytes / sizeof(T);
+    alignas(kVectorBytes) T db_block[columns];
+    for (int64_t n0 = 0; n0 < b.N; n0 += columns) {
+      const int64_t count = std::min(columns, b.N - n0);
+      std::fill(db_block, db_block + count, T(0));
+      for_rows(rows, [&](auto steps, int64_t m) {
+        constexpr int P = decltype(steps)::value;
+        D* const row = dz + (m - rows.begin) * stride + n0;
+        for_vectors<T>(count, [&](int64_t n, auto lanes) {
+          V sum = load(db_block + n, lanes);
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) {
+            const V v = grad_z(b, m + p, n0 + n, lanes);
+            sum = sum + v;
+            if (dz) store(row + p * stride + n, v, lanes);
+          }
+          store(db_block + n, sum, lanes);
+        });
+      });
+      if (db) add_up(db + n0, db_block, count);
+    }
+  }
+
   // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
   // depth, and W and dW that stay in L2.
   static void backward_tall(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
@@ -354,27 +380,11 @@ struct LinearAct {
     T* const w = x + Blocking<T>::rows * round_up_columns<T>(b.K);
     T *const dw_sums = static_cast<T*>(dw), *const db_sums = static_cast<T*>(db);
     if (b.dx.data) pack_panels<S>(b.w, 0, b.N, 0, b.K, w);
-    T* const db_block = w + b.N * round_up_columns<T>(b.K);  // of one block: long plain sums would lose digits
     if (db_sums) std::fill(db_sums, db_sums + b.N, T(0));
     bool first = true;
     for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
       const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
-      std::fill(db_block, db_block + b.N, T(0));
-      for_rows({m0, m0 + count}, [&](auto steps, int64_t m) {
-        constexpr int P = decltype(steps)::value;
-        T* const row = dz + (m - m0) * RowsOfA<T>::row_step;
-        for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
-          V sum = load(db_block + n, lanes);
-#pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) {
-            const V v = grad_z(b, m + p, n, lanes);
-            sum = sum + v;
-            store(row + p * RowsOfA<T>::row_step + n, v);
-          }
-          store(db_block + n, sum, lanes);
-        });
-      });
-      if (db_sums) add_up(db_sums, db_block, b.N);
+      grad_z_rows(b, {m0, m0 + count}, dz, RowsOfA<T>::row_step, db_sums);
       Ahead ahead;
       const int64_t next = m0 + count, next_rows = next_block(is_large<S>(b.M, b.K + b.N) ? samples.end - next : 0);
       read_dz_rows(b, next, next_rows, 0, b.N, ahead);
@@ -395,6 +405,24 @@ struct LinearAct {
                                                             Partial<T>{dw_sums, b.K}, StoreSums<T>{}, ahead);
     }
     end_of_streams();
+  }
+
+  // ---- around products of a library ----
+
+  static void act(const Forward& f, Range rows) {
+    if (std::is_same_v<Act, Identity>) return;
+    for (int64_t m = rows.begin; m < rows.end; ++m)
+      for_vectors<T>(f.N, [&](int64_t n, auto lanes) {
+        S* const y = at<S>(f.y, m, n);
+        store(y, Act::forward(load(y, lanes)), lanes);
+      });
+  }
+
+  static void put_grad_z(const Backward& b, Range samples, void* dz_out, void* db_out) {
+    S* const dz = static_cast<S*>(dz_out);
+    T* const db = static_cast<T*>(db_out);
+    if (db) std::fill(db, db + b.N, T(0));
+    for_short_sums(samples, [&](Range rows) { grad_z_rows(b, rows, dz ? dz + rows.begin * b.N : dz, b.N, db); });
   }
 
   static void combine(const void* parts, int64_t count, int64_t size, Range range, void* out) {
@@ -450,9 +478,9 @@ struct LinearAct {
           [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
   }
 
-  static constexpr Kernels kernels{small_forward,       small_backward, forward,       forward_dots,
-                                   grad_input,          grad_weight,    backward_tall, backward_one_input,
-                                   backward_one_output, combine};
+  static constexpr Kernels kernels{
+      small_forward,      small_backward,      forward, forward_dots, grad_input, grad_weight, backward_tall,
+      backward_one_input, backward_one_output, act,     put_grad_z,   combine};
 
  private:
   static T scalar(const S* p) {
@@ -465,8 +493,8 @@ struct LinearAct {
   // What the packed and the tall path take of the scratch memory.
   static constexpr int64_t kPackedScratch =
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
-  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +          // dz, x
-                                          kTallWeights + kTallRowBytes / sizeof(T) * (Tile<T>::columns + 1);  // W, db
+  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +    // dz, x
+                                          kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
   static constexpr int64_t kOneScratch = 3 * kOneBreadth;
   static_assert(sizeof(T) * std::max({kPackedScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
   static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);
@@ -491,8 +519,7 @@ constexpr auto kPairsRow = make_pairs_row(Activations{});
 
 const Kernels& kernels(DType dtype, size_t activation) {
 #if MLP_EXT_VECTOR_BYTES == 64
-  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
-  if (dtype == DType::bfloat16 && has_bf16) return kPairsRow[activation];
+  if (dtype == DType::bfloat16 && multiplies_bfloat16()) return kPairsRow[activation];
 #endif
   return kTable[static_cast<size_t>(dtype)][activation];
 }

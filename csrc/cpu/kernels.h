@@ -92,6 +92,10 @@ struct Kernels {
   void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   void (*backward_one_input)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   void (*backward_one_output)(const Backward&, Range samples, void* dw, void* db, void* scratch);
+  // Around products of a library: y = act(y) of some rows, in place.
+  void (*act)(const Forward&, Range rows);
+  // dz [M, N] of the rows `samples`, and db summed over them into accumulators; either may be nullptr.
+  void (*grad_z)(const Backward&, Range samples, void* dz, void* db);
   // out[range] = sum in order over parts of the accumulators parts[part * size + range]
   void (*combine)(const void* parts, int64_t count, int64_t size, Range range, void* out);
 };
@@ -158,6 +162,8 @@ struct PanelKernels {
 
 template <size_t activations>
 using KernelTable = std::array<std::array<Kernels, activations>, 4>;  // [DType][activation]
+
+bool multiplies_bfloat16();  // whether the processor has AVX512_BF16
 
 constexpr size_t kScratchBytes = size_t(5) << 20;  // per thread, whatever the shape
 inline size_t small_scratch_bytes(int64_t M, int64_t K, int64_t N) {

@@ -6,6 +6,8 @@
 #include <functional>
 #include <memory>
 
+#include "activations.h"
+#include "cpu/library.h"
 #include "cpu/plan.h"
 #include "cpu/results.h"
 #include "cpu/variants.h"
@@ -76,7 +78,8 @@ void run(std::initializer_list<Product> products) {
 void forward_layer(const Forward& problem, DType dtype, size_t activation) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const Kernels& kernels = variant().kernels(dtype, activation);
-  const Plan plan = make_plan(M, K, N, item_size(dtype), threads());
+  const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype));
+  if (plan.forward_path == Path::library) return forward_by_library(problem, kernels);
   if (plan.forward_path == Path::small) return kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
   const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
   run({{plan.forward, M, N, 1,
@@ -143,7 +146,12 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
   const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w,
              needs_db = problem.db || problem.update_b, updates = problem.update_w || problem.update_b;
   const Kernels& kernels = variant().kernels(dtype, activation);
-  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), needs_dx && needs_dw && !updates);
+  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype), needs_dx && needs_dw && !updates);
+  if (plan.backward_path == Path::library) {
+    // What saves nothing is linear, and of those there is the identity alone.
+    const bool dz_is_dy = visit_activation(activation, [](auto act) { return act.saves == Saves::nothing; });
+    return backward_by_library(problem, kernels, dz_is_dy);
+  }
   if (plan.backward_path == Path::small && !updates)
     return kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
   if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums

@@ -14,11 +14,20 @@ enum class Path {
   one_input,   // backward: the same row by row, K = 1
   one_output,  // backward: the same row by row, N = 1
   packed,      // blocked and packed, each product by itself
+  library,     // products of torch; around them one pass for y, or for dz and db
 };
 constexpr const char* path_name(Path path) {
-  constexpr const char* names[] = {"small", "dots", "tall", "one_input", "one_output", "packed"};
+  constexpr const char* names[] = {"small", "dots", "tall", "one_input", "one_output", "packed", "library"};
   return names[static_cast<int>(path)];
 }
+
+// How a dtype is multiplied on this processor.
+enum class Products {
+  single,  // number by number, 16-bit ones converted
+  pairs,   // bfloat16 two at a time, by our kernels and by torch's library
+  tiles,   // bfloat16 on a matrix unit (AMX), by the library alone
+};
+constexpr const char* kProducts[] = {"single", "pairs", "tiles"};
 
 // In how many pieces the rows, columns and summed samples of a product are cut; each piece is one thread's work.
 struct Grid {
@@ -39,6 +48,7 @@ constexpr int64_t kSmallDotDepth = 8;            // K / M in a small layer: 1x64
 constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W costs as much as the product,
 constexpr int64_t kDotRowsIfDeep = 64;           // up to here if the sums are long: 24x784x256 takes 48 us, packed 61,
 constexpr int64_t kDotDepth = 12;                // K / M: 32x300x256 62 us, packed 57
+constexpr int64_t kDotRowsOfPairs = 4;           // which dots do not use: 8x784x256 takes 35 us, packed 23
 constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty,
 constexpr int64_t kTinyDepth = 24;         // but it has no sums to add up: 65536x16x4 521 us, dots 802; 32x4 1010, 806
 constexpr int64_t kTallRowBytes = 2048;    // N: a row of dz fits one block of depth
@@ -46,9 +56,14 @@ constexpr int64_t kTallInputs = 1024;      // K: a block of x stays in L2
 constexpr int64_t kTallWeights = 1 << 18;  // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
 constexpr int64_t kOneBreadth = 1 << 16;   // K = 1: most N, N = 1: most K; bounds the scratch memory
 constexpr int64_t kFewSamples = 4;         // M: dW is written rather than computed
-constexpr int64_t kRowsPerPiece = 512;     // bounds the accumulators of 16-bit results
+constexpr int64_t kLibraryProducts = 1 << 24;  // 16384x64x64 backward 1.14 ms, tall 1.72; 2048x64x64 182 us, 186
+constexpr int64_t kLibraryInputs = 24;         // K: 65536x16x32 1.24 ms, tall 1.06
+constexpr int64_t kLibraryOutputs = 16;        // N: 65536x32x16 952 us, tall 1118; 65536x256x8 14.5 ms, 6.3
+constexpr int64_t kLibraryDepth = 2048;        // K: 256x4096x1024 forward takes a tenth less, with 1024 the same
+constexpr int64_t kRowsPerPiece = 512;         // bounds the accumulators of 16-bit results
 constexpr int64_t kDepthBytes = 2048;  // of a block of A; with 1024 a twentieth slower, sums are written twice as often
 constexpr int64_t kStepRowBytes = kDepthBytes;    // of the widest rows of a step by blocks: a tile's depth is not cut
+constexpr int64_t kStepWidthOfPairs = 48;         // blocks have none: 64-64-64-64-64@4096 a sixth slower than by layers
 constexpr size_t kMostLayers = 32;                // of such a step
 constexpr int64_t kStepWeights = 1 << 18;         // packed twice and summed by each thread
 constexpr int64_t kStepRows = 32;                 // of a thread: below, adding up the sums costs more than it saves
@@ -94,7 +109,8 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
 constexpr bool tiles_mostly_empty(int64_t K, int64_t N) { return N == 1 || (N <= kDotColumns && K > kTinyDepth); }
 
 // item_size: bytes of an element. threads: how many may work. both: dx and dW are wanted.
-inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, bool both = true) {
+inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads,
+                      Products how = Products::single, bool both = true) {
   const int64_t products = M * K * N;
   if (products <= kSmallProducts) {
     const bool transposing_costs_more = N == 1 || kSmallDotDepth * M <= K;
@@ -110,7 +126,8 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
             cut(N, K, each, kBackwardPacking),
             at_once};
 
-  const bool transposing_costs_more = M <= kDotRows || (M <= kDotRowsIfDeep && K >= kDotDepth * M);
+  const bool is_deep = item_size > 2 && M <= kDotRowsIfDeep && K >= kDotDepth * M;
+  const bool transposing_costs_more = M <= (how == Products::single ? kDotRows : kDotRowsOfPairs) || is_deep;
   if (transposing_costs_more || tiles_mostly_empty(K, N)) plan.forward_path = Path::dots;
 
   const int64_t row_bytes = N * std::max<int64_t>(item_size, 4);  // of dz, as it is accumulated
@@ -123,6 +140,10 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
   else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
   if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
+  const bool fills_library = M > 1 && K >= kLibraryInputs && N >= kLibraryOutputs && products >= kLibraryProducts;
+  if (how != Products::single && fills_library) plan.backward_path = Path::library;
+  const bool forward_too = how == Products::tiles || (how == Products::pairs && K >= kLibraryDepth);
+  if (forward_too && fills_library) plan.forward_path = Path::library;
   if (item_size == 2) {  // sums of 16-bit results wait in scratch
     plan.forward.rows = std::max(plan.forward.rows, ceil_div(M, kRowsPerPiece));
     plan.grad_input.rows = std::max(plan.grad_input.rows, ceil_div(M, kRowsPerPiece));
@@ -147,7 +168,8 @@ struct StepPlan {
 };
 
 // widths: of the input and of each layer. item_size: bytes of an element. threads: how many may work.
-inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64_t item_size, int64_t threads) {
+inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64_t item_size, int64_t threads,
+                               Products how = Products::single) {
   int64_t products = 0;  // of all layers for one row, which is also the number of weights
   bool columns_suffice = true;
   for (size_t l = 1; l < widths.size(); ++l) {
@@ -160,7 +182,8 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
   const bool rows_fit = widest * std::max<int64_t>(4, item_size) <= kStepRowBytes && widths.size() <= kMostLayers + 1;
   const bool weights_stay_in_cache = products <= kStepWeights;
   const bool rows_outweigh_sums = pieces == 1 || M >= pieces * kStepRows;
-  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums) return {StepPath::blocks, pieces};
+  const bool single_suffices = how == Products::single || widest <= kStepWidthOfPairs;
+  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums && single_suffices) return {StepPath::blocks, pieces};
 
   const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;
   const bool batch_fits =

@@ -53,7 +53,8 @@ class CpuStep {
     loss_ = loss();
     c10::SmallVector<int64_t, 9> widths{step_.input.size(1)};
     for (const StepLayer& layer : step_.layers) widths.push_back(layer.weight.value->size(0));
-    const StepPlan plan = make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads());
+    const StepPlan plan =
+        make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads(), products_of(dtype_));
     const double sum = plan.path == StepPath::blocks   ? by_blocks(plan.pieces)
                        : plan.path == StepPath::panels ? by_panels()
                                                        : by_layers();

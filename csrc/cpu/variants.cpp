@@ -1,10 +1,15 @@
 // Which variant runs here, and how fast it could be.
 #include "cpu/variants.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
 #include <chrono>
+
+#if MLP_EXT_X86
+#include <cpuid.h>
+#endif
 
 namespace mlp_ext::cpu {
 
@@ -18,6 +23,40 @@ const Variant& variant() {
     return variant_generic;
   }();
   return chosen;
+}
+
+bool multiplies_bfloat16() {
+#if MLP_EXT_X86
+  static const bool has_it = __builtin_cpu_supports("avx512bf16");
+  return has_it;
+#else
+  return false;
+#endif
+}
+
+namespace {
+
+bool has_amx_bfloat16() {  // __builtin_cpu_supports does not know it in all compilers
+#if MLP_EXT_X86
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+Products products_of(DType dtype) {
+  if (dtype != DType::bfloat16) return Products::single;
+  // Without oneDNN torch's own products are slow ones.
+  if (!at::Context::hasMKLDNN() || !at::globalContext().userEnabledMkldnn()) return Products::single;
+  if (forced_products) return *forced_products;
+  static const Products here = [] {
+    const bool pairs = std::string_view(variant().name) == "avx512" && multiplies_bfloat16();
+    return !pairs ? Products::single : has_amx_bfloat16() ? Products::tiles : Products::pairs;
+  }();
+  return here;
 }
 
 double peak_flops(double seconds, int64_t threads) {

@@ -1,6 +1,8 @@
 // The variants of the kernels, one per instruction set.
 #pragma once
 
+#include <optional>
+
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -26,6 +28,12 @@ extern const Variant variant_avx2, variant_avx512;
 
 // torch's own choice, which the environment variable ATEN_CPU_CAPABILITY forces.
 const Variant& variant();
+
+// How the kernels, or the library in their place, multiply a dtype here.
+Products products_of(DType dtype);
+
+// Instead of what the processor has, for the plan alone: to measure what it should say, and to test it.
+inline std::optional<Products> forced_products;
 
 // What the processor can do at most in float32, operations per second: fma_loop on so many threads for some time.
 double peak_flops(double seconds, int64_t threads);

@@ -177,20 +177,31 @@ inline Vec<float> load(const S* p) {
   return to_float(U16(*reinterpret_cast<const U16Memory*>(p)), S{});
 }
 template <class S, class = Is16Bit<S>>
+inline void store(S* p, Vec<float> v) {
+  *reinterpret_cast<U16Memory*>(p) = from_float(v, S{});
+}
+#if MLP_EXT_VECTOR_BYTES == 64
+template <class S, class = Is16Bit<S>>
+inline Vec<float> load(const S* p, int n) {
+  return to_float(bit_cast<U16>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), S{});
+}
+template <class S, class = Is16Bit<S>>
+inline void store(S* p, Vec<float> v, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), bit_cast<__m256i>(from_float(v, S{})));
+}
+#else
+template <class S, class = Is16Bit<S>>
 inline Vec<float> load(const S* p, int n) {
   U16 bits{};
   std::memcpy(&bits, p, 2 * n);
   return to_float(bits, S{});
 }
 template <class S, class = Is16Bit<S>>
-inline void store(S* p, Vec<float> v) {
-  *reinterpret_cast<U16Memory*>(p) = from_float(v, S{});
-}
-template <class S, class = Is16Bit<S>>
 inline void store(S* p, Vec<float> v, int n) {
   const U16 bits = from_float(v, S{});
   std::memcpy(p, &bits, 2 * n);
 }
+#endif
 
 // All lanes, known at compile time, where a count of lanes is asked for.
 struct AllLanes {};

@@ -1,0 +1,79 @@
+#include "cpu/library.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+
+#include "cpu/layer.h"
+#include "cpu/results.h"
+#include "cpu/variants.h"
+
+namespace mlp_ext::cpu {
+
+namespace {
+
+constexpr auto kDtype = at::kBFloat16;
+
+template <class Pointer>
+at::Tensor tensor(const MatrixOf<Pointer>& m, int64_t rows, int64_t columns) {
+  return at::from_blob(const_cast<void*>(m.data), {rows, columns}, {m.stride, 1}, at::TensorOptions(kDtype));
+}
+
+// f(rows) for pieces of M rows of N elements.
+int64_t row_pieces(int64_t M, int64_t N) { return std::clamp<int64_t>(M * N / kElementsPerThread, 1, threads()); }
+template <class F>
+void for_row_pieces(int64_t M, int64_t pieces, const F& f) {
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i, Range{i * M / pieces, (i + 1) * M / pieces});
+  });
+}
+
+}  // namespace
+
+// y = act(x W^T + b)
+void forward_by_library(const Forward& f, const Kernels& kernels) {
+  const at::Tensor x = tensor(f.x, f.M, f.K), w = tensor(f.w, f.N, f.K);
+  at::Tensor y = tensor(f.y, f.M, f.N);
+  if (f.bias)
+    at::addmm_out(y, at::from_blob(const_cast<void*>(f.bias), {f.N}, at::TensorOptions(kDtype)), x, w.t());
+  else
+    at::mm_out(y, x, w.t());
+  for_row_pieces(f.M, row_pieces(f.M, f.N), [&](int64_t, Range rows) { kernels.act(f, rows); });
+}
+
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+void backward_by_library(const Backward& b, const Kernels& kernels, bool dz_is_dy) {
+  const bool needs_dw = b.dw || b.update_w, needs_db = b.db || b.update_b,
+             needs_dz = !dz_is_dy && (b.dx.data || needs_dw);
+  const auto update = variant().step_kernels(DType::bfloat16).update;
+  const int64_t pieces = row_pieces(b.M, b.N);
+  const at::Tensor dz = needs_dz ? empty_result({b.M, b.N}, kDtype) : tensor(b.dy, b.M, b.N);
+  const at::Tensor db = needs_db ? empty_result({pieces, b.N}, at::kFloat) : at::Tensor();
+  if (needs_dz || needs_db)
+    for_row_pieces(b.M, pieces, [&](int64_t i, Range rows) {
+      kernels.grad_z(b, rows, needs_dz ? dz.mutable_data_ptr() : nullptr,
+                     needs_db ? db.mutable_data_ptr<float>() + i * b.N : nullptr);
+    });
+  if (b.dx.data) {
+    at::Tensor dx = tensor(b.dx, b.M, b.K);
+    at::mm_out(dx, dz, tensor(b.w, b.N, b.K));
+  }
+  if (needs_dw) {
+    at::Tensor dw = b.dw ? tensor(Matrix{b.dw, b.K}, b.N, b.K) : empty_result({b.N, b.K}, kDtype);
+    at::mm_out(dw, dz.t(), tensor(b.x, b.M, b.K));
+    if (b.update_w) {
+      const at::Tensor sums = dw.to(at::kFloat);
+      at::parallel_for(0, sums.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
+        update(*b.update_w, sums.const_data_ptr(), 1, sums.numel(), {begin, end});
+      });
+    }
+  }
+  if (b.update_b)
+    update(*b.update_b, db.const_data_ptr(), pieces, b.N, {0, b.N});
+  else if (b.db)
+    kernels.combine(db.const_data_ptr(), pieces, b.N, {0, b.N}, b.db);
+}
+
+}  // namespace mlp_ext::cpu

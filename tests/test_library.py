@@ -1,0 +1,112 @@
+"""bfloat16 around products of torch's library: large layers where it is multiplied in pairs or tiles.
+
+Forced here, so that any processor runs it.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from references import assert_matches_native
+from shapes import LAYOUTS, Shape, grad_output, operands
+from steps import NETS, assert_steps_match_eager, training
+
+import mlp_ext
+from mlp_ext import _C
+
+pytestmark = pytest.mark.usefixtures("tiles", "poisoned_memory")
+
+BFLOAT16 = torch.bfloat16
+FLAT = Shape((519,), 256, 130)
+FEW_ROWS = Shape((2,), 2900, 2900)
+NARROW = Shape((3, 15000), 24, 16)  # and more rows of dz than are added up at once
+SHAPES = [FLAT, FEW_ROWS, NARROW]
+SUBSETS = [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+
+
+@pytest.fixture
+def tiles() -> Iterator[None]:
+    _C.force_cpu_products("tiles")
+    yield
+    _C.force_cpu_products(None)
+
+
+def test_these_shapes_take_it() -> None:
+    for shape in SHAPES:
+        M = torch.Size(shape.leading).numel()
+        plan = _C.plan(M, shape.K, shape.N, item_size=2, threads=2, products="tiles")
+        assert plan["forward_path"] == plan["backward_path"] == "library"
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_match_native(shape: Shape, activation: str, bias: bool, threads: int) -> None:
+    assert_matches_native(
+        operands(shape, BFLOAT16, bias), activation, grad_output(shape, BFLOAT16)
+    )
+
+
+@pytest.mark.parametrize("operand", ["input", "weight", "bias", "grad_output"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_layout(layout: str, operand: str) -> None:
+    arranged = operands(FLAT, BFLOAT16) | {"grad_output": grad_output(FLAT, BFLOAT16)}
+    arranged[operand] = LAYOUTS[layout](arranged[operand])
+    dy = arranged.pop("grad_output")
+    for activation in ("relu", "identity"):
+        assert_matches_native(arranged, activation, dy)
+
+
+@pytest.mark.parametrize("operand", ["input", "weight", "bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_special_values_match_native(operand: str, value: float) -> None:
+    arranged = operands(FLAT, BFLOAT16)
+    arranged[operand].flatten()[-3] = value
+    for activation in mlp_ext.ACTIVATIONS:
+        assert_matches_native(arranged, activation, grad_output(FLAT, BFLOAT16))
+
+
+@pytest.mark.parametrize("activation", ["identity", "sigmoid"])
+def test_each_gradient_is_the_same_alone(activation: str) -> None:
+    x, w, b = operands(FLAT, BFLOAT16).values()
+    dy, y = grad_output(FLAT, BFLOAT16), mlp_ext.linear_act(x, w, b, activation)
+    backward = torch.ops.mlp_ext._linear_act_backward
+    whole = backward(dy, y, x, w, activation, [True] * 3)
+    for mask in SUBSETS:
+        part = backward(dy, y, x, w, activation, mask)
+        for wanted, one, all_ in zip(mask, part, whole, strict=True):
+            assert torch.equal(one, all_) if wanted else one is None
+
+
+def test_autocast_to_another_dtype_around_backward_changes_nothing() -> None:
+    gradients = []
+    for enabled in (False, True):
+        x, w, b = (t.requires_grad_() for t in operands(FLAT, BFLOAT16).values())
+        y = mlp_ext.linear_relu(x, w, b)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            y.backward(torch.ones_like(y))
+        gradients.append((x.grad, w.grad, b.grad))
+        torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("options", ["plain", "nesterov"])
+@pytest.mark.parametrize("loss", ["mse", "classes"])
+def test_training_steps_match_eager(
+    monkeypatch: pytest.MonkeyPatch, loss: str, options: str, threads: int
+) -> None:
+    monkeypatch.setitem(NETS, "wide", ([300, 260, 230, 7], 300))
+    assert_steps_match_eager(training("wide", loss, options, BFLOAT16), 3)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_where_onednn_is_off_nothing_is_left_to_torch(enabled: bool) -> None:
+    """Its other products of bfloat16 are slow."""
+    x, w, b = (t.requires_grad_() for t in operands(FLAT, BFLOAT16).values())
+    dy = grad_output(FLAT, BFLOAT16)
+    with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
+        mlp_ext.linear_relu(x, w, b).backward(dy)
+    names = {event.name for event in profile.events()}
+    assert ({"aten::addmm", "aten::mm"} <= names) is enabled
+    assert ("aten::mm" in names) is enabled
