@@ -1,4 +1,4 @@
-"""bfloat16 around products of torch's library: large layers where it is multiplied in pairs or tiles.
+"""bfloat16 around products of torch: large layers where it is multiplied in pairs or tiles.
 
 Forced here, so that any processor runs it.
 """
@@ -42,9 +42,7 @@ def test_these_shapes_take_it() -> None:
 @pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_results_match_native(shape: Shape, activation: str, bias: bool, threads: int) -> None:
-    assert_matches_native(
-        operands(shape, BFLOAT16, bias), activation, grad_output(shape, BFLOAT16)
-    )
+    assert_matches_native(operands(shape, BFLOAT16, bias), activation, grad_output(shape, BFLOAT16))
 
 
 @pytest.mark.parametrize("operand", ["input", "weight", "bias", "grad_output"])

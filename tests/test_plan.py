@@ -83,8 +83,8 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
         ((65536, 24, 15), "tiles", "packed", "tall"),
         ((2, 4096, 4096), "tiles", "library", "library"),
         ((1, 4096, 4096), "tiles", "dots", "packed"),
-        ((256, 2048, 256), "pairs", "library", "library"),
-        ((256, 2047, 256), "pairs", "packed", "library"),
+        ((256, 1024, 256), "pairs", "library", "library"),
+        ((256, 1023, 257), "pairs", "packed", "library"),
     ],
 )
 def test_plan_of_16_bit_depends_on_how_they_are_multiplied(
