@@ -36,9 +36,12 @@ bench: build
 	$(LAYERS) --mode forward --providers native,native_inplace,compile,mkldnn,fused --csv $(RESULTS)/layers-forward-relu.csv
 	$(LAYERS) --mode full --dtype bfloat16 --providers native,fused --csv $(RESULTS)/layers-full-relu-bfloat16.csv
 	$(BENCH) --suite train --peak --providers native,compile,compile-step,fused,stack,step,fit --csv $(RESULTS)/train-step-relu.csv --plot $(RESULTS)/train-step-relu.png
+	$(BENCH) --suite train --peak --dtype bfloat16 --providers native,fused,stack,step,fit --csv $(RESULTS)/train-step-relu-bfloat16.csv
 	@echo "== a sweep of sizes, with all threads and with one"
 	$(SWEEP) --mode full --csv $(RESULTS)/sweep-full-relu.csv
 	$(SWEEP) --mode forward --csv $(RESULTS)/sweep-forward-relu.csv
+	$(SWEEP) --mode full --dtype bfloat16 --csv $(RESULTS)/sweep-full-relu-bfloat16.csv
+	$(SWEEP) --mode forward --dtype bfloat16 --csv $(RESULTS)/sweep-forward-relu-bfloat16.csv
 	$(SWEEP) --mode full --threads 1 --csv $(RESULTS)/sweep-full-relu-1thread.csv
 	$(SWEEP) --mode forward --threads 1 --csv $(RESULTS)/sweep-forward-relu-1thread.csv
 	@echo "== the demo's times"

@@ -88,11 +88,14 @@ def test_autocast_to_another_dtype_around_backward_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("products", ["pairs", "tiles"])
 @pytest.mark.parametrize("options", ["plain", "nesterov"])
 @pytest.mark.parametrize("loss", ["mse", "classes"])
 def test_training_steps_match_eager(
-    monkeypatch: pytest.MonkeyPatch, loss: str, options: str, threads: int
+    monkeypatch: pytest.MonkeyPatch, loss: str, options: str, products: str, threads: int
 ) -> None:
+    """In pairs W is updated where dW is written, in tiles after it."""
+    _C.force_cpu_products(products)
     monkeypatch.setitem(NETS, "wide", ([300, 260, 230, 7], 300))
     assert_steps_match_eager(training("wide", loss, options, BFLOAT16), 3)
 

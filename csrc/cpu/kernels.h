@@ -136,6 +136,7 @@ struct StepKernels {
   double (*loss)(const Loss&, Range rows, int64_t N, const void* y, void* dy, void* scratch, bool& valid);
   // The update by the sum in order over parts of the accumulators parts[part * stride + range].
   void (*update)(const Update&, const void* parts, int64_t count, int64_t stride, Range range);
+  void (*update_rounded)(const Update&, const void* parts, int64_t count, int64_t stride, Range range);  // parts of S
 };
 
 // A layer of a training step in panels, as panels-inl.h has them.

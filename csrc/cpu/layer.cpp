@@ -146,7 +146,8 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
   const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w,
              needs_db = problem.db || problem.update_b, updates = problem.update_w || problem.update_b;
   const Kernels& kernels = variant().kernels(dtype, activation);
-  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype), needs_dx && needs_dw && !updates);
+  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype),
+                        {.both = needs_dx && needs_dw, .update = updates});
   if (plan.backward_path == Path::library) {
     // What saves nothing is linear, and of those there is the identity alone.
     const bool dz_is_dy = visit_activation(activation, [](auto act) { return act.saves == Saves::nothing; });

@@ -47,7 +47,7 @@ void forward_by_library(const Forward& f, const Kernels& kernels) {
 void backward_by_library(const Backward& b, const Kernels& kernels, bool dz_is_dy) {
   const bool needs_dw = b.dw || b.update_w, needs_db = b.db || b.update_b,
              needs_dz = !dz_is_dy && (b.dx.data || needs_dw);
-  const auto update = variant().step_kernels(DType::bfloat16).update;
+  const StepKernels& step = variant().step_kernels(DType::bfloat16);
   const int64_t pieces = row_pieces(b.M, b.N);
   const at::Tensor dz = needs_dz ? empty_result({b.M, b.N}, kDtype) : tensor(b.dy, b.M, b.N);
   const at::Tensor db = needs_db ? empty_result({pieces, b.N}, at::kFloat) : at::Tensor();
@@ -63,15 +63,13 @@ void backward_by_library(const Backward& b, const Kernels& kernels, bool dz_is_d
   if (needs_dw) {
     at::Tensor dw = b.dw ? tensor(Matrix{b.dw, b.K}, b.N, b.K) : empty_result({b.N, b.K}, kDtype);
     at::mm_out(dw, dz.t(), tensor(b.x, b.M, b.K));
-    if (b.update_w) {
-      const at::Tensor sums = dw.to(at::kFloat);
-      at::parallel_for(0, sums.numel(), kElementsPerThread, [&](int64_t begin, int64_t end) {
-        update(*b.update_w, sums.const_data_ptr(), 1, sums.numel(), {begin, end});
+    if (b.update_w)
+      at::parallel_for(0, b.N * b.K, kElementsPerThread, [&](int64_t begin, int64_t end) {
+        step.update_rounded(*b.update_w, dw.const_data_ptr(), 1, 0, {begin, end});
       });
-    }
   }
   if (b.update_b)
-    update(*b.update_b, db.const_data_ptr(), pieces, b.N, {0, b.N});
+    step.update(*b.update_b, db.const_data_ptr(), pieces, b.N, {0, b.N});
   else if (b.db)
     kernels.combine(db.const_data_ptr(), pieces, b.N, {0, b.N}, b.db);
 }

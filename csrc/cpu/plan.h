@@ -108,16 +108,21 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
 // Whether lanes along N would leave a tile of [M, K] [K, N] so empty that lanes along K are faster.
 constexpr bool tiles_mostly_empty(int64_t K, int64_t N) { return N == 1 || (N <= kDotColumns && K > kTinyDepth); }
 
-// item_size: bytes of an element. threads: how many may work. both: dx and dW are wanted.
+struct Wanted {         // backward
+  bool both = true;     // dx and dW
+  bool update = false;  // of W by dW, after dx
+};
+
+// item_size: bytes of an element. threads: how many may work.
 inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads,
-                      Products how = Products::single, bool both = true) {
+                      Products how = Products::single, Wanted wanted = {}) {
   const int64_t products = M * K * N;
   if (products <= kSmallProducts) {
     const bool transposing_costs_more = N == 1 || kSmallDotDepth * M <= K;
     return {transposing_costs_more ? Path::dots : Path::small, Path::small, {}, {}, {}, false};
   }
   const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
-  const bool at_once = both && threads > 1 && products >= kProductsPerThread;
+  const bool at_once = wanted.both && !wanted.update && threads > 1 && products >= kProductsPerThread;
   const int64_t each = at_once && pieces % 2 == 0 ? pieces / 2 : pieces;  // of an odd number each has a part of both
   Plan plan{Path::packed,
             Path::packed,
@@ -141,7 +146,8 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
     plan.backward_path = Path::tall;
   if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
   const bool fills_library = M > 1 && K >= kLibraryInputs && N >= kLibraryOutputs && products >= kLibraryProducts;
-  if (how != Products::single && fills_library) plan.backward_path = Path::library;
+  const bool update_in_product = wanted.update && how == Products::pairs && plan.backward_path == Path::packed;
+  if (how != Products::single && fills_library && !update_in_product) plan.backward_path = Path::library;
   const bool forward_too = how == Products::tiles || (how == Products::pairs && K >= kLibraryDepth);
   if (forward_too && fills_library) plan.forward_path = Path::library;
   if (item_size == 2) {  // sums of 16-bit results wait in scratch

@@ -338,7 +338,7 @@ struct Steps {
     return is_narrow(p) ? StepRows<S, kNarrow>::run(p, rows, sums, scratch, valid)
                         : StepRows<S, kWide>::run(p, rows, sums, scratch, valid);
   }
-  static constexpr StepKernels kernels{scratch_bytes, rows, loss_rows<S>, update<S>};
+  static constexpr StepKernels kernels{scratch_bytes, rows, loss_rows<S>, update<S>, update<S, S>};
 };
 
 const StepKernels& step_kernels(DType dtype) {

@@ -1,7 +1,6 @@
 // A parameter's update, fused into what makes its gradient.
 #pragma once
 
-#include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/vec.h"
@@ -22,11 +21,11 @@ inline __attribute__((always_inline)) void update_at(const Update& update, int64
   store(p, parameter, lanes);
 }
 
-// The update with the gradient that is the sum, in order, of the accumulators parts[part * stride + range].
-template <class S>
+// The update with the gradient that is the sum, in order, of parts[part * stride + range], accumulators or of S.
+template <class S, class Part = Accumulator<S>>
 void update(const Update& update, const void* parts, int64_t count, int64_t stride, Range range) {
   using T = Accumulator<S>;
-  const T* const from = static_cast<const T*>(parts) + range.begin;
+  const Part* const from = static_cast<const Part*>(parts) + range.begin;
   for_vectors<T>(range.size(), [&](int64_t i, auto lanes) {
     Vec<T> gradient = load(from + i, lanes);
     for (int64_t part = 1; part < count; ++part) gradient = gradient + load(from + part * stride + i, lanes);
