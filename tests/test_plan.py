@@ -72,8 +72,8 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
     [
         ((16, 784, 256), "single", "dots", "packed"),
         ((17, 784, 256), "single", "packed", "packed"),  # converting is no dearer than dots
-        ((4, 784, 256), "pairs", "dots", "packed"),
-        ((5, 784, 256), "pairs", "packed", "packed"),  # dots have no pairs
+        ((32, 784, 256), "pairs", "dots", "packed"),
+        ((33, 784, 256), "pairs", "packed", "packed"),
         ((1024, 128, 128), "single", "packed", "tall"),
         ((1024, 128, 128), "pairs", "packed", "library"),  # 2^24 products
         ((1024, 128, 128), "tiles", "library", "library"),

@@ -13,32 +13,43 @@ struct Sizes {
   int64_t M, K, N;
 };
 
+// f(k, how many numbers) for vectors of Elements along the depth.
+template <class Element, class T, class F>
+inline void for_depth(int64_t depth, const F& f) {
+  constexpr int64_t step = Element::depth * Vec<T>::lanes;
+  int64_t k = 0;
+  for (; k + step <= depth; k += step) f(k, AllLanes{});
+  if (k < depth) f(k, static_cast<int>(depth - k));
+}
+
 // One row of A, few rows of B at a time: one, or where their lines would compete for the same places in L1.
-template <int Q, class S, class Finish>
+template <int Q, class S, class Element, class Finish>
 void dots_of_one_row(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Range columns, const Finish finish) {
   using V = Vec<Accumulator<S>>;
   constexpr int chains = 4;
+  constexpr int64_t step = Element::depth * V::lanes;
   for (int64_t n = columns.begin; n < columns.end; n += Q) {
     const S *const x = at<S>(a, 0, 0), *w[Q];  // beyond the edge the last row again
     for (int q = 0; q < Q; ++q) w[q] = at<S>(b, std::min<int64_t>(n + q, columns.end - 1), 0);
     V sums[chains][Q];
     const auto add = [&](int chain, int64_t k, auto lanes) {
-      const V xk = load(x + k, lanes);
+      const V xk = Element::read(x + k, lanes);
 #pragma GCC unroll 4
-      for (int q = 0; q < Q; ++q) sums[chain][q] = sums[chain][q] + xk * load(w[q] + k, lanes);
+      for (int q = 0; q < Q; ++q)
+        sums[chain][q] = Element::accumulate(sums[chain][q], xk, Element::read(w[q] + k, lanes));
     };
     int64_t k = 0;
-    for (; k + chains * V::lanes <= depth; k += chains * V::lanes)
+    for (; k + chains * step <= depth; k += chains * step)
 #pragma GCC unroll 4
-      for (int chain = 0; chain < chains; ++chain) add(chain, k + chain * V::lanes, AllLanes{});
-    for_vectors<Accumulator<S>>(depth - k, [&](int64_t j, auto lanes) { add(0, k + j, lanes); });
+      for (int chain = 0; chain < chains; ++chain) add(chain, k + chain * step, AllLanes{});
+    for_depth<Element, Accumulator<S>>(depth - k, [&](int64_t j, auto lanes) { add(0, k + j, lanes); });
     for (int q = 0; q < Q && n + q < columns.end; ++q)
       finish(0, n + q, V(sum_lanes((sums[0][q] + sums[1][q]) + (sums[2][q] + sums[3][q]))), 1);
   }
 }
 
 // Tiles of P rows of A and Q rows of B, P Q sums of lanes, which one transposition turns into one vector of results.
-template <int P, int Q, class S, class Finish>
+template <int P, int Q, class S, class Element, class Finish>
 void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Range rows, Range columns,
                    const Finish finish) {
   using T = Accumulator<S>;
@@ -55,15 +66,15 @@ void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Ra
       for (int p = 0; p < P; ++p) x[p] = at<S>(a, std::min<int64_t>(m + p, rows.end - 1), 0);
       for (int q = 0; q < Q; ++q) w[q] = at<S>(b, std::min<int64_t>(n + q, columns.end - 1), 0);
       V acc[V::lanes];
-      for_vectors<T>(depth, [&](int64_t k, auto lanes) {
+      for_depth<Element, T>(depth, [&](int64_t k, auto lanes) {
         V wk[Q];
 #pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) wk[q] = load(w[q] + k, lanes);
+        for (int q = 0; q < Q; ++q) wk[q] = Element::read(w[q] + k, lanes);
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
-          const V xk = load(x[p] + k, lanes);
+          const V xk = Element::read(x[p] + k, lanes);
 #pragma GCC unroll 16
-          for (int q = 0; q < Q; ++q) acc[p * Q + q] = acc[p * Q + q] + xk * wk[q];
+          for (int q = 0; q < Q; ++q) acc[p * Q + q] = Element::accumulate(acc[p * Q + q], xk, wk[q]);
         }
       });
       transpose(acc);
@@ -84,19 +95,19 @@ void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Ra
 // C[rows, columns] = A B^T for A [M, K] and B [N, K].
 //   finish(i, j, vector, lanes)    stores C at row i from column j on
 //   finish.column(i, vector, lanes)  where N = 1: stores its only column from row i on
-template <class S, class Finish>
+template <class S, class Element, class Finish>
 void dots(const ConstMatrix& a, const ConstMatrix& b, Sizes size, Range rows, Range columns, const Finish& finish) {
   constexpr int lanes = Vec<Accumulator<S>>::lanes, side = lanes >= 16 ? 4 : 2;
   if (size.M == 1 && size.N == 1)
-    dots_of_one_row<1, S>(a, b, size.K, columns, finish);
+    dots_of_one_row<1, S, Element>(a, b, size.K, columns, finish);
   else if (size.M == 1 && b.stride * sizeof(S) % kPageBytes == 0)
-    dots_of_one_row<4, S>(a, b, size.K, columns, finish);
+    dots_of_one_row<4, S, Element>(a, b, size.K, columns, finish);
   else if (size.N == 1)
-    dots_of_tiles<lanes, 1, S>(a, b, size.K, rows, columns, finish);
+    dots_of_tiles<lanes, 1, S, Element>(a, b, size.K, rows, columns, finish);
   else if (size.M == 1)
-    dots_of_tiles<1, lanes, S>(a, b, size.K, rows, columns, finish);
+    dots_of_tiles<1, lanes, S, Element>(a, b, size.K, rows, columns, finish);
   else  // as square as the lanes allow
-    dots_of_tiles<lanes / side, side, S>(a, b, size.K, rows, columns, finish);
+    dots_of_tiles<lanes / side, side, S, Element>(a, b, size.K, rows, columns, finish);
 }
 
 }  // namespace

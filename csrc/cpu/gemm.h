@@ -135,15 +135,23 @@ using PackA =
 template <class T>
 using PackB = Callable<void(int64_t k, int64_t depth, int64_t j, int64_t columns, T* packed)>;
 
-// What a packed element is and what a step of depth does with it.
+// What a packed element is, how a vector of them is read that lie side by side, and what a step of depth does with it.
 template <class T>
 struct Single {  // one number, accumulated by FMA
   static constexpr int depth = 1;
+  template <class S, class Lanes>
+  static Vec<T> read(const S* p, Lanes lanes) {
+    return load(p, lanes);
+  }
   static Vec<T> accumulate(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
 };
 #if MLP_EXT_VECTOR_BYTES == 64
 struct Bfloat16Pair {  // two bfloat16 in the place of a float, both products accumulated by VDPBF16PS
   static constexpr int depth = 2;
+  static Vec<float> read(const BFloat16* p, AllLanes) { return Vec<float>((Vec<float>::Native)_mm512_loadu_ps(p)); }
+  static Vec<float> read(const BFloat16* p, int n) {  // n numbers
+    return Vec<float>(bit_cast<Vec<float>::Native>(_mm512_maskz_loadu_epi16((uint32_t(1) << n) - 1, p)));
+  }
   static Vec<float> accumulate(Vec<float> sum, Vec<float> a, Vec<float> b) {
     return Vec<float>(
         (Vec<float>::Native)_mm512_dpbf16_ps((__m512)sum.v, bit_cast<__m512bh>(a.v), bit_cast<__m512bh>(b.v)));

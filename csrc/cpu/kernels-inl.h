@@ -123,7 +123,7 @@ struct LinearAct {
 
   // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
   static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
-    dots<S>(f.x, f.w, {f.M, f.K, f.N}, rows, columns, epilogue(f));
+    dots<S, Element>(f.x, f.w, {f.M, f.K, f.N}, rows, columns, epilogue(f));
   }
 
   // dx = dz W   (M,N)(N,K), dz made while packing
@@ -183,9 +183,10 @@ struct LinearAct {
   // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
   static void grad_weight(const Backward& b, Range rows, Range columns, Range samples, void* dw, void* db,
                           void* scratch) {
-    T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
     if (samples.size() <= kFewSamples)
-      return grad_weight_few_samples(b, rows, columns, samples, static_cast<T*>(dw), sums);
+      return grad_weight_few_samples(b, rows, columns, samples, static_cast<S*>(dw),
+                                     columns.begin == 0 ? static_cast<S*>(db) : nullptr);
+    T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
     if (sums) std::fill(sums + rows.begin, sums + rows.end, T(0));
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed,
                              Ahead&) {
@@ -223,7 +224,7 @@ struct LinearAct {
   }
 
   // The same with so few samples that it is bound by writing dW: row after row.
-  static void grad_weight_few_samples(const Backward& b, Range rows, Range columns, Range samples, T* dw, T* db) {
+  static void grad_weight_few_samples(const Backward& b, Range rows, Range columns, Range samples, S* dw, S* db) {
     for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
       const int64_t n = rows.begin + i;
       alignas(kVectorBytes) T dz[kFewSamples * V::lanes];

@@ -85,7 +85,8 @@ struct Kernels {
   void (*forward)(const Forward&, Range rows, Range columns, void* scratch);
   void (*forward_dots)(const Forward&, Range rows, Range columns, void* scratch);  // unpacked, for few rows of x or W
   void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
-  // dW and db summed over the rows `samples` into accumulators; either may be nullptr. Only columns.begin == 0 adds db.
+  // dW and db summed over the rows `samples` into accumulators, of up to kFewSamples into results; either may be
+  // nullptr. Only columns.begin == 0 adds db.
   void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
   // dx of the rows `samples`, and dW and db summed over them into accumulators, in one pass. Within the
   // limits of plan.h for it.

@@ -92,20 +92,24 @@ namespace {
 // piece of samples has accumulators of its own, which are then added up in order.
 class WeightSums {
  public:
-  // at_the_last_write: grad_weight itself updates, and nothing is left to finish.
-  WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, DType dtype, bool at_the_last_write)
+  // few_samples: of the kernel come results instead of accumulators. at_the_last_write: grad_weight itself updates, and
+  // nothing is left to finish.
+  WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, DType dtype, bool few_samples,
+             bool at_the_last_write)
       : problem_(problem),
         pieces_(pieces),
         kernels_(kernels),
-        update_(variant().step_kernels(dtype).update),
+        update_(few_samples ? variant().step_kernels(dtype).update_rounded : variant().step_kernels(dtype).update),
         dw_(static_cast<char*>(problem.dw)),
         db_(static_cast<char*>(problem.db)),
         size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
-        item_(accumulator_size(dtype)),
+        item_(few_samples ? item_size(dtype) : accumulator_size(dtype)),
         at_the_last_write_(at_the_last_write) {
     const bool updates = problem.update_w || problem.update_b;
     if (pieces == 1 && item_size(dtype) == item_ && !updates) return;
-    sums_ = empty_result({pieces * (size_ + problem.N)}, item_ == 8 ? at::kDouble : at::kFloat);
+    sums_ = empty_result({pieces * (size_ + problem.N)}, item_ == 8   ? at::kDouble
+                                                         : item_ == 4 ? at::kFloat
+                                                                      : at::kHalf);
     char* const begin = static_cast<char*>(sums_.mutable_data_ptr());
     if (dw_ || problem.update_w) dw_ = begin;
     if (db_ || problem.update_b) db_ = begin + pieces * size_ * item_;
@@ -157,8 +161,8 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
     return kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
   if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums
   const bool packed = plan.backward_path == Path::packed || plan.backward_path == Path::small;
-  const bool at_the_last_write = packed && problem.update_w && M > kFewSamples;
-  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, at_the_last_write);
+  const bool few_samples = packed && M <= kFewSamples, at_the_last_write = packed && problem.update_w && !few_samples;
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, few_samples, at_the_last_write);
   Backward b = problem;
   if (!at_the_last_write) b.update_w = b.update_b = nullptr;
   const Product grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {

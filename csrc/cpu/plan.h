@@ -48,8 +48,8 @@ constexpr int64_t kSmallDotDepth = 8;            // K / M in a small layer: 1x64
 constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W costs as much as the product,
 constexpr int64_t kDotRowsIfDeep = 64;           // up to here if the sums are long: 24x784x256 takes 48 us, packed 61,
 constexpr int64_t kDotDepth = 12;                // K / M: 32x300x256 62 us, packed 57
-constexpr int64_t kDotRowsOfPairs = 4;           // which dots do not use: 8x784x256 takes 35 us, packed 23
-constexpr int64_t kDotColumns = 4;               // few rows of W: a tile would be mostly empty,
+constexpr int64_t kDotRowsOfPairsIfDeep = 32;  // 32x784x256 48 us, packed 51; converted, 64x784x256 190 us, packed 145
+constexpr int64_t kDotColumns = 4;             // few rows of W: a tile would be mostly empty,
 constexpr int64_t kTinyDepth = 24;         // but it has no sums to add up: 65536x16x4 521 us, dots 802; 32x4 1010, 806
 constexpr int64_t kTallRowBytes = 2048;    // N: a row of dz fits one block of depth
 constexpr int64_t kTallInputs = 1024;      // K: a block of x stays in L2
@@ -131,8 +131,8 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
             cut(N, K, each, kBackwardPacking),
             at_once};
 
-  const bool is_deep = item_size > 2 && M <= kDotRowsIfDeep && K >= kDotDepth * M;
-  const bool transposing_costs_more = M <= (how == Products::single ? kDotRows : kDotRowsOfPairs) || is_deep;
+  const int64_t rows_if_deep = item_size > 2 ? kDotRowsIfDeep : how == Products::single ? 0 : kDotRowsOfPairsIfDeep;
+  const bool transposing_costs_more = M <= kDotRows || (M <= rows_if_deep && K >= kDotDepth * M);
   if (transposing_costs_more || tiles_mostly_empty(K, N)) plan.forward_path = Path::dots;
 
   const int64_t row_bytes = N * std::max<int64_t>(item_size, 4);  // of dz, as it is accumulated

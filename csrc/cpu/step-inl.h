@@ -189,7 +189,7 @@ struct StepRows {
       T *const z = y + kBlock, *const top_dz = dz_below;
       const AddBias finish{bias[L - 1], z, top.N};
       if (tiles_mostly_empty(top.K, top.N))
-        dots<T>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
+        dots<T, Single<T>>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
       else
         product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);
       with_activation(top, [&](auto act) {
