@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("tiles", "poisoned_memory")
 
 BFLOAT16 = torch.bfloat16
 FLAT = Shape((519,), 256, 130)
-FEW_ROWS = Shape((2,), 2900, 2900)
+FEW_ROWS = Shape((2,), 1030, 1029)  # forward they take dots
 NARROW = Shape((3, 15000), 24, 16)  # and more rows of dz than are added up at once
 SHAPES = [FLAT, FEW_ROWS, NARROW]
 SUBSETS = [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
@@ -35,7 +35,8 @@ def test_these_shapes_take_it() -> None:
     for shape in SHAPES:
         M = torch.Size(shape.leading).numel()
         plan = _C.plan(M, shape.K, shape.N, item_size=2, threads=2, products="tiles")
-        assert plan["forward_path"] == plan["backward_path"] == "library"
+        assert plan["forward_path"] == ("dots" if shape == FEW_ROWS else "library")
+        assert plan["backward_path"] == "library"
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])

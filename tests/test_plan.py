@@ -81,7 +81,9 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
         ((65536, 24, 16), "tiles", "library", "library"),
         ((65536, 23, 16), "tiles", "packed", "tall"),
         ((65536, 24, 15), "tiles", "packed", "tall"),
-        ((2, 4096, 4096), "tiles", "library", "library"),
+        ((2, 1024, 1024), "tiles", "dots", "library"),  # 2^20 weights
+        ((2, 1024, 1023), "tiles", "dots", "packed"),
+        ((100, 1024, 1024), "pairs", "library", "library"),
         ((1, 4096, 4096), "tiles", "dots", "packed"),
         ((256, 1024, 256), "pairs", "library", "library"),
         ((256, 1023, 257), "pairs", "packed", "library"),

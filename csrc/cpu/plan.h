@@ -59,6 +59,7 @@ constexpr int64_t kFewSamples = 4;         // M: dW is written rather than compu
 constexpr int64_t kLibraryProducts = 1 << 24;  // 16384x64x64 backward 1.14 ms, tall 1.72; 2048x64x64 182 us, 186
 constexpr int64_t kLibraryInputs = 24;         // K: 65536x16x32 1.24 ms, tall 1.06
 constexpr int64_t kLibraryOutputs = 16;        // N: 65536x32x16 952 us, tall 1118; 65536x256x8 14.5 ms, 6.3
+constexpr int64_t kLibraryWeights = 1 << 20;   // or N K, for few rows: 4x1024x1024 backward 167 us, packed 338
 constexpr int64_t kLibraryDepth = 1024;  // K: 128x1024x1024, forward and backward, a tenth less; 256x512x512 no less
 constexpr int64_t kRowsPerPiece = 512;   // bounds the accumulators of 16-bit results
 constexpr int64_t kDepthBytes = 2048;  // of a block of A; with 1024 a twentieth slower, sums are written twice as often
@@ -145,11 +146,12 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
   else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
   if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
-  const bool fills_library = M > 1 && K >= kLibraryInputs && N >= kLibraryOutputs && products >= kLibraryProducts;
+  const bool fills_library = M > 1 && K >= kLibraryInputs && N >= kLibraryOutputs &&
+                             (products >= kLibraryProducts || N * K >= kLibraryWeights);
   const bool update_in_product = wanted.update && how == Products::pairs && plan.backward_path == Path::packed;
   if (how != Products::single && fills_library && !update_in_product) plan.backward_path = Path::library;
   const bool forward_too = how == Products::tiles || (how == Products::pairs && K >= kLibraryDepth);
-  if (forward_too && fills_library) plan.forward_path = Path::library;
+  if (forward_too && fills_library && plan.forward_path == Path::packed) plan.forward_path = Path::library;
   if (item_size == 2) {  // sums of 16-bit results wait in scratch
     plan.forward.rows = std::max(plan.forward.rows, ceil_div(M, kRowsPerPiece));
     plan.grad_input.rows = std::max(plan.grad_input.rows, ceil_div(M, kRowsPerPiece));
