@@ -97,9 +97,12 @@ constexpr size_t activation_index(std::string_view name, TypeList<Act...>) {
 }
 inline constexpr size_t activation_index(std::string_view name) { return activation_index(name, Activations{}); }
 
-// Calls f with the functor of that place: a run-time name becomes a type once.
+// Calls f with the functor of that place: a run-time name becomes a type once. In device code f is of the device, too.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class F, class... Act>
-auto visit_activation(size_t index, F&& f, TypeList<Act...>) {
+MLP_EXT_HOST_DEVICE auto visit_activation(size_t index, F&& f, TypeList<Act...>) {
   using Result = decltype((f(Act{}), ...));
   Result result{};
   size_t place = 0;

@@ -33,7 +33,13 @@ size_t check_activation(const char* op, std::string_view activation, const Name&
 }
 
 template <class Name>
+void check_defined(const char* op, const at::Tensor& tensor, const Name& name) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", name, " must be a tensor, got None");
+}
+
+template <class Name>
 void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
+  check_defined(op, first, name);
   const auto dtype = first.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
                    ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
@@ -53,9 +59,15 @@ inline DType dtype_of(const at::Tensor& t) {
   }
 }
 
+inline at::ScalarType scalar_type(DType dtype) {
+  constexpr at::ScalarType types[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+  return types[static_cast<int>(dtype)];
+}
+
 template <class Name, class First>
 void check_like(const char* op, const at::Tensor& tensor, const Name& name, const at::Tensor& first,
                 const First& first_name) {
+  check_defined(op, tensor, name);
   TORCH_CHECK(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(), " to match ",
               first_name, ", got ", tensor.device());
   TORCH_CHECK_TYPE(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " must be ",

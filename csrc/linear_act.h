@@ -13,6 +13,9 @@ namespace mlp_ext {
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined if not asked for
 
+// M of [*, columns].
+inline int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
+
 // y = act(x W^T + b), through the dispatcher.
 at::Tensor linear_act(const at::Tensor& input,                // [*, K]
                       const at::Tensor& weight,               // [N, K]

@@ -68,8 +68,10 @@ cpu::Products cpu_products(const std::string& name) {
   return static_cast<cpu::Products>(place - std::begin(cpu::kProducts));
 }
 
-py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& products) {
-  const cpu::Plan plan = cpu::make_plan(M, K, N, item_size, threads, cpu_products(products));
+py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& products,
+              bool library, bool update) {
+  const cpu::Plan plan =
+      cpu::make_plan(M, K, N, item_size, threads, cpu_products(products), {.library = library, .update = update});
   const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
   py::dict result;
   result["forward_path"] = cpu::path_name(plan.forward_path);
@@ -86,7 +88,10 @@ DType cuda_dtype(const std::string& name) {
                                                    {"float64", DType::float64},
                                                    {"bfloat16", DType::bfloat16},
                                                    {"float16", DType::float16}};
-  return dtypes.at(name);
+  const auto found = dtypes.find(name);
+  if (found == dtypes.end())
+    throw py::value_error("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
+  return found->second;
 }
 
 std::optional<cuda::Path> cuda_path(const std::optional<std::string>& name) {
@@ -155,9 +160,10 @@ PYBIND11_MODULE(_C, m) {
         "FLOP/s of float32 that the processor reaches in registers alone.");
   m.def(
       "plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
-      py::arg("products") = "single",
+      py::arg("products") = "single", py::arg("library") = true, py::arg("update") = false,
       "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each product is cut. products: how the "
-      "dtype is multiplied, single, pairs (AVX512_BF16) or tiles (AMX).");
+      "dtype is multiplied, single, pairs (AVX512_BF16) or tiles (AMX); library: whether torch's products may be used; "
+      "update: whether W is updated by dW.");
   m.def(
       "force_cpu_products",
       [](const std::optional<std::string>& name) {
@@ -171,7 +177,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("waiting_bytes", cpu::waiting_bytes, "Memory of freed results that waits for the next ones.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
-        py::arg("shared") = 232448, py::arg("path") = py::none(),
+        py::arg("shared") = cuda::kBlockShared, py::arg("path") = py::none(),
         "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
   m.def(
       "force_cuda_path", [](const std::optional<std::string>& path) { cuda::forced_path = cuda_path(path); },

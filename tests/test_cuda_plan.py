@@ -61,6 +61,11 @@ def test_plan_takes_the_path_of_the_shape(
     assert (chosen["forward"], chosen["backward"]) == (forward, backward)
 
 
+def test_plan_needs_a_dtype_that_the_kernels_know() -> None:
+    with pytest.raises(ValueError, match="dtype must be float32, .* got 'float8'"):
+        plan(10, 10, 5, dtype="float8")
+
+
 def test_plan_leaves_old_architectures_to_native() -> None:
     for shape in ((10, 10, 5), (65536, 64, 64), (1024, 1024, 1024)):
         chosen = plan(*shape, arch=75)

@@ -132,6 +132,14 @@ def test_operands_on_different_devices_are_named(moved: str) -> None:
         mlp_ext.linear_act(**good | {moved: good[moved].to("meta")})
 
 
+@pytest.mark.parametrize("missing", ["input", "weight"])
+def test_none_for_a_tensor_is_named(missing: str) -> None:
+    for make in (cpu, learning):
+        good: Arguments = {"input": make(64, 10), "weight": make(5, 10)}
+        with pytest.raises(TypeError, match=f"^linear_act: {missing} must be a tensor, got None"):
+            mlp_ext.linear_act(**good | {missing: None})
+
+
 def test_shapes_are_checked_under_autocast_too() -> None:
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),

@@ -13,9 +13,9 @@ FLOAT = 4
 
 
 def plan(
-    M: int, K: int, N: int, threads: int = 2, item_size: int = FLOAT, products: str = "single"
+    M: int, K: int, N: int, threads: int = 2, item_size: int = FLOAT, **more: Any
 ) -> dict[str, Any]:
-    return _C.plan(M, K, N, item_size, threads, products)
+    return _C.plan(M, K, N, item_size, threads, **more)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,29 @@ def test_plan_of_16_bit_depends_on_how_they_are_multiplied(
 ) -> None:
     chosen = plan(*shape, item_size=2, products=products)
     assert (chosen["forward_path"], chosen["backward_path"]) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("shape", "products", "backward"),
+    [
+        ((512, 256, 256), "pairs", "packed"),  # W changes where dW is written
+        ((512, 256, 256), "tiles", "library"),
+        ((1024, 128, 128), "pairs", "library"),  # tall, where W changes after it, too
+    ],
+)
+def test_plan_of_an_update_keeps_it_in_the_product(
+    shape: tuple[int, int, int], products: str, backward: str
+) -> None:
+    without, chosen = (
+        plan(*shape, item_size=2, products=products, update=update) for update in (False, True)
+    )
+    assert (without["backward_path"], chosen["backward_path"]) == ("library", backward)
+    assert not chosen["products_at_once"]
+
+
+def test_plan_without_the_library_is_our_own() -> None:
+    chosen = plan(1024, 1024, 1024, item_size=2, products="tiles", library=False)
+    assert (chosen["forward_path"], chosen["backward_path"]) == ("packed", "packed")
 
 
 def test_plan_needs_a_known_way_of_multiplying() -> None:

@@ -88,6 +88,15 @@ def test_activation_is_accurate_over_its_range(activation: str, dtype: torch.dty
     torch.testing.assert_close(output.double(), reference, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 64), (2, 64, 32), (1, 4096, 1), (64, 64, 1)])
+def test_subnormal_inputs_of_small_layers_are_kept(shape: tuple[int, int, int]) -> None:
+    """Larger ones may take them for 0, as torch does where its instructions for bfloat16 do."""
+    M, K, N = shape
+    x, w = 1e-39 * torch.randn(M, K), torch.full((N, K), 1e3)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_matches_native({"input": x.to(dtype), "weight": w.to(dtype)}, "identity")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_sums_are_accumulated_in_float32_or_better(dtype: torch.dtype) -> None:
     """Real-valued inputs, where every partial sum is rounded."""

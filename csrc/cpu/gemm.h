@@ -149,8 +149,8 @@ struct Single {  // one number, accumulated by FMA
 struct Bfloat16Pair {  // two bfloat16 in the place of a float, both products accumulated by VDPBF16PS
   static constexpr int depth = 2;
   static Vec<float> read(const BFloat16* p, AllLanes) { return Vec<float>((Vec<float>::Native)_mm512_loadu_ps(p)); }
-  static Vec<float> read(const BFloat16* p, int n) {  // n numbers
-    return Vec<float>(bit_cast<Vec<float>::Native>(_mm512_maskz_loadu_epi16((uint32_t(1) << n) - 1, p)));
+  static Vec<float> read(const BFloat16* p, int n) {  // 1 to 32 numbers
+    return Vec<float>(bit_cast<Vec<float>::Native>(_mm512_maskz_loadu_epi16(~uint32_t(0) >> (32 - n), p)));
   }
   static Vec<float> accumulate(Vec<float> sum, Vec<float> a, Vec<float> b) {
     return Vec<float>(

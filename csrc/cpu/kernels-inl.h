@@ -123,7 +123,11 @@ struct LinearAct {
 
   // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
   static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
-    dots<S, Element>(f.x, f.w, {f.M, f.K, f.N}, rows, columns, epilogue(f));
+    const Sizes sizes{f.M, f.K, f.N};
+    if (f.M * f.K * f.N <= kSmallProducts)  // pairs take subnormal numbers for 0, and torch has none here
+      dots<S, Single<T>>(f.x, f.w, sizes, rows, columns, epilogue(f));
+    else
+      dots<S, Element>(f.x, f.w, sizes, rows, columns, epilogue(f));
   }
 
   // dx = dz W   (M,N)(N,K), dz made while packing
@@ -183,9 +187,6 @@ struct LinearAct {
   // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
   static void grad_weight(const Backward& b, Range rows, Range columns, Range samples, void* dw, void* db,
                           void* scratch) {
-    if (samples.size() <= kFewSamples)
-      return grad_weight_few_samples(b, rows, columns, samples, static_cast<S*>(dw),
-                                     columns.begin == 0 ? static_cast<S*>(db) : nullptr);
     T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
     if (sums) std::fill(sums + rows.begin, sums + rows.end, T(0));
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed,
@@ -224,21 +225,22 @@ struct LinearAct {
   }
 
   // The same with so few samples that it is bound by writing dW: row after row.
-  static void grad_weight_few_samples(const Backward& b, Range rows, Range columns, Range samples, S* dw, S* db) {
+  static void grad_weight_few_samples(const Backward& b, Range rows, Range columns, void* dw_out, void* db_out) {
+    S *const dw = static_cast<S*>(dw_out), *const db = columns.begin == 0 ? static_cast<S*>(db_out) : nullptr;
     for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
       const int64_t n = rows.begin + i;
       alignas(kVectorBytes) T dz[kFewSamples * V::lanes];
       V sum;
-      for (int64_t m = 0; m < samples.size(); ++m) {
-        const V v = grad_z(b, samples.begin + m, n, lanes);
+      for (int64_t m = 0; m < b.M; ++m) {
+        const V v = grad_z(b, m, n, lanes);
         store(dz + m * V::lanes, v);
         sum = sum + v;
       }
       if (db) store(db + n, sum, lanes);
       for (int64_t r = 0; dw && r < std::min<int64_t>(V::lanes, rows.size() - i); ++r)
         combine_rows(
-            samples.size(), columns.size(), [&](int64_t m) { return dz[m * V::lanes + r]; },
-            [&](int64_t m) { return at<S>(b.x, samples.begin + m, columns.begin); },
+            b.M, columns.size(), [&](int64_t m) { return dz[m * V::lanes + r]; },
+            [&](int64_t m) { return at<S>(b.x, m, columns.begin); },
             [&](int64_t k, V v, auto n_lanes) { store(dw + (n + r) * b.K + columns.begin + k, v, n_lanes); });
     });
   }
@@ -357,14 +359,14 @@ struct LinearAct {
       std::fill(db_block, db_block + count, T(0));
       for_rows(rows, [&](auto steps, int64_t m) {
         constexpr int P = decltype(steps)::value;
-        D* const row = dz + (m - rows.begin) * stride + n0;
+        D* const row = dz ? dz + (m - rows.begin) * stride + n0 : nullptr;
         for_vectors<T>(count, [&](int64_t n, auto lanes) {
           V sum = load(db_block + n, lanes);
 #pragma GCC unroll 4
           for (int p = 0; p < P; ++p) {
             const V v = grad_z(b, m + p, n0 + n, lanes);
             sum = sum + v;
-            if (dz) store(row + p * stride + n, v, lanes);
+            if (row) store(row + p * stride + n, v, lanes);
           }
           store(db_block + n, sum, lanes);
         });
@@ -411,7 +413,6 @@ struct LinearAct {
   // ---- around products of a library ----
 
   static void act(const Forward& f, Range rows) {
-    if (std::is_same_v<Act, Identity>) return;
     for (int64_t m = rows.begin; m < rows.end; ++m)
       for_vectors<T>(f.N, [&](int64_t n, auto lanes) {
         S* const y = at<S>(f.y, m, n);
@@ -479,9 +480,19 @@ struct LinearAct {
           [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
   }
 
-  static constexpr Kernels kernels{
-      small_forward,      small_backward,      forward, forward_dots, grad_input, grad_weight, backward_tall,
-      backward_one_input, backward_one_output, act,     put_grad_z,   combine};
+  static constexpr Kernels kernels{small_forward,
+                                   small_backward,
+                                   forward,
+                                   forward_dots,
+                                   grad_input,
+                                   grad_weight,
+                                   grad_weight_few_samples,
+                                   backward_tall,
+                                   backward_one_input,
+                                   backward_one_output,
+                                   std::is_same_v<Act, Identity> ? nullptr : act,
+                                   put_grad_z,
+                                   combine};
 
  private:
   static T scalar(const S* p) {

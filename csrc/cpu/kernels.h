@@ -15,6 +15,7 @@
 
 #include "cpu/plan.h"
 #include "dtype.h"
+#include "matrix.h"
 
 namespace mlp_ext {
 struct Sgd;  // sgd.h, which has code for vectors and is included after the target is set
@@ -33,14 +34,6 @@ struct Half {
 // What a dtype is accumulated in.
 template <class S>
 using Accumulator = std::conditional_t<sizeof(S) == 2, float, S>;
-
-template <class Pointer>
-struct MatrixOf {  // rows of unit-stride elements
-  Pointer data = nullptr;
-  int64_t stride = 0;  // elements from row to row; 0 repeats one row
-};
-using ConstMatrix = MatrixOf<const void*>;
-using Matrix = MatrixOf<void*>;
 
 struct Range {
   int64_t begin, end;
@@ -85,15 +78,16 @@ struct Kernels {
   void (*forward)(const Forward&, Range rows, Range columns, void* scratch);
   void (*forward_dots)(const Forward&, Range rows, Range columns, void* scratch);  // unpacked, for few rows of x or W
   void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
-  // dW and db summed over the rows `samples` into accumulators, of up to kFewSamples into results; either may be
-  // nullptr. Only columns.begin == 0 adds db.
+  // dW and db summed over the rows `samples` into accumulators; either may be nullptr. Only columns.begin == 0 adds db.
   void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
+  // The same for up to kFewSamples rows in all, as results rather than accumulators.
+  void (*grad_weight_few_samples)(const Backward&, Range rows, Range columns, void* dw, void* db);
   // dx of the rows `samples`, and dW and db summed over them into accumulators, in one pass. Within the
   // limits of plan.h for it.
   void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   void (*backward_one_input)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   void (*backward_one_output)(const Backward&, Range samples, void* dw, void* db, void* scratch);
-  // Around products of a library: y = act(y) of some rows, in place.
+  // Around products of a library: y = act(y) of some rows, in place; nullptr for the identity.
   void (*act)(const Forward&, Range rows);
   // dz [M, N] of the rows `samples`, and db summed over them into accumulators; either may be nullptr.
   void (*grad_z)(const Backward&, Range samples, void* dz, void* db);

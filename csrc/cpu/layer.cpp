@@ -1,12 +1,11 @@
 // One layer on raw pointers: the plan's path, its pieces on the threads.
 #include "cpu/layer.h"
 
-#include <ATen/Parallel.h>
-
 #include <functional>
 #include <memory>
 
 #include "activations.h"
+#include "checks.h"
 #include "cpu/library.h"
 #include "cpu/plan.h"
 #include "cpu/results.h"
@@ -67,9 +66,8 @@ void run(std::initializer_list<Product> products) {
   int64_t shares = 1;
   for (const Product& product : products) shares = std::max(shares, product.grid.size());
   shares = std::min(shares, std::max<int64_t>(1, threads()));
-  at::parallel_for(0, shares * static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) products.begin()[i / shares].run_share(i % shares, shares);
-  });
+  for_pieces(shares * static_cast<int64_t>(products.size()),
+             [&](int64_t i) { products.begin()[i / shares].run_share(i % shares, shares); });
 }
 
 }  // namespace
@@ -78,7 +76,7 @@ void run(std::initializer_list<Product> products) {
 void forward_layer(const Forward& problem, DType dtype, size_t activation) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const Kernels& kernels = variant().kernels(dtype, activation);
-  const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype));
+  const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype), {.library = may_use_library()});
   if (plan.forward_path == Path::library) return forward_by_library(problem, kernels);
   if (plan.forward_path == Path::small) return kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
   const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
@@ -92,8 +90,8 @@ namespace {
 // piece of samples has accumulators of its own, which are then added up in order.
 class WeightSums {
  public:
-  // few_samples: of the kernel come results instead of accumulators. at_the_last_write: grad_weight itself updates, and
-  // nothing is left to finish.
+  // few_samples: results come instead of accumulators, of all samples. at_the_last_write: grad_weight itself updates,
+  // and nothing is left to finish.
   WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, DType dtype, bool few_samples,
              bool at_the_last_write)
       : problem_(problem),
@@ -151,12 +149,9 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
              needs_db = problem.db || problem.update_b, updates = problem.update_w || problem.update_b;
   const Kernels& kernels = variant().kernels(dtype, activation);
   Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype),
-                        {.both = needs_dx && needs_dw, .update = updates});
-  if (plan.backward_path == Path::library) {
-    // What saves nothing is linear, and of those there is the identity alone.
-    const bool dz_is_dy = visit_activation(activation, [](auto act) { return act.saves == Saves::nothing; });
-    return backward_by_library(problem, kernels, dz_is_dy);
-  }
+                        {.library = may_use_library(), .both = needs_dx && needs_dw, .update = updates});
+  if (plan.backward_path == Path::library)
+    return backward_by_library(problem, kernels, activation == activation_index(Identity::name));
   if (plan.backward_path == Path::small && !updates)
     return kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
   if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums
@@ -169,8 +164,11 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
                              kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
                            }};
   const Product grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
-                              kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
-                                                  scratch(kScratchBytes));
+                              if (few_samples)
+                                kernels.grad_weight_few_samples(b, rows, columns, sums.dw(0), sums.db(0));
+                              else
+                                kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
+                                                    scratch(kScratchBytes));
                             }};
   const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
                         : plan.backward_path == Path::one_input ? kernels.backward_one_input

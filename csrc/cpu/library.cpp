@@ -1,6 +1,5 @@
 #include "cpu/library.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -21,14 +20,7 @@ at::Tensor tensor(const MatrixOf<Pointer>& m, int64_t rows, int64_t columns) {
   return at::from_blob(const_cast<void*>(m.data), {rows, columns}, {m.stride, 1}, at::TensorOptions(kDtype));
 }
 
-// f(rows) for pieces of M rows of N elements.
 int64_t row_pieces(int64_t M, int64_t N) { return std::clamp<int64_t>(M * N / kElementsPerThread, 1, threads()); }
-template <class F>
-void for_row_pieces(int64_t M, int64_t pieces, const F& f) {
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i, Range{i * M / pieces, (i + 1) * M / pieces});
-  });
-}
 
 }  // namespace
 
@@ -40,7 +32,9 @@ void forward_by_library(const Forward& f, const Kernels& kernels) {
     at::addmm_out(y, at::from_blob(const_cast<void*>(f.bias), {f.N}, at::TensorOptions(kDtype)), x, w.t());
   else
     at::mm_out(y, x, w.t());
-  for_row_pieces(f.M, row_pieces(f.M, f.N), [&](int64_t, Range rows) { kernels.act(f, rows); });
+  if (!kernels.act) return;
+  const int64_t pieces = row_pieces(f.M, f.N);
+  for_pieces(pieces, [&](int64_t i) { kernels.act(f, piece(i, pieces, f.M)); });
 }
 
 // dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
@@ -52,8 +46,8 @@ void backward_by_library(const Backward& b, const Kernels& kernels, bool dz_is_d
   const at::Tensor dz = needs_dz ? empty_result({b.M, b.N}, kDtype) : tensor(b.dy, b.M, b.N);
   const at::Tensor db = needs_db ? empty_result({pieces, b.N}, at::kFloat) : at::Tensor();
   if (needs_dz || needs_db)
-    for_row_pieces(b.M, pieces, [&](int64_t i, Range rows) {
-      kernels.grad_z(b, rows, needs_dz ? dz.mutable_data_ptr() : nullptr,
+    for_pieces(pieces, [&](int64_t i) {
+      kernels.grad_z(b, piece(i, pieces, b.M), needs_dz ? dz.mutable_data_ptr() : nullptr,
                      needs_db ? db.mutable_data_ptr<float>() + i * b.N : nullptr);
     });
   if (b.dx.data) {

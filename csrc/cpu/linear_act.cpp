@@ -24,8 +24,6 @@ struct Rows {
   }
 };
 
-int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
-
 at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, columns]
   c10::SmallVector<int64_t, 5> sizes(t.sizes().begin(), t.sizes().end());
   sizes.back() = columns;

@@ -78,13 +78,8 @@ inline Vec<float> pairs(Vec<float> low, Vec<float> high) {
                __builtin_convertvector(bit_cast<U16>(_mm512_cvtneps_pbh((__m512)high.v)), U32));
 }
 
-inline U32 load_bits(const BFloat16* p, int64_t n) {
-  U16 bits{};
-  if (n == kLanes)
-    std::memcpy(&bits, p, sizeof(bits));
-  else
-    std::memcpy(&bits, p, 2 * n);
-  return __builtin_convertvector(bits, U32);
+inline U32 load_bits(const BFloat16* p, int n) {
+  return __builtin_convertvector(bit_cast<U16>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), U32);
 }
 
 inline void pack_panels_of_pairs(const ConstMatrix& m, int64_t k0, int64_t depth, int64_t end, int64_t j0,
@@ -93,7 +88,7 @@ inline void pack_panels_of_pairs(const ConstMatrix& m, int64_t k0, int64_t depth
     for (int64_t k = k0; k < k0 + depth; ++k, packed += Tile<float>::columns)
       for (int v = 0; v < Tile<float>::vectors; ++v) {
         const int64_t column = j + v * kLanes;
-        const int64_t n = std::clamp<int64_t>(columns - column, 0, kLanes);
+        const int n = static_cast<int>(std::clamp<int64_t>(columns - column, 0, kLanes));
         U32 low{}, high{};
         if (n > 0) low = load_bits(at<BFloat16>(m, 2 * k, j0 + column), n);
         if (n > 0 && 2 * k + 1 < end) high = load_bits(at<BFloat16>(m, 2 * k + 1, j0 + column), n);
@@ -109,9 +104,9 @@ inline void pack_panels_of_pairs_transposed(const ConstMatrix& w, int64_t k0, in
       for (int64_t k = 0; k < depth; k += kLanes) {
         Vec<float> square[kLanes];
         const int64_t rows = std::clamp<int64_t>(columns - j - c, 0, kLanes);
-        const size_t bytes = 2 * std::min<int64_t>(2 * kLanes, end - 2 * (k0 + k));
+        const int n = static_cast<int>(std::min<int64_t>(2 * kLanes, end - 2 * (k0 + k)));
         for (int64_t i = 0; i < rows; ++i)
-          std::memcpy(&square[i].v, at<BFloat16>(w, j0 + j + c + i, 2 * (k0 + k)), bytes);
+          square[i] = Bfloat16Pair::read(at<BFloat16>(w, j0 + j + c + i, 2 * (k0 + k)), n);
         transpose(square);
         for (int64_t i = 0; i < std::min<int64_t>(kLanes, depth - k); ++i)
           store(packed + (k + i) * width + c, square[i]);

@@ -109,9 +109,10 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
 // Whether lanes along N would leave a tile of [M, K] [K, N] so empty that lanes along K are faster.
 constexpr bool tiles_mostly_empty(int64_t K, int64_t N) { return N == 1 || (N <= kDotColumns && K > kTinyDepth); }
 
-struct Wanted {         // backward
-  bool both = true;     // dx and dW
-  bool update = false;  // of W by dW, after dx
+struct Wanted {
+  bool library = true;  // torch's products may be used
+  bool both = true;     // backward: dx and dW
+  bool update = false;  // backward: of W by dW, after dx
 };
 
 // item_size: bytes of an element. threads: how many may work.
@@ -146,11 +147,11 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
   else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
   if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
-  const bool fills_library = M > 1 && K >= kLibraryInputs && N >= kLibraryOutputs &&
-                             (products >= kLibraryProducts || N * K >= kLibraryWeights);
+  const bool fills_library = wanted.library && how != Products::single && M > 1 && K >= kLibraryInputs &&
+                             N >= kLibraryOutputs && (products >= kLibraryProducts || N * K >= kLibraryWeights);
   const bool update_in_product = wanted.update && how == Products::pairs && plan.backward_path == Path::packed;
-  if (how != Products::single && fills_library && !update_in_product) plan.backward_path = Path::library;
-  const bool forward_too = how == Products::tiles || (how == Products::pairs && K >= kLibraryDepth);
+  if (fills_library && !update_in_product) plan.backward_path = Path::library;
+  const bool forward_too = how == Products::tiles || K >= kLibraryDepth;
   if (forward_too && fills_library && plan.forward_path == Path::packed) plan.forward_path = Path::library;
   if (item_size == 2) {  // sums of 16-bit results wait in scratch
     plan.forward.rows = std::max(plan.forward.rows, ceil_div(M, kRowsPerPiece));

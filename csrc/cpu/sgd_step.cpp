@@ -1,7 +1,6 @@
 // mlp_sgd_step_ on the CPU: all layers block of rows by block of rows where the network is narrow, else layer by layer.
 #include "sgd_step.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -16,28 +15,20 @@ namespace mlp_ext::cpu {
 
 namespace {
 
-// Accumulates over threads: the losses of their rows, and whether all were valid.
-struct LossSums {
-  c10::SmallVector<double, 16> sums;
-  c10::SmallVector<char, 16> valid;
-  explicit LossSums(int64_t pieces) : sums(pieces, 0.0), valid(pieces, true) {}
-  double total() const {
-    if (std::find(valid.begin(), valid.end(), false) != valid.end()) throw_not_a_probability();
-    double total = 0;
-    for (const double sum : sums) total += sum;
-    return total;
-  }
-};
-
-Range piece(int64_t i, int64_t n, int64_t size) { return {i * size / n, (i + 1) * size / n}; }
-
-// f(piece) for each, on as many threads.
+// The sum over pieces of f(piece, valid): the loss of its rows, and whether all were valid.
 template <class F>
-void for_pieces(int64_t pieces, const F& f) {
-  if (pieces == 1) return f(0);  // at::parallel_for itself would cost a small network dearly
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
+double sum_losses(int64_t pieces, const F& f) {
+  c10::SmallVector<double, 16> losses(pieces, 0.0);
+  c10::SmallVector<char, 16> valid(pieces, true);
+  for_pieces(pieces, [&](int64_t i) {
+    bool all = true;
+    losses[i] = f(i, all);
+    valid[i] = all;
   });
+  if (std::find(valid.begin(), valid.end(), false) != valid.end()) throw_not_a_probability();
+  double total = 0;
+  for (const double loss : losses) total += loss;
+  return total;
 }
 
 class CpuStep {
@@ -142,14 +133,10 @@ class CpuStep {
     const StepProblem problem{
         {x.const_data_ptr(), x.stride(0)}, {layers.data(), layers.size()}, step_.lowest_learning, size, loss_};
     char* const sums = static_cast<char*>(memory(Memory::sums, pieces * size * accumulator_size(dtype_)));
-    LossSums losses(pieces);
-    for_pieces(pieces, [&](int64_t i) {
-      bool valid = true;
-      losses.sums[i] = kernels_.rows(problem, piece(i, pieces, M_), sums + i * size * accumulator_size(dtype_),
-                                     memory(Memory::scratch, kernels_.scratch_bytes(problem)), valid);
-      losses.valid[i] = valid;
+    const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
+      return kernels_.rows(problem, piece(i, pieces, M_), sums + i * size * accumulator_size(dtype_),
+                           memory(Memory::scratch, kernels_.scratch_bytes(problem)), valid);
     });
-    const double total = losses.total();
     const auto finish = [&](const StepParameter& p, int64_t begin) {
       if (const auto u = update(p))
         at::parallel_for(0, p.value->numel(), kProductsPerThread, [&](int64_t from, int64_t to) {
@@ -235,14 +222,10 @@ class CpuStep {
       });
     }
     const int64_t loss_pieces = pieces_of(M_ * N_, kElementsPerThread, panels);
-    LossSums losses(loss_pieces);
-    for_pieces(loss_pieces, [&](int64_t i) {
-      bool valid = true;
-      losses.sums[i] = kernels.loss(loss_, layers.back(), step_.layers.back().activation, rows_piece(i, loss_pieces),
-                                    scratch(kScratchBytes), valid);
-      losses.valid[i] = valid;
+    const double total = sum_losses(loss_pieces, [&](int64_t i, bool& valid) {
+      return kernels.loss(loss_, layers.back(), step_.layers.back().activation, rows_piece(i, loss_pieces),
+                          scratch(kScratchBytes), valid);
     });
-    const double total = losses.total();
     for (size_t l = layers.size(); l-- > step_.lowest_learning;) {
       PanelLayer& layer = layers[l];
       const auto update_w = update(step_.layers[l].weight), update_b = update(step_.layers[l].bias);
@@ -282,14 +265,10 @@ class CpuStep {
     }
     at::Tensor dy = empty_result({M_, N_}, dtype);
     const int64_t pieces = std::clamp<int64_t>(M_ * N_ / kElementsPerThread, 1, threads());
-    LossSums losses(pieces);
-    for_pieces(pieces, [&](int64_t i) {
-      bool valid = true;
-      losses.sums[i] = kernels_.loss(loss_, piece(i, pieces, M_), N_, rows[L].const_data_ptr(), dy.mutable_data_ptr(),
-                                     memory(Memory::scratch, 3 * kLossRows * N_ * accumulator_size(dtype_)), valid);
-      losses.valid[i] = valid;
+    const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
+      return kernels_.loss(loss_, piece(i, pieces, M_), N_, rows[L].const_data_ptr(), dy.mutable_data_ptr(),
+                           memory(Memory::scratch, 3 * kLossRows * N_ * accumulator_size(dtype_)), valid);
     });
-    const double total = losses.total();
     for (size_t l = L; l-- > step_.lowest_learning;) {
       const StepLayer& layer = step_.layers[l];
       const at::Tensor& w = *layer.weight.value;

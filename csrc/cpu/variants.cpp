@@ -49,8 +49,6 @@ bool has_amx_bfloat16() {  // __builtin_cpu_supports does not know it in all com
 
 Products products_of(DType dtype) {
   if (dtype != DType::bfloat16) return Products::single;
-  // Without oneDNN torch's own products are slow ones.
-  if (!at::Context::hasMKLDNN() || !at::globalContext().userEnabledMkldnn()) return Products::single;
   if (forced_products) return *forced_products;
   static const Products here = [] {
     const bool pairs = std::string_view(variant().name) == "avx512" && multiplies_bfloat16();
@@ -58,6 +56,8 @@ Products products_of(DType dtype) {
   }();
   return here;
 }
+
+bool may_use_library() { return at::Context::hasMKLDNN() && at::globalContext().userEnabledMkldnn(); }
 
 double peak_flops(double seconds, int64_t threads) {
   const auto fma_loop = variant().fma_loop;

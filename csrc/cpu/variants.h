@@ -29,8 +29,9 @@ extern const Variant variant_avx2, variant_avx512;
 // torch's own choice, which the environment variable ATEN_CPU_CAPABILITY forces.
 const Variant& variant();
 
-// How the kernels, or the library in their place, multiply a dtype here.
+// How a dtype is multiplied here.
 Products products_of(DType dtype);
+bool may_use_library();  // torch's products: without oneDNN those of bfloat16 are slow
 
 // Instead of what the processor has, for the plan alone: to measure what it should say, and to test it.
 inline std::optional<Products> forced_products;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/plan.h"
+#include "matrix.h"
 #include "sgd.h"
 
 namespace mlp_ext::cuda {
@@ -16,14 +17,6 @@ struct Gpu {  // where to launch
   int processors;  // multiprocessors
   int64_t shared;  // bytes of shared memory of each
 };
-
-template <class Pointer>
-struct MatrixOf {  // rows of unit-stride elements
-  Pointer data = nullptr;
-  int64_t stride = 0;  // elements from row to row; 0 repeats one row
-};
-using ConstMatrix = MatrixOf<const void*>;
-using Matrix = MatrixOf<void*>;
 
 // y = act(x W^T + b)
 struct ForwardProblem {

@@ -36,6 +36,8 @@ constexpr const char* epilogue_name(Epilogue epilogue) {
   return names[static_cast<int>(epilogue)];
 }
 
+constexpr int64_t kBlockShared = 232448;  // bytes of shared memory that a block may have, on an H100
+
 struct Case {
   int64_t M, K, N;
   DType dtype;
@@ -44,7 +46,7 @@ struct Case {
   bool tf32 = false;              // torch lets float32 products round their operands to TF32
   bool aligned = true;            // data and rows begin at multiples of 16 bytes
   bool cutlass = true;            // built with CUTLASS
-  int64_t shared = 232448;        // bytes of shared memory that a block may have
+  int64_t shared = kBlockShared;  // here
   std::optional<Path> path = {};  // instead of the table's, where it can
 };
 

@@ -65,21 +65,13 @@ struct OnChip {
   Pointer<T> counts, losses;      // [kWarps]
 };
 
-// f(Type()) for the type of that place; all threads go the same way.
-template <class T, class F, class... Types>
-__device__ T visit(int index, const F& f, TypeList<Types...>) {
-  T result = 0;
-  int place = 0;
-  (void)((place++ == index ? (result = f(Types()), true) : false) || ...);
-  return result;
-}
 template <class T>
 __device__ T act_forward(int activation, T z) {
-  return visit<T>(activation, [&](auto act) { return decltype(act)::forward(z); }, Activations());
+  return visit_activation(activation, [&](auto act) { return decltype(act)::forward(z); }, Activations());
 }
 template <class T>
 __device__ T act_backward(int activation, T dy, T y) {
-  return visit<T>(activation, [&](auto act) { return decltype(act)::backward(dy, y); }, Activations());
+  return visit_activation(activation, [&](auto act) { return decltype(act)::backward(dy, y); }, Activations());
 }
 
 // sum over the block, before a barrier and after it; always in the same order.
@@ -263,7 +255,7 @@ __device__ T cross_entropy(const Steps<S>& f, int64_t begin, int rows, T scale, 
 template <class S, class T>
 __device__ T loss(const Steps<S>& f, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
   if (f.loss.index == kCrossEntropy) return cross_entropy(f, begin, rows, scale, chip);
-  return visit<T>(
+  return visit_activation(
       f.loss.index, [&](auto l) { return elements<decltype(l)>(f, begin, rows, scale, chip); }, ElementLosses());
 }
 

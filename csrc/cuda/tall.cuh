@@ -166,7 +166,6 @@ struct BackwardTiles {
     return shared_bytes<T>(weights()) + shared_bytes<T>(rows * dz_stride) + shared_bytes<T>(rows * width) +
            2 * shared_bytes<S>(rows * stage_stride<S>(depth)) + shared_bytes<S>(rows * stage_stride<S>(width));
   }
-  __host__ __device__ int64_t part() const { return int64_t{N} * K + N; }  // dW and db of a block
 };
 
 }  // namespace tall
@@ -248,7 +247,7 @@ Launch tall_backward_launch(const Backward<S>& b, const Device& device) {
 
 // Accumulators of dW and db of one block: parts is [blocks, tall_backward_part].
 template <class S>
-int64_t tall_backward_part(const Backward<S>& b) {
+__host__ __device__ int64_t tall_backward_part(const Backward<S>& b) {
   return b.N * b.K + b.N;
 }
 
@@ -332,7 +331,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
     __syncthreads();  // dz and x were read
   }
 
-  const auto part = parts + blockIdx.x * tiles.part();
+  const auto part = parts + blockIdx.x * tall_backward_part(b);
   if (!for_dw) return;
 #pragma unroll
   for (int p = 0; p < P; ++p) {
@@ -363,7 +362,7 @@ __global__ void __launch_bounds__(tall::kSumColumns* tall::kSumRows)
     sum_parts(const Pointer<const Accumulator<S>> parts, int64_t count, const Backward<S> b) {
   using T = Accumulator<S>;
   using tall::kSumColumns, tall::kSumRows;
-  const int64_t weights = b.N * b.K, size = weights + b.N;
+  const int64_t weights = b.N * b.K, size = tall_backward_part(b);
   const int column = threadIdx.x % kSumColumns, row = threadIdx.x / kSumColumns;
   const int64_t i = blockIdx.x * int64_t{kSumColumns} + column;
   const bool wanted = i < size && (i < weights ? b.dw : b.db);
