@@ -62,7 +62,7 @@ def test_plan_takes_the_path_of_the_shape(
 
 
 def test_plan_needs_a_dtype_that_the_kernels_know() -> None:
-    with pytest.raises(ValueError, match="dtype must be float32, .* got 'float8'"):
+    with pytest.raises(ValueError, match=r"dtype must be float32, .* got 'float8'"):
         plan(10, 10, 5, dtype="float8")
 
 
