@@ -6,9 +6,11 @@
 #include "cpu/dots.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/one-inl.h"
 #include "cpu/pack.h"
 #include "cpu/panels-inl.h"
 #include "cpu/step-inl.h"
+#include "cpu/sums.h"
 #include "cpu/update.h"
 #include "cpu/vec.h"
 
@@ -245,108 +247,14 @@ struct LinearAct {
     });
   }
 
-  // f(P, m) for rows m, P of them at a time, P a constant.
-  template <class F>
-  static void for_rows(Range samples, const F& f) {
-    int64_t m = samples.begin;
-    for (; m + 4 <= samples.end; m += 4) f(std::integral_constant<int, 4>{}, m);
-    for (; m < samples.end; ++m) f(std::integral_constant<int, 1>{}, m);
+  static auto grad_z_of(const Backward& b) {
+    return [&b](int64_t m, int64_t n, auto lanes) { return grad_z(b, m, n, lanes); };
   }
-
-  // f(rows) for short pieces, whose sums are then added up: long plain sums would lose digits.
-  template <class F>
-  static void for_short_sums(Range samples, const F& f) {
-    constexpr int64_t rows = 128;
-    for (int64_t m = samples.begin; m < samples.end; m += rows) f(Range{m, std::min(m + rows, samples.end)});
+  static void backward_one_input(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
+    one_input<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), static_cast<T*>(scratch));
   }
-
-  // total[i] += piece[i]
-  static void add_up(T* total, const T* piece, int64_t size) {
-    for_vectors<T>(
-        size, [&](int64_t i, auto lanes) { store(total + i, load(total + i, lanes) + load(piece + i, lanes), lanes); });
-  }
-
-  // dx, dW and db in one pass over rows where K = 1: lanes run along N.
-  static void backward_one_input(const Backward& b, Range samples, void* dw_out, void* db_out, void* scratch) {
-    T *const dw = static_cast<T*>(dw_out), *const db = static_cast<T*>(db_out);
-    T *const w = static_cast<T*>(scratch), *const dw_piece = w + b.N, *const db_piece = dw_piece + b.N;  // [N] each
-    if (dw) std::fill(dw, dw + b.N, T(0));
-    if (db) std::fill(db, db + b.N, T(0));
-    for (int64_t n = 0; n < b.N; ++n) w[n] = b.dx.data ? scalar(at<S>(b.w, n, 0)) : T(0);
-    for_short_sums(samples, [&](Range piece) {
-      std::fill(dw_piece, db_piece + b.N, T(0));
-      for_rows(piece, [&](auto count, int64_t m) {
-        constexpr int P = decltype(count)::value;
-        V dx[P], x[P];
-        for (int p = 0; dw && p < P; ++p) x[p] = scalar(at<S>(b.x, m + p, 0));
-        for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
-          const V wn = load(w + n, lanes);
-          V dw_sum = load(dw_piece + n, lanes), db_sum = load(db_piece + n, lanes);
-#pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) {
-            const V dz = grad_z(b, m + p, n, lanes);
-            dx[p] = dx[p] + dz * wn;
-            dw_sum = dw_sum + dz * x[p];
-            db_sum = db_sum + dz;
-          }
-          store(dw_piece + n, dw_sum, lanes);
-          store(db_piece + n, db_sum, lanes);
-        });
-        for (int p = 0; b.dx.data && p < P; ++p) store(at<S>(b.dx, m + p, 0), V(sum_lanes(dx[p])), 1);
-      });
-      if (dw) add_up(dw, dw_piece, b.N);
-      if (db) add_up(db, db_piece, b.N);
-    });
-  }
-
-  // The same where N = 1: lanes run along K.
-  static void backward_one_output(const Backward& b, Range samples, void* dw_out, void* db_out, void* scratch) {
-    T *const dw = static_cast<T*>(dw_out), *const db = static_cast<T*>(db_out),
-             *const dw_piece = static_cast<T*>(scratch);
-    const auto gapless = [](const ConstMatrix& m) { return !m.data || m.stride == 1; };
-    if (b.K == 1 && gapless(b.dy) && gapless(b.y) && gapless(b.x)) return one_weight(b, samples, dw, db);
-    if (dw) std::fill(dw, dw + b.K, T(0));
-    if (db) *db = 0;
-    for_short_sums(samples, [&](Range piece) {
-      T db_piece = 0;
-      if (dw) std::fill(dw_piece, dw_piece + b.K, T(0));
-      for_rows(piece, [&](auto count, int64_t m) {
-        constexpr int P = decltype(count)::value;
-        T dz[P];
-        for (int p = 0; p < P; ++p) db_piece += dz[p] = grad_z(b, m + p, 0, 1).v[0];
-        for_vectors<T>(b.dx.data || dw ? b.K : 0, [&](int64_t k, auto lanes) {
-          for (int p = 0; b.dx.data && p < P; ++p)
-            store(at<S>(b.dx, m + p, k), V(dz[p]) * load(at<S>(b.w, 0, k), lanes), lanes);
-          if (!dw) return;
-          V sum = load(dw_piece + k, lanes);
-#pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) sum = sum + V(dz[p]) * load(at<S>(b.x, m + p, k), lanes);
-          store(dw_piece + k, sum, lanes);
-        });
-      });
-      if (dw) add_up(dw, dw_piece, b.K);
-      if (db) *db += db_piece;
-    });
-  }
-
-  // K = N = 1, each a column without gaps: lanes run along the rows.
-  static void one_weight(const Backward& b, Range samples, T* dw, T* db) {
-    const V w = b.dx.data ? scalar(at<S>(b.w, 0, 0)) : T(0);
-    T dw_total = 0, db_total = 0;
-    for_short_sums(samples, [&](Range piece) {
-      V dw_sums, db_sums;
-      for_vectors<T>(piece.size(), [&](int64_t i, auto lanes) {
-        const int64_t m = piece.begin + i;
-        const V dz = grad_z(b, 0, m, lanes);
-        db_sums = db_sums + dz;
-        if (dw) dw_sums = dw_sums + dz * load(at<S>(b.x, 0, m), lanes);
-        if (b.dx.data) store(at<S>(b.dx, 0, m), dz * w, lanes);
-      });
-      dw_total += sum_lanes(dw_sums);
-      db_total += sum_lanes(db_sums);
-    });
-    if (dw) *dw = dw_total;
-    if (db) *db = db_total;
+  static void backward_one_output(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
+    one_output<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), static_cast<T*>(scratch));
   }
 
   // dz of rows, and db added to what is there.
@@ -495,13 +403,6 @@ struct LinearAct {
                                    combine};
 
  private:
-  static T scalar(const S* p) {
-    if constexpr (std::is_same_v<S, T>)
-      return *p;
-    else
-      return load(p, 1).v[0];
-  }
-
   // What the packed and the tall path take of the scratch memory.
   static constexpr int64_t kPackedScratch =
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);

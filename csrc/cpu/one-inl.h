@@ -1,0 +1,107 @@
+// Backward where K = 1 or N = 1: dx, dW and db in one pass row by row. grad_z(m, n, lanes) is dz at row m, columns n...
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/sums.h"
+#include "cpu/vec.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+template <class S>
+Accumulator<S> scalar(const S* p) {
+  if constexpr (std::is_same_v<S, Accumulator<S>>)
+    return *p;
+  else
+    return load(p, 1).v[0];
+}
+
+// K = 1: lanes run along N. scratch [3, N].
+template <class S, class GradZ, class T = Accumulator<S>>
+void one_input(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db, T* scratch) {
+  using V = Vec<T>;
+  T *const w = scratch, *const dw_piece = w + b.N, *const db_piece = dw_piece + b.N;  // [N] each
+  if (dw) std::fill(dw, dw + b.N, T(0));
+  if (db) std::fill(db, db + b.N, T(0));
+  for (int64_t n = 0; n < b.N; ++n) w[n] = b.dx.data ? scalar(at<S>(b.w, n, 0)) : T(0);
+  for_short_sums(samples, [&](Range piece) {
+    std::fill(dw_piece, db_piece + b.N, T(0));
+    for_rows(piece, [&](auto count, int64_t m) {
+      constexpr int P = decltype(count)::value;
+      V dx[P], x[P];
+      for (int p = 0; dw && p < P; ++p) x[p] = scalar(at<S>(b.x, m + p, 0));
+      for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
+        const V wn = load(w + n, lanes);
+        V dw_sum = load(dw_piece + n, lanes), db_sum = load(db_piece + n, lanes);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          const V dz = grad_z(m + p, n, lanes);
+          dx[p] = dx[p] + dz * wn;
+          dw_sum = dw_sum + dz * x[p];
+          db_sum = db_sum + dz;
+        }
+        store(dw_piece + n, dw_sum, lanes);
+        store(db_piece + n, db_sum, lanes);
+      });
+      for (int p = 0; b.dx.data && p < P; ++p) store(at<S>(b.dx, m + p, 0), V(sum_lanes(dx[p])), 1);
+    });
+    if (dw) add_up(dw, dw_piece, b.N);
+    if (db) add_up(db, db_piece, b.N);
+  });
+}
+
+// K = N = 1, each a column without gaps: lanes run along the rows.
+template <class S, class GradZ, class T = Accumulator<S>>
+void one_weight(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db) {
+  using V = Vec<T>;
+  const V w = b.dx.data ? scalar(at<S>(b.w, 0, 0)) : T(0);
+  T dw_total = 0, db_total = 0;
+  for_short_sums(samples, [&](Range piece) {
+    V dw_sums, db_sums;
+    for_vectors<T>(piece.size(), [&](int64_t i, auto lanes) {
+      const int64_t m = piece.begin + i;
+      const V dz = grad_z(0, m, lanes);
+      db_sums = db_sums + dz;
+      if (dw) dw_sums = dw_sums + dz * load(at<S>(b.x, 0, m), lanes);
+      if (b.dx.data) store(at<S>(b.dx, 0, m), dz * w, lanes);
+    });
+    dw_total += sum_lanes(dw_sums);
+    db_total += sum_lanes(db_sums);
+  });
+  if (dw) *dw = dw_total;
+  if (db) *db = db_total;
+}
+
+// N = 1: lanes run along K. dw_piece [K].
+template <class S, class GradZ, class T = Accumulator<S>>
+void one_output(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db, T* dw_piece) {
+  using V = Vec<T>;
+  const auto gapless = [](const ConstMatrix& m) { return !m.data || m.stride == 1; };
+  if (b.K == 1 && gapless(b.dy) && gapless(b.y) && gapless(b.x)) return one_weight<S>(b, grad_z, samples, dw, db);
+  if (dw) std::fill(dw, dw + b.K, T(0));
+  if (db) *db = 0;
+  for_short_sums(samples, [&](Range piece) {
+    T db_piece = 0;
+    if (dw) std::fill(dw_piece, dw_piece + b.K, T(0));
+    for_rows(piece, [&](auto count, int64_t m) {
+      constexpr int P = decltype(count)::value;
+      T dz[P];
+      for (int p = 0; p < P; ++p) db_piece += dz[p] = grad_z(m + p, 0, 1).v[0];
+      for_vectors<T>(b.dx.data || dw ? b.K : 0, [&](int64_t k, auto lanes) {
+        for (int p = 0; b.dx.data && p < P; ++p)
+          store(at<S>(b.dx, m + p, k), V(dz[p]) * load(at<S>(b.w, 0, k), lanes), lanes);
+        if (!dw) return;
+        V sum = load(dw_piece + k, lanes);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) sum = sum + V(dz[p]) * load(at<S>(b.x, m + p, k), lanes);
+        store(dw_piece + k, sum, lanes);
+      });
+    });
+    if (dw) add_up(dw, dw_piece, b.K);
+    if (db) *db += db_piece;
+  });
+}
+
+}  // namespace
+}  // namespace mlp_ext::cpu
