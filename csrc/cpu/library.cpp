@@ -1,3 +1,4 @@
+// One layer around products of a library: tensors over the raw pointers, one pass before or after.
 #include "cpu/library.h"
 
 #include <ATen/ops/addmm.h>
