@@ -105,9 +105,8 @@ class WeightSums {
         at_the_last_write_(at_the_last_write) {
     const bool updates = problem.update_w || problem.update_b;
     if (pieces == 1 && item_size(dtype) == item_ && !updates) return;
-    sums_ = empty_result({pieces * (size_ + problem.N)}, item_ == 8   ? at::kDouble
-                                                         : item_ == 4 ? at::kFloat
-                                                                      : at::kHalf);
+    const DType accumulator = dtype == DType::float64 ? dtype : DType::float32;
+    sums_ = empty_result({pieces * (size_ + problem.N)}, scalar_type(few_samples ? dtype : accumulator));
     char* const begin = static_cast<char*>(sums_.mutable_data_ptr());
     if (dw_ || problem.update_w) dw_ = begin;
     if (db_ || problem.update_b) db_ = begin + pieces * size_ * item_;
