@@ -1,6 +1,7 @@
 """Builds mlp_ext._C: CPU kernels and, where torch has CUDA and a toolkit is found, CUDA kernels.
 
-MLP_EXT_CUDA = auto (default), 1 (CUDA or an error), 0 (never look). MAX_JOBS bounds the compilers
+MLP_EXT_CUDA = auto (default), 1 (CUDA or an error), 0 (never look). MLP_EXT_ISA = all (default),
+native (the CPU kernels of this processor alone, which compile in half the time). MAX_JOBS bounds the compilers
 that run at once. TORCH_CUDA_ARCH_LIST names architectures, as "8.0;9.0+PTX"; without it those of
 the GPUs here, else these. CUTLASS_HOME is a folder with include/cutlass/cutlass.h, without it that
 of the package nvidia-cutlass.
@@ -9,6 +10,7 @@ of the package nvidia-cutlass.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -139,7 +141,20 @@ class Build(cpp_extension.BuildExtension):
         )
 
 
+def instruction_sets() -> list[str]:
+    """Those to compile the CPU kernels for, the most capable first: csrc/cpu/targets/ has each."""
+    wish = os.environ.get("MLP_EXT_ISA", "all")
+    if wish not in ("all", "native"):
+        sys.exit(f"MLP_EXT_ISA must be all or native, got {wish!r}")
+    if wish == "native":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return [{"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "generic")]
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return ["avx512", "avx2", "generic"] if x86 else ["generic"]
+
+
 CUDA = use_cuda()
+ISAS = instruction_sets()
 ARCH_FLAGS = cuda_arch_flags() if CUDA else []
 CUTLASS = cutlass() if any("sm_90a" in flag for flag in ARCH_FLAGS) else None
 CXX_FLAGS = [
@@ -154,7 +169,9 @@ LINK_FLAGS = [
     # torch loaded, and the first number in an error message ends the message or the process.
     "-Wl,--exclude-libs,libstdc++.a",
 ]
-SOURCES = sources("*.cpp") + sources("cpu/*.cpp")
+# What takes longest to compile comes first, so that no processor ends up idle.
+SOURCES = [file for isa in ISAS for file in sources(f"cpu/targets/{isa}_*.cpp")]
+SOURCES += sources("*.cpp") + sources("cpu/*.cpp")
 if CUDA:
     SOURCES += sources("cuda/*.cpp") + sources("cuda/*.cu")
 if CUTLASS:
@@ -170,6 +187,7 @@ extension = Extension(
         ("MLP_EXT_VERSION", f'"{VERSION}"'),
         ("MLP_EXT_TORCH", torch.__version__),  # a changed command line, so that ninja rebuilds
         ("MLP_EXT_CUTLASS", str(int(CUTLASS is not None))),
+        ("MLP_EXT_TARGETS(DO)", " ".join(f"DO({isa})" for isa in ISAS)),
     ],
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + ARCH_FLAGS},
     extra_link_args=LINK_FLAGS,

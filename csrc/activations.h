@@ -1,7 +1,10 @@
 // The activations: forward above backward, the formula on top.
 //
-// One functor serves float and double, the CPU's vectors, CUDA threads and, as a composite of native operations,
-// at::Tensor: V needs + - * /, < <=, where(), and the functions that the formula names.
+// One functor serves float and double, the CPU's vectors and CUDA threads: V needs + - * /, < <=, where(), and the
+// functions that the formula names. As a composite of torch's operations it also serves at::Tensor, which has further
+// derivatives: where torch has the activation itself, `native` and `native_backward` call it, found by
+// argument-dependent lookup, since the formula may be NaN in places where torch's operation and its derivatives are
+// not.
 #pragma once
 
 #include <cmath>
@@ -52,6 +55,14 @@ struct ReLU {  // y = max(z, 0), NaN stays,  dz = dy where y > 0 or y is NaN, el
   MLP_EXT_HOST_DEVICE static V backward(V dy, V y) {
     return where(y <= 0, 0, dy);
   }
+  template <class Tensor>
+  static Tensor native(const Tensor& z) {
+    return relu(z);
+  }
+  template <class Tensor>
+  static Tensor native_backward(const Tensor& dy, const Tensor& y) {
+    return threshold_backward(dy, y, 0);
+  }
 };
 
 struct Sigmoid {  // y = 1 / (1 + exp(-z)),  dz = dy y (1 - y)
@@ -66,6 +77,14 @@ struct Sigmoid {  // y = 1 / (1 + exp(-z)),  dz = dy y (1 - y)
   MLP_EXT_HOST_DEVICE static V backward(V dy, V y) {
     return dy * (1 - y) * y;
   }
+  template <class Tensor>
+  static Tensor native(const Tensor& z) {
+    return sigmoid(z);
+  }
+  template <class Tensor>
+  static Tensor native_backward(const Tensor& dy, const Tensor& y) {
+    return sigmoid_backward(dy, y);
+  }
 };
 
 struct Tanh {  // y = tanh z,  dz = dy (1 - y^2)
@@ -79,6 +98,14 @@ struct Tanh {  // y = tanh z,  dz = dy (1 - y^2)
   template <class V>
   MLP_EXT_HOST_DEVICE static V backward(V dy, V y) {
     return dy * (1 - y * y);
+  }
+  template <class Tensor>
+  static Tensor native(const Tensor& z) {
+    return tanh(z);
+  }
+  template <class Tensor>
+  static Tensor native_backward(const Tensor& dy, const Tensor& y) {
+    return tanh_backward(dy, y);
   }
 };
 

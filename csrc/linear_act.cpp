@@ -5,10 +5,14 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/exp.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sigmoid_backward.h>
 #include <ATen/ops/tanh.h>
+#include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
@@ -20,6 +24,22 @@ namespace mlp_ext {
 namespace {
 
 constexpr const char* kOp = "linear_act";
+
+// torch's own operation where there is one, else the formula over tensors.
+template <class Act>
+at::Tensor activate(Act act, const at::Tensor& z) {
+  if constexpr (requires { act.native(z); })
+    return act.native(z);
+  else
+    return act.forward(z);
+}
+template <class Act>
+at::Tensor activate_backward(Act act, const at::Tensor& dy, const at::Tensor& y) {
+  if constexpr (requires { act.native_backward(dy, y); })
+    return act.native_backward(dy, y);
+  else
+    return act.backward(dy, y);
+}
 
 }  // namespace
 
@@ -99,7 +119,7 @@ at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, 
                              std::string_view activation) {
   const size_t index = check_linear_act(input, weight, bias, activation);
   const auto z = at::linear(input, weight, bias);
-  return visit_activation(index, [&](auto act) { return act.forward(z); });
+  return visit_activation(index, [&](auto act) { return activate(act, z); });
 }
 
 // dz = act'(dy, y);  dx = dz W  (*,N)(N,K);  dW = dz^T x  (N,M)(M,K);  db = sum over rows of dz
@@ -108,8 +128,8 @@ Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::o
                                      std::string_view activation, std::array<bool, 3> output_mask) {
   const size_t index = check_linear_act_backward(grad_output, output, input, weight, activation, output_mask);
   const auto rows = [](const at::Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); };
-  const auto dz =
-      visit_activation(index, [&](auto act) { return act.backward(grad_output, output.value_or(at::Tensor())); });
+  const auto dz = visit_activation(
+      index, [&](auto act) { return activate_backward(act, grad_output, output.value_or(at::Tensor())); });
   at::Tensor dx, dw, db;
   if (output_mask[0]) dx = at::matmul(dz, *weight);
   if (output_mask[1]) dw = at::matmul(rows(dz).t(), rows(*input));

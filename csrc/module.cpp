@@ -24,11 +24,9 @@ namespace mlp_ext {
 namespace {
 
 std::vector<std::string> instruction_sets() {
-#if MLP_EXT_X86
-  return {"generic", "avx2", "avx512"};
-#else
-  return {"generic"};
-#endif
+  std::vector<std::string> names;
+  for (const cpu::Variant& variant : cpu::variants()) names.insert(names.begin(), variant.name);
+  return names;
 }
 
 py::dict build_info() {

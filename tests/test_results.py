@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,40 @@ def test_profiler_sees_the_memory_of_results() -> None:
         del y
     used = {e.key: e.self_cpu_memory_usage for e in profiled.key_averages()}
     assert used["mlp_ext::linear_act"] >= 2 * MIB
+
+
+PAIRED = r"""
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <set>
+namespace c10 {
+std::mutex mutex;
+std::set<void*>& mine() { static auto* const s = new std::set<void*>; return *s; }
+void* alloc_cpu(size_t bytes) {
+  void* const p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  const std::lock_guard<std::mutex> lock(mutex);
+  mine().insert(p);
+  return p;
+}
+void free_cpu(void* p) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (p && !mine().erase(p)) { std::puts("freed what another allocator made"); std::fflush(stdout); std::_Exit(1); }
+  std::free(p);
+}
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_memory_is_freed_by_the_allocator_that_made_it(tmp_path: Path) -> None:
+    """torch's may be another than the C library's, as on ARM. Here one that checks takes its place."""
+    source, library = tmp_path / "paired.cpp", tmp_path / "paired.so"
+    source.write_text(PAIRED)
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", library, source], check=True)
+    code = """
+for mib in (1, 3):
+    mlp_ext.linear_act(torch.ones(mib * 4096, 1), torch.ones(64, 1), None, "identity")
+print("ok")
+"""
+    assert python(code, LD_PRELOAD=str(library), MLP_EXT_RESULTS_MIB="0") == "ok"

@@ -203,8 +203,8 @@ inline void for_sums(const T* sums, int rows, int width, const F& f) {
 // Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete; where its
 // whole_depth says so, that is all there ever is.
 template <class T, class Finish>
-inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
-                    const Finish finish) {
+inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
+                                       Partial<T> partial, const Finish finish) {
   if (Finish::whole_depth || (stage.first && stage.last))
     return for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { finish(i + r, j + c, v, lanes); });
   if constexpr (!Finish::whole_depth) {
@@ -222,6 +222,13 @@ inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, St
         store(waiting + r * stride + c, v + load(waiting + r * stride + c, lanes), lanes);
       });
   }
+}
+
+// The same out of line, for tiles at the edges: compiled once for all their heights.
+template <class T, class Finish>
+__attribute__((noinline)) void pass_on_edge(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
+                                            Partial<T> partial, const Finish& finish) {
+  pass_on(sums, rows, width, i, j, stage, partial, finish);
 }
 
 // The end of a product whose sums are the result: rounds and stores them.
@@ -267,7 +274,10 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
         multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, store);
       else
         multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, store);
-      pass_on(sums, R, width, i, j, stage, partial, finish);
+      if constexpr (R == whole)
+        pass_on(sums, R, width, i, j, stage, partial, finish);
+      else
+        pass_on_edge(sums, R, width, i, j, stage, partial, finish);
     }
   }
   constexpr int next = R == whole ? (whole > 8 ? 8 : 4) : R / 2;

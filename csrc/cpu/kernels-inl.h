@@ -1,5 +1,4 @@
-// The kernels of one instruction set. Compiled once per kernels_*.cpp, which sets the target and the vector width
-// first; everything here is in an anonymous namespace, so that the linker never shares it between them.
+// The kernels of a layer, and the loop that measures the processor's peak. Compiled once per instruction set.
 #pragma once
 
 #include "activations.h"
@@ -8,8 +7,6 @@
 #include "cpu/kernels.h"
 #include "cpu/one-inl.h"
 #include "cpu/pack.h"
-#include "cpu/panels-inl.h"
-#include "cpu/step-inl.h"
 #include "cpu/sums.h"
 #include "cpu/update.h"
 #include "cpu/vec.h"
@@ -47,6 +44,36 @@ inline bool is_large(int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
 }
 
+// y = act(x W^T + b) where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as
+// lanes. The activation is chosen at run time, once for so many sums.
+template <class S, class Element = Single<Accumulator<S>>>
+struct ForwardDots {
+  using V = Vec<Accumulator<S>>;
+  const Forward& f;
+
+  V act(V z) const {
+    return visit_activation(f.activation, [z](auto act) { return act.forward(z); });
+  }
+  template <class Lanes>
+  void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
+    if (f.bias) z = z + load(static_cast<const S*>(f.bias) + j, lanes);
+    store(at<S>(f.y, i, j), act(z), lanes);
+  }
+  template <class Lanes>
+  void column(int64_t i, V z, Lanes lanes) const {  // the only one, from row i on
+    if (f.bias) z = z + V(load(static_cast<const S*>(f.bias), 1).v[0]);
+    store(at<S>(f.y, i, 0), act(z), lanes);
+  }
+
+  static void run(const Forward& f, Range rows, Range columns, void*) {
+    const Sizes sizes{f.M, f.K, f.N};
+    if (f.M * f.K * f.N <= kSmallProducts)  // pairs take subnormal numbers for 0, and torch has none here
+      dots<S, Single<Accumulator<S>>>(f.x, f.w, sizes, rows, columns, ForwardDots{f});
+    else
+      dots<S, Element>(f.x, f.w, sizes, rows, columns, ForwardDots{f});
+  }
+};
+
 template <class S, class Act, class Element = Single<Accumulator<S>>>
 struct LinearAct {
   using T = Accumulator<S>;
@@ -68,11 +95,6 @@ struct LinearAct {
     void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
       if (bias) z = z + load(bias + j, lanes);
       store_result(y + i * stride + j, Act::forward(z), lanes, past_caches);
-    }
-    template <class Lanes>
-    void column(int64_t i, V z, Lanes lanes) const {  // the only one, from row i on
-      if (bias) z = z + V(load(bias, 1).v[0]);
-      store(y + i, Act::forward(z), lanes);
     }
   };
   static Epilogue epilogue(const Forward& f) {
@@ -123,15 +145,6 @@ struct LinearAct {
                                  epilogue(f).from(rows.begin, columns.begin), begin);
   }
 
-  // The same where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as lanes.
-  static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
-    const Sizes sizes{f.M, f.K, f.N};
-    if (f.M * f.K * f.N <= kSmallProducts)  // pairs take subnormal numbers for 0, and torch has none here
-      dots<S, Single<T>>(f.x, f.w, sizes, rows, columns, epilogue(f));
-    else
-      dots<S, Element>(f.x, f.w, sizes, rows, columns, epilogue(f));
-  }
-
   // dx = dz W   (M,N)(N,K), dz made while packing
   static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed, Ahead&) {
@@ -169,7 +182,7 @@ struct LinearAct {
     for (int64_t r = 0; r < count; r += width, packed += ColumnsOfA<T>::panel)
       for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
         const int64_t n = n0 + r + c;
-        V sum = load(db + r + c, lanes);
+        V sum;
 #pragma GCC unroll 4
         for (int k = 0; k < steps; ++k) {
           const int64_t m = samples.begin + Element::depth * (m0 + k);
@@ -182,25 +195,29 @@ struct LinearAct {
           }
           store(packed + k * depth_step + c, dz);
         }
-        store(db + r + c, sum, lanes);
+        store(db + r + c, load(db + r + c, lanes) + sum, lanes);
       });
   }
 
   // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
   static void grad_weight(const Backward& b, Range rows, Range columns, Range samples, void* dw, void* db,
                           void* scratch) {
+    T* const begin = static_cast<T*>(scratch);
     T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
-    if (sums) std::fill(sums + rows.begin, sums + rows.end, T(0));
+    double* const totals = reinterpret_cast<double*>(begin + kPackedA<T> + kPackedB<T>);  // of the rows, while summed
+    if (sums) std::fill(totals, totals + rows.size(), 0.0);
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed,
                              Ahead&) {
-      alignas(kVectorBytes) T db_block[Blocking<T>::rows] = {};  // long plain sums would lose digits
-      for_rows({0, depth}, [&](auto steps, int64_t k) {
-        pack_dz_columns<decltype(steps)::value>(b, rows.begin + i, count, samples, m0 + k,
-                                                packed + k * ColumnsOfA<T>::depth_step, db_block);
-      });
-      if (sums && first_columns) add_up(sums + rows.begin + i, db_block, count);
+      constexpr int64_t piece = kShortRows / Element::depth;
+      for (int64_t k0 = 0; k0 < depth; k0 += piece) {
+        alignas(kVectorBytes) T db_block[Blocking<T>::rows] = {};
+        for_rows({k0, std::min(k0 + piece, depth)}, [&](auto steps, int64_t k) {
+          pack_dz_columns<decltype(steps)::value>(b, rows.begin + i, count, samples, m0 + k,
+                                                  packed + k * ColumnsOfA<T>::depth_step, db_block);
+        });
+        if (sums && first_columns) add_up(totals + i, db_block, count);
+      }
     };
-    T* const begin = static_cast<T*>(scratch);
     if (!dw) {  // db alone
       const int64_t depth = elements(samples.size());
       Ahead none;
@@ -208,6 +225,7 @@ struct LinearAct {
         for (int64_t i = 0; i < rows.size(); i += Blocking<T>::rows)
           pack_dz(i, std::min<int64_t>(Blocking<T>::rows, rows.size() - i), k,
                   std::min<int64_t>(Blocking<T>::depth, depth - k), true, begin, none);
+      if (sums) round_sums(totals, rows.size(), sums + rows.begin);
       return;
     }
     const auto pack_x = [&](int64_t m0, int64_t depth, int64_t j, int64_t count, T* packed) {
@@ -223,6 +241,7 @@ struct LinearAct {
                                     in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
                                     Partial<T>{out, b.K},
                                     StoreOrUpdate<S, T>{static_cast<T*>(dw), b.K, offset, b.update_w}, begin);
+    if (sums) round_sums(totals, rows.size(), sums + rows.begin);
     if (sums && b.update_b) update<S>(*b.update_b, sums, 1, 0, rows);
   }
 
@@ -251,36 +270,32 @@ struct LinearAct {
     return [&b](int64_t m, int64_t n, auto lanes) { return grad_z(b, m, n, lanes); };
   }
   static void backward_one_input(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
-    one_input<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), static_cast<T*>(scratch));
+    one_input<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), scratch);
   }
   static void backward_one_output(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
-    one_output<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), static_cast<T*>(scratch));
+    one_output<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), scratch);
   }
 
-  // dz of rows, and db added to what is there.
+  // dz of some rows and up to kColumnsOfRows columns; db is added to totals, where they are given.
+  static constexpr int64_t kColumnsOfRows = kTallRowBytes / sizeof(T);
   template <class D>
-  static void grad_z_rows(const Backward& b, Range rows, D* dz, int64_t stride, T* db) {
-    constexpr int64_t columns = kTallRowBytes / sizeof(T);
-    alignas(kVectorBytes) T db_block[columns];
-    for (int64_t n0 = 0; n0 < b.N; n0 += columns) {
-      const int64_t count = std::min(columns, b.N - n0);
-      std::fill(db_block, db_block + count, T(0));
-      for_rows(rows, [&](auto steps, int64_t m) {
-        constexpr int P = decltype(steps)::value;
-        D* const row = dz ? dz + (m - rows.begin) * stride + n0 : nullptr;
-        for_vectors<T>(count, [&](int64_t n, auto lanes) {
-          V sum = load(db_block + n, lanes);
+  static void grad_z_rows(const Backward& b, Range rows, Range columns, D* dz, int64_t stride, double* totals) {
+    alignas(kVectorBytes) T db_block[kColumnsOfRows] = {};
+    for_rows(rows, [&](auto steps, int64_t m) {
+      constexpr int P = decltype(steps)::value;
+      D* const row = dz ? dz + (m - rows.begin) * stride + columns.begin : nullptr;
+      for_vectors<T>(columns.size(), [&](int64_t n, auto lanes) {
+        V sum;
 #pragma GCC unroll 4
-          for (int p = 0; p < P; ++p) {
-            const V v = grad_z(b, m + p, n0 + n, lanes);
-            sum = sum + v;
-            if (row) store(row + p * stride + n, v, lanes);
-          }
-          store(db_block + n, sum, lanes);
-        });
+        for (int p = 0; p < P; ++p) {
+          const V v = grad_z(b, m + p, columns.begin + n, lanes);
+          sum = sum + v;
+          if (row) store(row + p * stride + n, v, lanes);
+        }
+        store(db_block + n, load(db_block + n, lanes) + sum, lanes);
       });
-      if (db) add_up(db + n0, db_block, count);
-    }
+    });
+    if (totals) add_up(totals, db_block, columns.size());
   }
 
   // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
@@ -291,11 +306,11 @@ struct LinearAct {
     T* const w = x + Blocking<T>::rows * round_up_columns<T>(b.K);
     T *const dw_sums = static_cast<T*>(dw), *const db_sums = static_cast<T*>(db);
     if (b.dx.data) pack_panels<S>(b.w, 0, b.N, 0, b.K, w);
-    if (db_sums) std::fill(db_sums, db_sums + b.N, T(0));
+    double db_totals[kColumnsOfRows] = {};
     bool first = true;
     for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
       const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
-      grad_z_rows(b, {m0, m0 + count}, dz, RowsOfA<T>::row_step, db_sums);
+      grad_z_rows(b, {m0, m0 + count}, {0, b.N}, dz, RowsOfA<T>::row_step, db_sums ? db_totals : nullptr);
       Ahead ahead;
       const int64_t next = m0 + count, next_rows = next_block(is_large<S>(b.M, b.K + b.N) ? samples.end - next : 0);
       read_dz_rows(b, next, next_rows, 0, b.N, ahead);
@@ -315,6 +330,7 @@ struct LinearAct {
       tiles<RowsOfATransposed<T>, Single<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
                                                             Partial<T>{dw_sums, b.K}, StoreSums<T>{}, ahead);
     }
+    if (db_sums) round_sums(db_totals, b.N, db_sums);
     end_of_streams();
   }
 
@@ -329,10 +345,18 @@ struct LinearAct {
   }
 
   static void put_grad_z(const Backward& b, Range samples, void* dz_out, void* db_out) {
+    constexpr int64_t columns = 8 * kColumnsOfRows;  // whose totals fit the stack
     S* const dz = static_cast<S*>(dz_out);
-    T* const db = static_cast<T*>(db_out);
-    if (db) std::fill(db, db + b.N, T(0));
-    for_short_sums(samples, [&](Range rows) { grad_z_rows(b, rows, dz ? dz + rows.begin * b.N : dz, b.N, db); });
+    for (int64_t n0 = 0; n0 < b.N; n0 += columns) {
+      const int64_t end = std::min(n0 + columns, b.N);
+      double totals[columns] = {};
+      for_short_sums(samples, [&](Range rows) {
+        for (int64_t n = n0; n < end; n += kColumnsOfRows)
+          grad_z_rows(b, rows, {n, std::min(n + kColumnsOfRows, end)}, dz ? dz + rows.begin * b.N : dz, b.N,
+                      totals + (n - n0));
+      });
+      if (db_out) round_sums(totals, end - n0, static_cast<T*>(db_out) + n0);
+    }
   }
 
   static void combine(const void* parts, int64_t count, int64_t size, Range range, void* out) {
@@ -351,7 +375,11 @@ struct LinearAct {
   static void combine_rows(int64_t count, int64_t columns, const Factor& factor, const Row& row, const Out& out) {
     for_vectors<T>(columns, [&](int64_t j, auto lanes) {
       V total;
-      for (int64_t i = 0; i < count; ++i) total = total + V(factor(i)) * load(row(i) + j, lanes);
+      for_short_sums({0, count}, [&](Range piece) {
+        V sum;
+        for (int64_t i = piece.begin; i < piece.end; ++i) sum = sum + V(factor(i)) * load(row(i) + j, lanes);
+        total = total + sum;
+      });
       out(j, total, lanes);
     });
   }
@@ -391,7 +419,7 @@ struct LinearAct {
   static constexpr Kernels kernels{small_forward,
                                    small_backward,
                                    forward,
-                                   forward_dots,
+                                   ForwardDots<S, Element>::run,
                                    grad_input,
                                    grad_weight,
                                    grad_weight_few_samples,
@@ -408,8 +436,9 @@ struct LinearAct {
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
   static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +    // dz, x
                                           kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
-  static constexpr int64_t kOneScratch = 3 * kOneBreadth;
-  static_assert(sizeof(T) * std::max({kPackedScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
+  static constexpr int64_t kOneScratch = kOneBreadth * (3 + 2 * sizeof(double) / sizeof(T));
+  static constexpr int64_t kWeightScratch = kPackedA<T> + kPackedB<T> + kBiasesPerPiece * sizeof(double) / sizeof(T);
+  static_assert(sizeof(T) * std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
   static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);
 };
 
@@ -429,6 +458,10 @@ constexpr auto make_pairs_row(TypeList<Act...>) {
 }
 constexpr auto kPairsRow = make_pairs_row(Activations{});
 #endif
+
+}  // namespace
+
+namespace MLP_EXT_TARGET {
 
 const Kernels& kernels(DType dtype, size_t activation) {
 #if MLP_EXT_VECTOR_BYTES == 64
@@ -452,5 +485,5 @@ int64_t fma_loop(int64_t rounds) {
   return rounds * chains * Vec<float>::lanes * 2;
 }
 
-}  // namespace
+}  // namespace MLP_EXT_TARGET
 }  // namespace mlp_ext::cpu

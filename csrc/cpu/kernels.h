@@ -1,5 +1,5 @@
 // The kernels as the backend sees them: plain pointers in, one table of functions per instruction set.
-// Included before any `#pragma GCC target`, with the standard headers that kernels-inl.h needs, so that no shared
+// Included before any `#pragma GCC target`, with the standard headers that the -inl.h files need, so that no shared
 // inline function is compiled for a processor that may not be there.
 #pragma once
 
@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <span>
+#include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -43,10 +45,11 @@ struct Range {
 // y = act(x W^T + b)
 struct Forward {
   int64_t M, K, N;
-  ConstMatrix x;     // [M, K]
-  ConstMatrix w;     // [N, K]
-  const void* bias;  // [N] or nullptr
-  Matrix y;          // [M, N]
+  ConstMatrix x;          // [M, K]
+  ConstMatrix w;          // [N, K]
+  const void* bias;       // [N] or nullptr
+  Matrix y;               // [M, N]
+  size_t activation = 0;  // its place in Activations
 };
 
 // A parameter that a step changes in place.
@@ -71,7 +74,7 @@ struct Backward {
 
 // The functions of one dtype and one activation. `scratch` holds scratch_bytes and is aligned to a cache line.
 struct Kernels {
-  // Whole problems on one thread, nothing packed. Needs small_scratch_bytes(M, K, N).
+  // Whole problems on one thread, nothing packed. Need small_forward_scratch_bytes and small_backward_scratch_bytes.
   void (*small_forward)(const Forward&, void* scratch);
   void (*small_backward)(const Backward&, void* scratch);
   // Blocks of rows and columns of the result, packed, for one thread.
@@ -162,8 +165,7 @@ using KernelTable = std::array<std::array<Kernels, activations>, 4>;  // [DType]
 bool multiplies_bfloat16();  // whether the processor has AVX512_BF16
 
 constexpr size_t kScratchBytes = size_t(5) << 20;  // per thread, whatever the shape
-inline size_t small_scratch_bytes(int64_t M, int64_t K, int64_t N) {
-  return 8 * static_cast<size_t>((M + 16) * (N + 16) + (K + 16) * (N + 16));
-}
+inline size_t small_forward_scratch_bytes(int64_t K, int64_t N) { return 8 * static_cast<size_t>(K * N + K); }  // W, x
+inline size_t small_backward_scratch_bytes(int64_t M, int64_t N) { return 8 * static_cast<size_t>(M * N); }     // dz
 
 }  // namespace mlp_ext::cpu

@@ -15,24 +15,19 @@ namespace mlp_ext::cpu {
 
 int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-void* memory(Memory which, size_t bytes) {
-  constexpr size_t line = 64;
+void* scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  struct Block {
-    std::unique_ptr<void, Free> data;
-    size_t size = 0;
-  };
-  thread_local Block blocks[2];
-  Block& block = blocks[static_cast<int>(which)];
-  if (block.size < bytes) {
-    block.size = 0;
-    block.data.reset(std::aligned_alloc(line, (bytes + line - 1) / line * line));
-    TORCH_CHECK(block.data, "mlp_ext: no memory for ", bytes, " bytes of scratch");
-    block.size = bytes;
+  thread_local std::unique_ptr<void, Free> data;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    size = 0;
+    data.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes, kCacheLine) * kCacheLine));
+    TORCH_CHECK(data, "mlp_ext: no memory for ", bytes, " bytes of scratch");
+    size = bytes;
   }
-  return block.data.get();
+  return data.get();
 }
 
 Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
@@ -42,8 +37,6 @@ Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
 }
 
 namespace {
-
-void* scratch(size_t bytes) { return memory(Memory::scratch, bytes); }
 
 // A product and how it is cut: run(rows, columns, samples, which piece of the samples) computes a piece.
 struct Product {
@@ -73,12 +66,14 @@ void run(std::initializer_list<Product> products) {
 }  // namespace
 
 // y = act(x W^T + b)
-void forward_layer(const Forward& problem, DType dtype, size_t activation) {
+void forward_layer(Forward problem, DType dtype, size_t activation) {
+  problem.activation = activation;
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const Kernels& kernels = variant().kernels(dtype, activation);
   const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype), {.library = may_use_library()});
   if (plan.forward_path == Path::library) return forward_by_library(problem, kernels);
-  if (plan.forward_path == Path::small) return kernels.small_forward(problem, scratch(small_scratch_bytes(M, K, N)));
+  if (plan.forward_path == Path::small)
+    return kernels.small_forward(problem, scratch(small_forward_scratch_bytes(K, N)));
   const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
   run({{plan.forward, M, N, 1,
         [&](Range rows, Range columns, Range, int64_t) { block(problem, rows, columns, scratch(kScratchBytes)); }}});
@@ -118,7 +113,7 @@ class WeightSums {
   void finish() const {
     if (!sums_.defined() || at_the_last_write_) return;
     if (dw_)
-      at::parallel_for(0, size_, kProductsPerThread, [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, size_, ceil_div(kElementsPerThread, pieces_), [&](int64_t begin, int64_t end) {
         finish(problem_.update_w, dw_, size_, {begin, end}, problem_.dw);
       });
     if (db_) finish(problem_.update_b, db_, problem_.N, {0, problem_.N}, problem_.db);
@@ -152,7 +147,7 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
   if (plan.backward_path == Path::library)
     return backward_by_library(problem, kernels, activation == activation_index(Identity::name));
   if (plan.backward_path == Path::small && !updates)
-    return kernels.small_backward(problem, scratch(small_scratch_bytes(M, K, N)));
+    return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(M, N)));
   if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums
   const bool packed = plan.backward_path == Path::packed || plan.backward_path == Path::small;
   const bool few_samples = packed && M <= kFewSamples, at_the_last_write = packed && problem.update_w && !few_samples;

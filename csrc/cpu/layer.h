@@ -7,13 +7,13 @@
 
 namespace mlp_ext::cpu {
 
-void forward_layer(const Forward& problem, DType dtype, size_t activation);
+void forward_layer(Forward problem, DType dtype, size_t activation);
 // With updates the problem's dw and db are left out, and the parameters change once W is no longer read.
 void backward_layer(const Backward& problem, DType dtype, size_t activation);
 
-// Memory of this thread, aligned to a cache line and kept for the next call: a kernel's scratch, and sums for it.
-enum class Memory { scratch, sums };
-void* memory(Memory which, size_t bytes);
+// Scratch memory of this thread, aligned to a cache line and kept for the next call.
+constexpr int64_t kCacheLine = 64;
+void* scratch(size_t bytes);
 
 // Piece i of n of [0, size).
 inline Range piece(int64_t i, int64_t n, int64_t size) { return {i * size / n, (i + 1) * size / n}; }

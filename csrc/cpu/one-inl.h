@@ -17,13 +17,13 @@ Accumulator<S> scalar(const S* p) {
     return load(p, 1).v[0];
 }
 
-// K = 1: lanes run along N. scratch [3, N].
+// K = 1: lanes run along N. scratch: [2, N] of double, [3, N] of T.
 template <class S, class GradZ, class T = Accumulator<S>>
-void one_input(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db, T* scratch) {
+void one_input(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db, void* scratch) {
   using V = Vec<T>;
-  T *const w = scratch, *const dw_piece = w + b.N, *const db_piece = dw_piece + b.N;  // [N] each
-  if (dw) std::fill(dw, dw + b.N, T(0));
-  if (db) std::fill(db, db + b.N, T(0));
+  double *const dw_total = static_cast<double*>(scratch), *const db_total = dw_total + b.N;  // [N] each
+  T *const w = reinterpret_cast<T*>(db_total + b.N), *const dw_piece = w + b.N, *const db_piece = dw_piece + b.N;
+  std::fill(dw_total, db_total + b.N, 0.0);
   for (int64_t n = 0; n < b.N; ++n) w[n] = b.dx.data ? scalar(at<S>(b.w, n, 0)) : T(0);
   for_short_sums(samples, [&](Range piece) {
     std::fill(dw_piece, db_piece + b.N, T(0));
@@ -33,7 +33,7 @@ void one_input(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* 
       for (int p = 0; dw && p < P; ++p) x[p] = scalar(at<S>(b.x, m + p, 0));
       for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
         const V wn = load(w + n, lanes);
-        V dw_sum = load(dw_piece + n, lanes), db_sum = load(db_piece + n, lanes);
+        V dw_sum, db_sum;
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
           const V dz = grad_z(m + p, n, lanes);
@@ -41,14 +41,16 @@ void one_input(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* 
           dw_sum = dw_sum + dz * x[p];
           db_sum = db_sum + dz;
         }
-        store(dw_piece + n, dw_sum, lanes);
-        store(db_piece + n, db_sum, lanes);
+        store(dw_piece + n, load(dw_piece + n, lanes) + dw_sum, lanes);
+        store(db_piece + n, load(db_piece + n, lanes) + db_sum, lanes);
       });
       for (int p = 0; b.dx.data && p < P; ++p) store(at<S>(b.dx, m + p, 0), V(sum_lanes(dx[p])), 1);
     });
-    if (dw) add_up(dw, dw_piece, b.N);
-    if (db) add_up(db, db_piece, b.N);
+    add_up(dw_total, dw_piece, b.N);
+    add_up(db_total, db_piece, b.N);
   });
+  if (dw) round_sums(dw_total, b.N, dw);
+  if (db) round_sums(db_total, b.N, db);
 }
 
 // K = N = 1, each a column without gaps: lanes run along the rows.
@@ -56,7 +58,7 @@ template <class S, class GradZ, class T = Accumulator<S>>
 void one_weight(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db) {
   using V = Vec<T>;
   const V w = b.dx.data ? scalar(at<S>(b.w, 0, 0)) : T(0);
-  T dw_total = 0, db_total = 0;
+  double dw_total = 0, db_total = 0;
   for_short_sums(samples, [&](Range piece) {
     V dw_sums, db_sums;
     for_vectors<T>(piece.size(), [&](int64_t i, auto lanes) {
@@ -69,18 +71,20 @@ void one_weight(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T*
     dw_total += sum_lanes(dw_sums);
     db_total += sum_lanes(db_sums);
   });
-  if (dw) *dw = dw_total;
-  if (db) *db = db_total;
+  if (dw) *dw = static_cast<T>(dw_total);
+  if (db) *db = static_cast<T>(db_total);
 }
 
-// N = 1: lanes run along K. dw_piece [K].
+// N = 1: lanes run along K. scratch: [K] of double, [K] of T.
 template <class S, class GradZ, class T = Accumulator<S>>
-void one_output(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db, T* dw_piece) {
+void one_output(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T* db, void* scratch) {
   using V = Vec<T>;
   const auto gapless = [](const ConstMatrix& m) { return !m.data || m.stride == 1; };
   if (b.K == 1 && gapless(b.dy) && gapless(b.y) && gapless(b.x)) return one_weight<S>(b, grad_z, samples, dw, db);
-  if (dw) std::fill(dw, dw + b.K, T(0));
-  if (db) *db = 0;
+  double* const dw_total = static_cast<double*>(scratch);
+  T* const dw_piece = reinterpret_cast<T*>(dw_total + b.K);
+  std::fill(dw_total, dw_total + b.K, 0.0);
+  double db_total = 0;
   for_short_sums(samples, [&](Range piece) {
     T db_piece = 0;
     if (dw) std::fill(dw_piece, dw_piece + b.K, T(0));
@@ -92,15 +96,17 @@ void one_output(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T*
         for (int p = 0; b.dx.data && p < P; ++p)
           store(at<S>(b.dx, m + p, k), V(dz[p]) * load(at<S>(b.w, 0, k), lanes), lanes);
         if (!dw) return;
-        V sum = load(dw_piece + k, lanes);
+        V sum;
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) sum = sum + V(dz[p]) * load(at<S>(b.x, m + p, k), lanes);
-        store(dw_piece + k, sum, lanes);
+        store(dw_piece + k, load(dw_piece + k, lanes) + sum, lanes);
       });
     });
-    if (dw) add_up(dw, dw_piece, b.K);
-    if (db) *db += db_piece;
+    if (dw) add_up(dw_total, dw_piece, b.K);
+    db_total += db_piece;
   });
+  if (dw) round_sums(dw_total, b.K, dw);
+  if (db) *db = static_cast<T>(db_total);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 #include "activations.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/loss-inl.h"
 #include "cpu/pack.h"
-#include "cpu/step-inl.h"
 #include "cpu/update.h"
 #include "cpu/vec.h"
 
@@ -214,11 +214,15 @@ struct PanelSteps {
   }
 };
 
+}  // namespace
+
+namespace MLP_EXT_TARGET {
+
 const PanelKernels* panel_kernels(DType dtype) {
   return dtype == DType::float32   ? &PanelSteps<float>::kernels
          : dtype == DType::float64 ? &PanelSteps<double>::kernels
                                    : nullptr;
 }
 
-}  // namespace
+}  // namespace MLP_EXT_TARGET
 }  // namespace mlp_ext::cpu

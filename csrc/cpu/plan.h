@@ -62,6 +62,7 @@ constexpr int64_t kLibraryOutputs = 16;        // N: 65536x32x16 952 us, tall 11
 constexpr int64_t kLibraryWeights = 1 << 20;   // or N K, for few rows: 4x1024x1024 backward 167 us, packed 338
 constexpr int64_t kLibraryDepth = 1024;  // K: 128x1024x1024, forward and backward, a tenth less; 256x512x512 no less
 constexpr int64_t kRowsPerPiece = 512;   // bounds the accumulators of 16-bit results
+constexpr int64_t kBiasesPerPiece = 1 << 18;  // N: bounds the sums of db
 constexpr int64_t kDepthBytes = 2048;  // of a block of A; with 1024 a twentieth slower, sums are written twice as often
 constexpr int64_t kStepRowBytes = kDepthBytes;    // of the widest rows of a step by blocks: a tile's depth is not cut
 constexpr int64_t kStepWidthOfPairs = 48;         // blocks have none: 64-64-64-64-64@4096 a sixth slower than by layers
@@ -118,10 +119,10 @@ struct Wanted {
 // item_size: bytes of an element. threads: how many may work.
 inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads,
                       Products how = Products::single, Wanted wanted = {}) {
-  const int64_t products = M * K * N;
+  const int64_t products = M * K * N, bias_pieces = std::max<int64_t>(1, ceil_div(N, kBiasesPerPiece));
   if (products <= kSmallProducts) {
     const bool transposing_costs_more = N == 1 || kSmallDotDepth * M <= K;
-    return {transposing_costs_more ? Path::dots : Path::small, Path::small, {}, {}, {}, false};
+    return {transposing_costs_more ? Path::dots : Path::small, Path::small, {}, {}, {bias_pieces}, false};
   }
   const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
   const bool at_once = wanted.both && !wanted.update && threads > 1 && products >= kProductsPerThread;
@@ -132,6 +133,7 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
             cut(M, K, each, kBackwardPacking),
             cut(N, K, each, kBackwardPacking),
             at_once};
+  plan.grad_weight.rows = std::max(plan.grad_weight.rows, bias_pieces);
 
   const int64_t rows_if_deep = item_size > 2 ? kDotRowsIfDeep : how == Products::single ? 0 : kDotRowsOfPairsIfDeep;
   const bool transposing_costs_more = M <= kDotRows || (M <= rows_if_deep && K >= kDotDepth * M);
@@ -147,8 +149,11 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
   else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
   if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
-  const bool fills_library = wanted.library && how != Products::single && M > 1 && K >= kLibraryInputs &&
-                             N >= kLibraryOutputs && (products >= kLibraryProducts || N * K >= kLibraryWeights);
+  // torch's product on a matrix unit reads beyond the end of rows of odd width.
+  const bool rows_in_whole_pairs = how != Products::tiles || (K % 2 == 0 && N % 2 == 0);
+  const bool fills_library = wanted.library && how != Products::single && rows_in_whole_pairs && M > 1 &&
+                             K >= kLibraryInputs && N >= kLibraryOutputs &&
+                             (products >= kLibraryProducts || N * K >= kLibraryWeights);
   const bool update_in_product = wanted.update && how == Products::pairs && plan.backward_path == Path::packed;
   if (fills_library && !update_in_product) plan.backward_path = Path::library;
   const bool forward_too = how == Products::tiles || K >= kLibraryDepth;

@@ -31,18 +31,21 @@ constexpr size_t kMostMiB = size_t(1) << 30;       // whose bytes are still a nu
 constexpr size_t kHugePage = size_t(2) << 20;      // one page fault in place of 512
 
 struct Block {
-  void* data;
+  void* data = nullptr;
   size_t bytes;
+  void (*free)(void*) = std::free;  // of the allocator that made it: c10's may be mimalloc
 
-  explicit Block(size_t size) : data(nullptr), bytes(size) {
+  explicit Block(size_t size) : bytes(size) {
 #if defined(__linux__)
     if (bytes >= kHugePage) data = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage);
-    if (data) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: an error changes nothing
+    if (data) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: an error changes nothing
 #endif
-    if (!data) data = c10::alloc_cpu(bytes);  // throws where there is no memory
+    if (data) return;
+    data = c10::alloc_cpu(bytes);  // throws where there is no memory
+    free = c10::free_cpu;
   }
   Block(const Block&) = delete;
-  ~Block() { c10::free_cpu(data); }
+  ~Block() { free(data); }
 };
 using BlockPtr = std::unique_ptr<Block>;
 

@@ -132,14 +132,19 @@ class CpuStep {
     }
     const StepProblem problem{
         {x.const_data_ptr(), x.stride(0)}, {layers.data(), layers.size()}, step_.lowest_learning, size, loss_};
-    char* const sums = static_cast<char*>(memory(Memory::sums, pieces * size * accumulator_size(dtype_)));
+    const int64_t bytes = size * accumulator_size(dtype_);  // of the sums of a piece
+    const DType accumulator = dtype_ == DType::float64 ? dtype_ : DType::float32;
+    const at::Tensor shared = pieces > 1 ? empty_result({pieces * size}, scalar_type(accumulator)) : at::Tensor();
+    char* sums = pieces > 1 ? static_cast<char*>(shared.mutable_data_ptr()) : nullptr;
+    const int64_t scratch_bytes = ceil_div(kernels_.scratch_bytes(problem), kCacheLine) * kCacheLine;
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
-      return kernels_.rows(problem, piece(i, pieces, M_), sums + i * size * accumulator_size(dtype_),
-                           memory(Memory::scratch, kernels_.scratch_bytes(problem)), valid);
+      char* const own = static_cast<char*>(scratch(scratch_bytes + (pieces > 1 ? 0 : bytes)));
+      if (pieces == 1) sums = own + scratch_bytes;
+      return kernels_.rows(problem, piece(i, pieces, M_), sums + i * bytes, own, valid);
     });
     const auto finish = [&](const StepParameter& p, int64_t begin) {
       if (const auto u = update(p))
-        at::parallel_for(0, p.value->numel(), kProductsPerThread, [&](int64_t from, int64_t to) {
+        at::parallel_for(0, p.value->numel(), ceil_div(kElementsPerThread, pieces), [&](int64_t from, int64_t to) {
           kernels_.update(*u, sums + begin * accumulator_size(dtype_), pieces, size, {from, to});
         });
     };
@@ -201,7 +206,6 @@ class CpuStep {
     const auto rows_piece = [&](int64_t i, int64_t n) {
       return Range{i * panels / n * width, std::min(M_, (i + 1) * panels / n * width)};
     };
-    const auto scratch = [](int64_t bytes) { return memory(Memory::scratch, bytes); };
 
     const at::Tensor x = step_.input.stride(1) == 1 ? step_.input : step_.input.contiguous();
     const int64_t K = x.size(1);
@@ -267,7 +271,7 @@ class CpuStep {
     const int64_t pieces = std::clamp<int64_t>(M_ * N_ / kElementsPerThread, 1, threads());
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
       return kernels_.loss(loss_, piece(i, pieces, M_), N_, rows[L].const_data_ptr(), dy.mutable_data_ptr(),
-                           memory(Memory::scratch, 3 * kLossRows * N_ * accumulator_size(dtype_)), valid);
+                           scratch(3 * kLossRows * N_ * accumulator_size(dtype_)), valid);
     });
     for (size_t l = L; l-- > step_.lowest_learning;) {
       const StepLayer& layer = step_.layers[l];

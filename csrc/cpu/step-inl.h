@@ -1,15 +1,16 @@
 // A training step of a narrow network, block of rows by block of rows: each goes forward, through the loss and backward
 // through all layers before the next, so that its activations never leave the cache and take no memory per row.
-// Compiled once per instruction set, like kernels-inl.h.
+// Compiled once per instruction set.
 #pragma once
 
 #include "cpu/dots.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/loss-inl.h"
 #include "cpu/pack.h"
+#include "cpu/sums.h"
 #include "cpu/update.h"
 #include "cpu/vec.h"
-#include "losses.h"
 
 namespace mlp_ext::cpu {
 namespace {
@@ -26,198 +27,12 @@ struct RowsOfBlockTransposed {
   static constexpr int64_t panel = Tile<T>::rows;
 };
 
-// The loss of y = act(z) for z [rows, N] without gaps, and its gradient dz.
-template <class S, class Act>
-struct RowsLoss {
-  using T = Accumulator<S>;
-  using V = Vec<T>;
-
-  // Returns the sum of the losses, not scaled; clears `valid` where BCE meets what is no probability. `targets` has
-  // room for as many T as there are in z.
-  static double run(const Loss& loss, Range rows, int64_t N, const T* z, T* dz, T* targets, bool& valid) {
-    const int64_t size = rows.size() * N;
-    if (loss.index != kCrossEntropy) {
-      const T* const t = targets_in_a_row(loss, rows, N, targets);
-      return visit_activation(
-          loss.index, [&](auto l) { return elements<decltype(l)>(loss, size, z, t, dz, valid); }, ElementLosses{});
-    }
-    if constexpr (std::is_same_v<Act, Identity>) {
-      return cross_entropy(loss, rows, N, z, dz);
-    } else {
-      T *const y = targets, *const dy = dz;
-      for_vectors<T>(size, [&](int64_t i, auto lanes) { store(y + i, Act::forward(load(z + i, lanes)), lanes); });
-      const double total = cross_entropy(loss, rows, N, y, dy);
-      for_vectors<T>(size, [&](int64_t i, auto lanes) {
-        store(dz + i, Act::backward(load(dy + i, lanes), load(y + i, lanes)), lanes);
-      });
-      return total;
-    }
-  }
-
-  static const T* targets_in_a_row(const Loss& loss, Range rows, int64_t N, T* targets) {
-    if constexpr (std::is_same_v<S, T>)
-      if (loss.target.stride == N) return at<S>(loss.target, rows.begin, 0);
-    for (int64_t m = rows.begin; m < rows.end; ++m, targets += N)
-      for_vectors<T>(N,
-                     [&](int64_t n, auto lanes) { store(targets + n, load(at<S>(loss.target, m, n), lanes), lanes); });
-    return targets - rows.size() * N;
-  }
-
-  template <class L>
-  static double elements(const Loss& loss, int64_t size, const T* z, const T* t, T* dz, bool& valid) {
-    const V scale = static_cast<T>(loss.scale);
-    V sum;
-    for_vectors<T>(size, [&](int64_t i, auto lanes) {
-      const V yi = Act::forward(load(z + i, lanes)), ti = load(t + i, lanes);
-      if constexpr (std::is_same_v<L, BCE>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
-      store(dz + i, Act::backward(L::backward(yi, ti) * scale, yi), lanes);
-      sum = sum + only(L::forward(yi, ti), lanes);
-    });
-    return sum_lanes(sum);
-  }
-
-  static V only(V v, AllLanes) { return v; }
-  static V only(V v, int n) {  // the loss of a lane that is not there may be anything
-    typename V::Bits place;
-    for (int i = 0; i < V::lanes; ++i) place[i] = i;
-    return where(typename V::Mask{place < n}, v, V());
-  }
-  static bool are_probabilities(V v) {
-    bool all = true;
-    for (int i = 0; i < V::lanes; ++i) all = all && v.v[i] >= 0 && v.v[i] <= 1;
-    return all;
-  }
-
-  // The terms of q times log_softmax(z), and the gradient Q softmax(z) - q.
-  static double cross_entropy(const Loss& loss, Range rows, int64_t N, const T* z, T* dz) {
-    const T smoothing = static_cast<T>(loss.label_smoothing), even = smoothing / static_cast<T>(N),
-            scale = static_cast<T>(loss.scale);
-    const S* const weights = static_cast<const S*>(loss.weight);
-    const auto weight = [&](int64_t n) { return weights ? load(weights + n, 1).v[0] : T(1); };
-    double total = 0;
-    for (int64_t m = rows.begin; m < rows.end; ++m, z += N, dz += N) {
-      const int64_t c = loss.classes ? loss.classes[m * loss.classes_stride] : -1;
-      if (loss.classes && c == loss.ignore_index) {
-        std::fill(dz, dz + N, T(0));
-        continue;
-      }
-      T most = z[0];
-      for (int64_t n = 1; n < N; ++n) most = z[n] > most || z[n] != z[n] ? z[n] : most;
-      T sum = 0, all_q = 0, row = 0;
-      for_vectors<T>(N, [&](int64_t n, auto lanes) {
-        const V e = exp(load(z + n, lanes) - V(most));
-        store(dz + n, e, lanes);
-        sum += sum_lanes(only(e, lanes));
-      });
-      const T log_sum = std::log(sum) + most;
-      const auto q = [&](int64_t n) {
-        if (!loss.classes) return weight(n) * ((1 - smoothing) * load(at<S>(loss.target, m, n), 1).v[0] + even);
-        return (n == c ? weight(n) * (1 - smoothing) : T(0)) + (smoothing == 0 ? T(0) : weight(n) * even);
-      };
-      for (int64_t n = 0; n < N; ++n) {
-        if (loss.classes && smoothing == 0 && n != c) continue;  // 0 log 0
-        row -= q(n) * (z[n] - log_sum);
-        all_q += q(n);
-      }
-      for (int64_t n = 0; n < N; ++n) dz[n] = (dz[n] / sum * all_q - q(n)) * scale;
-      total += row;
-    }
-    return total;
-  }
-};
-
-template <class S, int width>
-struct StepRows {
-  using T = Accumulator<S>;
+// Products of a block, whose rows lie as RowsOfBlock.
+template <class T, int width>
+struct BlockProducts {
   using V = Vec<T>;
   using Block = RowsOfBlock<T, width>;
-  static constexpr int64_t kRows = Blocking<T>::rows, kStride = Block::row_step, kBlock = kRows * kStride;
-
-  // Packed weights, and a block of rows of the input, of each layer, of two gradients and of the targets.
-  static size_t scratch_bytes(const StepProblem& p) {
-    int64_t elements = (p.layers.size() + 4) * kBlock;
-    for (const StepLayerView& l : p.layers)
-      elements += l.K * round_up_columns<T>(l.N) + l.N * round_up_columns<T>(l.K) + round_up_columns<T>(l.N);
-    return elements * sizeof(T);
-  }
-
-  // Gradients summed over the rows go to `sums`: of each layer dW [N, K] and db [N], where they are wanted.
-  static double run(const StepProblem& p, Range rows, void* sums_out, void* scratch, bool& valid) {
-    const size_t L = p.layers.size();
-    T* const sums = static_cast<T*>(sums_out);
-    T* const blocks = static_cast<T*>(scratch);  // of x and of each layer's output
-    T *dz = blocks + (L + 1) * kBlock, *dz_below = dz + kBlock, *const targets = dz_below + kBlock;
-    T* packed = targets + kBlock;
-    const T *w[kMostLayers], *wt[kMostLayers], *bias[kMostLayers];
-    for (size_t l = 0; l < L; ++l) {
-      const StepLayerView& layer = p.layers[l];
-      if (l + 1 == L && tiles_mostly_empty(layer.K, layer.N))
-        for (int64_t n = 0; n < layer.N; ++n)
-          for_vectors<T>(layer.K, [&](int64_t k, auto lanes) {
-            store(packed + n * layer.K + k, load(at<S>(layer.w, n, k), lanes), lanes);
-          });
-      else
-        pack_panels_transposed<S>(layer.w, 0, layer.K, 0, layer.N, packed);
-      wt[l] = packed;
-      packed += layer.K * round_up_columns<T>(layer.N);
-      if (l > p.lowest) pack_panels<S>(layer.w, 0, layer.N, 0, layer.K, packed);
-      w[l] = packed;
-      packed += layer.N * round_up_columns<T>(layer.K);
-      for_vectors<T>(layer.N, [&](int64_t n, auto lanes) {
-        store(packed + n, layer.bias ? load(static_cast<const S*>(layer.bias) + n, lanes) : V(), lanes);
-      });
-      bias[l] = packed;
-      packed += round_up_columns<T>(layer.N);
-    }
-    std::fill(sums, sums + p.sums, T(0));
-    const StepLayerView& top = p.layers[L - 1];
-    double loss = 0;
-    for (int64_t m0 = rows.begin; m0 < rows.end; m0 += kRows) {
-      const int64_t count = std::min<int64_t>(kRows, rows.end - m0);
-      for (int64_t m = 0; m < count; ++m)
-        for_vectors<T>(p.layers[0].K, [&](int64_t k, auto lanes) {
-          store(blocks + m * kStride + k, load(at<S>(p.x, m0 + m, k), lanes), lanes);
-        });
-      T* y = blocks;
-      for (size_t l = 0; l + 1 < L; ++l, y += kBlock)
-        with_activation(p.layers[l], [&](auto act) {
-          product(y, Panels<T>::packed(wt[l], p.layers[l].K), p.layers[l].K, count, p.layers[l].N,
-                  Forward<decltype(act)>{bias[l], y + kBlock});
-        });
-
-      // What the loss is of and its gradient have no gaps between rows, however few columns.
-      T *const z = y + kBlock, *const top_dz = dz_below;
-      const AddBias finish{bias[L - 1], z, top.N};
-      if (tiles_mostly_empty(top.K, top.N))
-        dots<T, Single<T>>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
-      else
-        product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);
-      with_activation(top, [&](auto act) {
-        loss += RowsLoss<S, decltype(act)>::run(p.loss, {m0, m0 + count}, top.N, z, top_dz, targets, valid);
-      });
-      for (int64_t m = 0; m < count; ++m)
-        for_vectors<T>(top.N, [&](int64_t n, auto lanes) {
-          store(dz + m * kStride + n, load(top_dz + m * top.N + n, lanes), lanes);
-        });
-
-      for (size_t l = L; l-- > p.lowest; y -= kBlock) {
-        const StepLayerView& layer = p.layers[l];
-        add_gradients(layer, y, dz, sums, count);
-        if (l == p.lowest) break;
-        with_activation(p.layers[l - 1], [&](auto act) {
-          product(dz, Panels<T>::packed(w[l], layer.N), layer.N, count, layer.K, Backward<decltype(act)>{y, dz_below});
-        });
-        std::swap(dz, dz_below);
-      }
-    }
-    return loss;
-  }
-
- private:
-  template <class F>
-  static void with_activation(const StepLayerView& layer, const F& f) {
-    visit_activation(layer.activation, [&](auto act) { return f(act), true; });
-  }
+  static constexpr int64_t kStride = Block::row_step;
 
   // The ends of products: y = act(z + b);  z + b, without gaps;  dz = act'(dy, y) of the layer below.
   template <class Act>
@@ -272,24 +87,28 @@ struct StepRows {
   };
 
   template <class Finish>
-  static void product(const T* a, Panels<T> b, int64_t depth, int64_t rows, int64_t columns, const Finish& finish) {
+  static __attribute__((noinline)) void product(const T* a, Panels<T> b, int64_t depth, int64_t rows, int64_t columns,
+                                                const Finish& finish) {
     Ahead none;
     tiles<Block, Single<T>, Tile<T>::rows>(a, b, depth, 0, rows, columns, Stage{true, true}, Partial<T>{}, finish,
                                            none);
   }
 
   // dW += dz^T x;  db += sum over rows of dz
-  static void add_gradients(const StepLayerView& l, const T* x, const T* dz, T* sums, int64_t count) {
-    if (l.db >= 0)
+  static __attribute__((noinline)) void add_gradients(const StepLayerView& l, const T* x, const T* dz, T* sums,
+                                                      double* db_totals, int64_t count) {
+    if (l.db >= 0) {
+      alignas(kVectorBytes) T db_block[width];
       for_vectors<T>(l.N, [&](int64_t n, auto lanes) {
         V db[4];
         int64_t m = 0;
         for (; m + 4 <= count; m += 4)
           for (int i = 0; i < 4; ++i) db[i] = db[i] + load(dz + (m + i) * kStride + n, lanes);
         for (; m < count; ++m) db[0] = db[0] + load(dz + m * kStride + n, lanes);
-        T* const sum = sums + l.db + n;
-        store(sum, load(sum, lanes) + ((db[0] + db[1]) + (db[2] + db[3])), lanes);
+        store(db_block + n, (db[0] + db[1]) + (db[2] + db[3]), lanes);
       });
+      add_up(db_totals, db_block, l.N);
+    }
     Ahead none;
     if (l.dw >= 0)
       tiles<RowsOfBlockTransposed<T, width>, Single<T>, Tile<T>::rows>(dz, Panels<T>::in_place(x, kStride), count, 0,
@@ -298,29 +117,108 @@ struct StepRows {
   }
 };
 
-// The loss of outputs as they lie in memory, a few rows at a time.
-template <class S>
-double loss_rows(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data, void* scratch,
-                 bool& valid) {
+template <class S, int width>
+struct StepRows {
   using T = Accumulator<S>;
-  const S* const y = static_cast<const S*>(y_data);
-  S* const dy = static_cast<S*>(dy_data);
-  T *const targets = static_cast<T*>(scratch), *const outputs = targets + kLossRows * N,
-           *const gradients = outputs + kLossRows * N;
-  double total = 0;
-  for (int64_t m = rows.begin; m < rows.end; m += kLossRows) {
-    const Range some{m, std::min(m + kLossRows, rows.end)};
-    const int64_t begin = m * N, size = some.size() * N;
-    if constexpr (std::is_same_v<S, T>) {
-      total += RowsLoss<S, Identity>::run(loss, some, N, y + begin, dy + begin, targets, valid);
-    } else {
-      for_vectors<T>(size, [&](int64_t i, auto lanes) { store(outputs + i, load(y + begin + i, lanes), lanes); });
-      total += RowsLoss<S, Identity>::run(loss, some, N, outputs, gradients, targets, valid);
-      for_vectors<T>(size, [&](int64_t i, auto lanes) { store(dy + begin + i, load(gradients + i, lanes), lanes); });
-    }
+  using V = Vec<T>;
+  using Block = BlockProducts<T, width>;
+  static constexpr int64_t kRows = Blocking<T>::rows, kStride = Block::kStride, kBlock = kRows * kStride;
+
+  // Packed weights, the sums of db, and a block of rows of the input, of each layer, of two gradients and of the
+  // targets.
+  static size_t scratch_bytes(const StepProblem& p) {
+    int64_t elements = (p.layers.size() + 4) * kBlock;
+    for (const StepLayerView& l : p.layers)
+      elements += l.K * round_up_columns<T>(l.N) + l.N * round_up_columns<T>(l.K) +
+                  round_up_columns<T>(l.N) * (1 + sizeof(double) / sizeof(T));
+    return elements * sizeof(T);
   }
-  return total;
-}
+
+  // Gradients summed over the rows go to `sums`: of each layer dW [N, K] and db [N], where they are wanted.
+  static double run(const StepProblem& p, Range rows, void* sums_out, void* scratch, bool& valid) {
+    const size_t L = p.layers.size();
+    T* const sums = static_cast<T*>(sums_out);
+    T* const blocks = static_cast<T*>(scratch);  // of x and of each layer's output
+    T *dz = blocks + (L + 1) * kBlock, *dz_below = dz + kBlock, *const targets = dz_below + kBlock;
+    T* packed = targets + kBlock;
+    const T *w[kMostLayers], *wt[kMostLayers], *bias[kMostLayers];
+    double* db[kMostLayers];
+    for (size_t l = 0; l < L; ++l) {
+      const StepLayerView& layer = p.layers[l];
+      if (l + 1 == L && tiles_mostly_empty(layer.K, layer.N))
+        for (int64_t n = 0; n < layer.N; ++n)
+          for_vectors<T>(layer.K, [&](int64_t k, auto lanes) {
+            store(packed + n * layer.K + k, load(at<S>(layer.w, n, k), lanes), lanes);
+          });
+      else
+        pack_panels_transposed<S>(layer.w, 0, layer.K, 0, layer.N, packed);
+      wt[l] = packed;
+      packed += layer.K * round_up_columns<T>(layer.N);
+      if (l > p.lowest) pack_panels<S>(layer.w, 0, layer.N, 0, layer.K, packed);
+      w[l] = packed;
+      packed += layer.N * round_up_columns<T>(layer.K);
+      for_vectors<T>(layer.N, [&](int64_t n, auto lanes) {
+        store(packed + n, layer.bias ? load(static_cast<const S*>(layer.bias) + n, lanes) : V(), lanes);
+      });
+      bias[l] = packed;
+      packed += round_up_columns<T>(layer.N);
+      db[l] = reinterpret_cast<double*>(packed);
+      packed += round_up_columns<T>(layer.N) * (sizeof(double) / sizeof(T));
+      std::fill(db[l], db[l] + layer.N, 0.0);
+    }
+    std::fill(sums, sums + p.sums, T(0));
+    const StepLayerView& top = p.layers[L - 1];
+    double loss = 0;
+    for (int64_t m0 = rows.begin; m0 < rows.end; m0 += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, rows.end - m0);
+      for (int64_t m = 0; m < count; ++m)
+        for_vectors<T>(p.layers[0].K, [&](int64_t k, auto lanes) {
+          store(blocks + m * kStride + k, load(at<S>(p.x, m0 + m, k), lanes), lanes);
+        });
+      T* y = blocks;
+      for (size_t l = 0; l + 1 < L; ++l, y += kBlock)
+        with_activation(p.layers[l], [&](auto act) {
+          Block::product(y, Panels<T>::packed(wt[l], p.layers[l].K), p.layers[l].K, count, p.layers[l].N,
+                         typename Block::template Forward<decltype(act)>{bias[l], y + kBlock});
+        });
+
+      // What the loss is of and its gradient have no gaps between rows, however few columns.
+      T *const z = y + kBlock, *const top_dz = dz_below;
+      const typename Block::AddBias finish{bias[L - 1], z, top.N};
+      if (tiles_mostly_empty(top.K, top.N))
+        dots<T, Single<T>>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
+      else
+        Block::product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);
+      with_activation(top, [&](auto act) {
+        loss += RowsLoss<S, decltype(act)>::run(p.loss, {m0, m0 + count}, top.N, z, top_dz, targets, valid);
+      });
+      for (int64_t m = 0; m < count; ++m)
+        for_vectors<T>(top.N, [&](int64_t n, auto lanes) {
+          store(dz + m * kStride + n, load(top_dz + m * top.N + n, lanes), lanes);
+        });
+
+      for (size_t l = L; l-- > p.lowest; y -= kBlock) {
+        const StepLayerView& layer = p.layers[l];
+        Block::add_gradients(layer, y, dz, sums, db[l], count);
+        if (l == p.lowest) break;
+        with_activation(p.layers[l - 1], [&](auto act) {
+          Block::product(dz, Panels<T>::packed(w[l], layer.N), layer.N, count, layer.K,
+                         typename Block::template Backward<decltype(act)>{y, dz_below});
+        });
+        std::swap(dz, dz_below);
+      }
+    }
+    for (size_t l = p.lowest; l < L; ++l)
+      if (p.layers[l].db >= 0) round_sums(db[l], p.layers[l].N, sums + p.layers[l].db);
+    return loss;
+  }
+
+ private:
+  template <class F>
+  static void with_activation(const StepLayerView& layer, const F& f) {
+    visit_activation(layer.activation, [&](auto act) { return f(act), true; });
+  }
+};
 
 // Rows as narrow as the network allows: they lie closer together.
 template <class S>
@@ -341,11 +239,15 @@ struct Steps {
   static constexpr StepKernels kernels{scratch_bytes, rows, loss_rows<S>, update<S>, update<S, S>};
 };
 
+}  // namespace
+
+namespace MLP_EXT_TARGET {
+
 const StepKernels& step_kernels(DType dtype) {
   static constexpr StepKernels table[]{Steps<float>::kernels, Steps<double>::kernels, Steps<BFloat16>::kernels,
                                        Steps<Half>::kernels};
   return table[static_cast<size_t>(dtype)];
 }
 
-}  // namespace
+}  // namespace MLP_EXT_TARGET
 }  // namespace mlp_ext::cpu

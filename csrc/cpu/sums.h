@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
 
 namespace mlp_ext::cpu {
 namespace {
@@ -15,18 +14,24 @@ void for_rows(Range samples, const F& f) {
   for (; m < samples.end; ++m) f(std::integral_constant<int, 1>{}, m);
 }
 
-// f(rows) for short pieces, whose sums are then added up: long plain sums would lose digits.
+// A plain sum of so many numbers keeps its digits. Sums of more rows are made of such pieces, added up in double.
+constexpr int64_t kShortRows = 128;
+
+// f(rows) for pieces of up to kShortRows.
 template <class F>
 void for_short_sums(Range samples, const F& f) {
-  constexpr int64_t rows = 128;
-  for (int64_t m = samples.begin; m < samples.end; m += rows) f(Range{m, std::min(m + rows, samples.end)});
+  for (int64_t m = samples.begin; m < samples.end; m += kShortRows) f(Range{m, std::min(m + kShortRows, samples.end)});
 }
 
 // total[i] += piece[i]
 template <class T>
-void add_up(T* total, const T* piece, int64_t size) {
-  for_vectors<T>(
-      size, [&](int64_t i, auto lanes) { store(total + i, load(total + i, lanes) + load(piece + i, lanes), lanes); });
+void add_up(double* total, const T* piece, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) total[i] += static_cast<double>(piece[i]);
+}
+
+template <class T>
+void round_sums(const double* total, int64_t size, T* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(total[i]);
 }
 
 }  // namespace

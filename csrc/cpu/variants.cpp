@@ -7,26 +7,45 @@
 
 #include <chrono>
 
-#if MLP_EXT_X86
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 namespace mlp_ext::cpu {
 
+// setup.py defines MLP_EXT_TARGETS(DO) as DO(avx512) DO(avx2) DO(generic), or those of them that it builds.
+#define MLP_EXT_DECLARE(target)                     \
+  namespace target {                                \
+  const Kernels& kernels(DType, size_t activation); \
+  const StepKernels& step_kernels(DType);           \
+  const PanelKernels* panel_kernels(DType);         \
+  int64_t fma_loop(int64_t rounds);                 \
+  }
+#define MLP_EXT_LIST(target) \
+  Variant{#target, target::kernels, target::step_kernels, target::panel_kernels, target::fma_loop},
+MLP_EXT_TARGETS(MLP_EXT_DECLARE)
+
+std::span<const Variant> variants() {
+  static constexpr Variant all[]{MLP_EXT_TARGETS(MLP_EXT_LIST)};
+  return all;
+}
+
 const Variant& variant() {
   static const Variant& chosen = []() -> const Variant& {
-#if MLP_EXT_X86
-    const auto capability = at::get_cpu_capability();
-    if (capability == "AVX512") return variant_avx512;
-    if (capability == "AVX2") return variant_avx2;
-#endif
-    return variant_generic;
+    const std::string capability = at::get_cpu_capability();  // DEFAULT, AVX2, AVX512, or another processor's
+    for (const Variant& v : variants()) {
+      const std::string_view name = v.name;
+      if (name == "generic" || capability == "AVX512" || (name == "avx2" && capability == "AVX2")) return v;
+    }
+    TORCH_CHECK(false, "mlp_ext was built for ", variants().back().name,
+                " alone (MLP_EXT_ISA=native), which this processor does not have or ATEN_CPU_CAPABILITY forbids; "
+                "build it here, without MLP_EXT_ISA");
   }();
   return chosen;
 }
 
 bool multiplies_bfloat16() {
-#if MLP_EXT_X86
+#if defined(__x86_64__)
   static const bool has_it = __builtin_cpu_supports("avx512bf16");
   return has_it;
 #else
@@ -37,7 +56,7 @@ bool multiplies_bfloat16() {
 namespace {
 
 bool has_amx_bfloat16() {  // __builtin_cpu_supports does not know it in all compilers
-#if MLP_EXT_X86
+#if defined(__x86_64__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
 #else
@@ -49,7 +68,7 @@ bool has_amx_bfloat16() {  // __builtin_cpu_supports does not know it in all com
 
 Products products_of(DType dtype) {
   if (dtype != DType::bfloat16) return Products::single;
-  if (forced_products) return *forced_products;
+  if (const auto forced = forced_products.load()) return *forced;
   static const Products here = [] {
     const bool pairs = std::string_view(variant().name) == "avx512" && multiplies_bfloat16();
     return !pairs ? Products::single : has_amx_bfloat16() ? Products::tiles : Products::pairs;

@@ -1,18 +1,14 @@
 // The variants of the kernels, one per instruction set.
 #pragma once
 
+#include <atomic>
 #include <optional>
 
 #include "cpu/kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MLP_EXT_X86 1
-#else
-#define MLP_EXT_X86 0
-#endif
-
 namespace mlp_ext::cpu {
 
+// One instruction set's kernels: the namespace of that name, which targets/*.cpp fill.
 struct Variant {
   const char* name;
   const Kernels& (*kernels)(DType, size_t activation);
@@ -21,12 +17,10 @@ struct Variant {
   int64_t (*fma_loop)(int64_t rounds);          // multiplies and adds in registers; returns how many operations it did
 };
 
-extern const Variant variant_generic;
-#if MLP_EXT_X86
-extern const Variant variant_avx2, variant_avx512;
-#endif
+std::span<const Variant> variants();  // that were built, the most capable first
 
-// torch's own choice, which the environment variable ATEN_CPU_CAPABILITY forces.
+// The most capable that torch chooses too, which the environment variable ATEN_CPU_CAPABILITY bounds. Throws if none
+// is.
 const Variant& variant();
 
 // How a dtype is multiplied here.
@@ -34,7 +28,7 @@ Products products_of(DType dtype);
 bool may_use_library();  // torch's products: without oneDNN those of bfloat16 are slow
 
 // Instead of what the processor has, for the plan alone: to measure what it should say, and to test it.
-inline std::optional<Products> forced_products;
+inline std::atomic<std::optional<Products>> forced_products;
 
 // What the processor can do at most in float32, operations per second: fma_loop on so many threads for some time.
 double peak_flops(double seconds, int64_t threads);

@@ -28,8 +28,8 @@ Plan plan(int64_t M, int64_t K, int64_t N, const at::Tensor& t, std::string_view
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   const bool tf32 = precision == at::Float32Precision::TF32;
   const Properties& here = properties();
-  return make_plan(
-      {M, K, N, dtype_of(t), activation, here.arch, tf32, aligned, MLP_EXT_CUTLASS, here.block_shared, forced_path});
+  return make_plan({M, K, N, dtype_of(t), activation, here.arch, tf32, aligned, MLP_EXT_CUTLASS, here.block_shared,
+                    forced_path.load()});
 }
 
 // Whether rows are whole multiples of 16 bytes, begin at such, and do not overlap.

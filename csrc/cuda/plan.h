@@ -5,6 +5,7 @@
 // TF32 and other GPUs no row is measured.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <string_view>
@@ -51,7 +52,7 @@ struct Case {
 };
 
 // The path of all layers instead of the table's, where it can: to measure what the table should say.
-inline std::optional<Path> forced_path;
+inline std::atomic<std::optional<Path>> forced_path;
 
 // Each limit with its reason.
 constexpr double kSmallProducts = 1 << 24;    // beyond, bigger tiles win
