@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from references import assert_matches_native
-from shapes import LAYOUTS, Shape, grad_output, operands
+from shapes import LAYOUTS, Shape, grad_output, grid, operands
 from steps import NETS, assert_steps_match_eager, training
+from torch import Tensor
 
 import mlp_ext
 from mlp_ext import _C
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("tiles", "poisoned_memory")
 
 BFLOAT16 = torch.bfloat16
 FLAT = Shape((519,), 256, 130)
-FEW_ROWS = Shape((2,), 1030, 1029)  # forward they take dots
+FEW_ROWS = Shape((2,), 1030, 1028)  # forward they take dots
 NARROW = Shape((3, 15000), 24, 16)  # and more rows of dz than are added up at once
 SHAPES = [FLAT, FEW_ROWS, NARROW]
 SUBSETS = [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
@@ -38,6 +39,32 @@ def test_these_shapes_take_it() -> None:
         plan = _C.plan(M, shape.K, shape.N, item_size=2, threads=2, products="tiles")
         assert plan["forward_path"] == ("dots" if shape == FEW_ROWS else "library")
         assert plan["backward_path"] == "library"
+
+
+@pytest.mark.parametrize(("K", "N"), [(257, 130), (256, 131)])
+def test_odd_widths_do_not_take_it(K: int, N: int) -> None:
+    """On a matrix unit torch's product reads beyond the end of such rows."""
+    assert "library" not in _C.plan(519, K, N, 2, 2, products="tiles").values()
+    assert _C.plan(519, K, N, 2, 2, products="pairs")["backward_path"] == "library"
+
+
+@pytest.mark.parametrize("shape", [(4096, 65, 128), (256, 1025, 1024), (1025, 57, 512)], ids=str)
+def test_nothing_beside_a_row_is_read(shape: tuple[int, int, int]) -> None:
+    M, K, N = shape
+    _C.force_cpu_products(None)  # as this processor multiplies
+
+    def far_apart(t: Tensor) -> Tensor:  # with NaN between the rows
+        big = t.new_full((len(t), t.shape[1] + 1000), torch.nan)
+        return big[:, 7 : 7 + t.shape[1]].copy_(t)
+
+    x, w, dy = (grid(*size, dtype=BFLOAT16) for size in ((M, K), (N, K), (M, N)))
+    leaves = far_apart(x).requires_grad_(), far_apart(w).requires_grad_()
+    y = mlp_ext.linear_act(*leaves, None, "identity")
+    dx, dw = torch.autograd.grad(y, leaves, far_apart(dy))
+    exact = [t.double() for t in (x, w, dy)]
+    products = (exact[0] @ exact[1].t(), exact[2] @ exact[1], exact[2].t() @ exact[0])
+    for actual, expected in zip((y, dx, dw), products, strict=True):
+        assert ((actual.double() - expected).abs() <= 2**-8 * expected.abs().max()).all()
 
 
 @pytest.mark.isa

@@ -90,8 +90,9 @@ void one_output(const Backward& b, const GradZ& grad_z, Range samples, T* dw, T*
     if (dw) std::fill(dw_piece, dw_piece + b.K, T(0));
     for_rows(piece, [&](auto count, int64_t m) {
       constexpr int P = decltype(count)::value;
-      T dz[P];
-      for (int p = 0; p < P; ++p) db_piece += dz[p] = grad_z(m + p, 0, 1).v[0];
+      T dz[P], db_rows = 0;
+      for (int p = 0; p < P; ++p) db_rows += dz[p] = grad_z(m + p, 0, 1).v[0];
+      db_piece += db_rows;
       for_vectors<T>(b.dx.data || dw ? b.K : 0, [&](int64_t k, auto lanes) {
         for (int p = 0; b.dx.data && p < P; ++p)
           store(at<S>(b.dx, m + p, k), V(dz[p]) * load(at<S>(b.w, 0, k), lanes), lanes);

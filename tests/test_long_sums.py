@@ -1,0 +1,74 @@
+"""Sums over many rows keep their digits, on each path of the plan."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import mlp_ext
+from mlp_ext import _C
+
+ROWS = 1 << 21
+TOLERANCE = 4 * torch.finfo(torch.float32).eps  # relative; plain sums in float32 are 4e-5 off
+PATHS = {  # of backward: K, N
+    "tall": (4, 8),
+    "one_input": (1, 16),
+    "one_output": (8, 1),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bias_gradient_of_millions_of_rows(path: str) -> None:
+    """Of equal terms, whose roundings all go the same way."""
+    K, N = PATHS[path]
+    assert _C.plan(ROWS, K, N, 4, torch.get_num_threads())["backward_path"] == path
+    bias = torch.zeros(N, requires_grad=True)
+    output = mlp_ext.linear_act(torch.zeros(ROWS, K), torch.zeros(N, K), bias, "identity")
+    output.backward(torch.full((), 0.1).expand_as(output))
+    exact = ROWS * torch.tensor(0.1).double()
+    assert ((bias.grad.double() - exact) / exact).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("K", "N"), [(600, 600), (1030, 20)], ids=["packed", "packed_with_few_outputs"]
+)
+def test_bias_gradient_of_packed_products(K: int, N: int) -> None:
+    rows = 20_000
+    assert _C.plan(rows, K, N, 4, torch.get_num_threads())["backward_path"] == "packed"
+    bias, weight = torch.zeros(N, requires_grad=True), torch.zeros(N, K, requires_grad=True)
+    output = mlp_ext.linear_act(torch.zeros(rows, K), weight, bias, "identity")
+    output.backward(torch.full((), 0.1).expand_as(output))
+    exact = rows * torch.tensor(0.1).double()
+    assert ((bias.grad.double() - exact) / exact).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("widths", [(2, 4, 1), (600, 8)], ids=["blocks", "layers"])
+def test_a_step_of_many_rows_updates_the_bias_exactly(widths: tuple[int, ...]) -> None:
+    rows = (1 << 21) if len(widths) == 3 else 20_000
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    criterion = nn.MSELoss(reduction="sum")
+    target = torch.full((), 0.05).expand(rows, widths[-1]).contiguous()
+    mlp_ext.TrainStep(model, criterion, optimizer)(torch.zeros(rows, widths[0]), target)
+    exact = 2 * rows * torch.tensor(0.05).double()
+    last = model[-1]
+    assert isinstance(last, nn.Linear)
+    assert ((last.bias.detach().double() - exact) / exact).abs().max() < TOLERANCE
+
+
+def test_biases_beyond_what_one_piece_sums_are_cut() -> None:
+    limit = 1 << 18
+    assert _C.plan(0, 3, 3 * limit, 4, 1)["grad_weight"][0] == 3
+    assert _C.plan(64, 32, limit + 1, 4, 1)["grad_weight"][0] == 2
+    weight = torch.zeros(limit + 5, 1, requires_grad=True)
+    bias = torch.zeros(limit + 5, requires_grad=True)
+    mlp_ext.linear_act(torch.ones(8, 1), weight, bias, "relu").sum().backward()
+    assert bias.grad is not None
+    assert not bias.grad.any()
+    mlp_ext.linear_act(torch.ones(9, 1), weight, bias, "identity").sum().backward()
+    assert bias.grad.eq(9).all()
