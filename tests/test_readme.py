@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,6 +143,17 @@ def test_tables_of_performance_are_rows() -> None:
                     assert says(text, value), f"{column} of {cells}: {value} in {csv}"
                     checked += 1
     assert checked > 100  # they were found
+
+
+def test_table_of_the_demo_is_what_it_wrote() -> None:
+    (table,) = (t for t in tables(PERFORMANCE) if t.head[0] == "data")
+    for name, cells in zip(("breast_cancer", "seed"), table.body, strict=True):
+        results = json.loads((RESULTS / f"demo-{name}.json").read_text())["results"]
+        said = dict(zip(table.head, cells, strict=True))
+        assert says(said["native"], results["native"]["ms_per_epoch"] / 1e3)
+        for kind in ("fused", "stack", "step"):
+            assert says(said[kind], results[kind]["speed_up"]), (name, kind)
+        assert said[table.head[-1]] == f"{results['step']['largest_difference']:.2g}"
 
 
 def test_gains_in_readme_are_the_least_and_the_most_of_their_rows() -> None:
