@@ -22,7 +22,7 @@ test: build
 	@echo "== tests"
 	$(RUN)/python -m pytest
 
-# The README's figures and its chart. Leave the machine alone meanwhile.
+# The figures and charts of README and docs/performance.md. Leave the machine alone meanwhile.
 RESULTS := benchmarks/results
 BENCH   := $(RUN)/mlp-ext bench
 LAYERS  := $(BENCH) --suite layers --peak
@@ -36,6 +36,7 @@ bench: build
 	$(LAYERS) --mode forward --providers native,native_inplace,compile,mkldnn,fused --csv $(RESULTS)/layers-forward-relu.csv
 	$(LAYERS) --mode full --dtype bfloat16 --providers native,fused --csv $(RESULTS)/layers-full-relu-bfloat16.csv
 	$(BENCH) --suite train --peak --providers native,compile,compile-step,fused,stack,step,fit --csv $(RESULTS)/train-step-relu.csv --plot $(RESULTS)/train-step-relu.png
+	$(RUN)/python benchmarks/readme_chart.py
 	$(BENCH) --suite train --peak --dtype bfloat16 --providers native,fused,stack,step,fit --csv $(RESULTS)/train-step-relu-bfloat16.csv
 	@echo "== a sweep of sizes, with all threads and with one"
 	$(SWEEP) --mode full --csv $(RESULTS)/sweep-full-relu.csv

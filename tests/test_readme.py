@@ -1,0 +1,178 @@
+"""README and docs: links lead somewhere, code runs and prints what is said, figures are rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mlp_ext.bench.rows import geometric_mean, read_csv
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def prose(page: Path) -> str:
+    """The text without blocks of code."""
+    return re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    relative = [target for target in targets if not re.match(r"https?://", target)]
+    for target in relative:
+        name, _, anchor = target.partition("#")
+        found = (page.parent / name).resolve() if name else page
+        assert found.exists(), f"{target} does not exist"
+        assert found.is_relative_to(ROOT), f"{target} leaves the repository"
+        if anchor:
+            assert anchor in anchors(found), f"{target}: no such heading"
+
+
+def test_readme_is_one_screen() -> None:
+    assert len(README.read_text().splitlines()) <= 120
+
+
+def test_every_page_is_reached_from_readme() -> None:
+    text = README.read_text()
+    assert [page for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in text] == []
+
+
+EXAMPLE = re.compile(
+    r"```python\n(?P<code>.*?)```(?:\n+It prints(?::\n+```\n(?P<lines>.*?)```| `(?P<line>.*?)`))?",
+    flags=re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "usage.md"], ids=["README", "usage"])
+def test_code_runs_and_prints_what_is_said(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    examples = list(EXAMPLE.finditer(page.read_text()))
+    assert any(example["line"] or example["lines"] for example in examples)
+    for example in examples:
+        exec(example["code"], names)
+        said = example["lines"] or (f"{example['line']}\n" if example["line"] else "")
+        assert capsys.readouterr().out == said
+
+
+def says(text: str, value: float) -> bool:
+    """Whether `text`, such as 1.35, 50.6x, 335 us or 1.64 ms, is `value` rounded."""
+    match = re.fullmatch(r"(\d+(?:\.(\d+))?)(x| us| ms|)", text)
+    assert match, f"{text!r} is no number"
+    scale = {" us": 1e6, " ms": 1e3}.get(match[3], 1.0)
+    return abs(float(match[1]) - scale * value) <= 0.5001 * 10.0 ** -len(match[2] or "")
+
+
+class Table(NamedTuple):
+    head: list[str]
+    body: list[list[str]]
+    csv: str | None  # the last one named above it
+
+
+def tables(page: Path) -> Iterator[Table]:
+    csv, lines = None, []
+    for line in [*page.read_text().splitlines(), ""]:
+        if line.strip().startswith("|"):
+            lines.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+            continue
+        if lines:
+            yield Table(lines[0], lines[2:], csv)
+            csv, lines = None, []
+        if named := re.search(r"\(([^)]*\.csv)\)", line):
+            csv = named[1]
+
+
+class Rows:
+    """The rows of a file, by provider and case."""
+
+    def __init__(self, path: Path) -> None:
+        rows = read_csv(path)
+        self.ratio = {(row.provider, row.case): row.ratio_to_native for row in rows}
+        self.seconds = {(row.provider, row.case): row.median_s for row in rows}
+
+    def ratios(self, provider: str) -> dict[str, float]:
+        return {case: ratio for (p, case), ratio in self.ratio.items() if p == provider}
+
+    def expected(self, column: str, case: str) -> float | None:
+        """What the column of that name has for a case; None where it is not of figures."""
+        if column == "fused in a graph over native in a graph":
+            return self.seconds["cudagraph", case] / self.seconds["fused-cudagraph", case]
+        provider, _, what = re.sub(",", "", column).partition(" ")
+        ratios = self.ratios(provider)
+        if not ratios:
+            return None
+        if what == "mean":
+            return geometric_mean(list(ratios.values()))
+        if what == "least":
+            return min(ratios.values())
+        return self.seconds[provider, case] if what == "time" else ratios[case]
+
+
+def test_tables_of_performance_are_rows() -> None:
+    checked = 0
+    for table in tables(PERFORMANCE):
+        for cells in table.body:
+            own = re.search(r"\(([^)]*\.csv)\)", " ".join(cells))
+            csv = own[1] if own else table.csv
+            if csv is None:
+                continue
+            rows = Rows(PERFORMANCE.parent / csv)
+            for column, before, text in zip(table.head, ["", *table.head], cells, strict=False):
+                if column == "at":
+                    ratios = rows.ratios(before.partition(",")[0])
+                    assert text == min(ratios, key=ratios.__getitem__), cells
+                elif (value := rows.expected(column, cells[0])) is not None:
+                    assert says(text, value), f"{column} of {cells}: {value} in {csv}"
+                    checked += 1
+    assert checked > 100  # they were found
+
+
+def test_table_of_the_demo_is_what_it_wrote() -> None:
+    (table,) = (t for t in tables(PERFORMANCE) if t.head[0] == "data")
+    for name, cells in zip(("breast_cancer", "seed"), table.body, strict=True):
+        results = json.loads((RESULTS / f"demo-{name}.json").read_text())["results"]
+        said = dict(zip(table.head, cells, strict=True))
+        assert says(said["native"], results["native"]["ms_per_epoch"] / 1e3)
+        for kind in ("fused", "stack", "step"):
+            assert says(said[kind], results[kind]["speed_up"]), (name, kind)
+        assert said[table.head[-1]] == f"{results['step']['largest_difference']:.2g}"
+
+
+def test_gains_in_readme_are_the_least_and_the_most_of_their_rows() -> None:
+    (table,) = (t for t in tables(README) if t.head[0] == "You have")
+    train, layers = "train-step-relu.csv", "layers-full-relu.csv"
+    sources = [(train, p) for p in ("fit", "step", "stack", "fused")] + [(layers, "fused")]
+    for (csv, provider), cells in zip(sources, table.body, strict=True):
+        ratios = Rows(RESULTS / csv).ratios(provider).values()
+        least, most = re.findall(r"[\d.]+x", cells[2])
+        assert says(least, min(ratios)) and says(most, max(ratios)), cells
+
+
+def test_figures_in_readme_are_rows() -> None:
+    text = prose(README)
+    rows = [Rows(RESULTS / name) for name in ("train-step-relu.csv", "layers-full-relu.csv")]
+    ratios = [value for r in rows for value in r.ratio.values()]
+    seconds = [value for r in rows for value in r.seconds.values()]
+    figures = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:x| us| ms)\b", text)
+    assert figures
+    for figure in figures:
+        values = ratios if figure.endswith("x") else seconds
+        assert any(says(figure, value) for value in values), figure
