@@ -69,17 +69,17 @@ cpu::Products cpu_products(const std::string& name) {
   return static_cast<cpu::Products>(place - std::begin(cpu::kProducts));
 }
 
-// Plans multiply sizes by small factors, in int64.
 void check_sizes(std::initializer_list<int64_t> sizes) {
-  double product = 1;
-  for (const int64_t size : sizes) {
+  for (const int64_t size : sizes)
     if (size < 0) throw py::value_error("sizes must be from 0 on, got " + std::to_string(size));
-    product *= static_cast<double>(std::max<int64_t>(1, size));
-  }
-  if (product > 0x1p53) throw py::value_error("the product of the sizes must be at most 2^53");
 }
 
-void check_cpu(int64_t item_size, int64_t threads) {
+// CPU plans multiply M K N by small factors, in int64.
+void check_cpu(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads) {
+  check_sizes({M, K, N});
+  double product = 1;
+  for (const int64_t size : {M, K, N}) product *= static_cast<double>(std::max<int64_t>(1, size));
+  if (product > 0x1p53) throw py::value_error("the product of the sizes must be at most 2^53");
   if (item_size != 2 && item_size != 4 && item_size != 8)
     throw py::value_error("item_size must be 2, 4 or 8, got " + std::to_string(item_size));
   if (threads < 1 || threads > 1 << 16)
@@ -88,8 +88,7 @@ void check_cpu(int64_t item_size, int64_t threads) {
 
 py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& products,
               bool library, bool update) {
-  check_sizes({M, K, N});
-  check_cpu(item_size, threads);
+  check_cpu(M, K, N, item_size, threads);
   const cpu::Plan plan =
       cpu::make_plan(M, K, N, item_size, threads, cpu_products(products), {.library = library, .update = update});
   const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
@@ -123,13 +122,13 @@ std::optional<cuda::Path> cuda_path(const std::optional<std::string>& name) {
 
 void check_widths(const std::vector<int64_t>& widths, int64_t batch) {
   if (widths.size() < 2) throw py::value_error("widths must name input and output");
-  for (size_t l = 1; l < widths.size(); ++l) check_sizes({batch, widths[l - 1], widths[l]});
+  for (const int64_t width : widths) check_sizes({width, batch});
 }
 
 py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads,
                    const std::string& products) {
   check_widths(widths, batch);
-  check_cpu(item_size, threads);
+  for (size_t l = 1; l < widths.size(); ++l) check_cpu(batch, widths[l - 1], widths[l], item_size, threads);
   const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads, cpu_products(products));
   py::dict result;
   result["path"] = cpu::step_path_name(plan.path);

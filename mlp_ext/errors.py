@@ -79,9 +79,10 @@ def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> No
         elif len(shape) == 1 and 1 in (K, rows == "M" and shape[0] == K):
             advice = f"; pass input.unsqueeze({1 if K == 1 else 0})"
         raise RuntimeError(f"{name}: input must be [{rows}, K={K}], got {shape}{advice}") from None
-    if not torch.is_autocast_enabled(input.device.type):
-        _check_dtype(name, "input", input, weight)
     _check_device(name, "input", input, weight)
+    device = input.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        _check_dtype(name, "input", input, weight)
 
 
 def check_target(name: str, loss: str, input: Tensor, target: object, weight: Tensor) -> None:
@@ -114,9 +115,9 @@ def check_target(name: str, loss: str, input: Tensor, target: object, weight: Te
             advice = f"; pass target.{how}"
         what = f"target must be [M={M}, N={N}] as the output, got {shape}{advice}"
         raise RuntimeError(f"{name}: {what}") from None
+    _check_device(name, "target", target, weight)
     if target.dtype is not torch.int64 or loss != "cross_entropy":
         _check_dtype(name, "target", target, weight)
-    _check_device(name, "target", target, weight)
 
 
 def _check_dtype(name: str, argument: str, value: Tensor, weight: Tensor) -> None:

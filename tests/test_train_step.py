@@ -327,15 +327,6 @@ def test_copy_trains_copies(copied) -> None:
     assert torch.equal(step(x, y), copy(x, y))
 
 
-def test_grad_mode_does_not_matter() -> None:
-    part = training(SMALL, "mse", "plain", torch.float64)
-
-    def without_grad(*parts) -> Step:
-        return torch.no_grad()(TrainStep(*parts))
-
-    assert_steps_match_eager(part, 3, without_grad)
-
-
 # --- What changes between steps ---
 
 
