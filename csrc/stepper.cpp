@@ -216,6 +216,7 @@ class Stepper {
     const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
     for (const int64_t place : update.learning) add(place);
     add(static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)));
+    add(at::globalContext().deterministicAlgorithms());
     for (const auto& tensors : {at::TensorList(parameters_), at::TensorList(update.momentum_buffers)})
       for (const Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
     return key;

@@ -93,6 +93,7 @@ def test_saturated_bce_has_torchs_clamping(dtype: torch.dtype) -> None:
     assert 10 < found["losses"][0] <= 100
 
 
+@pytest.mark.filterwarnings("ignore:fuse changed nothing")
 @pytest.mark.parametrize("level", ["none", "layers", "stack"])
 @pytest.mark.parametrize(
     "model",

@@ -17,6 +17,7 @@ from steps import Training, training
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -123,6 +124,27 @@ def test_transforms_are_refused(transform: str, part: Training) -> None:
         TRANSFORMS[transform](TrainStep(*part[:3]), *part[3:])
 
 
+class Traced(nn.Module):
+    def __init__(self, step: TrainStep, y: Tensor) -> None:
+        super().__init__()
+        self.step, self.y = step, y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(x, self.y)
+
+
+TRACERS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "make_fx": lambda model, x: make_fx(model)(x),
+    "export": lambda model, x: torch.export.export(model, (x,)),
+}
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_tracers_are_refused(tracer: str, part: Training) -> None:
+    with pytest.raises(RuntimeError):
+        TRACERS[tracer](Traced(TrainStep(*part[:3]), part.target), part.input)
+
+
 def test_fake_tensors_are_refused_by_torch(part: Training) -> None:
     step = TrainStep(*part[:3])
     with FakeTensorMode(), pytest.raises(Exception, match="convert all Tensors to FakeTensors"):
@@ -210,6 +232,25 @@ def test_products_of_float32_are_never_less_accurate(net: str, precision: str) -
         loss = TrainStep(*found[:3])(*found[3:])
     assert torch.equal(loss, expected)
     torch.testing.assert_close(found.state(), full.state(), rtol=0, atol=0)
+
+
+def test_graphs_know_whether_algorithms_must_be_deterministic() -> None:
+    """The step of a GPU goes through graphs(step, key, input, target)."""
+    part = training("10-5-1@10", "mse", "plain", torch.float32)
+    keys: list[bytes] = []
+
+    def graphs(step: Callable[[Tensor, Tensor], Tensor], key: bytes, *data: Tensor) -> Tensor:
+        keys.append(key)
+        return step(*data)
+
+    step = TrainStep(*part[:3])
+    step(*part[3:])
+    stepper = getattr(step._stepper, "_stepper", step._stepper)
+    stepper.step(*part[3:], graphs)
+    with FOLLOWED["deterministic algorithms"]():
+        stepper.step(*part[3:], graphs)
+    stepper.step(*part[3:], graphs)
+    assert keys[0] != keys[1] and keys[0] == keys[2]
 
 
 def test_dispatch_modes_see_the_operator() -> None:
