@@ -67,7 +67,7 @@ def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> No
     """
     check_tensor(name, "input", input)
     assert isinstance(input, Tensor)
-    if weight.dim() != 2:
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         return
     K, shape = weight.shape[1], list(input.shape)
     if not shape or shape[-1] != K or (rows == "M" and len(shape) != 2):

@@ -170,6 +170,10 @@ class TrainStep:
         first, last = (reading.layers[place].parameters[0] for place in (0, -1))
         check_input("TrainStep", input, first, rows="M")
         check_target("TrainStep", LOSSES[type(criterion)], input, target, last)
+        message = str(error)
+        if "a momentum buffer must be" in message and "to match" in message:  # after model.to()
+            advice = "call optimizer.load_state_dict(optimizer.state_dict())"
+            error = type(error)(f"{message}; {advice}")
         rename(error, "TrainStep")
 
 

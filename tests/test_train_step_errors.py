@@ -656,6 +656,24 @@ def test_no_data_in_a_message(call: str, part: Training) -> None:
         assert len(str(caught.value)) < 100
 
 
+@pytest.mark.parametrize("fit", [False, True], ids=["step", "fit"])
+def test_momentum_of_another_dtype_says_how_to_move_it(fit: bool) -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    TrainStep(*part[:3])(*part[3:])
+    part.model.double()
+    data = part.input.double(), part.target.double()
+    step = TrainStep(*part[:3])
+    call = step.fit if fit else step
+    message = (
+        "TrainStep: a momentum buffer must be float64 to match input, got float32; "
+        "call optimizer.load_state_dict(optimizer.state_dict())"
+    )
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        call(*data)
+    part.optimizer.load_state_dict(part.optimizer.state_dict())
+    call(*data)
+
+
 def test_nothing_that_learns_is_an_error(part: Training) -> None:
     step = TrainStep(*part[:3])
     part.model.requires_grad_(False)
