@@ -41,7 +41,7 @@ def linear_act(
 
     Raises:
         ValueError: ``activation`` is unknown.
-        TypeError: a dtype is not supported, or the dtypes differ.
+        TypeError: an argument is no tensor, a dtype is not supported, or the dtypes differ.
         RuntimeError: shapes do not fit, or devices differ. Each message names the argument, what
             was expected and what came.
     """

@@ -385,6 +385,9 @@ def _read_optimizer(
         reading.watch_size(hooks)
     places: dict[int, int] = {}
     groups = optimizer.param_groups
+    if not isinstance(groups, list):
+        what = f"optimizer.param_groups is a {type_name(groups)}"
+        _refuse(TypeError, what, "make it a list, as torch.optim.SGD does")
     reading.watch(vars(optimizer), ["param_groups"])
     reading.watch(groups, range(len(groups)))
     reading.watch_size(groups)

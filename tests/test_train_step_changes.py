@@ -95,6 +95,10 @@ def listed_momentum(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.state[model[0].weight]["momentum_buffer"] = [1.0]
 
 
+def tuple_of_groups(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    optimizer.param_groups = tuple(optimizer.param_groups)
+
+
 def tuple_of_parameters(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
 
@@ -104,6 +108,7 @@ def tuple_of_parameters(model: nn.Sequential, optimizer: torch.optim.SGD) -> Non
     [
         (overlapping, "more than one element"),
         (listed_momentum, "momentum_buffer in optimizer.state must be a tensor, got list"),
+        (tuple_of_groups, "param_groups is a builtins.tuple; make it a list"),
         (tuple_of_parameters, r"param_groups\[0\]\['params'\] is a builtins.tuple"),
     ],
 )

@@ -75,6 +75,10 @@ REFUSED: dict[str, tuple[Context, str]] = {
     "inference mode": (torch.inference_mode, "inference_mode forbids"),
     "autocast": (lambda: torch.autocast("cpu"), "autocast is enabled"),
     "anomaly detection": (torch.autograd.detect_anomaly, "anomaly detection is on"),
+    "anomaly detection without NaN": (
+        lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+        "anomaly detection is on",
+    ),
     "saved-tensor hooks": (saved_tensor_hooks, "saved-tensor hooks are set"),
     "save_on_cpu": (torch.autograd.graph.save_on_cpu, "saved-tensor hooks are set"),
     "function mode": (Functions, "a Functions is active"),
