@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <set>
@@ -66,8 +67,26 @@ cpu::Products cpu_products(const std::string& name) {
   return static_cast<cpu::Products>(place - std::begin(cpu::kProducts));
 }
 
+void check_sizes(std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes)
+    if (size < 0) throw py::value_error("sizes must be from 0 on, got " + std::to_string(size));
+}
+
+// CPU plans multiply M K N by small factors, in int64.
+void check_cpu(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads) {
+  check_sizes({M, K, N});
+  double product = 1;
+  for (const int64_t size : {M, K, N}) product *= static_cast<double>(std::max<int64_t>(1, size));
+  if (product > 0x1p53) throw py::value_error("the product of the sizes must be at most 2^53");
+  if (item_size != 2 && item_size != 4 && item_size != 8)
+    throw py::value_error("item_size must be 2, 4 or 8, got " + std::to_string(item_size));
+  if (threads < 1 || threads > 1 << 16)
+    throw py::value_error("threads must be from 1 to 65536, got " + std::to_string(threads));
+}
+
 py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& products,
               bool library, bool update) {
+  check_cpu(M, K, N, item_size, threads);
   const cpu::Plan plan =
       cpu::make_plan(M, K, N, item_size, threads, cpu_products(products), {.library = library, .update = update});
   const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
@@ -99,13 +118,15 @@ std::optional<cuda::Path> cuda_path(const std::optional<std::string>& name) {
   throw py::value_error("path must be small, tall, large or native, got '" + *name + "'");
 }
 
-void check_widths(const std::vector<int64_t>& widths) {
+void check_widths(const std::vector<int64_t>& widths, int64_t batch) {
   if (widths.size() < 2) throw py::value_error("widths must name input and output");
+  for (const int64_t width : widths) check_sizes({width, batch});
 }
 
 py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads,
                    const std::string& products) {
-  check_widths(widths);
+  check_widths(widths, batch);
+  for (size_t l = 1; l < widths.size(); ++l) check_cpu(batch, widths[l - 1], widths[l], item_size, threads);
   const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads, cpu_products(products));
   py::dict result;
   result["path"] = cpu::step_path_name(plan.path);
@@ -115,6 +136,7 @@ py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t it
 
 py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
                    bool tf32, bool aligned, bool cutlass, int64_t shared, const std::optional<std::string>& path) {
+  check_sizes({M, K, N});
   const cuda::Plan plan =
       cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass, shared, cuda_path(path)});
   py::dict result;
@@ -128,7 +150,7 @@ py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, co
 
 py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const std::string& dtype, int arch,
                         int64_t shared) {
-  check_widths(widths);
+  check_widths(widths, batch);
   const auto layers = static_cast<int64_t>(widths.size()) - 1;
   const cuda::StepPlan plan = cuda::make_step_plan({widths.data(), layers, batch, cuda_dtype(dtype), arch, shared});
   py::dict result;

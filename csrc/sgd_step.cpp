@@ -20,6 +20,8 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "checks.h"
 #include "linear_act.h"
 #include "losses.h"
@@ -125,6 +127,46 @@ void set_hyperparameters(c10::SmallVector<StepLayer, 8>& layers, at::TensorList 
               momentum_buffers.size());
 }
 
+// The bytes from a tensor's first element to its last.
+struct Span {
+  const char *begin, *end;
+  const char* name;
+  bool is_written;
+};
+
+// That nothing which the step writes shares memory with anything else that it reads or writes. Views that take turns
+// within one block of memory, such as two halves of a matrix's columns, count as sharing it.
+void check_memory(const Step& step) {
+  if (step.input.is_meta()) return;
+  c10::SmallVector<Span, 24> spans;
+  const auto add = [&spans](const at::Tensor& t, const char* name, bool is_written) {
+    if (!t.has_storage() || t.numel() == 0) return;
+    int64_t last = 0;  // element
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const char* const begin = static_cast<const char*>(t.const_data_ptr());
+    spans.push_back({begin, begin + (last + 1) * static_cast<int64_t>(t.element_size()), name, is_written});
+  };
+  add(step.input, "input", false);
+  add(step.target, "target", false);
+  if (step.loss_weight) add(*step.loss_weight, "loss_weight", false);
+  for (const StepLayer& layer : step.layers)
+    for (const StepParameter* p : {&layer.weight, &layer.bias}) {
+      if (p->value) add(*p->value, p->sgd ? "a parameter that learns" : "a parameter", p->sgd.has_value());
+      if (p->momentum_buffer) add(*p->momentum_buffer, "a momentum buffer", true);
+    }
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  const Span *farthest = nullptr, *farthest_written = nullptr;  // among those that begin before
+  for (const Span& span : spans) {
+    const Span* const other = span.is_written ? farthest : farthest_written;
+    if (other && other->end > span.begin) {
+      const auto [first, second] = span.is_written ? std::pair(other, &span) : std::pair(&span, other);
+      TORCH_CHECK(false, kOp, ": ", first->name, " must not share memory with ", second->name, "; pass a clone()");
+    }
+    if (!farthest || span.end > farthest->end) farthest = &span;
+    if (span.is_written && (!farthest_written || span.end > farthest_written->end)) farthest_written = &span;
+  }
+}
+
 }  // namespace
 
 Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
@@ -169,10 +211,7 @@ Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorLis
   }
   check_target(step, *step.layers.back().weight.value);
   set_hyperparameters(step.layers, momentum_buffers, learning, hyperparameters);
-  for (const int64_t place : learning)
-    for (const at::Tensor* t : {&input, &target})
-      TORCH_CHECK(!t->has_storage() || !parameters[place].has_storage() || !parameters[place].is_alias_of(*t), kOp,
-                  ": input and target must not share memory with a parameter that learns; pass a clone()");
+  check_memory(step);
   for (const StepLayer& layer : step.layers) {
     if (layer.weight.sgd || layer.bias.sgd) break;
     ++step.lowest_learning;

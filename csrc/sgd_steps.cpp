@@ -64,7 +64,8 @@ at::Tensor steps_meta(const at::Tensor& input, const at::Tensor& target, at::Ten
   check_step(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight, ignore_index,
              label_smoothing, learning, hyperparameters);
   const c10::SymInt rows = check_batches(input, order, batch_size);
-  return at::empty_symint({(rows + (batch_size - 1)) / batch_size}, input.options());
+  const c10::SymInt in_last = rows % batch_size;  // 0 where the last batch is full
+  return at::empty_symint({rows / batch_size + in_last.min(1)}, input.options());
 }
 
 // Below autograd, like the updates under no_grad: parameters that require a gradient change in place.

@@ -3,6 +3,8 @@
 #include "stepper.h"
 
 #include <ATen/Context.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -11,9 +13,14 @@
 #include <ATen/ops/randperm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -86,6 +93,7 @@ class Stepper {
   std::optional<Tensor> step(const py::object& input, const py::object& target, const py::object& graph) {
     if (!is_current()) return std::nullopt;
     const Tensor &x = data(input, "input"), &y = data(target, "target");
+    check_state(x, y);
     Update update = read_optimizer();
     Tensor loss;
     if (!graph.is_none() && update.fresh.empty()) {
@@ -107,6 +115,9 @@ class Stepper {
                                          const py::object& after_epoch, const py::object& graph, bool at_once) {
     if (!is_current()) return std::nullopt;
     const Tensor &input = data(x, "input"), &target = data(y, "target");
+    check_state(input, target);
+    TORCH_CHECK_VALUE(batch_size >= 1, "TrainStep: batch_size must be from 1 on, got ", batch_size);
+    batch_size = std::min(batch_size, std::max<int64_t>(1, input.size(0)));  // so that it is small enough to multiply
     Update update = read_optimizer();
     std::vector<double> losses;
     const bool one_batch = !shuffle && batch_size >= input.size(0) && input.size(0) > 0;
@@ -205,6 +216,7 @@ class Stepper {
     const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
     for (const int64_t place : update.learning) add(place);
     add(static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)));
+    add(at::globalContext().deterministicAlgorithms());
     for (const auto& tensors : {at::TensorList(parameters_), at::TensorList(update.momentum_buffers)})
       for (const Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
     return key;
@@ -293,7 +305,7 @@ class Stepper {
     return autograd ? !autograd->hooks_.empty() + 2 * (autograd->post_acc_grad_hooks_ != nullptr) : 0;
   }
 
-  // A tensor of the caller's, once nothing speaks against a step now.
+  // What the caller gave as input or target, if a step can take it.
   const Tensor& data(const py::object& given, const char* name) const {
     TORCH_CHECK_TYPE(THPVariable_Check(given.ptr()), "TrainStep: ", name, " must be a tensor, got ",
                      Py_TYPE(given.ptr())->tp_name);
@@ -302,11 +314,44 @@ class Stepper {
                       "detach it, or use the eager loop");
     TORCH_CHECK(t.layout() == at::kStrided, "TrainStep: ", name, " must be dense, got ", t.layout(),
                 "; call its to_dense()");
-    const auto device = t.device().type();
-    TORCH_CHECK(!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device),
-                "TrainStep: autocast is enabled, and a step would not follow it; leave it, or use the eager loop");
-    TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids");
     return t;
+  }
+
+  // Throws where torch's global state asks for what a step does not do. docs/train-step.md has the whole table.
+  void check_state(const Tensor& input, const Tensor& target) const {
+    constexpr const char* kLeave = "; leave it, or use the eager loop";
+    TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids");
+    TORCH_CHECK(c10::GradMode::is_enabled(), "TrainStep: gradients are disabled, as by no_grad, and a step trains",
+                kLeave);
+    const auto device = input.device().type();
+    TORCH_CHECK(!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device),
+                "TrainStep: autocast is enabled, and a step would not follow it", kLeave);
+    TORCH_CHECK(!torch::autograd::AnomalyMode::is_enabled(),
+                "TrainStep: anomaly detection is on, and a step does not look for NaN", kLeave);
+    TORCH_CHECK(!at::SavedTensorDefaultHooks::get_hooks(),
+                "TrainStep: saved-tensor hooks are set, and a step saves no tensor to call them with", kLeave);
+    TORCH_CHECK(!c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode),
+                "TrainStep: a step changes parameters in place, which torch.func's transforms cannot follow", kLeave);
+    if (torch::autograd::ForwardADLevel::try_get_by_idx(0)) {
+      const auto has_tangent = [](const Tensor& t) { return t._fw_grad(0).defined(); };
+      TORCH_CHECK(!has_tangent(input) && !has_tangent(target) &&
+                      std::none_of(parameters_.begin(), parameters_.end(), has_tangent),
+                  "TrainStep: input, target or a parameter has a forward-mode tangent, which a step would drop",
+                  kLeave);
+    }
+    if (at::impl::torch_function_mode_enabled()) check_function_modes();
+  }
+
+  // A default device is such a mode, and concerns only new tensors. Others would see torch.nn's calls in an eager loop.
+  static void check_function_modes() {
+    static const py::object& default_device =  // never freed: the interpreter may end before
+        *new py::object(py::module_::import("torch.utils._device").attr("DeviceContext"));
+    for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); ++i) {
+      const py::handle mode = at::impl::PythonTorchFunctionTLS::get_stack_at(i)->ptr(getPyInterpreter());
+      TORCH_CHECK(
+          py::isinstance(mode, default_device), "TrainStep: a ", Py_TYPE(mode.ptr())->tp_name,
+          " is active, and a step makes no calls of torch functions for it to see; leave it, or use the eager loop");
+    }
   }
 
   // torch's schedulers replace optimizer.step by one that notes its first call here, and warn where it is missing.

@@ -12,15 +12,26 @@ namespace py = pybind11;
 
 namespace mlp_ext {
 
+namespace {
+
+const py::object& dict_or_list(const py::object& container) {
+  if (!PyDict_Check(container.ptr()) && !PyList_Check(container.ptr()))
+    throw py::type_error(std::string("Watch: a container must be a dict or a list, got ") +
+                         Py_TYPE(container.ptr())->tp_name);
+  return container;
+}
+
+}  // namespace
+
 Watch::Watch(const py::iterable& items, const py::iterable& sizes, const py::iterable& types,
              const std::vector<at::Tensor>& tensors) {
   for (const py::handle entry : items) {
     const auto [container, key, expected] = entry.cast<std::tuple<py::object, py::object, py::object>>();
-    items_.push_back({container, key, expected});
+    items_.push_back({dict_or_list(container), key, expected});
   }
   for (const py::handle entry : sizes) {
     const auto [container, expected] = entry.cast<std::pair<py::object, int64_t>>();
-    sizes_.push_back({container, expected});
+    sizes_.push_back({dict_or_list(container), expected});
   }
   for (const py::handle entry : types) {
     const auto [object, expected] = entry.cast<std::pair<py::object, py::object>>();
@@ -69,6 +80,8 @@ class Run {
     return py::cast(std::move(y));
   }
 
+  const std::vector<at::Tensor>& weights() const { return weights_; }
+
  private:
   const std::vector<at::Tensor> weights_;
   const OptionalTensors biases_;
@@ -88,6 +101,7 @@ void bind_watch(py::module_& m) {
       .def(py::init<std::vector<at::Tensor>, const std::vector<std::optional<at::Tensor>>&,
                     const std::vector<std::string>&, py::object>(),
            py::arg("weights"), py::arg("biases"), py::arg("activations"), py::arg("function"))
+      .def_property_readonly("weights", &Run::weights)
       .def("__call__", torch::wrap_pybind_function(&Run::call));
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mlp_ext.errors import CAUGHT, check_function, rename
 from mlp_ext.ops import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear_act", "linear_relu", "linear_sigmoid"]
@@ -40,11 +41,15 @@ def linear_act(
 
     Raises:
         ValueError: ``activation`` is unknown.
-        TypeError: a dtype is not supported, or the dtypes differ.
+        TypeError: an argument is no tensor, a dtype is not supported, or the dtypes differ.
         RuntimeError: shapes do not fit, or devices differ. Each message names the argument, what
             was expected and what came.
     """
-    return _linear_act(input, weight, bias, activation)
+    try:
+        return _linear_act(input, weight, bias, activation)
+    except CAUGHT:
+        check_function("linear_act", input, weight, bias, activation)
+        raise
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -53,7 +58,12 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     relu(z) = max(z, 0) (Nair and Hinton, ICML 2010); as in torch, relu(NaN) is NaN and the
     derivative at 0 is 0.
     """
-    return _linear_act(input, weight, bias, "relu")
+    try:
+        return _linear_act(input, weight, bias, "relu")
+    except CAUGHT as error:
+        check_function("linear_relu", input, weight, bias)
+        rename(error, "linear_relu")
+        raise
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,4 +71,9 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
     sigmoid(z) = 1 / (1 + exp(-z)); as in torch, it saturates to exactly 0 and 1.
     """
-    return _linear_act(input, weight, bias, "sigmoid")
+    try:
+        return _linear_act(input, weight, bias, "sigmoid")
+    except CAUGHT as error:
+        check_function("linear_sigmoid", input, weight, bias)
+        rename(error, "linear_sigmoid")
+        raise

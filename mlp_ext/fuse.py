@@ -19,6 +19,7 @@ fused already it runs those; the other way round nothing is left to do.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,10 +73,15 @@ def fuse(model: Model, level: str = "layers") -> Model:
 
     Level "layers" makes one layer of each (Linear, activation) pair, "stack" an mlp_ext.Sequential
     of each nn.Sequential, one operator for each run of layers. Fusing again changes nothing.
-    fusion_report(model, level) tells what is left alone, and why.
+    fusion_report(model, level) tells what is left alone, and why; a UserWarning points to it where
+    nothing in the model is fused afterwards.
     Raises TypeError for what is not an nn.Module, ValueError for a level that is not in LEVELS.
     """
     survey = _survey(model, level)
+    if all(site.status == "not fused" for _, site in survey):
+        what = f"0 of the model's {len(survey)} Linear layers can be fused"
+        why = f'fusion_report(model, "{level}") tells why'
+        warnings.warn(f"fuse changed nothing: {what}; {why}", UserWarning, stacklevel=2)
     if level == "stack":
         for module in [*model.modules()]:
             if _stackable(module):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from mlp_ext.functional import linear_act
+from mlp_ext.errors import CAUGHT, check_input, rename
+from mlp_ext.functional import _linear_act
 from mlp_ext.ops import ACTIVATIONS
 
 Layer = TypeVar("Layer", bound="LinearAct")
@@ -48,7 +49,12 @@ class LinearAct(nn.Linear):
             LinearAct.by_module[module] = cls
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear_act(input, self.weight, self.bias, self.activation)
+        try:
+            return _linear_act(input, self.weight, self.bias, self.activation)
+        except CAUGHT as error:
+            check_input(type(self).__name__, input, self.weight)
+            rename(error, type(self).__name__)
+            raise
 
     @classmethod
     def from_linear(cls: type[Layer], linear: nn.Linear) -> Layer:

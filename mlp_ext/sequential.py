@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from mlp_ext import _C
+from mlp_ext.errors import CAUGHT, check_input, rename
 from mlp_ext.nn import FusedActivation, LinearAct, find_addition, find_special, type_name
 
 _mlp: Callable[..., Tensor] = torch.ops.mlp_ext.mlp.default
@@ -35,8 +36,7 @@ class Sequential(nn.Sequential):
     Dtypes: in a run float32, float64, bfloat16, float16; input and parameters alike, under autocast
     as nn.Linear.
     Raises, before the run computes anything, TypeError for another dtype and RuntimeError for
-    shapes or devices that do not fit, as "mlp: weights[1] must be [N, K=5] to match the 5 outputs
-    of layer 0, got [1, 6]".
+    shapes or devices that do not fit, as "Sequential: input must be [*, K=10], got [64, 9]".
     """
 
     def forward(self, input: Any) -> Any:
@@ -45,8 +45,15 @@ class Sequential(nn.Sequential):
         plan = self.__dict__.get("_plan")
         if plan is None or not plan.watch.holds():
             plan = self.__dict__["_plan"] = _Plan(self)
-        for call in plan.calls:
-            input = call(input)
+        call: Any = None
+        try:
+            for call in plan.calls:
+                input = call(input)
+        except CAUGHT as error:
+            if isinstance(call, _C.Run):  # other children speak for themselves
+                check_input("Sequential", input, call.weights[0])
+                rename(error, "Sequential")
+            raise
         return input
 
     def __getstate__(self) -> dict[str, Any]:  # for pickle and copy

@@ -7,6 +7,7 @@ step asks it whether all still does, and if not they are read anew, with the sam
 
 from __future__ import annotations
 
+import operator
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim_optimizer
 
 from mlp_ext import _C
+from mlp_ext.errors import CAUGHT, check_input, check_target, check_tensor, kind, rename
 from mlp_ext.fuse import chains
 from mlp_ext.nn import DTYPES, FusedActivation, LinearAct, type_name
 from mlp_ext.sequential import Sequential
@@ -68,7 +70,8 @@ class TrainStep:
 
     Raises TypeError or ValueError for anything else, naming it: at construction, or at the next
     call where model, criterion or optimizer have been changed since. A copy, also a pickled one,
-    is a TrainStep of copies of the three.
+    is a TrainStep of copies of the three, which are read at its first call. So a model may hold the
+    TrainStep that trains it.
     """
 
     def __init__(
@@ -81,11 +84,17 @@ class TrainStep:
         stepper, widths = _read(*self._parts)
         if not stepper.is_current():
             raise RuntimeError("TrainStep: model, criterion or optimizer changed while being read")
-        self._stepper = graphed(stepper, widths)
+        self._stepper: Any = graphed(stepper, widths)
         self._step = self._stepper.step
 
-    def __reduce__(self) -> tuple[type[TrainStep], tuple[Any, ...]]:
-        return type(self), self._parts
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_parts": self._parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The parts may be half made yet: a model may hold its own TrainStep.
+        self.__dict__.update(state)
+        self._stepper = _Unread()
+        self._step = self._stepper.step
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
         """One step; returns the loss [] of before the update, detached, finite or not.
@@ -95,11 +104,17 @@ class TrainStep:
 
         Raises, with nothing changed, TypeError, ValueError, IndexError or RuntimeError for another
         shape, dtype or device, for a class that does not exist, for outputs or targets of
-        nn.BCELoss that are no probabilities, and where input or target requires a gradient, nothing
-        learns, or autocast or inference_mode is on.
+        nn.BCELoss that are no probabilities, and where input or target requires a gradient or has a
+        tangent, nothing learns, or torch's global state asks for what a step does not do: no_grad,
+        inference_mode, autocast, anomaly detection, saved-tensor hooks, a torch.func transform, a
+        torch function mode (docs/train-step.md has them all).
         """
-        while (loss := self._step(input, target)) is None:
-            self._read()
+        try:
+            while (loss := self._step(input, target)) is None:
+                self._read()
+        except CAUGHT as error:
+            self._explain(error, input, target)
+            raise
         return loss
 
     def fit(
@@ -130,14 +145,46 @@ class TrainStep:
         Raises as a step does. Ctrl-C raises KeyboardInterrupt within 50 ms or a step; then, as
         after any other error on the way, all is as the last finished step left it.
         """
-        _check_fit(input, target, epochs, batch_size, shuffle, generator)
+        _check_fit(input, target, shuffle, generator)
         rows = max(1, len(input))
-        batch_size = min(batch_size or rows, rows)
+        epochs = _count("epochs", epochs)
+        batch_size = rows if batch_size is None else min(_count("batch_size", batch_size), rows)
         with _progress(epochs) if progress else nullcontext() as after_epoch:
             options = (epochs, batch_size, shuffle, generator, after_epoch)
-            while (losses := self._stepper.fit(input, target, *options)) is None:
-                self._read()
-        return torch.tensor(losses, dtype=torch.promote_types(input.dtype, torch.float32))
+            try:
+                while (losses := self._stepper.fit(input, target, *options)) is None:
+                    self._read()
+            except CAUGHT as error:
+                self._explain(error, input, target)
+                raise
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return torch.tensor(losses, dtype=dtype, device="cpu")
+
+    def _explain(self, error: Exception, input: Any, target: Any) -> None:
+        """Raises `error` in words of TrainStep; returns if it speaks for itself."""
+        if str(error).startswith("TrainStep"):
+            return
+        model, criterion, _ = self._parts
+        reading = _Reading()
+        _read_module("model", model, reading)
+        first, last = (reading.layers[place].parameters[0] for place in (0, -1))
+        check_input("TrainStep", input, first, rows="M")
+        check_target("TrainStep", LOSSES[type(criterion)], input, target, last)
+        message = str(error)
+        if "a momentum buffer must be" in message and "to match" in message:  # after model.to()
+            advice = "call optimizer.load_state_dict(optimizer.state_dict())"
+            error = type(error)(f"{message}; {advice}")
+        rename(error, "TrainStep")
+
+
+class _Unread:
+    """Stands for a Stepper until the first call of a copy: not current, so the parts are read."""
+
+    def step(self, input: Tensor, target: Tensor) -> None:
+        return None
+
+    def fit(self, *arguments: Any) -> None:
+        return None
 
 
 def _refuse(error: type[Exception], what: str, instead: str = INSTEAD) -> NoReturn:
@@ -245,9 +292,16 @@ def _read_module(path: str, module: nn.Module, reading: _Reading) -> None:
         layers[-1].activation = activation.activation
 
 
+def _refuse_class(path: str, part: object, arguments: str = "") -> None:
+    if isinstance(part, type):
+        what = f"{path} is the class {part.__name__}, not an instance of it"
+        _refuse(TypeError, what, f"pass {part.__name__}({arguments})")
+
+
 def _refuse_module(path: str, module: nn.Module) -> NoReturn:
     taken = [nn.Sequential, *LINEARS, *LinearAct.by_module, nn.Identity]
     names = ", ".join(kind.__name__ for kind in taken)
+    _refuse_class(path, module)
     what = f"{path} is a {type_name(module)}, not exactly one of {names}"
     if isinstance(module, nn.Module):
         for inner in ("_orig_mod", "module"):  # of torch.compile; of DataParallel and others
@@ -291,6 +345,7 @@ def _read_criterion(
     criterion: nn.Module, reading: _Reading
 ) -> tuple[str, str, Tensor | None, int, float]:
     """The arguments of Stepper from loss to label_smoothing."""
+    _refuse_class("criterion", criterion)
     if type(criterion) not in LOSSES:
         names = ", ".join(f"nn.{kind.__name__}" for kind in LOSSES)
         what = f"criterion is a {type_name(criterion)}, not exactly one of {names}"
@@ -316,8 +371,12 @@ def _read_optimizer(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], reading: _Reading
 ) -> list[int]:
     """Of each parameter the place of its group, or -1."""
+    _refuse_class("optimizer", optimizer, "model.parameters(), lr=...")
     if type(optimizer) is not torch.optim.SGD:
         what = f"optimizer is a {type_name(optimizer)}, not exactly a torch.optim.SGD"
+        inner = getattr(optimizer, "optimizer", None)  # as Lightning's and accelerate's have it
+        if type(inner) is torch.optim.SGD:
+            _refuse(TypeError, what, f"pass its .optimizer, or {INSTEAD}")
         _refuse(TypeError, what, f"use torch.optim.SGD, or {INSTEAD[4:]}")
     _check_code("optimizer", optimizer, _OPTIMIZER_HOOKS, reading)
     for name, hooks in _GLOBAL_HOOKS.items():
@@ -326,6 +385,9 @@ def _read_optimizer(
         reading.watch_size(hooks)
     places: dict[int, int] = {}
     groups = optimizer.param_groups
+    if not isinstance(groups, list):
+        what = f"optimizer.param_groups is a {type_name(groups)}"
+        _refuse(TypeError, what, "make it a list, as torch.optim.SGD does")
     reading.watch(vars(optimizer), ["param_groups"])
     reading.watch(groups, range(len(groups)))
     reading.watch_size(groups)
@@ -347,31 +409,19 @@ def _read_optimizer(
 
 
 def _check_fit(
-    input: Tensor,
-    target: Tensor,
-    epochs: int,
-    batch_size: int | None,
-    shuffle: bool,
-    generator: torch.Generator | None,
+    input: Tensor, target: Tensor, shuffle: bool, generator: torch.Generator | None
 ) -> None:
     def check(name: str, value: object, fits: bool, what: str) -> None:
         if not fits:
-            shown = type_name(value) if isinstance(value, Tensor) else repr(value)
-            raise TypeError(f"TrainStep.fit: {name} must be {what}, got {shown}")
+            raise TypeError(f"TrainStep.fit: {name} must be {what}, got {kind(value)}")
 
     for name, tensor in (("input", input), ("target", target)):
-        check(name, tensor, isinstance(tensor, Tensor), "a tensor")
+        check_tensor("TrainStep.fit", name, tensor)
         if tensor.dim() == 0:
             raise ValueError(f"TrainStep.fit: {name} must have rows, got a tensor of no dimension")
     if len(input) != len(target):
         rows = f"input has {len(input)} rows, target {len(target)}"
         raise ValueError(f"TrainStep.fit: {rows}")
-    for name, count in (("epochs", epochs), ("batch_size", batch_size)):
-        if name == "batch_size" and count is None:
-            continue
-        check(name, count, isinstance(count, int) and not isinstance(count, bool), "an int")
-        if not 1 <= count < 2**63:  # type: ignore[operator]
-            raise ValueError(f"TrainStep.fit: {name} must be from 1 on, got {count}")
     check("shuffle", shuffle, isinstance(shuffle, bool), "True or False")
     if generator is not None:
         fits = isinstance(generator, torch.Generator)
@@ -379,6 +429,20 @@ def _check_fit(
         if generator.device.type != "cpu":
             what = f"generator must be on the cpu, as for torch.randperm, got {generator.device}"
             raise ValueError(f"TrainStep.fit: {what}")
+
+
+def _count(name: str, value: Any) -> int:
+    """An int from 1 on, also one of numpy."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
+        what = f"{name} must be an int, got {kind(value)}"
+        raise TypeError(f"TrainStep.fit: {what}")
+    if not 1 <= count < 2**63:
+        raise ValueError(f"TrainStep.fit: {name} must be from 1 on, got {count}")
+    return count
 
 
 AfterEpoch = Callable[[int, float], None]

@@ -1,9 +1,12 @@
 """Each bad argument raises at once, and the message says argument, expected and got."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -155,8 +158,86 @@ def test_shapes_are_checked_under_vmap_too() -> None:
 
 @pytest.mark.parametrize("function", [mlp_ext.linear_relu, mlp_ext.linear_sigmoid])
 def test_named_functions_check_as_well(function: Callable[..., Tensor]) -> None:
-    with pytest.raises(ERRORS, match=r"^linear_act: bias must be"):
+    with pytest.raises(ERRORS, match=rf"^{function.__name__}: bias must be"):
         function(cpu(64, 10), cpu(5, 10), cpu(4))
+
+
+# --- What was typed is named, and data are never printed ---
+
+ROWS = [[0.125] * 10] * 2000
+Wrong = tuple[object, type[Exception], str]
+WRONG_INPUTS: dict[str, Wrong] = {
+    "list": (ROWS, TypeError, "input must be a tensor, got list; pass torch.as_tensor(input)"),
+    "array": (
+        np.ones((2000, 10)),
+        TypeError,
+        "input must be a tensor, got numpy.ndarray; pass torch.as_tensor(input)",
+    ),
+    "tuple": ((cpu(64, 10),), TypeError, "input must be a tensor, got tuple"),
+    "none": (None, TypeError, "input must be a tensor, got None"),
+    "dtype": (
+        cpu(64, 10).double(),
+        TypeError,
+        "input is float64, the model float32; pass input.float()",
+    ),
+    "integers": (
+        cpu(64, 10).int(),
+        TypeError,
+        "input is int32, the model float32; pass input.float()",
+    ),
+    "device": (
+        meta(64, 10),
+        RuntimeError,
+        "input is on meta, the model on cpu; pass input.to('cpu')",
+    ),
+    "width": (cpu(64, 9), RuntimeError, "input must be [*, K=10], got [64, 9]"),
+    "images": (
+        cpu(64, 2, 5),
+        RuntimeError,
+        "input must be [*, K=10], got [64, 2, 5]; pass input.flatten(1)",
+    ),
+    "scalar": (cpu(), RuntimeError, "input must be [*, K=10], got []"),
+}
+
+
+@pytest.mark.parametrize("kind", ["LinearReLU", "Sequential"])
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_a_model_names_its_input(case: str, kind: str) -> None:
+    layer = mlp_ext.LinearReLU(10, 5)
+    model = layer if kind == "LinearReLU" else mlp_ext.Sequential(layer)
+    wrong, error, message = WRONG_INPUTS[case]
+    with pytest.raises(error, match="^" + re.escape(f"{kind}: {message}") + "$") as raised:
+        model(wrong)
+    assert raised.value.__suppress_context__ or len(str(raised.value.__context__)) < 400
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        ("linear_act", "activation"),
+        *product(["linear_act", "linear_relu", "linear_sigmoid"], ["input", "weight", "bias"]),
+    ],
+)
+def test_a_function_tells_types_not_data(function: str, argument: str) -> None:
+    good: Arguments = {"input": cpu(64, 10), "weight": cpu(5, 10), "bias": cpu(5)}
+    expected = "a str" if argument == "activation" else "a tensor"
+    with pytest.raises(TypeError, match=f"^{function}: {argument} must be {expected}, got list"):
+        getattr(mlp_ext, function)(**good | {argument: ROWS})
+
+
+def test_a_layer_with_a_bias_of_another_length_names_itself() -> None:
+    layer = mlp_ext.LinearReLU(10, 5)
+    layer.bias = torch.nn.Parameter(cpu(4))
+    with pytest.raises(RuntimeError, match=r"^LinearReLU: bias must be \[N=5\]"):
+        layer(cpu(64, 10))
+
+
+def test_dtypes_are_left_to_autocast() -> None:
+    layer = mlp_ext.LinearReLU(10, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(cpu(64, 10).bfloat16()).dtype is torch.bfloat16
+        with pytest.raises(RuntimeError, match=r"^LinearReLU: input must be \[\*, K=10\]"):
+            layer(cpu(64, 9).bfloat16())
 
 
 def test_a_caught_error_leaves_no_trace() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from references import Results
@@ -136,7 +137,11 @@ def test_loss_that_is_not_finite_does_not_stop() -> None:
 
 
 ERRORS = [
-    ({"input": [1.0]}, TypeError, r"input must be a tensor, got \[1.0\]"),
+    (
+        {"input": [1.0]},
+        TypeError,
+        r"input must be a tensor, got list; pass torch.as_tensor\(input\)",
+    ),
     ({"target": None}, TypeError, "target must be a tensor, got None"),
     ({"input": torch.zeros(())}, ValueError, "input must have rows, got a tensor of no dimension"),
     ({"input": torch.zeros(9, 10)}, ValueError, "input has 9 rows, target 10"),
@@ -147,6 +152,9 @@ ERRORS = [
     ({"epochs": True}, TypeError, "epochs must be an int, got True"),
     ({"batch_size": 0}, ValueError, "batch_size must be from 1 on, got 0"),
     ({"batch_size": "all"}, TypeError, "batch_size must be an int, got 'all'"),
+    ({"batch_size": 2**63}, ValueError, "batch_size must be from 1 on, got 9223372036854775808"),
+    ({"batch_size": [3] * 1000}, TypeError, "batch_size must be an int, got list"),
+    ({"epochs": torch.ones(3)}, TypeError, "epochs must be an int, got torch.Tensor"),
     ({"shuffle": 1}, TypeError, "shuffle must be True or False, got 1"),
     ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
 ]
@@ -159,6 +167,29 @@ def test_wrong_argument_is_an_error_before_anything(wrong: dict, error, message:
     with pytest.raises(error, match=f"^TrainStep.fit: {message}$"):
         TrainStep(*part[:3]).fit(**{"input": part.input, "target": part.target, **wrong})
     torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [np.int64(4), np.uint8(4), torch.tensor(4)], ids=repr)
+def test_counts_may_be_of_numpy(count) -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float64)
+    same = part.to(torch.float64)
+    losses = TrainStep(*part[:3]).fit(*part[3:], epochs=count, batch_size=count)
+    assert torch.equal(losses, TrainStep(*same[:3]).fit(*same[3:], epochs=4, batch_size=4))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_largest_batch_size_is_one_batch(shuffle: bool) -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float64)
+    for size in (2**63 - 1, 10):
+        copy = part.to(torch.float64)
+        stepper = TrainStep(*copy[:3])._stepper
+        losses = stepper.fit(*copy[3:], 3, size, shuffle, None, None)
+        if size > 10:
+            expected, state = losses, copy.state()
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(copy.state(), state)
+    with pytest.raises(ValueError, match="batch_size must be from 1 on, got 0"):
+        stepper.fit(*part[3:], 3, 0, shuffle, None, None)
 
 
 def test_error_on_the_way_leaves_the_last_finished_step() -> None:

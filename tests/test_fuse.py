@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,8 @@ from torch.nn.utils import parametrizations, prune
 
 import mlp_ext
 from mlp_ext.nn import LinearAct
+
+pytestmark = pytest.mark.filterwarnings("ignore:fuse changed nothing")
 
 WIDTH = 6
 
@@ -609,3 +612,33 @@ def test_error_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="half way"):
         mlp_ext.fuse(model)
     assert identities(model) == before
+
+
+# --- A fuse that changes nothing says so ---
+
+
+@pytest.mark.parametrize("level", ["layers", "stack"])
+def test_fuse_that_changes_nothing_warns_once(level: str) -> None:
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()])
+    message = (
+        "fuse changed nothing: 0 of the model's 2 Linear layers can be fused; "
+        f'fusion_report(model, "{level}") tells why'
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+        mlp_ext.fuse(model, level=level)
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("level", ["layers", "stack"])
+def test_fuse_that_fuses_or_has_fused_warns_not(level: str) -> None:
+    written = nn.Sequential(mlp_ext.LinearReLU(4, 4), nn.Dropout(), nn.Linear(4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = mlp_ext.fuse(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), level=level)
+        mlp_ext.fuse(model, level=level)
+        mlp_ext.fuse(written, level=level)
+
+
+def test_fuse_of_a_model_without_a_linear_warns() -> None:
+    with pytest.warns(UserWarning, match="0 of the model's 0 Linear layers"):
+        mlp_ext.fuse(nn.Sequential(nn.ReLU()))

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 import mlp_ext
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:fuse changed nothing"),
+]
 
 close = torch.testing.assert_close
 

@@ -211,3 +211,43 @@ def test_step_plan_needs_an_input_and_an_output() -> None:
     for widths in ([], [3]):
         with pytest.raises(ValueError, match="widths must name input and output"):
             _C.step_plan(widths, 64, item_size=4, threads=2)
+
+
+NONSENSE = [
+    ({"M": -1}, "sizes must be from 0 on, got -1"),
+    ({"K": -(2**63)}, "sizes must be from 0 on, got -9223372036854775808"),
+    ({"N": 2**62}, r"the product of the sizes must be at most 2\^53"),
+    ({"item_size": 3}, "item_size must be 2, 4 or 8, got 3"),
+    ({"threads": 0}, "threads must be from 1 to 65536, got 0"),
+    ({"threads": -1}, "threads must be from 1 to 65536, got -1"),
+    ({"threads": 2**62}, "threads must be from 1 to 65536, got 4611686018427387904"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NONSENSE, ids=lambda v: str(v)[:40])
+def test_plan_refuses_nonsense(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.plan(**{"M": 64, "K": 784, "N": 256, "item_size": FLOAT, "threads": 2, **change})
+
+
+STEP_NONSENSE = [
+    ({"widths": [10, -5, 1]}, "sizes must be from 0 on, got -5"),
+    ({"widths": [10, 2**40, 1]}, r"the product of the sizes must be at most 2\^53"),
+    ({"batch": -1}, "sizes must be from 0 on, got -1"),
+    ({"item_size": 0}, "item_size must be 2, 4 or 8, got 0"),
+    ({"threads": 0}, "threads must be from 1 to 65536, got 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), STEP_NONSENSE, ids=lambda v: str(v)[:40])
+def test_step_plan_refuses_nonsense(change: dict[str, Any], message: str) -> None:
+    good = {"widths": [10, 5, 1], "batch": 2**12, "item_size": FLOAT, "threads": 2}
+    with pytest.raises(ValueError, match=message):
+        _C.step_plan(**{**good, **change})
+
+
+def test_cuda_plans_refuse_nonsense() -> None:
+    with pytest.raises(ValueError, match="sizes must be from 0 on, got -1"):
+        _C.cuda_plan(-1, 10, 10, "float32", "relu", 90)
+    with pytest.raises(ValueError, match="sizes must be from 0 on, got -1"):
+        _C.cuda_step_plan([10, 10], -1, "float32", 90, 1 << 17)

@@ -287,7 +287,14 @@ def test_missing_weight_is_native_error() -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     model = mlp_ext.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(6, 1))
-    with pytest.raises(RuntimeError, match=r"mlp: weights\[1\] must be \[N, K=5\].*got \[1, 6\]"):
+    message = r"^Sequential: weights\[1\] must be \[N, K=5\].*got \[1, 6\]"
+    with pytest.raises(RuntimeError, match=message):
+        model(torch.randn(64, 10))
+
+
+def test_errors_of_other_children_are_their_own() -> None:
+    model = mlp_ext.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.BatchNorm1d(6))
+    with pytest.raises(RuntimeError, match="running_mean"):
         model(torch.randn(64, 10))
 
 

@@ -208,6 +208,113 @@ BAD: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
 }
 
 
+# What shares memory: a change to a 4-4-4 net's arguments, of which all learn with momentum.
+ALIASES: dict[str, tuple[Callable[[Arguments], None], str]] = {
+    "a parameter twice": (
+        lambda a: a["parameters"].__setitem__(2, a["parameters"][0]),
+        "a parameter that learns must not share memory with a parameter that learns",
+    ),
+    "a view of a parameter": (
+        lambda a: a["parameters"].__setitem__(3, a["parameters"][0][1]),
+        "a parameter that learns must not share memory with a parameter that learns",
+    ),
+    "a parameter's last element": (
+        lambda a: a["parameters"].__setitem__(
+            3, a["parameters"][0].as_strided((4,), (0,), 15).as_strided((4,), (1,), 12)
+        ),
+        "a parameter that learns must not share memory with a parameter that learns",
+    ),
+    "a frozen parameter that learns": (
+        lambda a: a.update(
+            parameters=[a["parameters"][0], a["parameters"][1], a["parameters"][0]],
+            learning=[0, 1],
+            momentum_buffers=a["momentum_buffers"][:2],
+            hyperparameters=MOMENTUM * 2,
+        ),
+        "a parameter must not share memory with a parameter that learns",
+    ),
+    "a buffer twice": (
+        lambda a: a["momentum_buffers"].__setitem__(2, a["momentum_buffers"][0]),
+        "a momentum buffer must not share memory with a momentum buffer",
+    ),
+    "a buffer that is its parameter": (
+        lambda a: a["momentum_buffers"].__setitem__(0, a["parameters"][0]),
+        "(a parameter that learns|a momentum buffer) must not share memory with a ",
+    ),
+    "a buffer that is another's parameter": (
+        lambda a: a["momentum_buffers"].__setitem__(0, a["parameters"][2]),
+        "(a parameter that learns|a momentum buffer) must not share memory with a ",
+    ),
+    "a buffer in the input": (
+        lambda a: a["momentum_buffers"].__setitem__(0, a["input"][1:5]),
+        "input must not share memory with a momentum buffer",
+    ),
+    "the input": (
+        lambda a: a.update(input=a["parameters"][0].detach()[1:], target=torch.rand(3, 4)),
+        "input must not share memory with a parameter that learns",
+    ),
+    "the target": (
+        lambda a: a.update(input=torch.rand(4, 4), target=a["parameters"][2].detach().t()),
+        "target must not share memory with a parameter that learns",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_shared_memory_is_an_error_before_anything_changes(name: str) -> None:
+    parameters = [torch.randn(shape) for shape in ((4, 4), (4,), (4, 4), (4,))]
+    given: Arguments = {
+        **arguments(),
+        "input": torch.randn(6, 4),
+        "target": torch.rand(6, 4),
+        "parameters": parameters,
+        "momentum_buffers": [torch.ones_like(p) for p in parameters],
+        "learning": [0, 1, 2, 3],
+        "hyperparameters": MOMENTUM * 4,
+    }
+    change, message = ALIASES[name]
+    change(given)
+    tensors = [given["input"], given["target"], *given["parameters"], *given["momentum_buffers"]]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(RuntimeError, match=f"^mlp_sgd_step_: {message}.*; pass a clone"):
+        OP(**given)
+    steps = torch.ops.mlp_ext._mlp_sgd_steps_.default
+    with pytest.raises(RuntimeError, match=message):
+        steps(**given, order=None, batch_size=2)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_neighbours_in_memory_are_no_aliases() -> None:
+    """As in a flat buffer that holds all parameters, all momentum, and the data."""
+    given, expected = arguments(requires_grad=False), arguments(requires_grad=False)
+    names = ("input", "target")
+    tensors = [*expected["parameters"], *expected["momentum_buffers"]]
+    tensors += [expected[name] for name in names]
+    flat = torch.cat([t.flatten() for t in tensors])
+    parts = flat.split([t.numel() for t in tensors])
+    views = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    given["parameters"], given["momentum_buffers"] = views[:4], views[4:5]
+    given["input"], given["target"] = views[5:]
+    torch.testing.assert_close(OP(**given), OP(**expected))
+    torch.testing.assert_close(given["parameters"], expected["parameters"])
+    torch.testing.assert_close(given["momentum_buffers"], expected["momentum_buffers"])
+
+
+def test_what_is_only_read_may_share_memory() -> None:
+    given = arguments(requires_grad=False)
+    x = torch.rand(6, 4)
+    frozen = torch.randn(4, 4)
+    given |= {
+        "input": x,
+        "target": x,
+        "parameters": [frozen, torch.zeros(4), frozen, torch.zeros(4)],
+        "momentum_buffers": [],
+        "learning": [1, 3],
+        "hyperparameters": PLAIN * 2,
+    }
+    assert OP(**given).isfinite()
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_argument_is_an_error_before_anything_changes(name: str) -> None:
     given = arguments()

@@ -97,6 +97,16 @@ def test_versions_of_what_learns_go_up() -> None:
     assert all(b > a for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("size", [9, 2**62, 2**63 - 1])
+def test_batch_size_may_be_any(size: int, shuffled: bool) -> None:
+    given = drawn(shuffled) | {"batch_size": size}
+    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
+    for name in ("parameters", "momentum_buffers"):
+        meta[name] = [t.to("meta") for t in given[name]]
+    assert OP(**given).shape == OP(**meta).shape == (1,)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

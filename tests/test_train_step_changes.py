@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mlp_ext
+from mlp_ext import _C
 
 
 def network() -> nn.Sequential:
@@ -94,6 +95,10 @@ def listed_momentum(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.state[model[0].weight]["momentum_buffer"] = [1.0]
 
 
+def tuple_of_groups(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    optimizer.param_groups = tuple(optimizer.param_groups)
+
+
 def tuple_of_parameters(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
 
@@ -103,6 +108,7 @@ def tuple_of_parameters(model: nn.Sequential, optimizer: torch.optim.SGD) -> Non
     [
         (overlapping, "more than one element"),
         (listed_momentum, "momentum_buffer in optimizer.state must be a tensor, got list"),
+        (tuple_of_groups, "param_groups is a builtins.tuple; make it a list"),
         (tuple_of_parameters, r"param_groups\[0\]\['params'\] is a builtins.tuple"),
     ],
 )
@@ -135,6 +141,36 @@ def test_input_in_a_parameters_memory_is_refused() -> None:
     step = mlp_ext.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="must not share memory with a parameter"):
         step(model[1].weight.detach(), torch.randn(3, 3))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_views_of_one_parameter_are_refused(momentum: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias.data = model[0].weight.data[2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    before = deepcopy(model.state_dict())
+    step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+    with pytest.raises(RuntimeError, match=r"^TrainStep: a parameter .* must not share memory"):
+        step(torch.randn(5, 4), torch.rand(5, 4))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_momentum_in_a_parameters_memory_is_refused() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[model[0].weight]["momentum_buffer"] = model[0].weight.detach()
+    step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+    with pytest.raises(RuntimeError, match=r"^TrainStep: a .* must not share memory"):
+        step(torch.randn(5, 4), torch.rand(5, 2))
+
+
+@pytest.mark.parametrize("container", [(1, 2), {1}, "text", None], ids=repr)
+def test_watch_takes_dicts_and_lists_alone(container: object) -> None:
+    with pytest.raises(TypeError, match="container must be a dict or a list, got "):
+        _C.Watch([(container, 0, 1)], [])
+    with pytest.raises(TypeError, match="container must be a dict or a list, got "):
+        _C.Watch([], [(container, 2)])
 
 
 def test_state_may_be_a_plain_dict() -> None:

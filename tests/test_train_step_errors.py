@@ -131,6 +131,11 @@ MODELS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         TypeError,
         f"model.0 is a torch.nn.modules.linear.LazyLinear, {TAKEN}",
     ),
+    "class": (
+        lambda: nn.Linear,
+        TypeError,
+        "model is the class Linear, not an instance of it; pass Linear()",
+    ),
     "no module": (lambda: torch.relu, TypeError, "model is a builtins.builtin_function_or_method"),
     "compiled": (
         lambda: torch.compile(sequential()),
@@ -277,6 +282,11 @@ CRITERIA: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "criterion has a pos_weight, which is supported for nn.CrossEntropyLoss alone; leave out",
     ),
+    "class": (
+        lambda: nn.MSELoss,
+        TypeError,
+        "criterion is the class MSELoss, not an instance of it; pass MSELoss()",
+    ),
 }
 
 
@@ -309,7 +319,29 @@ def replaced_step(parameters) -> torch.optim.SGD:
     return optimizer
 
 
+class Wrapped(torch.optim.Optimizer):
+    """As Lightning and accelerate wrap one."""
+
+    def __init__(self, parameters, kind=torch.optim.SGD) -> None:
+        self.optimizer = kind(parameters)
+
+
 OPTIMIZERS = {
+    "wrapped": (
+        Wrapped,
+        TypeError,
+        f"optimizer is a {OWN}.Wrapped, not exactly a torch.optim.SGD; pass its .optimizer, or use",
+    ),
+    "wrapped adam": (
+        lambda parameters: Wrapped(parameters, torch.optim.Adam),
+        TypeError,
+        f"optimizer is a {OWN}.Wrapped, not exactly a torch.optim.SGD; use torch.optim.SGD, or",
+    ),
+    "class": (
+        lambda parameters: torch.optim.SGD,
+        TypeError,
+        "optimizer is the class SGD, not an instance of it; pass SGD(model.parameters(), lr=...)",
+    ),
     "adam": (
         torch.optim.Adam,
         TypeError,
@@ -487,22 +519,57 @@ AT_A_STEP: dict[str, tuple[Callable[[Training], tuple], type[Exception], str]] =
     "width": (
         lambda p: (p.input[:, 1:], p.target),
         RuntimeError,
-        "mlp_sgd_step_: the weight of layer 0 must be [N, K=9] to match input, got [5, 10]",
+        "TrainStep: input must be [M, K=10], got [10, 9]",
+    ),
+    "one row": (
+        lambda p: (p.input[0], p.target[0]),
+        RuntimeError,
+        "TrainStep: input must be [M, K=10], got [10]; pass input.unsqueeze(0)",
+    ),
+    "images": (
+        lambda p: (p.input.view(10, 2, 5), p.target),
+        RuntimeError,
+        "TrainStep: input must be [M, K=10], got [10, 2, 5]; pass input.flatten(1)",
+    ),
+    "sequences": (
+        lambda p: (p.input.view(2, 5, 10), p.target.view(2, 5, 1)),
+        RuntimeError,
+        "TrainStep: input must be [M, K=10], got [2, 5, 10]; pass input.flatten(0, -2), and the ",
     ),
     "dtype": (
         lambda p: (p.input.double(), p.target.double()),
         TypeError,
-        "mlp_sgd_step_: a weight must be float64 to match input, got float32",
+        "TrainStep: input is float64, the model float32; pass input.float()",
+    ),
+    "dtype of the target": (
+        lambda p: (p.input, p.target.double()),
+        TypeError,
+        "TrainStep: target is float64, the model float32; pass target.float()",
+    ),
+    "integer target": (
+        lambda p: (p.input, p.target.long()),
+        TypeError,
+        "TrainStep: target is int64, the model float32; pass target.float()",
+    ),
+    "device": (
+        lambda p: (p.input.to("meta"), p.target),
+        RuntimeError,
+        "TrainStep: input is on meta, the model on cpu; pass input.to('cpu')",
+    ),
+    "device of the target": (
+        lambda p: (p.input, p.target.to("meta")),
+        RuntimeError,
+        "TrainStep: target is on meta, the model on cpu; pass target.to('cpu')",
     ),
     "rows": (
         lambda p: (p.input, p.target[1:]),
         RuntimeError,
-        "mlp_sgd_step_: target must be [M=10, N=1] to match the output, got [9, 1]",
+        "TrainStep: target must be [M=10, N=1] as the output, got [9, 1]",
     ),
     "target that would broadcast": (
         lambda p: (p.input, p.target[:, 0]),
         RuntimeError,
-        "mlp_sgd_step_: target must be [M=10, N=1] to match the output, got [10]",
+        "TrainStep: target must be [M=10, N=1] as the output, got [10]; pass target.unsqueeze(1)",
     ),
 }
 
@@ -514,14 +581,97 @@ def test_data_are_refused_before_anything_changes(name: str, part: Training) -> 
         TrainStep(*part[:3])(*make(part))
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("name", AT_A_STEP)
+def test_fit_refuses_the_same_data(name: str, batch_size: int | None, part: Training) -> None:
+    make, error, message = AT_A_STEP[name]
+    input, target = make(part)
+    if name in ("rows", "one row", "list", "no target"):
+        error, message = (TypeError, ValueError), "TrainStep.fit: "  # type: ignore[assignment]
+    with pytest.raises(error, match="^" + re.escape(message)):
+        TrainStep(*part[:3]).fit(input, target, batch_size=batch_size)
+
+
+CLASSES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception], str]] = {
+    "floats": (
+        lambda y: y.float(),
+        TypeError,
+        "target must be classes [M=100] of int64, or probabilities [M=100, N=5], "
+        "got [100] of float32; pass target.long()",
+    ),
+    "int32": (
+        lambda y: y.int(),
+        TypeError,
+        "target must be classes [M=100] of int64, or probabilities [M=100, N=5], "
+        "got [100] of int32; pass target.long()",
+    ),
+    "float column": (
+        lambda y: y.float().unsqueeze(1),
+        TypeError,
+        "target must be classes [M=100] of int64, or probabilities [M=100, N=5], "
+        "got [100, 1] of float32; pass target.long().squeeze(1)",
+    ),
+    "column": (
+        lambda y: y.unsqueeze(1),
+        RuntimeError,
+        "target must be classes [M=100], got [100, 1]; pass target.squeeze(1)",
+    ),
+    "rows": (lambda y: y[1:], RuntimeError, "target must be classes [M=100], got [99]"),
+    "one-hot integers": (
+        lambda y: nn.functional.one_hot(y, 5),
+        RuntimeError,
+        "target must be classes [M=100], got [100, 5]; pass target.argmax(1), or as "
+        "probabilities target.float()",
+    ),
+    "rows of probabilities": (
+        lambda y: torch.rand(99, 5),
+        RuntimeError,
+        "target must be [M=100, N=5] as the output, got [99, 5]",
+    ),
+    "probabilities of another dtype": (
+        lambda y: torch.rand(100, 5).double(),
+        TypeError,
+        "target is float64, the model float32; pass target.float()",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_are_told_what_they_are(name: str) -> None:
+    part = training("3-17-5@100", "classes", "momentum", torch.float32)
+    make, error, message = CLASSES[name]
+    before = part.state()
+    with pytest.raises(error, match="^" + re.escape(f"TrainStep: {message}") + "$"):
+        TrainStep(*part[:3])(part.input, make(part.target))
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", ["step", "fit"])
+def test_no_data_in_a_message(call: str, part: Training) -> None:
+    rows = [[0.125] * 10] * 2000
+    step = TrainStep(*part[:3])
+    for input, target in ((rows, part.target), (part.input, rows)):
+        with pytest.raises(TypeError, match="must be a tensor, got list") as caught:
+            (step if call == "step" else step.fit)(input, target)
+        assert len(str(caught.value)) < 100
+
+
 @pytest.mark.parametrize("fit", [False, True], ids=["step", "fit"])
-def test_modes_are_refused(fit: bool, part: Training) -> None:
+def test_momentum_of_another_dtype_says_how_to_move_it(fit: bool) -> None:
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    TrainStep(*part[:3])(*part[3:])
+    part.model.double()
+    data = part.input.double(), part.target.double()
     step = TrainStep(*part[:3])
     call = step.fit if fit else step
-    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="TrainStep: autocast is enabled"):
-        call(*part[3:])
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode forbids"):
-        call(*part[3:])
+    message = (
+        "TrainStep: a momentum buffer must be float64 to match input, got float32; "
+        "call optimizer.load_state_dict(optimizer.state_dict())"
+    )
+    with pytest.raises(TypeError, match="^" + re.escape(message)):
+        call(*data)
+    part.optimizer.load_state_dict(part.optimizer.state_dict())
+    call(*data)
 
 
 def test_nothing_that_learns_is_an_error(part: Training) -> None:

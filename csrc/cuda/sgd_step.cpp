@@ -99,7 +99,7 @@ at::Tensor steps(const at::Tensor& input, const at::Tensor& target, at::TensorLi
   const Step step = check_step(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight,
                                ignore_index, label_smoothing, learning, hyperparameters);
   const int64_t rows = check_batches(input, order, batch_size).expect_int();
-  const int64_t batch = std::min(batch_size, rows);
+  const int64_t batch = std::clamp<int64_t>(rows, 1, batch_size);
   const Guard guard(input);
   if (!in_one_block(step, batch))
     return mlp_sgd_steps_native(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight,

@@ -1,0 +1,140 @@
+"""What to say when a call failed: which argument is wrong, and what to type instead.
+
+The operators check their own arguments. Their messages name the operator and blame the weight, and
+torch's argument parser prints a list with all its data. So the public calls catch an error, look at
+their arguments and say it better; a call that succeeds runs nothing of this.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+CAUGHT = (TypeError, ValueError, IndexError, RuntimeError)  # what the operators raise
+
+_OPERATOR = re.compile(r"(linear_act|mlp|_?mlp_sgd_steps?_): ")
+_CASTS = {
+    torch.float32: "float()",
+    torch.float64: "double()",
+    torch.bfloat16: "bfloat16()",
+    torch.float16: "half()",
+    torch.int64: "long()",
+}
+
+
+def kind(value: object) -> str:
+    """The type of an argument, or its value where that is short."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, str) and len(value) < 40:
+        return repr(value)
+    name, module = type(value).__qualname__, type(value).__module__
+    return name if module == "builtins" else f"{module}.{name}"
+
+
+def rename(error: Exception, name: str) -> None:
+    """Raises `error` anew with `name` in the operator's place; returns if no operator is named."""
+    message = str(error)
+    if match := _OPERATOR.match(message):
+        raise type(error)(f"{name}: {message[match.end() :]}") from None
+
+
+def check_tensor(name: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        convertible = type(value).__name__ in ("list", "ndarray", "DataFrame")
+        advice = f"; pass torch.as_tensor({argument})" if convertible else ""
+        raise TypeError(f"{name}: {argument} must be a tensor, got {kind(value)}{advice}") from None
+
+
+def check_function(
+    name: str, input: object, weight: object, bias: object, activation: object = ""
+) -> None:
+    """Raises TypeError for an argument of linear_act that has the wrong type."""
+    check_tensor(name, "input", input)
+    check_tensor(name, "weight", weight)
+    if bias is not None:
+        check_tensor(name, "bias", bias)
+    if not isinstance(activation, str):
+        raise TypeError(f"{name}: activation must be a str, got {kind(activation)}") from None
+
+
+def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> None:
+    """Raises what is wrong with `input` for a model whose first weight is `weight` [N, K].
+
+    rows: "M" for a model that takes [M, K] alone, "*" for any leading dimensions.
+    """
+    check_tensor(name, "input", input)
+    assert isinstance(input, Tensor)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return
+    K, shape = weight.shape[1], list(input.shape)
+    if not shape or shape[-1] != K or (rows == "M" and len(shape) != 2):
+        advice = ""
+        if len(shape) > 2 and shape[0] and input[0].numel() == K:
+            advice = "; pass input.flatten(1)"
+        elif len(shape) > 2 and shape[-1] == K:
+            advice = "; pass input.flatten(0, -2), and the target alike"
+        elif len(shape) == 1 and 1 in (K, rows == "M" and shape[0] == K):
+            advice = f"; pass input.unsqueeze({1 if K == 1 else 0})"
+        raise RuntimeError(f"{name}: input must be [{rows}, K={K}], got {shape}{advice}") from None
+    _check_device(name, "input", input, weight)
+    device = input.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        _check_dtype(name, "input", input, weight)
+
+
+def check_target(name: str, loss: str, input: Tensor, target: object, weight: Tensor) -> None:
+    """Raises what is wrong with the target of `loss` for a model whose last weight is `weight`.
+
+    loss: a name in csrc/losses.h. input: [M, K], one that check_input lets pass.
+    """
+    check_tensor(name, "target", target)
+    assert isinstance(target, Tensor)
+    M, N, shape = len(input), len(weight), list(target.shape)
+    if loss == "cross_entropy" and shape[1:] != [N]:
+        squeeze = "squeeze(1)" if shape == [M, 1] else ""
+        if target.dtype is not torch.int64:
+            what = f"target must be classes [M={M}] of int64, or probabilities [M={M}, N={N}]"
+            got = f"got {shape} of {_dtype(target)}"
+            cast = "target.long()" + (squeeze and "." + squeeze)
+            raise TypeError(f"{name}: {what}, {got}; pass {cast}") from None
+        if shape != [M]:
+            advice = squeeze and "; pass target." + squeeze
+            what = f"target must be classes [M={M}], got {shape}{advice}"
+            raise RuntimeError(f"{name}: {what}") from None
+    elif loss == "cross_entropy" and target.dtype is torch.int64:
+        advice = "pass target.argmax(1), or as probabilities target." + _cast(weight.dtype)
+        what = f"target must be classes [M={M}], got {shape}; {advice}"
+        raise RuntimeError(f"{name}: {what}") from None
+    elif shape != [M, N]:
+        advice = ""
+        if shape == [M * N]:
+            how = f"view({M}, {N})" if 1 not in (M, N) else f"unsqueeze({1 if N == 1 else 0})"
+            advice = f"; pass target.{how}"
+        what = f"target must be [M={M}, N={N}] as the output, got {shape}{advice}"
+        raise RuntimeError(f"{name}: {what}") from None
+    _check_device(name, "target", target, weight)
+    if target.dtype is not torch.int64 or loss != "cross_entropy":
+        _check_dtype(name, "target", target, weight)
+
+
+def _check_dtype(name: str, argument: str, value: Tensor, weight: Tensor) -> None:
+    if value.dtype != weight.dtype:
+        what = f"{argument} is {_dtype(value)}, the model {_dtype(weight)}"
+        raise TypeError(f"{name}: {what}; pass {argument}.{_cast(weight.dtype)}") from None
+
+
+def _check_device(name: str, argument: str, value: Tensor, weight: Tensor) -> None:
+    if value.device != weight.device:
+        what = f"{argument} is on {value.device}, the model on {weight.device}"
+        raise RuntimeError(f"{name}: {what}; pass {argument}.to('{weight.device}')") from None
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _cast(dtype: torch.dtype) -> str:
+    return _CASTS.get(dtype, f"to({dtype})")
