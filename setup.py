@@ -1,7 +1,7 @@
 """Builds mlp_ext._C: CPU kernels and, where torch has CUDA and a toolkit is found, CUDA kernels.
 
 MLP_EXT_CUDA = auto (default), 1 (CUDA or an error), 0 (never look). MLP_EXT_ISA = all (default),
-native (the CPU kernels of this processor alone, which compile in half the time). MAX_JOBS bounds the compilers
+native (the CPU kernels of this processor alone, in half the time). MAX_JOBS bounds the compilers
 that run at once. TORCH_CUDA_ARCH_LIST names architectures, as "8.0;9.0+PTX"; without it those of
 the GPUs here, else these. CUTLASS_HOME is a folder with include/cutlass/cutlass.h, without it that
 of the package nvidia-cutlass.

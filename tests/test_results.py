@@ -141,7 +141,10 @@ void* alloc_cpu(size_t bytes) {
 }
 void free_cpu(void* p) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (p && !mine().erase(p)) { std::puts("freed what another allocator made"); std::fflush(stdout); std::_Exit(1); }
+  if (p && !mine().erase(p)) {
+    std::fputs("freed what another allocator made", stderr);
+    std::_Exit(1);
+  }
   std::free(p);
 }
 }
@@ -150,7 +153,7 @@ void free_cpu(void* p) {
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_memory_is_freed_by_the_allocator_that_made_it(tmp_path: Path) -> None:
-    """torch's may be another than the C library's, as on ARM. Here one that checks takes its place."""
+    """torch's may be another than the C library's, as on ARM. One that checks takes its place."""
     source, library = tmp_path / "paired.cpp", tmp_path / "paired.so"
     source.write_text(PAIRED)
     subprocess.run(["c++", "-shared", "-fPIC", "-o", library, source], check=True)

@@ -203,8 +203,8 @@ inline void for_sums(const T* sums, int rows, int width, const F& f) {
 // Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete; where its
 // whole_depth says so, that is all there ever is.
 template <class T, class Finish>
-inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
-                                       Partial<T> partial, const Finish finish) {
+inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
+                    const Finish finish) {
   if (Finish::whole_depth || (stage.first && stage.last))
     return for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { finish(i + r, j + c, v, lanes); });
   if constexpr (!Finish::whole_depth) {
