@@ -229,6 +229,7 @@ def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path)
     with (tmp_path / "sitecustomize.py").open("a") as site:
         site.write("torch.cuda.is_available = lambda: True\n")
         site.write("torch.cuda.device_count = lambda: 1\n")
+        site.write("torch.cuda.get_arch_list = lambda: ['sm_90']\n")
         site.write("torch.cuda.get_device_capability = lambda *_: (9, 0)\n")
     assert cuda in extension(env)["sources"]
 
@@ -347,6 +348,7 @@ def test_range_of_torch_is_the_same_everywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_metadata_names_the_torch_that_it_was_built_against(tmp_path: Path, kind: str) -> None:
     tree = copy_tree(tmp_path / "tree")
+    (tree / "out").mkdir()
     code = f"import setuptools.build_meta as b; b.prepare_metadata_for_build_{kind}('out')"
     checked(sys.executable, "-c", code, cwd=tree, env={**os.environ, "MLP_EXT_CUDA": "0"})
     (path,) = tree.glob("out/*.dist-info/METADATA")
