@@ -1,5 +1,5 @@
 # make demo | test | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
-# make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
+# make wheel: a wheel in dist/, for the torch of the environment. make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
