@@ -1,5 +1,5 @@
 # make demo | test | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
-# make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
+# make wheel: a wheel in dist/, for the torch of the environment. make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -8,9 +8,9 @@ EPOCHS ?= 100
 VENV := .venv
 RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
-BUILT_FROM := setup.py pyproject.toml VERSION $(shell find csrc -type f)
+BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench bench-quick format build cuda-check gpu clean distclean
+.PHONY: demo test lint bench bench-quick format build wheel cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -67,9 +67,17 @@ format: $(VENV)/tools
 	$(RUN)/ruff format .
 	$(RUN)/clang-format -i $(CPP)
 
+# PATH, so that the environment's ninja is found.
 build: $(VENV)/built
 
-# PATH, so that the environment's ninja is found.
+# Beside the torch in the environment: its libraries, OpenMP's and CUDA's are left out of the wheel.
+OF_TORCH := libtorch* libc10* libgomp* libcu* libnv*
+wheel: $(VENV)/tools
+	@echo "== compiling a wheel"
+	@rm -rf build/wheel
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/auditwheel repair $(foreach lib,$(OF_TORCH),--exclude '$(lib)') --wheel-dir dist build/wheel/mlp_ext-*.whl
+
 $(VENV)/built: $(VENV)/tools $(BUILT_FROM)
 	@echo "== compiling the extension (about three minutes)"
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .

@@ -1,10 +1,14 @@
-"""Builds mlp_ext._C: CPU kernels and, where torch has CUDA and a toolkit is found, CUDA kernels.
+"""Builds mlp_ext._C against the torch that is installed: CPU kernels and, on request, CUDA kernels.
 
-MLP_EXT_CUDA = auto (default), 1 (CUDA or an error), 0 (never look). MLP_EXT_ISA = all (default),
-native (the CPU kernels of this processor alone, in half the time). MAX_JOBS bounds the compilers
-that run at once. TORCH_CUDA_ARCH_LIST names architectures, as "8.0;9.0+PTX"; without it those of
-the GPUs here, else these. CUTLASS_HOME is a folder with include/cutlass/cutlass.h, without it that
-of the package nvidia-cutlass.
+Only commands that compile need torch; an sdist is made without it. A wheel requires the minor
+version of torch that it was built against, and its version ends in it, as 0.2.0+torch2.15.
+
+MLP_EXT_CUDA = auto (default: CUDA where a GPU is here or TORCH_CUDA_ARCH_LIST is set), 1 (CUDA or
+an error), 0 (never look). MLP_EXT_ISA = all (default), native (the CPU kernels of this processor
+alone, which compile in half the time). MLP_EXT_ANY_TORCH = 1 tries a torch that is not in the range
+of pyproject.toml. MAX_JOBS bounds the compilers that run at once. TORCH_CUDA_ARCH_LIST names
+architectures, as "8.0;9.0+PTX"; without it those of the GPUs here, else these. CUTLASS_HOME is a
+folder with include/cutlass/cutlass.h, without it that of the package nvidia-cutlass.
 """
 
 from __future__ import annotations
@@ -13,21 +17,16 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import setuptools
-
-try:
-    import torch
-    from torch.utils import cpp_extension
-except ModuleNotFoundError:
-    sys.exit(
-        "mlp_ext is compiled against the torch that is installed, and there is none here: type "
-        "`pip install torch` and then `pip install --no-build-isolation .`"
-    )
 
 if int(setuptools.__version__.partition(".")[0]) < 77:  # without isolation pip does not look
     sys.exit(
@@ -35,20 +34,86 @@ if int(setuptools.__version__.partition(".")[0]) < 77:  # without isolation pip 
         "`pip install --upgrade setuptools`"
     )
 
+from setuptools.config.pyprojecttoml import read_configuration
+
 ROOT = Path(__file__).parent
-VERSION = (ROOT / "VERSION").read_text().strip()
+PROJECT = read_configuration(ROOT / "pyproject.toml", expand=False)["project"]
+COMPILING = {
+    *("build", "build_ext", "install", "develop"),
+    *("bdist_wheel", "dist_info", "editable_wheel"),  # what pip and uv call for a wheel
+} & {*sys.argv}
+
+
+def check_torch() -> str:
+    """The minor version of the torch that is installed, as 2.15; exits unless it is in range."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        sys.exit(
+            "mlp_ext is compiled against the torch that is installed, and there is none here: type "
+            "`pip install torch` and then `pip install --no-build-isolation .`"
+        )
+    (requirement,) = PROJECT["dependencies"]
+    oldest, end = map(int, re.findall(r"2\.(\d+)", requirement))
+    minor = ".".join(version.split(".")[:2])
+    known = [f"2.{n}" for n in range(oldest, end)]
+    if minor not in known and os.environ.get("MLP_EXT_ANY_TORCH") != "1":
+        sys.exit(
+            f"mlp_ext {PROJECT['version']} is for torch {known[0]} to {known[-1]}, and {version} "
+            f'is installed: type `pip install "{requirement}"`, or set MLP_EXT_ANY_TORCH=1 to try '
+            f"{version}"
+        )
+    return minor
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+if not os.access(ROOT, os.W_OK):
+    sys.exit(f"the build writes into {ROOT}, which is read-only: copy the folder and build there")
+if COMPILING:
+    TORCH = check_torch()
+    VERSION = f"{PROJECT['version']}+torch{TORCH}"
+    if shutil.which(compiler()[0]) is None:
+        sys.exit(
+            f"mlp_ext needs a C++ compiler, and {compiler()[0]} is not found: install g++, or set "
+            "CXX to one"
+        )
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except (ImportError, OSError) as error:
+        sys.exit(f"torch is installed, but cannot be imported: {error}")
 
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
-def use_cuda() -> bool:
+def say(line: str) -> None:
+    """Tells it on the terminal, where pip would swallow it."""
+    print(f"mlp_ext: {line}", flush=True)
+    if not sys.stdout.isatty():
+        with suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(f"\nmlp_ext: {line}\n")
+
+
+def use_cuda() -> tuple[bool, str]:
+    """Whether to compile CUDA kernels, and why."""
     wish = os.environ.get("MLP_EXT_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         sys.exit(f"MLP_EXT_CUDA must be auto, 0 or 1, got {wish!r}")
     if wish == "0":
-        return False
+        return False, "MLP_EXT_CUDA=0"
+    if wish == "1":
+        reason = "MLP_EXT_CUDA=1"
+    elif os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        reason = "TORCH_CUDA_ARCH_LIST is set"
+    elif torch.cuda.is_available():
+        reason = "a GPU is here"
+    else:
+        return False, "torch finds no GPU; MLP_EXT_CUDA=1 or TORCH_CUDA_ARCH_LIST asks for CUDA"
     missing = []
     if torch.version.cuda is None:
         missing.append(f"a torch with CUDA (torch {torch.__version__} has none)")
@@ -58,14 +123,14 @@ def use_cuda() -> bool:
     if missing and wish == "1":
         sys.exit(f"MLP_EXT_CUDA=1 needs {' and '.join(missing)}")
     if torch.version.cuda is None or toolkit is None:
-        return False
+        return False, f"CUDA needs {' and '.join(missing)}"
     if toolkit.partition(".")[0] != torch.version.cuda.partition(".")[0]:
         sys.exit(
             f"torch {torch.__version__} is built with CUDA {torch.version.cuda}, and the toolkit "
             f"in {cpp_extension.CUDA_HOME} is {toolkit}: set CUDA_HOME to one of the same major "
             "version, or MLP_EXT_CUDA=0 to build for the CPU alone"
         )
-    return True
+    return True, reason
 
 
 def find_toolkit() -> str | None:
@@ -93,10 +158,6 @@ def cutlass() -> tuple[Path, str] | None:
     elif package and package.origin:
         include = Path(package.origin).parent / "source" / "include"
     else:
-        print(
-            "mlp_ext: there is no CUTLASS here (CUTLASS_HOME, or the package nvidia-cutlass): in "
-            "large layers sigmoid and tanh will be a pass of their own"
-        )
         return None
     try:
         header = (include / "cutlass" / "version.h").read_text()
@@ -117,30 +178,6 @@ def cuda_arch_flags() -> list[str]:
     return [f.replace("compute_90,code=sm_90", "compute_90a,code=sm_90a") for f in flags]
 
 
-class Build(cpp_extension.BuildExtension):
-    """Also records, beside _C, what it was built against, for a check before _C is loaded."""
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.force = True  # never keep a _C of another torch; what is stale, ninja knows better
-
-    def run(self) -> None:
-        super().run()
-        package = ROOT / "mlp_ext" if self.inplace else Path(self.build_lib) / "mlp_ext"
-        compiler = os.environ.get("CXX", "c++")
-        banner = subprocess.run(
-            [*shlex.split(compiler), "--version"], capture_output=True, text=True
-        ).stdout
-        (package / "_built.py").write_text(
-            "# Written by setup.py.\n"
-            f"TORCH_VERSION = {torch.__version__!r}\n"
-            f"CXX = {banner.partition(chr(10))[0]!r}\n"
-            f"CUDA_VERSION = {torch.version.cuda if CUDA else None!r}\n"
-            f"CUDA_ARCHS = {[flag.rpartition('=')[2] for flag in ARCH_FLAGS]!r}\n"
-            f"CUTLASS_VERSION = {CUTLASS[1] if CUTLASS else None!r}\n"
-        )
-
-
 def instruction_sets() -> list[str]:
     """Those to compile the CPU kernels for, the most capable first: csrc/cpu/targets/ has each."""
     wish = os.environ.get("MLP_EXT_ISA", "all")
@@ -153,43 +190,89 @@ def instruction_sets() -> list[str]:
     return ["avx512", "avx2", "generic"] if x86 else ["generic"]
 
 
-CUDA = use_cuda()
-ISAS = instruction_sets()
-ARCH_FLAGS = cuda_arch_flags() if CUDA else []
-CUTLASS = cutlass() if any("sm_90a" in flag for flag in ARCH_FLAGS) else None
-CXX_FLAGS = [
-    *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"),
-    *("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"),
-]
-# Without NDEBUG the assertions in CUTLASS's kernels make ptxas serialise its wgmma.
-NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "--compiler-options=-fvisibility=hidden"]
-LINK_FLAGS = [
-    "-fopenmp",  # at::parallel_for is inlined here, and serial without
-    # Some compilers bring libstdc++ as an archive alone. Exported, its streams mix with those that
-    # torch loaded, and the first number in an error message ends the message or the process.
-    "-Wl,--exclude-libs,libstdc++.a",
-]
-# What takes longest to compile comes first, so that no processor ends up idle.
-SOURCES = [file for isa in ISAS for file in sources(f"cpu/targets/{isa}_*.cpp")]
-SOURCES += sources("*.cpp") + sources("cpu/*.cpp")
-if CUDA:
-    SOURCES += sources("cuda/*.cpp") + sources("cuda/*.cu")
-if CUTLASS:
-    NVCC_FLAGS += ["-isystem", str(CUTLASS[0])]
-else:
-    SOURCES = [source for source in SOURCES if not source.endswith("sm90.cu")]
-Extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
-extension = Extension(
-    "mlp_ext._C",
-    SOURCES,
-    include_dirs=[str(ROOT / "csrc")],
-    define_macros=[
-        ("MLP_EXT_VERSION", f'"{VERSION}"'),
-        ("MLP_EXT_TORCH", torch.__version__),  # a changed command line, so that ninja rebuilds
-        ("MLP_EXT_CUTLASS", str(int(CUTLASS is not None))),
-        ("MLP_EXT_TARGETS(DO)", " ".join(f"DO({isa})" for isa in ISAS)),
-    ],
-    extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + ARCH_FLAGS},
-    extra_link_args=LINK_FLAGS,
-)
-setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+class Distribution(setuptools.Distribution):
+    """Where something is compiled, what pyproject.toml says is narrowed to the torch used."""
+
+    def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
+        super().parse_config_files(*args, **kwargs)
+        if COMPILING:
+            self.metadata.version = VERSION
+            self.install_requires = self.metadata.install_requires = [f"torch=={TORCH}.*"]
+
+
+options: dict[str, Any] = {}
+if COMPILING:
+    CUDA, WHY = use_cuda()
+    ISAS = instruction_sets()
+    ARCH_FLAGS = cuda_arch_flags() if CUDA else []
+    CUTLASS = cutlass() if any("sm_90a" in flag for flag in ARCH_FLAGS) else None
+    CXX_FLAGS = [
+        *("-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"),
+        *("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"),
+    ]
+    # Without NDEBUG the assertions in CUTLASS's kernels make ptxas serialise its wgmma.
+    NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "--compiler-options=-fvisibility=hidden"]
+    LINK_FLAGS = [
+        "-fopenmp",  # at::parallel_for is inlined here, and serial without
+        # Some compilers bring libstdc++ as an archive alone. Exported, its streams mix with those
+        # that torch loaded, and the first number in an error message ends the message or the
+        # process.
+        "-Wl,--exclude-libs,libstdc++.a",
+    ]
+    # What takes longest to compile comes first, so that no processor ends up idle.
+    SOURCES = [file for isa in ISAS for file in sources(f"cpu/targets/{isa}_*.cpp")]
+    SOURCES += sources("*.cpp") + sources("cpu/*.cpp")
+    if CUDA:
+        SOURCES += sources("cuda/*.cpp") + sources("cuda/*.cu")
+    if CUTLASS:
+        NVCC_FLAGS += ["-isystem", str(CUTLASS[0])]
+    else:
+        SOURCES = [source for source in SOURCES if not source.endswith("sm90.cu")]
+    Extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
+    extension = Extension(
+        "mlp_ext._C",
+        SOURCES,
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[
+            ("MLP_EXT_VERSION", f'"{VERSION}"'),
+            ("MLP_EXT_TORCH", torch.__version__),  # a changed command line, so that ninja rebuilds
+            ("MLP_EXT_CUTLASS", str(int(CUTLASS is not None))),
+            ("MLP_EXT_TARGETS(DO)", " ".join(f"DO({isa})" for isa in ISAS)),
+        ],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + ARCH_FLAGS},
+        extra_link_args=LINK_FLAGS,
+    )
+
+    class Build(cpp_extension.BuildExtension):
+        """Also records, beside _C, what it was built against, for a check before _C is loaded."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.force = True  # never keep a _C of another torch; what is stale, ninja knows better
+
+        def run(self) -> None:
+            kind = f"for CUDA {torch.version.cuda} and the CPU" if CUDA else "for the CPU alone"
+            say(f"compiling {kind} against torch {torch.__version__} ({WHY})")
+            if CUDA and not CUTLASS and any("sm_90a" in flag for flag in ARCH_FLAGS):
+                say(
+                    "there is no CUTLASS here (CUTLASS_HOME, or the package nvidia-cutlass): in "
+                    "large layers sigmoid and tanh will be a pass of their own"
+                )
+            if not self.use_ninja:
+                say("without ninja, files compile one by one: `pip install ninja` uses all cores")
+            super().run()
+            package = ROOT / "mlp_ext" if self.inplace else Path(self.build_lib) / "mlp_ext"
+            banner = subprocess.run(
+                [*compiler(), "--version"], capture_output=True, text=True
+            ).stdout
+            (package / "_built.py").write_text(
+                "# Written by setup.py.\n"
+                f"TORCH_VERSION = {torch.__version__!r}\n"
+                f"CXX = {banner.partition(chr(10))[0]!r}\n"
+                f"CUDA_VERSION = {torch.version.cuda if CUDA else None!r}\n"
+                f"CUDA_ARCHS = {[flag.rpartition('=')[2] for flag in ARCH_FLAGS]!r}\n"
+                f"CUTLASS_VERSION = {CUTLASS[1] if CUTLASS else None!r}\n"
+            )
+
+    options = {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+setuptools.setup(distclass=Distribution, **options)

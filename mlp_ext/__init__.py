@@ -1,5 +1,11 @@
 """Fused linear layers for PyTorch: LinearReLU(K, N) equals Sequential(Linear(K, N), ReLU())."""
 
+import warnings
+from importlib.util import find_spec
+
+if find_spec("numpy") is None:  # torch's first import would warn, and nothing here needs NumPy
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+
 from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid
 from mlp_ext.fuse import fuse, fusion_report, unfuse
 from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation

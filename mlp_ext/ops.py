@@ -2,33 +2,79 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_HERE = Path(__file__).parent
 _BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+_IN_PLACE = "pip install --no-build-isolation -e ."
+
+
+def _why_not_compiled() -> str:
+    others = [path.name for path in _HERE.glob("_C.*.so")]
+    if others and (_HERE / "_built.py").exists():
+        running = f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}"
+        return (
+            f"mlp_ext was compiled for another Python ({', '.join(sorted(others))}) than the "
+            f"{running} that is running: type `{_BUILD}` in the source tree"
+        )
+    if (_HERE.parent / "setup.py").exists():
+        paths = [Path(path).resolve() for path in sys.path]
+        installed = [
+            p for p in paths if p != _HERE.parent.resolve() and [*p.glob("mlp_ext/_C.*.so")]
+        ]
+        if installed:
+            return (
+                f"this is mlp_ext's source folder, {_HERE}, which hides the installed package in "
+                f"{installed[0]}: leave the folder (`cd ..`), or type `{_IN_PLACE}` to use the "
+                "source folder itself"
+            )
+        return (
+            f"this is mlp_ext's source folder, {_HERE}, and mlp_ext is not installed: type "
+            f"`{_IN_PLACE}` in {_HERE.parent}"
+        )
+    return (
+        f"mlp_ext is in {_HERE}, but its compiled part is not: type `{_BUILD}` in the source tree"
+    )
 
 
 def _check_build() -> None:
     """Raises ImportError where the loader would fail on a missing file or symbol."""
     if not (find_spec("mlp_ext._C") and find_spec("mlp_ext._built")):
-        raise ImportError(
-            f"mlp_ext is here, but its compiled part is not: type `{_BUILD}` in the source tree"
-        )
-    from mlp_ext._built import TORCH_VERSION
+        raise ImportError(_why_not_compiled())
+    from mlp_ext._built import CUDA_VERSION, TORCH_VERSION
 
+    rebuild = f"type `{_BUILD}` in the source tree to rebuild it"
     built, running = (v.split("+")[0].split(".")[:2] for v in (TORCH_VERSION, torch.__version__))
-    if built != running:
+    if built != running and os.environ.get("MLP_EXT_ANY_TORCH") != "1":
         raise ImportError(
             f"mlp_ext was built against torch {TORCH_VERSION}, but torch {torch.__version__} is "
-            f"running: type `{_BUILD}` in the source tree to rebuild it"
+            f"running: {rebuild}"
+        )
+    # A build for the CPU alone also works beside a torch with CUDA.
+    cuda = torch.version.cuda
+    if CUDA_VERSION and (cuda is None or CUDA_VERSION.split(".")[0] != cuda.split(".")[0]):
+        has = f"has CUDA {cuda}" if cuda else "is without CUDA"
+        raise ImportError(
+            f"mlp_ext was built for CUDA {CUDA_VERSION}, but the torch {torch.__version__} that is "
+            f"running {has}: {rebuild}"
         )
 
 
 _check_build()
 
-from mlp_ext import _C, _built  # noqa: E402
+try:
+    from mlp_ext import _C, _built
+except ImportError as error:
+    raise ImportError(
+        f"mlp_ext's compiled part does not load beside torch {torch.__version__}: {error}; type "
+        f"`{_BUILD}` in the source tree to rebuild it"
+    ) from None
 
 ACTIVATIONS: tuple[str, ...] = tuple(_C.activations())
 

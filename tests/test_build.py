@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     csrc = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()}
     assert csrc
     assert csrc <= names
-    assert {"setup.py", "VERSION", "LICENSE", "README.md", "mlp_ext/py.typed"} <= names
+    assert {"setup.py", "LICENSE", "README.md", "mlp_ext/py.typed"} <= names
     assert not {name for name in names if name.endswith(".so")} | ({"mlp_ext/_built.py"} & names)
 
 
@@ -106,7 +107,7 @@ print(mlp_ext.__file__, mlp_ext.__version__)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     file, version = checked(python, "-c", code, cwd=tmp_path, env=env).split()
     assert Path(file).is_relative_to(python.parents[1])
-    assert version == mlp_ext.__version__ == (ROOT / "VERSION").read_text().strip()
+    assert version == mlp_ext.__version__
     script = python.parent / "mlp-ext"
     assert script.read_text().startswith(f"#!{python}")
     for command in ([script], [python, "-m", "mlp_ext"]):
@@ -122,12 +123,13 @@ print(mlp_ext.__file__, mlp_ext.__version__)
 )
 def test_wish_for_cuda_that_cannot_be_met_is_an_error(wish: str, message: str) -> None:
     env = {**os.environ, "MLP_EXT_CUDA": wish, "CUDA_HOME": "/nonexistent"}
-    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, env=env)
+    result = run(*BUILD, cwd=ROOT, env=env)
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
+BUILD = (sys.executable, "setup.py", "build_ext", "--help")  # all but the compilation
 TORCH_WITH_CUDA = """
 import torch
 torch.version.cuda = "13.0"
@@ -158,19 +160,19 @@ def extension(env: dict[str, str]) -> dict[str, Any]:
 import json
 from distutils.core import run_setup
 from torch.utils import cpp_extension
-(e,) = run_setup("setup.py", stop_after="init").ext_modules
+(e,) = run_setup("setup.py", ["build_ext"], stop_after="init").ext_modules
 macros = dict(e.define_macros)
 nvcc, link = e.extra_compile_args["nvcc"], e.extra_link_args
 print(json.dumps([e.sources, nvcc, link, macros, cpp_extension.CUDA_HOME]))
 """
     told = checked(sys.executable, "-c", code, cwd=ROOT, env=env).strip().splitlines()
     keys = ("sources", "nvcc", "link", "macros", "CUDA_HOME")
-    return {"told": told[:-1], **dict(zip(keys, json.loads(told[-1]), strict=True))}
+    return dict(zip(keys, json.loads(told[-1]), strict=True))
 
 
 def test_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
-    env = with_toolkit(tmp_path, "12.8")
-    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, env=env)
+    env = with_toolkit(tmp_path, "12.8", MLP_EXT_CUDA="1")
+    result = run(*BUILD, cwd=ROOT, env=env)
     assert result.returncode != 0
     message = result.stderr.strip().splitlines()[-1]
     assert "built with CUDA 13.0" in message
@@ -190,26 +192,24 @@ def test_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
 def test_cuda_is_compiled_for_the_architectures_asked_for(
     tmp_path: Path, archs: str, codes: list[str]
 ) -> None:
-    found = extension(with_toolkit(tmp_path, "13.1", TORCH_CUDA_ARCH_LIST=archs))
+    found = extension(with_toolkit(tmp_path, "13.1", TORCH_CUDA_ARCH_LIST=archs, MLP_EXT_CUDA="1"))
     flags = {flag.rpartition("=")[2] for flag in found["nvcc"] if "gencode" in flag}
     assert flags == {*codes}
     assert found["CUDA_HOME"] == f"{tmp_path}/toolkit"
     assert "csrc/cuda/linear_act.cpp" in found["sources"]
 
 
-def test_cutlass_is_found_by_its_variable_and_missed_aloud(tmp_path: Path) -> None:
+def test_cutlass_is_found_by_its_variable(tmp_path: Path) -> None:
     header = tmp_path / "include" / "cutlass" / "version.h"
     header.parent.mkdir(parents=True)
     header.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n")
-    env = with_toolkit(tmp_path, "13.0", CUTLASS_HOME=str(tmp_path))
+    env = with_toolkit(tmp_path, "13.0", CUTLASS_HOME=str(tmp_path), MLP_EXT_CUDA="1")
     found = extension(env)
     assert found["macros"]["MLP_EXT_CUTLASS"] == "1"
     assert str(tmp_path / "include") in found["nvcc"]
     assert "csrc/cuda/sm90.cu" in found["sources"]
 
-    wrong = run(
-        sys.executable, "setup.py", "--version", cwd=ROOT, env={**env, "CUTLASS_HOME": "/nowhere"}
-    )
+    wrong = run(*BUILD, cwd=ROOT, env={**env, "CUTLASS_HOME": "/nowhere"})
     assert wrong.returncode != 0
     assert "set CUTLASS_HOME" in wrong.stderr
     assert "Traceback" not in wrong.stderr
@@ -219,7 +219,19 @@ def test_cutlass_is_found_by_its_variable_and_missed_aloud(tmp_path: Path) -> No
     none = extension({**env, "CUTLASS_HOME": ""})
     assert none["macros"]["MLP_EXT_CUTLASS"] == "0"
     assert "csrc/cuda/sm90.cu" not in none["sources"]
-    assert any("no CUTLASS" in line for line in none["told"])
+
+
+def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path) -> None:
+    env = with_toolkit(tmp_path, "13.1")
+    cuda = "csrc/cuda/linear_act.cpp"
+    assert cuda not in extension(env)["sources"]  # torch and toolkit alone do not ask for it
+    assert cuda in extension({**env, "TORCH_CUDA_ARCH_LIST": "9.0"})["sources"]
+    with (tmp_path / "sitecustomize.py").open("a") as site:
+        site.write("torch.cuda.is_available = lambda: True\n")
+        site.write("torch.cuda.device_count = lambda: 1\n")
+        site.write("torch.cuda.get_arch_list = lambda: ['sm_90']\n")
+        site.write("torch.cuda.get_device_capability = lambda *_: (9, 0)\n")
+    assert cuda in extension(env)["sources"]
 
 
 def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path: Path) -> None:
@@ -243,30 +255,121 @@ extern "C" size_t length() {
 @pytest.mark.parametrize("wish", ["0", "auto"])
 def test_no_toolkit_is_no_obstacle(wish: str) -> None:
     env = {**os.environ, "MLP_EXT_CUDA": wish, "CUDA_HOME": "/nonexistent"}
-    assert checked(sys.executable, "setup.py", "--version", cwd=ROOT, env=env).strip()
+    assert checked(*BUILD, cwd=ROOT, env=env).strip()
 
 
 def test_without_ninja_nothing_compiled_for_another_torch_is_kept() -> None:
     code = """
 from setuptools import setup
 from distutils.core import run_setup
-command = run_setup("setup.py", stop_after="init").get_command_obj("build_ext")
+command = run_setup("setup.py", ["build_ext"], stop_after="init").get_command_obj("build_ext")
 command.ensure_finalized()
 print(command.use_ninja, command.force)
 """
-    env = {**os.environ, "PATH": "/nonexistent"}
+    env = {**os.environ, "PATH": "/nonexistent", "CXX": shutil.which("c++") or "/bin/true"}
     assert checked(sys.executable, "-c", code, cwd=ROOT, env=env).split() == ["False", "True"]
 
 
-def test_build_without_torch_says_what_to_type(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = run(sys.executable, "setup.py", "--version", cwd=ROOT, env=env)
+def build_with(folder: Path, code: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build_ext --help` after `code`, in an interpreter of its own."""
+    (folder / "sitecustomize.py").write_text(code)
+    return run(*BUILD, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(folder), **variables})
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode != 0
-    assert "pip install torch" in result.stderr
-    assert "pip install --no-build-isolation ." in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    (line,) = result.stderr.strip().splitlines()
+    return line
+
+
+NO_TORCH = """
+import sys
+from importlib import metadata
+sys.modules["torch"] = None
+found = metadata.version
+def version(name):
+    if name == "torch":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+"""
+
+
+def other_torch(version: str) -> str:
+    """Code that makes setup.py find another version of torch."""
+    code = "from importlib import metadata; found = metadata.version\n"
+    return code + f"metadata.version = lambda n: {version!r} if n == 'torch' else found(n)\n"
+
+
+def supported() -> list[str]:
+    """The minor versions of torch that pyproject.toml names."""
+    oldest, end = re.findall(r'"torch>=2\.(\d+),<2\.(\d+)"', (ROOT / "pyproject.toml").read_text())[
+        0
+    ]
+    return [f"2.{minor}" for minor in range(int(oldest), int(end))]
+
+
+def test_build_without_torch_says_what_to_type(tmp_path: Path) -> None:
+    line = one_line(build_with(tmp_path, NO_TORCH))
+    assert "pip install torch" in line
+    assert "pip install --no-build-isolation ." in line
+
+
+def test_sdist_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NO_TORCH)
+    tree = copy_tree(tmp_path / "tree")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import setuptools.build_meta as b; b.get_requires_for_build_wheel(); b.build_sdist('.')"
+    checked(sys.executable, "-c", code, cwd=tree, env=env)
+    (archive,) = tree.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        info = files.extractfile(f"{archive.name[: -len('.tar.gz')]}/PKG-INFO")
+        assert info is not None
+        text = info.read().decode()
+    assert f"Requires-Dist: torch<2.{int(supported()[-1][2:]) + 1},>={supported()[0]}" in text
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.99.0", "3.0.0+cu140"])
+def test_torch_out_of_range_is_refused_by_the_build(tmp_path: Path, version: str) -> None:
+    line = one_line(build_with(tmp_path, other_torch(version)))
+    assert f"is for torch {supported()[0]} to {supported()[-1]}, and {version} is installed" in line
+    assert "pip install" in line
+    assert build_with(tmp_path, other_torch(version), MLP_EXT_ANY_TORCH="1").returncode == 0
+
+
+def test_range_of_torch_is_the_same_everywhere(tmp_path: Path) -> None:
+    for minor in supported():
+        assert build_with(tmp_path, other_torch(f"{minor}.0+cpu")).returncode == 0
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    told = [found for p in pages for found in re.findall(r"2\.\d+ to 2\.\d+", p.read_text())]
+    assert {*told} == {f"{supported()[0]} to {supported()[-1]}"}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_metadata_names_the_torch_that_it_was_built_against(tmp_path: Path, kind: str) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    (tree / "out").mkdir()
+    code = f"import setuptools.build_meta as b; b.prepare_metadata_for_build_{kind}('out')"
+    checked(sys.executable, "-c", code, cwd=tree, env={**os.environ, "MLP_EXT_CUDA": "0"})
+    (path,) = tree.glob("out/*.dist-info/METADATA")
+    lines = path.read_text().splitlines()
+    minor = ".".join(torch.__version__.split(".")[:2])
+    (version,) = (line for line in lines if line.startswith("Version: "))
+    assert version.endswith(f"+torch{minor}")
+    assert [n for n in lines if n.startswith("Requires-Dist: torch")] == [
+        f"Requires-Dist: torch=={minor}.*"
+    ]
+
+
+def test_build_without_a_compiler_says_what_to_type(tmp_path: Path) -> None:
+    assert "no-such-c++ is not found: install g++" in one_line(
+        build_with(tmp_path, CXX="no-such-c++ -m64")
+    )
+
+
+def test_build_in_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    code = "import os; os.access = lambda *_: False"
+    assert "read-only: copy the folder" in one_line(build_with(tmp_path, code))
 
 
 def installed_copy(folder: Path, *leave_out: str) -> dict[str, str]:
@@ -287,11 +390,78 @@ def test_torch_of_another_minor_version_is_refused(tmp_path: Path) -> None:
     assert "pip install --no-build-isolation" in message
 
 
+@pytest.mark.parametrize(
+    ("built", "running", "says"),
+    [
+        ("13.0", None, "is without CUDA"),
+        ("12.8", "13.0", "has CUDA 13.0"),
+        ("13.2", "13.0", None),
+        (None, "13.0", None),
+    ],
+)
+def test_torch_without_the_cuda_of_the_build_is_refused(
+    tmp_path: Path, built: str | None, running: str | None, says: str | None
+) -> None:
+    env = installed_copy(tmp_path)
+    with (tmp_path / "mlp_ext" / "_built.py").open("a") as file:
+        file.write(f"CUDA_VERSION = {built!r}\n")
+    code = f"import torch; torch.version.cuda = {running!r}; import mlp_ext"
+    result = run(sys.executable, "-S", "-c", code, env=env, cwd=tmp_path)
+    if says is None:
+        assert result.returncode == 0, result.stderr
+        return
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"ImportError: mlp_ext was built for CUDA {built}, but")
+    assert says in message
+    assert "pip install --no-build-isolation" in message
+
+
 @pytest.mark.parametrize("missing", ["_C.*.so", "_built.py"])
 def test_missing_compiled_part_is_told(tmp_path: Path, missing: str) -> None:
     env = installed_copy(tmp_path, missing)
     result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
-    assert "ImportError: mlp_ext is here, but its compiled part is not" in result.stderr
+    assert f"ImportError: mlp_ext is in {tmp_path}/mlp_ext, but its compiled part is not" in (
+        result.stderr
+    )
+
+
+def test_compiled_part_of_another_python_is_told(tmp_path: Path) -> None:
+    env = installed_copy(tmp_path)
+    (module,) = tmp_path.glob("mlp_ext/_C.*.so")
+    module.rename(module.with_name("_C.cpython-399-x86_64-linux-gnu.so"))
+    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
+    assert "compiled for another Python (_C.cpython-399-x86_64-linux-gnu.so)" in result.stderr
+
+
+def test_compiled_part_that_does_not_load_is_told(tmp_path: Path) -> None:
+    env = installed_copy(tmp_path)
+    (module,) = tmp_path.glob("mlp_ext/_C.*.so")
+    module.write_bytes(b"")
+    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
+    assert "ImportError: mlp_ext's compiled part does not load beside torch" in result.stderr
+    assert len(re.findall("Error: ", result.stderr)) == 1
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_source_folder_in_the_way_is_told(tmp_path: Path, installed: bool) -> None:
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    installed_copy(clone, "_C.*.so", "_built.py")
+    (clone / "setup.py").touch()
+    env = installed_copy(site) if installed else {**os.environ, "PYTHONPATH": ""}
+    env["PYTHONPATH"] += os.pathsep.join(("", *SITE_PACKAGES))
+    result = run(sys.executable, "-S", "-m", "mlp_ext", "info", env=env, cwd=clone)
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"ImportError: this is mlp_ext's source folder, {clone}/mlp_ext, ")
+    assert "`pip install --no-build-isolation -e .`" in message
+    assert (f"hides the installed package in {site}: leave the folder" in message) == installed
+
+
+def test_no_numpy_no_noise(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['numpy'] = None")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    result = run(sys.executable, "-m", "mlp_ext", "info", env=env, cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stderr == ""
 
 
 def test_parallel_for_is_parallel() -> None:
