@@ -337,7 +337,9 @@ def test_wrong_update_is_caught(
 )
 def test_compiled_backward_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--mode backward --cases 10x10x5 --providers compile") == 0
-    assert capsys.readouterr().err == ""
+    told = capsys.readouterr()
+    assert "compile" in told.out
+    assert "mlp-ext bench" not in told.err  # torch may warn there
 
 
 @pytest.mark.skipif(
