@@ -1,5 +1,6 @@
-# make demo | test | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
-# make wheel: a wheel in dist/, for the torch of the environment. make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
+# make demo | check | test | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
+# make release-check: before a release. make wheel: a wheel in dist/, for the torch of the environment.
+# make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -10,7 +11,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench bench-quick format build wheel cuda-check gpu clean distclean
+.PHONY: demo check test release-check lint bench bench-quick format build wheel cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -18,9 +19,24 @@ demo: build
 	@echo "== the tutorial: 10 random rows, 10-5-1"
 	$(RUN)/mlp-ext train --layers all --data seed --epochs $(EPOCHS)
 
+# As many workers as cores, each with one thread. WORKERS=0: one process, as pytest does by itself.
+WORKERS ?= auto
+PYTEST  := $(RUN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+# Before each commit.
+check: build
+	@echo "== tests but for the slow ones"
+	$(PYTEST) -m "not slow"
+
+# Also instruction sets below this processor's, and the sanitizers.
 test: build
 	@echo "== tests"
-	$(RUN)/python -m pytest
+	$(PYTEST)
+
+# Before a release: the sdist too, compiled and installed in an environment of its own.
+release-check: test
+	@echo "== tests of what is released"
+	$(RUN)/python -m pytest -m release
 
 # The figures and charts of README and docs/performance.md. Leave the machine alone meanwhile.
 RESULTS := benchmarks/results

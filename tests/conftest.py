@@ -1,14 +1,26 @@
 """Fixtures that every test file may use."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from once import Once, once_in
 from torch.utils import deterministic
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run under each instruction set the processor has")
+    if hasattr(config, "workerinput"):  # pytest-xdist's workers have one thread each
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # for their child processes
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Once:
+    folder = tmp_path_factory.getbasetemp()
+    is_worker = hasattr(pytestconfig, "workerinput")
+    return once_in(tmp_path_factory, folder.parent if is_worker else folder)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from once import Once
+from references import alone
 from shapes import DTYPES, Shape
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,6 +68,12 @@ def compile_all(output: Path, names: list[str], *flags: str | Path) -> Path:
         list(pool.map(compile_one, names, objects))
     compiler(*flags, *(["-shared"] if output.suffix == ".so" else []), *objects, "-o", output)
     return output
+
+
+def load_once(once: Once, *names: str) -> ctypes.CDLL:
+    """Of those files of MODEL, compiled once in a test session."""
+    folder = once("-".join(names), lambda folder: compile_all(folder / "all.so", [*names], "-O1"))
+    return ctypes.CDLL(str(folder / "all.so"))
 
 
 def fault(library: ctypes.CDLL, kernel: str, problem: Problem, *more: bytes) -> str:
@@ -158,7 +166,7 @@ def passes_forward(
     run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """The pass after a product, in place; the bias is added in it, or was by the product."""
-    y = F.linear(x, w)
+    y = F.linear(alone(x), alone(w))
     run("bias_act", (*x.shape, w.shape[0]), activation, {"bias": bias}, {"y": y})
     return y
 
@@ -177,8 +185,8 @@ def passes_backward(
         outputs["db"] = poisoned(w, w.shape[0])
     run("grad_z", (*x.shape, w.shape[0]), activation, {"dy": dy, "y": y}, outputs)
     dz = outputs.get("dz")
-    dx = dz @ w if needs[0] and dz is not None else None
-    return dx, dz.t() @ x if needs[1] and dz is not None else None, outputs.get("db")
+    dx = dz @ alone(w) if needs[0] and dz is not None else None
+    return dx, dz.t() @ alone(x) if needs[1] and dz is not None else None, outputs.get("db")
 
 
 FAMILIES: dict[str, tuple[Forward, Backward]] = {

@@ -36,7 +36,7 @@ def checked(*command: str | Path, **kwargs: object) -> str:
 
 def copy_tree(folder: Path) -> Path:
     """The source tree with what an editable build left in it, which the sdist must not take."""
-    for name in ("csrc", "mlp_ext"):
+    for name in ("csrc", "mlp_ext", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (p for p in ROOT.iterdir() if p.is_file()):
         shutil.copy(path, folder)
@@ -87,7 +87,17 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     assert not {name for name in names if name.endswith(".so")} | ({"mlp_ext/_built.py"} & names)
 
 
+def test_sdist_holds_its_tests(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = {p for p in ROOT.glob("tests/**/*") if p.is_file() and "__pycache__" not in p.parts}
+    used = {"Makefile", "CONTRIBUTING.md", "pyproject.toml", "benchmarks/conftest.py"}
+    assert Path(__file__) in files
+    assert {str(p.relative_to(ROOT)) for p in files} | used <= names
+
+
 @pytest.mark.slow
+@pytest.mark.release
 def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"mlp_ext/py.typed", "mlp_ext/_C.pyi", "mlp_ext/_built.py"} <= {*names}
@@ -96,6 +106,7 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_install_from_sdist_computes_in_a_fresh_environment(python: Path, tmp_path: Path) -> None:
     code = """
 import torch, mlp_ext

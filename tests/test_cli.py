@@ -74,6 +74,7 @@ def test_train_prints_the_tutorials_lines(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_train_all_prints_losses_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
     assert main(["train", "--layers", "all", "--data", "breast_cancer", "--epochs", "3"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("breast_cancer: 455 rows, 30-5-1, lr 0.01, batches of 10, float32 on ")
@@ -108,6 +109,7 @@ def test_layers_change_the_way_not_the_losses(capsys: pytest.CaptureFixture[str]
 
 
 def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
     path = tmp_path / "run.json"
     args = "train --layers all --data digits --hidden 8,6 --epochs 3 --lr 0.5 --batch-size 50"
     assert main([*args.split(), "--seed", "4", "--dtype", "float64", "--json", str(path)]) == 0
@@ -154,6 +156,7 @@ def test_json_has_null_for_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["loss.png", "loss.SVG", "loss.pdf"])
 def test_plot_is_drawn(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
     path = tmp_path / name
     assert main(["train", "--layers", "all", "--epochs", "2", "--plot", str(path)]) == 0
     start = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[path.suffix.lower()]
@@ -162,6 +165,7 @@ def test_plot_is_drawn(tmp_path: Path, name: str) -> None:
 
 
 def test_plot_shows_every_curve() -> None:
+    pytest.importorskip("matplotlib")
     losses = {"native": [0.3, 0.2], "fused": [0.3, 0.2], "other": [0.3, 0.1]}
     (axes,) = plots.loss_curves(losses, "the title").axes
     assert [list(line.get_ydata()) for line in axes.lines] == list(losses.values())
@@ -175,6 +179,7 @@ def test_plot_shows_every_curve() -> None:
 
 
 def test_plot_of_one_epoch_shows_a_point() -> None:
+    pytest.importorskip("matplotlib")
     (axes,) = plots.loss_curves({"native": [0.3]}, "").axes
     assert axes.lines[0].get_marker() == "o"
 
@@ -220,6 +225,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_error_is_one_line_before_training(
     args: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "--plot" in args:
+        pytest.importorskip("matplotlib")
     assert main(["train", *args.split()]) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f"mlp-ext train: error: {message}")
@@ -284,6 +291,7 @@ def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_interrupted_run_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("matplotlib")
     add_kind(monkeypatch, KeyboardInterrupt(), after=3)
     args = ["train", "--layers", "stops", "--json", "file", "--plot", "loss.png"]
     assert main(args) == 130
@@ -323,6 +331,7 @@ class Terminal(io.StringIO):
 def test_long_run_has_a_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("tqdm")
     terminal = Terminal()
     monkeypatch.setattr(cli, "BAR_AFTER", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cuda_kernels import ORDERS, Problem, buffer, compile_all, fault
+from cuda_kernels import ORDERS, Problem, buffer, fault, load_once
+from once import Once
 from torch import Tensor
 
 each_order = pytest.mark.parametrize("order", ORDERS)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    output = tmp_path_factory.mktemp("cuda_model") / "examples.so"
-    return ctypes.CDLL(str(compile_all(output, ["faulty", "warps"], "-O1")))
+def library(once: Once) -> ctypes.CDLL:
+    return load_once(once, "faulty", "warps")
 
 
 def run(library: ctypes.CDLL, file: str, name: str, order: str) -> tuple[str, Tensor]:

@@ -1,14 +1,15 @@
 """Each barrier, fence and bound of the CUDA kernels is needed: without it the tests here fail.
 
-A mutant is a copy of a header with one of them removed or moved by one.
+A mutant is one of them removed or moved by one. A family's mutants are compiled together, each
+behind a condition on the variable `mutant`, which chooses one at run time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from cuda_kernels import CSRC, Runner, compile_all, linear_act
 from cuda_steps import Training, assert_trains_as_torch, model_of_cuda
+from once import Once
 from references import assert_matches_native
 from shapes import Shape, grad_output, operands
 from torch import Tensor
@@ -30,7 +32,7 @@ class Mutant(NamedTuple):
     family: str  # whose kernels show it
     begin: int
     end: int
-    text: str  # what takes the place of those characters
+    text: str  # C++ that takes the place of those characters, {} for the mutant's number
 
     def __str__(self) -> str:
         before = source(self.header)[: self.begin]
@@ -52,104 +54,116 @@ ENTRIES = {"small": "small", "tall": "tall", "passes": "pointwise", "step": "ste
 BARRIER = re.compile(r"__(?:syncthreads|threadfence)\(\);|__syncthreads_or\((\w+)\)")
 
 
+def without(statement: str) -> str:
+    return "{{ if (mutant != {}) " + statement + " }}"
+
+
 def without_each_barrier() -> Iterator[Mutant]:
     for header, family in FAMILIES.items():
         for m in BARRIER.finditer(source(header)):
-            yield Mutant(header, family, m.start(), m.end(), m[1] or ";")
+            text = "(mutant == {} ? " + f"int({m[1]}) : {m[0]})" if m[1] else without(m[0])
+            yield Mutant(header, family, m.start(), m.end(), text)
 
 
-# Header, text that it has once, what takes its place. The shapes below reach each of them.
+# Header, text that it has once with an expression between dollars, what takes the expression's
+# place; "": the statement goes. The shapes below reach each of them.
 BOUNDS = [
-    ("small.cuh", "if (row >= rows || k0", "if (row > rows || k0"),
-    ("small.cuh", "k0 + k >= depth) return", "k0 + k > depth) return"),
-    ("small.cuh", "k0 + k < a.depth; k +=", "k0 + k + kStep < a.depth; k +="),
-    ("small.cuh", "if (row < a.rows &&", "if (row <= a.rows &&"),
-    ("small.cuh", "column < b.rows) finish", "column <= b.rows) finish"),
-    ("small.cuh", "shared_bytes<T>(kSlices * kSliceStride)", "shared_bytes<T>(kSlices * kThreads)"),
-    ("small.cuh", "dw_columns(tiles(b.K + (b.db ? 1 : 0))", "dw_columns(tiles(b.K)"),
-    ("tile.cuh", "return j < columns ?", "return j <= columns ?"),
-    ("tall.cuh", "column + c < columns_end;", "column + c <= columns_end;"),
-    ("tall.cuh", "if (r < rows && row + r < rows_end", "if (r < rows && row + r <= rows_end"),
-    ("tall.cuh", "if (r >= rows) break;", "if (r > rows) break;"),
-    ("tall.cuh", "if (m >= rows_end) break;", "if (m > rows_end) break;"),
-    ("tall.cuh", "if (n < columns_end) store", "if (n <= columns_end) store"),
-    ("tall.cuh", "if (n + i < columns_end) *out", "if (n + i <= columns_end) *out"),
-    ("tall.cuh", "n < tiles.N ? to_accumulator(*f.w", "n <= tiles.N ? to_accumulator(*f.w"),
-    ("tall.cuh", "n < tiles.N ? to_accumulator(f.bias", "n <= tiles.N ? to_accumulator(f.bias"),
-    ("tall.cuh", "k0 + k < tiles.K;", "k0 + k + kStep < tiles.K;"),
-    ("tall.cuh", "column + c >= columns_end) return;", "column + c > columns_end) return;"),
-    ("tall.cuh", "r < rows && row + r < rows_end; r", "r < rows && row + r <= rows_end; r"),
-    ("tall.cuh", "wait_copies();\n      __sync", "__sync"),
-    ("tall.cuh", "wait_copies();\n    const GradZ", "const GradZ"),
-    ("tall.cuh", "n < tiles.depth;", "n + kStep < tiles.depth;"),
-    ("tall.cuh", "if (n + p >= tiles.N) break;", "if (n + p > tiles.N) break;"),
-    ("tall.cuh", "column < tiles.K) part", "column <= tiles.K) part"),
-    ("tall.cuh", "if (b.db && k == 0) part", "if (b.db && k == 4) part"),
-    ("tall.cuh", "wanted = i < size &&", "wanted = i <= size &&"),
-    ("tall.cuh", "p < count;", "p <= count;"),
-    ("pointwise.cuh", "half > 0;", "half > 1;"),
-    ("pointwise.cuh", "if (column >= f.N) return;", "if (column > f.N) return;"),
-    ("pointwise.cuh", "if (m + r * step < f.M) z", "if (m + r * step <= f.M) z"),
-    ("pointwise.cuh", "if (m + r * step >= f.M) break;", "if (m + r * step > f.M) break;"),
-    ("pointwise.cuh", "rows_end = column < g.N ?", "rows_end = column <= g.N ?"),
-    ("pointwise.cuh", "if (m + r * step < rows_end) raw", "if (m + r * step <= rows_end) raw"),
-    (
-        "pointwise.cuh",
-        "if (m + r * step >= rows_end) break;",
-        "if (m + r * step > rows_end) break;",
-    ),
-    ("pointwise.cuh", "part < gridDim.y;", "part <= gridDim.y;"),
-    ("pointwise.cuh", "blocks - 1) == blocks - 1;", "blocks - 1) == 0;"),
-    ("step.cuh", "w < kWarps;", "w + 1 < kWarps;"),
-    ("step.cuh", "i < layer.N * columns;", "i <= layer.N * columns;"),
-    ("step.cuh", "smaller(row + i * down, a.count - 1)", "smaller(row + i * down, a.count)"),
-    ("step.cuh", "smaller(column + i * across, b.count - 1)", "(column + i * across)"),
-    ("step.cuh", "k < depth;", "k + 1 < depth;"),
-    ("step.cuh", "row + i * down < a.count &&", "row + i * down <= a.count &&"),
-    ("step.cuh", "column + j * across < b.count)", "column + j * across <= b.count)"),
-    ("step.cuh", "m < count; m += kThreads", "m <= count; m += kThreads"),
-    ("step.cuh", "i < rows * layer.N;", "i <= rows * layer.N;"),
-    ("step.cuh", "if (m >= rows) return 0;", "if (m > rows) return 0;"),
-    ("step.cuh", "threadIdx.x < kStepRows)", "threadIdx.x + 1 < kStepRows)"),
-    ("step.cuh", "i < rows * lowest.K;", "i <= rows * lowest.K;"),
-    ("step.cuh", "rows, m0 == 0, chip", "rows, true, chip"),
-    ("step.cuh", "begin + f.batch >= f.rows;", "begin + f.batch > f.rows;"),
-    ("problem.cuh", "aligned(m.data, 16) && ", ""),
-    ("problem.cuh", "m.stride % kVector<S> == 0 && ", ""),
-    ("problem.cuh", " && columns % kVector<S> == 0;", ";"),
+    ("small.cuh", "if ($row >= rows$ || k0", "row > rows"),
+    ("small.cuh", "$k0 + k >= depth$) return", "k0 + k > depth"),
+    ("small.cuh", "$k0 + k < a.depth$; k +=", "k0 + k + kStep < a.depth"),
+    ("small.cuh", "if ($row < a.rows$ &&", "row <= a.rows"),
+    ("small.cuh", "$column < b.rows$) finish", "column <= b.rows"),
+    ("small.cuh", "shared_bytes<T>(kSlices * $kSliceStride$)", "kThreads"),
+    ("small.cuh", "dw_columns(tiles($b.K + (b.db ? 1 : 0)$)", "b.K"),
+    ("tile.cuh", "return $j < columns$ ?", "j <= columns"),
+    ("tall.cuh", "$column + c < columns_end$;", "column + c <= columns_end"),
+    ("tall.cuh", "if (r < rows && $row + r < rows_end$", "row + r <= rows_end"),
+    ("tall.cuh", "if ($r >= rows$) break;", "r > rows"),
+    ("tall.cuh", "if ($m >= rows_end$) break;", "m > rows_end"),
+    ("tall.cuh", "if ($n < columns_end$) store", "n <= columns_end"),
+    ("tall.cuh", "if ($n + i < columns_end$) *out", "n + i <= columns_end"),
+    ("tall.cuh", "$n < tiles.N$ ? to_accumulator(*f.w", "n <= tiles.N"),
+    ("tall.cuh", "$n < tiles.N$ ? to_accumulator(f.bias", "n <= tiles.N"),
+    ("tall.cuh", "$k0 + k < tiles.K$;", "k0 + k + kStep < tiles.K"),
+    ("tall.cuh", "$column + c >= columns_end$) return;", "column + c > columns_end"),
+    ("tall.cuh", "r < rows && $row + r < rows_end$; r", "row + r <= rows_end"),
+    ("tall.cuh", "$wait_copies();$\n      __sync", ""),
+    ("tall.cuh", "$wait_copies();$\n    const GradZ", ""),
+    ("tall.cuh", "$n < tiles.depth$;", "n + kStep < tiles.depth"),
+    ("tall.cuh", "if ($n + p >= tiles.N$) break;", "n + p > tiles.N"),
+    ("tall.cuh", "$column < tiles.K$) part", "column <= tiles.K"),
+    ("tall.cuh", "if (b.db && $k == 0$) part", "k == 4"),
+    ("tall.cuh", "wanted = $i < size$ &&", "i <= size"),
+    ("tall.cuh", "$p < count$;", "p <= count"),
+    ("pointwise.cuh", "$half > 0$;", "half > 1"),
+    ("pointwise.cuh", "if ($column >= f.N$) return;", "column > f.N"),
+    ("pointwise.cuh", "if ($m + r * step < f.M$) z", "m + r * step <= f.M"),
+    ("pointwise.cuh", "if ($m + r * step >= f.M$) break;", "m + r * step > f.M"),
+    ("pointwise.cuh", "rows_end = $column < g.N$ ?", "column <= g.N"),
+    ("pointwise.cuh", "if ($m + r * step < rows_end$) raw", "m + r * step <= rows_end"),
+    ("pointwise.cuh", "if ($m + r * step >= rows_end$) break;", "m + r * step > rows_end"),
+    ("pointwise.cuh", "$part < gridDim.y$;", "part <= gridDim.y"),
+    ("pointwise.cuh", "blocks - 1) == $blocks - 1$;", "0u"),
+    ("step.cuh", "$w < kWarps$;", "w + 1 < kWarps"),
+    ("step.cuh", "$i < layer.N * columns$;", "i <= layer.N * columns"),
+    ("step.cuh", "smaller(row + i * down, $a.count - 1$)", "a.count"),
+    ("step.cuh", "$smaller(column + i * across, b.count - 1)$", "column + i * across"),
+    ("step.cuh", "$k < depth$;", "k + 1 < depth"),
+    ("step.cuh", "$row + i * down < a.count$ &&", "row + i * down <= a.count"),
+    ("step.cuh", "$column + j * across < b.count$)", "column + j * across <= b.count"),
+    ("step.cuh", "$m < count$; m += kThreads", "m <= count"),
+    ("step.cuh", "$i < rows * layer.N$;", "i <= rows * layer.N"),
+    ("step.cuh", "if ($m >= rows$) return 0;", "m > rows"),
+    ("step.cuh", "$threadIdx.x < kStepRows$)", "threadIdx.x + 1 < kStepRows"),
+    ("step.cuh", "$i < rows * lowest.K$;", "i <= rows * lowest.K"),
+    ("step.cuh", "rows, $m0 == 0$, chip", "true"),
+    ("step.cuh", "$begin + f.batch >= f.rows$;", "begin + f.batch > f.rows"),
+    ("problem.cuh", "$aligned(m.data, 16)$ &&", "true"),
+    ("problem.cuh", "$m.stride % kVector<S> == 0$ &&", "true"),
+    ("problem.cuh", "&& $columns % kVector<S> == 0$;", "true"),
 ]
 
 
 def with_each_bound_moved() -> Iterator[Mutant]:
-    for header, text, replacement in BOUNDS:
-        found = source(header).count(text)
-        assert found == 1, f"{header} has {text!r} {found} times: mend the table"
-        begin = source(header).index(text)
+    for header, marked, replacement in BOUNDS:
+        before, expression, after = marked.split("$")
+        found = source(header).count(before + expression + after)
+        assert found == 1, f"{header} has {marked!r} {found} times: mend the table"
+        begin = source(header).index(before + expression + after) + len(before)
         family = FAMILIES.get(header, "small" if header == "tile.cuh" else "tall")
-        yield Mutant(header, family, begin, begin + len(text), replacement)
+        text = "(mutant == {} ? " + f"({replacement}) : ({expression}))"
+        if not replacement:
+            text = without(expression)
+        yield Mutant(header, family, begin, begin + len(expression), text)
 
 
 BARRIERS, MOVED = list(without_each_barrier()), list(with_each_bound_moved())
-AS_THEY_ARE = [Mutant(header, family, 0, 0, "") for header, family in FAMILIES.items()]
+MUTANTS = [*BARRIERS, *MOVED]
 
 
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Mutant, Future[Path]]]:
-    def compiled(mutant: Mutant, folder: Path) -> Path:
-        text = source(mutant.header)
+@pytest.fixture(scope="session")
+def libraries(once: Once) -> Callable[[str], ctypes.CDLL]:
+    """The kernels of a family with all its mutants: `mutant` chooses one at run time, -1 none."""
+
+    def mutated(header: str) -> str:
+        text = source(header)
+        here = sorted((m for m in MUTANTS if m.header == header), key=lambda m: -m.begin)
+        for m in here:
+            text = text[: m.begin] + m.text.format(MUTANTS.index(m)) + text[m.end :]
+        return text
+
+    def compiled(folder: Path, family: str) -> None:
         (folder / "cuda").mkdir()
-        (folder / "cuda" / mutant.header).write_text(
-            text[: mutant.begin] + mutant.text + text[mutant.end :]
-        )
+        for header in {m.header for m in MUTANTS}:
+            (folder / "cuda" / header).write_text(mutated(header))
         flags = ["-O1", "-DMUTANT", f"-I{folder}"]
-        return compile_all(folder / "mutant.so", [ENTRIES[mutant.family]], *flags)
+        compile_all(folder / "mutants.so", [ENTRIES[family]], *flags)
 
-    pool = ThreadPoolExecutor(2)
-    yield {
-        mutant: pool.submit(compiled, mutant, tmp_path_factory.mktemp("mutant"))
-        for mutant in [*AS_THEY_ARE, *BARRIERS, *MOVED]
-    }
-    pool.shutdown(cancel_futures=True)
+    def library(family: str) -> ctypes.CDLL:
+        folder = once(f"mutants-{family}", lambda folder: compiled(folder, family))
+        return ctypes.CDLL(str(folder / "mutants.so"))
+
+    return cache(library)
 
 
 # Shape, elements before the first row and between rows.
@@ -173,13 +187,19 @@ STEPS = [
 ]
 
 
-def check(library: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check(
+    libraries: Callable[[str], ctypes.CDLL],
+    family: str,
+    mutant: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = libraries(family)
+    ctypes.c_int.in_dll(library, "mutant").value = mutant
     if family == "step":
         for training in STEPS:
-            assert_trains_as_torch(model_of_cuda(ctypes.CDLL(str(library))), training)
+            assert_trains_as_torch(model_of_cuda(library), training)
         return
-    run = Runner(ctypes.CDLL(str(library)), processors=1)
-    monkeypatch.setattr(mlp_ext, "linear_act", linear_act(family, run))
+    monkeypatch.setattr(mlp_ext, "linear_act", linear_act(family, Runner(library, processors=1)))
     for shape, before, between in CASES[family]:
 
         def laid(t: Tensor, before: int = before, between: int = between) -> Tensor:
@@ -197,26 +217,24 @@ def test_every_barrier_has_its_mutant() -> None:
     assert sum(len(re.findall("__sync|__threadfence", text)) for text in headers) == len(BARRIERS)
 
 
-@pytest.mark.parametrize("same", AS_THEY_ARE, ids=lambda same: same.family)
+@pytest.mark.parametrize("family", ENTRIES)
 def test_kernels_pass_as_they_are(
-    same: Mutant, libraries: dict[Mutant, Future[Path]], monkeypatch: pytest.MonkeyPatch
+    family: str, libraries: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(libraries[same].result(), same.family, monkeypatch)
+    check(libraries, family, -1, monkeypatch)
 
 
 @pytest.mark.parametrize("mutant", BARRIERS, ids=str)
 def test_a_missing_barrier_is_a_fault(
-    mutant: Mutant, libraries: dict[Mutant, Future[Path]], monkeypatch: pytest.MonkeyPatch
+    mutant: Mutant, libraries: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = libraries[mutant].result()
     with pytest.raises(AssertionError, match=r"a race for|that nobody wrote|a barrier that some"):
-        check(library, mutant.family, monkeypatch)
+        check(libraries, mutant.family, MUTANTS.index(mutant), monkeypatch)
 
 
 @pytest.mark.parametrize("mutant", MOVED, ids=str)
 def test_a_moved_bound_is_seen(
-    mutant: Mutant, libraries: dict[Mutant, Future[Path]], monkeypatch: pytest.MonkeyPatch
+    mutant: Mutant, libraries: Callable[[str], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = libraries[mutant].result()  # it compiles
     with pytest.raises(AssertionError):
-        check(library, mutant.family, monkeypatch)
+        check(libraries, mutant.family, MUTANTS.index(mutant), monkeypatch)

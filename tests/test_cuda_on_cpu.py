@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_kernels import FAMILIES, Runner, compile_all, linear_act
+from cuda_kernels import FAMILIES, Runner, compile_all, linear_act, load_once
+from once import Once
 from references import assert_matches_native
 from shapes import DTYPES, Shape, grad_output, operands
 from torch import Tensor
@@ -27,9 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    output = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
-    return ctypes.CDLL(str(compile_all(output, ["small", "tall", "pointwise"], "-O1")))
+def kernels(once: Once) -> ctypes.CDLL:
+    return load_once(once, "small", "tall", "pointwise")
 
 
 def sizes(text: str) -> list[Shape]:
@@ -163,8 +163,9 @@ def test_kernels_fit_any_number_of_processors(
     assert_matches_native(operands(shape), "relu", grad_output(shape))
 
 
+@pytest.mark.slow
 def test_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
-    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     program = compile_all(
         tmp_path / "kernels", ["small", "tall", "pointwise", "step", "main"], *flags
     )

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 import torch
-from cuda_kernels import compile_all
+from cuda_kernels import load_once
 from cuda_steps import (
     OPTIONS,
     PLAIN,
@@ -15,15 +15,15 @@ from cuda_steps import (
     found_by,
     model_of_cuda,
 )
+from once import Once
 from shapes import DTYPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    output = tmp_path_factory.mktemp("cuda_on_cpu") / "step.so"
-    return ctypes.CDLL(str(compile_all(output, ["step"], "-O1")))
+def kernels(once: Once) -> ctypes.CDLL:
+    return load_once(once, "step")
 
 
 SHAPES = [

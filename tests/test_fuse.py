@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypotheses import given, settings, st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypotheses import given, settings
 from test_fuse import (
     FUSIBLE,
     MyLinear,

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from samples import load
 from torch import Tensor, nn
 
-from mlp_ext.data import Dataset, load
+from mlp_ext.data import Dataset
 from mlp_ext.loop import LAYERS, Run, Step, accuracy, make_mlp, sgd_step, train
 from mlp_ext.nn import LinearReLU, LinearSigmoid
 

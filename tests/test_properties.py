@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypotheses import given, settings, st
 from references import assert_matches_native
 from shapes import DTYPES, LAYOUTS, Shape, grad_output, operands
 

@@ -35,6 +35,12 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, gridDim;
 
+#if defined(MUTANT)
+extern "C" {
+inline int mutant = -1;  // of those that tests/test_cuda_mutants.py compiles together
+}
+#endif
+
 // 16-bit types, converted as CUDA does: to nearest, ties to even.
 struct __nv_bfloat16 {
   uint16_t bits;
