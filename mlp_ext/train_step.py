@@ -50,8 +50,8 @@ class TrainStep:
         optimizer.step()
 
     with the model's own Parameters, which change in place, and the optimizer's own settings and
-    momentum. So a scheduler, a checkpoint or an eager step in between go on as with torch alone.
-    One thing differs: gradients are not kept, and .grad stays as it is. After model.to(dtype) the
+    momentum. LR schedulers, checkpoints and ordinary eager steps keep working. One thing differs:
+    .grad is not written. After model.to(dtype) the
     optimizer's momentum must follow: optimizer.load_state_dict(optimizer.state_dict()).
 
     Stochastic gradient descent (Robbins and Monro, 1951), for each parameter p with gradient g and
