@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -740,7 +741,10 @@ def test_benchmarks_run_under_their_names() -> None:
     options = ["--benchmark-only", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-v"]
     chosen = ["-k", "fused and relu and (10x10x5 or 10-5-1)"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/"]
-    result = subprocess.run([*command, *options, *chosen], capture_output=True, text=True, cwd=ROOT)
+    env = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    result = subprocess.run(
+        [*command, *options, *chosen], capture_output=True, text=True, cwd=ROOT, env=env
+    )
     out = result.stdout
     for name in ("forward", "backward", "full"):
         assert f"bench_{name}[fused-relu-10x10x5-float32]" in out
