@@ -70,7 +70,9 @@ _check_build()
 
 try:
     from mlp_ext import _C, _built
-except ImportError as error:
+
+    _C.instruction_set()  # raises RuntimeError where a build for one instruction set does not run
+except (ImportError, RuntimeError) as error:
     raise ImportError(
         f"mlp_ext's compiled part does not load beside torch {torch.__version__}: {error}; type "
         f"`{_BUILD}` in the source tree to rebuild it"

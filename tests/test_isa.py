@@ -22,10 +22,11 @@ HERE = Path(__file__).parent
 
 
 def available() -> list[str]:
-    """The levels up to the one torch chose, in order."""
+    """The levels up to the one torch chose, in order; of a build for one, that one alone."""
     names = list(LEVELS)
     chosen = torch.backends.cpu.get_cpu_capability()
-    return names[: names.index(chosen) + 1] if chosen in names else names[:1]
+    levels = names[: names.index(chosen) + 1] if chosen in names else names[:1]
+    return [name for name in levels if LEVELS[name][1] in _C.build_info()["instruction_sets"]]
 
 
 def python(level: str, *arguments: str) -> str:
