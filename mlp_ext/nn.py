@@ -108,7 +108,22 @@ def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+MODULE_CODE = (
+    "forward",
+    "_call_impl",
+    "_compiled_call_impl",
+)  # where set, runs in place of the class's
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+_DYNAMO_LISTS_ATTRIBUTES = torch.__version__ >= (2, 12)  # type: ignore[operator]
+
+
+def _own_attributes(module: nn.Module) -> list[str]:
+    """The names set on the instance; for Dynamo before torch 2.12, which cannot list them, the
+    known ones that change what it computes."""
+    if torch.compiler.is_compiling() and not _DYNAMO_LISTS_ATTRIBUTES:
+        return [name for name in MODULE_CODE if name in vars(module)]
+    return [name for name in vars(module) if name not in _MODULE_ATTRIBUTES]
 
 
 def find_addition(module: nn.Module, *own: str) -> str:
@@ -118,10 +133,10 @@ def find_addition(module: nn.Module, *own: str) -> str:
     also pruning and the older weight_norm and spectral_norm; whatever was set on the instance, as a
     forward of its own, the call of Module.compile or a qconfig; parameters, buffers and children.
     """
-    for name, value in vars(module).items():
-        if name.endswith("_hooks") and value:
+    for name in _HOOKS:
+        if vars(module)[name]:
             return f"has {name.strip('_').replace('_', ' ')}"
-    attributes = [name for name in vars(module) if name not in (*own, *_MODULE_ATTRIBUTES)]
+    attributes = [name for name in _own_attributes(module) if name not in own]
     parameters = [name for name in module._parameters if name not in ("weight", "bias")]
     for name in (*attributes, *parameters, *module._buffers, *module._modules):
         return f"has an attribute of its own, {name!r}"

@@ -24,7 +24,7 @@ from torch.optim import optimizer as optim_optimizer
 from mlp_ext import _C
 from mlp_ext.errors import CAUGHT, check_input, check_target, check_tensor, kind, rename
 from mlp_ext.fuse import chains
-from mlp_ext.nn import DTYPES, FusedActivation, LinearAct, type_name
+from mlp_ext.nn import DTYPES, MODULE_CODE, FusedActivation, LinearAct, type_name
 from mlp_ext.sequential import Sequential
 from mlp_ext.step_graph import graphed
 
@@ -234,7 +234,6 @@ def _read(
 
 # Of a module or an optimizer: what is called beside its own code, and what replaces that code.
 _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_MODULE_CODE = ("forward", "_call_impl", "_compiled_call_impl")
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _GLOBAL_HOOKS: dict[str, Any] = {
     "forward pre": nn_module._global_forward_pre_hooks,
@@ -254,7 +253,7 @@ def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Readin
         if own[name]:
             _refuse(ValueError, f"{path} has {name.strip('_').replace('_', ' ')}")
         reading.watch_size(own[name])
-    for name in _MODULE_CODE if isinstance(thing, nn.Module) else ("step",):
+    for name in MODULE_CODE if isinstance(thing, nn.Module) else ("step",):
         # A scheduler wraps optimizer.step, only to see whether it is called.
         if name in own and not hasattr(own[name], "_wrapped_by_lr_sched"):
             _refuse(ValueError, f"{path} has a {name} of its own")

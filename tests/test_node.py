@@ -125,7 +125,7 @@ def test_change_in_place_tells_which_output(node: str) -> None:
     place, name = output.output_nr, node.removesuffix("Backward")
     assert place == (name == "Mlp")
     output.mul_(2)
-    with pytest.raises(RuntimeError, match=f"is output {place} of {name}, is at version 1"):
+    with pytest.raises(RuntimeError, match=rf"is output {place} of {name}(Backward)?, is at ver"):
         output.sum().backward()
 
 
