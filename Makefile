@@ -26,7 +26,7 @@ PYTEST  := $(RUN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist workste
 # Before each commit.
 check: build
 	@echo "== tests but for the slow ones"
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not release"
 
 # Also instruction sets below this processor's, and the sanitizers.
 test: build
@@ -127,7 +127,7 @@ cuda-check: $(CUDA)/tools
 	@! grep -B 2 -E "[1-9][0-9]* bytes spill|serialized" $(CUDA)/build.log
 	@echo "== $$(grep -c 'bytes spill' $(CUDA)/build.log) kernels, no spill, no serialised wgmma"
 	$(CUDA)/bin/mlp-ext info
-	$(CUDA)/bin/pytest -m "not slow and not cuda" $(CUDA_TESTS)
+	$(CUDA)/bin/pytest -m "not slow and not release and not cuda" $(CUDA_TESTS)
 
 $(CUDA)/tools: Makefile
 	@echo "== making the environment $(CUDA) with CUDA's $(CUDA_TORCH): 5 GB"

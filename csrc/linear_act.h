@@ -10,8 +10,8 @@
 
 namespace mlp_ext {
 
-using Gradients =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined if not asked for
+using Gradients = std::tuple<at::Tensor, at::Tensor,
+                             at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined where output_mask is false
 
 // M of [*, columns].
 inline int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }

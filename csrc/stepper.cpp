@@ -320,7 +320,7 @@ class Stepper {
   // Throws where torch's global state asks for what a step does not do. docs/train-step.md has the whole table.
   void check_state(const Tensor& input, const Tensor& target) const {
     constexpr const char* kLeave = "; leave it, or use the eager loop";
-    TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids");
+    TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids", kLeave);
     TORCH_CHECK(c10::GradMode::is_enabled(), "TrainStep: gradients are disabled, as by no_grad, and a step trains",
                 kLeave);
     const auto device = input.device().type();
@@ -372,7 +372,7 @@ class Stepper {
         group = PyList_GET_ITEM(groups.ptr(), read);
         int place = 0;
         for (const char* name : {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"})
-          h[place++] = number(item(group, name));
+          h[place++] = number(item(group, name), name);
       }
       update.learning.push_back(i);
       update.hyperparameters.append(h, h + Sgd::size);
@@ -393,9 +393,11 @@ class Stepper {
   // optimizer.state[p]["momentum_buffer"], undefined if there is none.
   Tensor momentum_buffer(size_t parameter) const {
     const py::object state = item(optimizer_, "state");
+    check_dict(state.ptr(), "optimizer.state");
     PyObject* const of_parameter = PyDict_GetItemWithError(state.ptr(), python_parameters_[parameter].ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
     if (!of_parameter) return {};
+    check_dict(of_parameter, "each parameter's entry in optimizer.state");
     PyObject* const buffer = PyDict_GetItemString(of_parameter, "momentum_buffer");
     if (!buffer || buffer == Py_None) return {};
     TORCH_CHECK_TYPE(THPVariable_Check(buffer),
@@ -417,16 +419,24 @@ class Stepper {
     update.fresh.clear();
   }
 
+  static void check_dict(PyObject* object, const char* name) {
+    TORCH_CHECK_TYPE(PyDict_Check(object), "TrainStep: ", name, " must be a dict, got ", Py_TYPE(object)->tp_name);
+  }
+
   static py::object item(py::handle dict, const char* name) {
     PyObject* const found = PyDict_GetItemString(dict.ptr(), name);
     if (!found) throw py::key_error(name);
     return py::reinterpret_borrow<py::object>(found);
   }
 
-  static double number(py::handle value) {  // a float, a bool, or a tensor of one element
+  static double number(py::handle value, const char* name) {  // a float, a bool, or a tensor of one element
     if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
     const double found = PyFloat_AsDouble(value.ptr());
-    if (PyErr_Occurred()) throw py::error_already_set();
+    if (PyErr_Occurred()) {
+      PyErr_Clear();
+      TORCH_CHECK_TYPE(false, "TrainStep: optimizer.param_groups has ", name, " = ", Py_TYPE(value.ptr())->tp_name,
+                       "; it must be a number");
+    }
     return found;
   }
 

@@ -58,6 +58,14 @@ def check_function(
         check_tensor(name, "bias", bias)
     if not isinstance(activation, str):
         raise TypeError(f"{name}: activation must be a str, got {kind(activation)}") from None
+    assert isinstance(input, Tensor) and isinstance(weight, Tensor)
+    if input.dtype == weight.dtype or not _is_floating(weight) or _is_autocast(input):
+        return
+    if _is_floating(input):
+        what = f"weight must be {_dtype(input)} to match input, got {_dtype(weight)}; or"
+    else:
+        what = f"input must be float32, float64, bfloat16 or float16, got {_dtype(input)};"
+    raise TypeError(f"{name}: {what} pass input.{_cast(weight.dtype)}") from None
 
 
 def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> None:
@@ -80,8 +88,7 @@ def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> No
             advice = f"; pass input.unsqueeze({1 if K == 1 else 0})"
         raise RuntimeError(f"{name}: input must be [{rows}, K={K}], got {shape}{advice}") from None
     _check_device(name, "input", input, weight)
-    device = input.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not _is_autocast(input):
         _check_dtype(name, "input", input, weight)
 
 
@@ -130,6 +137,15 @@ def _check_device(name: str, argument: str, value: Tensor, weight: Tensor) -> No
     if value.device != weight.device:
         what = f"{argument} is on {value.device}, the model on {weight.device}"
         raise RuntimeError(f"{name}: {what}; pass {argument}.to('{weight.device}')") from None
+
+
+def _is_floating(t: Tensor) -> bool:
+    return t.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _is_autocast(t: Tensor) -> bool:
+    device = t.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _dtype(t: Tensor) -> str:

@@ -79,7 +79,10 @@ def fuse(model: Model, level: str = "layers") -> Model:
     """
     survey = _survey(model, level)
     if all(site.status == "not fused" for _, site in survey):
-        what = f"0 of the model's {len(survey)} Linear layers can be fused"
+        count = len(survey)
+        what = (
+            f"0 of the model's {count} Linear layers can be fused" if count else "it has no Linear"
+        )
         why = f'fusion_report(model, "{level}") tells why'
         warnings.warn(f"fuse changed nothing: {what}; {why}", UserWarning, stacklevel=2)
     if level == "stack":

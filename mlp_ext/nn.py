@@ -101,7 +101,11 @@ class LinearTanh(LinearAct, activation="tanh", module=nn.Tanh):
     """
 
 
-__all__ = [layer.__name__ for layer in LinearAct.by_module.values()]  # public: the layers
+__all__ = [
+    "LinearReLU",
+    "LinearSigmoid",
+    "LinearTanh",
+]  # public: the layers, listed for type checkers
 
 
 def type_name(value: object) -> str:

@@ -65,8 +65,8 @@ class TrainStep:
         parameters of float32, float64, bfloat16 or float16, all alike.
     criterion: nn.MSELoss, nn.BCELoss, nn.BCEWithLogitsLoss, or nn.CrossEntropyLoss with its weight,
         ignore_index and label_smoothing; reduction mean or sum.
-    optimizer: torch.optim.SGD with whatever options, read anew at each call. What it does not have,
-        or what does not require a gradient, does not learn.
+    optimizer: torch.optim.SGD with any options but differentiable, read at each call. What it does
+        not have, or what does not require a gradient, does not learn.
 
     Raises TypeError or ValueError for anything else, naming it: at construction, or at the next
     call where model, criterion or optimizer have been changed since. A copy, also a pickled one,
@@ -162,6 +162,8 @@ class TrainStep:
 
     def _explain(self, error: Exception, input: Any, target: Any) -> None:
         """Raises `error` in words of TrainStep; returns if it speaks for itself."""
+        check_tensor("TrainStep", "input", input)
+        check_tensor("TrainStep", "target", target)
         if str(error).startswith("TrainStep"):
             return
         model, criterion, _ = self._parts
@@ -380,7 +382,8 @@ def _read_optimizer(
     _check_code("optimizer", optimizer, _OPTIMIZER_HOOKS, reading)
     for name, hooks in _GLOBAL_HOOKS.items():
         if hooks:
-            _refuse(ValueError, f"there are global {name} hooks", f"remove them, or {INSTEAD}")
+            what = f"there are global {name} hooks, as FlopCounterMode sets them"
+            _refuse(ValueError, what, f"remove them, or {INSTEAD}")
         reading.watch_size(hooks)
     places: dict[int, int] = {}
     groups = optimizer.param_groups
@@ -440,7 +443,7 @@ def _count(name: str, value: Any) -> int:
         what = f"{name} must be an int, got {kind(value)}"
         raise TypeError(f"TrainStep.fit: {what}")
     if not 1 <= count < 2**63:
-        raise ValueError(f"TrainStep.fit: {name} must be from 1 on, got {count}")
+        raise ValueError(f"TrainStep.fit: {name} must be from 1 to 2^63 - 1, got {count}")
     return count
 
 

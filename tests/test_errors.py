@@ -225,6 +225,25 @@ def test_a_function_tells_types_not_data(function: str, argument: str) -> None:
         getattr(mlp_ext, function)(**good | {argument: ROWS})
 
 
+@pytest.mark.parametrize("function", ["linear_act", "linear_relu", "linear_sigmoid"])
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (
+            torch.float64,
+            "weight must be float64 to match input, got float32; or pass input.float()",
+        ),
+        (
+            torch.int64,
+            "input must be float32, float64, bfloat16 or float16, got int64; pass input.f",
+        ),
+    ],
+)
+def test_a_function_tells_how_to_cast(function: str, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(TypeError, match="^" + re.escape(f"{function}: {message}")):
+        getattr(mlp_ext, function)(cpu(64, 10, dtype=dtype), cpu(5, 10))
+
+
 def test_a_layer_with_a_bias_of_another_length_names_itself() -> None:
     layer = mlp_ext.LinearReLU(10, 5)
     layer.bias = torch.nn.Parameter(cpu(4))

@@ -72,3 +72,17 @@ def test_biases_beyond_what_one_piece_sums_are_cut() -> None:
     assert not bias.grad.any()
     mlp_ext.linear_act(torch.ones(9, 1), weight, bias, "identity").sum().backward()
     assert bias.grad.eq(9).all()
+
+
+@pytest.mark.parametrize("rows", [112, 2048])
+def test_loss_of_equal_terms_keeps_its_digits(rows: int) -> None:
+    """As at the start of training, where all outputs are near 0."""
+    model = nn.Linear(8, 400)
+    nn.init.normal_(model.weight, std=1e-3)
+    nn.init.zeros_(model.bias)
+    x, target = torch.randn(rows, 8), torch.rand(rows, 400)
+    criterion = nn.BCEWithLogitsLoss()
+    exact = criterion(model(x).double(), target.double()).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = mlp_ext.TrainStep(model, criterion, optimizer)(x, target)
+    assert ((loss.double() - exact) / exact).abs() < TOLERANCE

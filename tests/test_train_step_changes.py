@@ -95,6 +95,18 @@ def listed_momentum(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.state[model[0].weight]["momentum_buffer"] = [1.0]
 
 
+def listed_state(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    optimizer.state = [1.0]
+
+
+def number_as_state(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    optimizer.state[model[0].weight] = 7
+
+
+def text_as_lr(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
+    optimizer.param_groups[0]["lr"] = "0.1"
+
+
 def tuple_of_groups(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.param_groups = tuple(optimizer.param_groups)
 
@@ -108,6 +120,9 @@ def tuple_of_parameters(model: nn.Sequential, optimizer: torch.optim.SGD) -> Non
     [
         (overlapping, "more than one element"),
         (listed_momentum, "momentum_buffer in optimizer.state must be a tensor, got list"),
+        (listed_state, "optimizer.state must be a dict, got list"),
+        (number_as_state, "entry in optimizer.state must be a dict, got int"),
+        (text_as_lr, "optimizer.param_groups has lr = str; it must be a number"),
         (tuple_of_groups, "param_groups is a builtins.tuple; make it a list"),
         (tuple_of_parameters, r"param_groups\[0\]\['params'\] is a builtins.tuple"),
     ],

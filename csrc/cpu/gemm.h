@@ -79,8 +79,7 @@ struct Stage {
   bool first, last;
 };
 
-// What will be read next, asked for a few lines at a time while tiles are computed: otherwise memory and arithmetic
-// would take turns.
+// Software prefetch of the next block, a few cache lines per tile, so that loads overlap with FMAs.
 class Ahead {
  public:
   // rows of `bytes` each

@@ -4,6 +4,7 @@
 #include "activations.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
+#include "cpu/sums.h"
 #include "cpu/vec.h"
 #include "losses.h"
 
@@ -50,14 +51,20 @@ struct RowsLoss {
   template <class L>
   static double elements(const Loss& loss, int64_t size, const T* z, const T* t, T* dz, bool& valid) {
     const V scale = static_cast<T>(loss.scale);
-    V sum;
-    for_vectors<T>(size, [&](int64_t i, auto lanes) {
-      const V yi = Act::forward(load(z + i, lanes)), ti = load(t + i, lanes);
-      if constexpr (std::is_same_v<L, BCE>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
-      store(dz + i, Act::backward(L::backward(yi, ti) * scale, yi), lanes);
-      sum = sum + only(L::forward(yi, ti), lanes);
-    });
-    return sum_lanes(sum);
+    double total = 0;
+    constexpr int64_t piece = kShortRows * V::lanes;
+    for (int64_t begin = 0; begin < size; begin += piece) {
+      V sum;
+      for_vectors<T>(std::min(piece, size - begin), [&](int64_t j, auto lanes) {
+        const int64_t i = begin + j;
+        const V yi = Act::forward(load(z + i, lanes)), ti = load(t + i, lanes);
+        if constexpr (std::is_same_v<L, BCE>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
+        store(dz + i, Act::backward(L::backward(yi, ti) * scale, yi), lanes);
+        sum = sum + only(L::forward(yi, ti), lanes);
+      });
+      for (int lane = 0; lane < V::lanes; ++lane) total += static_cast<double>(sum.v[lane]);
+    }
+    return total;
   }
 
   static V only(V v, AllLanes) { return v; }

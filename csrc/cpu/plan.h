@@ -50,12 +50,12 @@ constexpr int64_t kDotRowsIfDeep = 64;           // up to here if the sums are l
 constexpr int64_t kDotDepth = 12;                // K / M: 32x300x256 62 us, packed 57
 constexpr int64_t kDotRowsOfPairsIfDeep = 32;  // 32x784x256 48 us, packed 51; converted, 64x784x256 190 us, packed 145
 constexpr int64_t kDotColumns = 4;             // few rows of W: a tile would be mostly empty,
-constexpr int64_t kTinyDepth = 24;         // but it has no sums to add up: 65536x16x4 521 us, dots 802; 32x4 1010, 806
-constexpr int64_t kTallRowBytes = 2048;    // N: a row of dz fits one block of depth
-constexpr int64_t kTallInputs = 1024;      // K: a block of x stays in L2
-constexpr int64_t kTallWeights = 1 << 18;  // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
-constexpr int64_t kOneBreadth = 1 << 16;   // K = 1: most N, N = 1: most K; bounds the scratch memory
-constexpr int64_t kFewSamples = 4;         // M: dW is written rather than computed
+constexpr int64_t kTinyDepth = 24;             // K: up to here tiles beat dots even so (zen4: 65536x16x4, 65536x32x4)
+constexpr int64_t kTallRowBytes = 2048;        // N: a row of dz fits one block of depth
+constexpr int64_t kTallInputs = 1024;          // K: a block of x stays in L2
+constexpr int64_t kTallWeights = 1 << 18;      // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
+constexpr int64_t kOneBreadth = 1 << 16;       // K = 1: most N, N = 1: most K; bounds the scratch memory
+constexpr int64_t kFewSamples = 4;             // M: dW is written rather than computed
 constexpr int64_t kLibraryProducts = 1 << 24;  // 16384x64x64 backward 1.14 ms, tall 1.72; 2048x64x64 182 us, 186
 constexpr int64_t kLibraryInputs = 24;         // K: 65536x16x32 1.24 ms, tall 1.06
 constexpr int64_t kLibraryOutputs = 16;        // N: 65536x32x16 952 us, tall 1118; 65536x256x8 14.5 ms, 6.3

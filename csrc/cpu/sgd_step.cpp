@@ -195,8 +195,9 @@ class CpuStep {
     return result;
   }
 
-  // One layer after the other, forward by rows of W. Backward by its columns: whoever has read some then changes them.
-  // The last to learn has nothing to read, so there dW is cut by rows, which share x as it lies.
+  // Layer by layer. Forward is split over rows of W, backward over columns of W: the thread that read a block of
+  // columns for dx updates it in place. The lowest layer that learns has no dx, so its dW is split over rows and x is
+  // used unpacked.
   double by_panels() {
     const PanelKernels& kernels = *variant().panel_kernels(dtype_);
     const int64_t width = kernels.width(), panels = ceil_div(M_, width);

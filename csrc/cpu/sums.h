@@ -14,7 +14,7 @@ void for_rows(Range samples, const F& f) {
   for (; m < samples.end; ++m) f(std::integral_constant<int, 1>{}, m);
 }
 
-// A plain sum of so many numbers keeps its digits. Sums of more rows are made of such pieces, added up in double.
+// A plain sum of so many numbers is at most 64 ULP off. Sums of more rows are made of such pieces, added up in double.
 constexpr int64_t kShortRows = 128;
 
 // f(rows) for pieces of up to kShortRows.

@@ -203,7 +203,7 @@ inline void store(S* p, Vec<float> v, int n) {
 }
 #endif
 
-// All lanes, known at compile time, where a count of lanes is asked for.
+// Stands for a count of lanes, where it is all of them and known at compile time.
 struct AllLanes {};
 template <class S>
 inline auto load(const S* p, AllLanes) {
