@@ -443,7 +443,7 @@ def _count(name: str, value: Any) -> int:
         what = f"{name} must be an int, got {kind(value)}"
         raise TypeError(f"TrainStep.fit: {what}")
     if not 1 <= count < 2**63:
-        raise ValueError(f"TrainStep.fit: {name} must be from 1 to 2^63 - 1, got {count}")
+        raise ValueError(f"TrainStep.fit: {name} must be from 1 to {2**63 - 1}, got {count}")
     return count
 
 

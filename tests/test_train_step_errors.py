@@ -390,7 +390,8 @@ def test_global_hooks_are_refused() -> None:
     for name, add in register.items():
         handle = add(hook)
         try:
-            fails(ValueError, f"there are global {name} hooks; remove them, or {LOOP}", *parts)
+            what = f"there are global {name} hooks, as FlopCounterMode sets them"
+            fails(ValueError, f"{what}; remove them, or {LOOP}", *parts)
         finally:
             handle.remove()
     TrainStep(*parts)
@@ -504,7 +505,7 @@ AT_A_STEP: dict[str, tuple[Callable[[Training], tuple], type[Exception], str]] =
     "no target": (
         lambda p: (p.input, None),
         TypeError,
-        "TrainStep: target must be a tensor, got NoneType",
+        "TrainStep: target must be a tensor, got None",
     ),
     "input learns": (
         lambda p: (p.input.clone().requires_grad_(), p.target),
