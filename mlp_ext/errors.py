@@ -48,10 +48,15 @@ def check_tensor(name: str, argument: str, value: object) -> None:
         raise TypeError(f"{name}: {argument} must be a tensor, got {kind(value)}{advice}") from None
 
 
-def check_function(
-    name: str, input: object, weight: object, bias: object, activation: object = ""
+def explain_function(
+    error: Exception,
+    name: str,
+    input: object,
+    weight: object,
+    bias: object,
+    activation: object = "",
 ) -> None:
-    """Raises TypeError for an argument of linear_act that has the wrong type."""
+    """Raises `error` of linear_act in words of the function `name`; returns if it needs none."""
     check_tensor(name, "input", input)
     check_tensor(name, "weight", weight)
     if bias is not None:
@@ -60,7 +65,7 @@ def check_function(
         raise TypeError(f"{name}: activation must be a str, got {kind(activation)}") from None
     assert isinstance(input, Tensor) and isinstance(weight, Tensor)
     if input.dtype == weight.dtype or not _is_floating(weight) or _is_autocast(input):
-        return
+        return rename(error, name)
     if _is_floating(input):
         what = f"weight must be {_dtype(input)} to match input, got {_dtype(weight)}; or"
     else:

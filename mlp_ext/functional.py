@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mlp_ext.errors import CAUGHT, check_function, rename
+from mlp_ext.errors import CAUGHT, explain_function
 from mlp_ext.ops import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear_act", "linear_relu", "linear_sigmoid"]
@@ -47,8 +47,8 @@ def linear_act(
     """
     try:
         return _linear_act(input, weight, bias, activation)
-    except CAUGHT:
-        check_function("linear_act", input, weight, bias, activation)
+    except CAUGHT as error:
+        explain_function(error, "linear_act", input, weight, bias, activation)
         raise
 
 
@@ -61,8 +61,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     try:
         return _linear_act(input, weight, bias, "relu")
     except CAUGHT as error:
-        check_function("linear_relu", input, weight, bias)
-        rename(error, "linear_relu")
+        explain_function(error, "linear_relu", input, weight, bias)
         raise
 
 
@@ -74,6 +73,5 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     try:
         return _linear_act(input, weight, bias, "sigmoid")
     except CAUGHT as error:
-        check_function("linear_sigmoid", input, weight, bias)
-        rename(error, "linear_sigmoid")
+        explain_function(error, "linear_sigmoid", input, weight, bias)
         raise

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from once import Once, once_in
+from steps import Training, training
 from torch.utils import deterministic
+
+from mlp_ext import TrainStep
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,3 +66,13 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     deterministic.fill_uninitialized_memory = before  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def part() -> Iterator[Training]:
+    """A training whose state the test must leave as it was."""
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    TrainStep(*part[:3])(*part[3:])
+    before = part.state()
+    yield part
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)

@@ -1,7 +1,7 @@
 """What TrainStep does not take: each an error that names it and what to use instead."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -484,16 +484,6 @@ def test_hooks_may_come_and_go() -> None:
 
 
 # --- At a step ---
-
-
-@pytest.fixture
-def part() -> Iterator[Training]:
-    """Whose state is to be as it was."""
-    part = training("10-5-1@10", "mse", "momentum", torch.float32)
-    TrainStep(*part[:3])(*part[3:])
-    before = part.state()
-    yield part
-    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
 
 
 AT_A_STEP: dict[str, tuple[Callable[[Training], tuple], type[Exception], str]] = {

@@ -57,16 +57,6 @@ def saved_tensor_hooks() -> AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
-@pytest.fixture
-def part() -> Iterator[Training]:
-    """Whose state is to be as it was."""
-    part = training("10-5-1@10", "mse", "momentum", torch.float32)
-    TrainStep(*part[:3])(*part[3:])
-    before = part.state()
-    yield part
-    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
-
-
 # --- Refused ---
 
 REFUSED: dict[str, tuple[Context, str]] = {
