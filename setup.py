@@ -221,9 +221,9 @@ if COMPILING:
     ]
     # What takes longest to compile comes first, so that no processor ends up idle.
     SOURCES = [file for isa in ISAS for file in sources(f"cpu/targets/{isa}_*.cpp")]
-    SOURCES += sources("*.cpp") + sources("cpu/*.cpp")
+    SOURCES += sources("ops/*.cpp") + sources("python/*.cpp") + sources("cpu/*.cpp")
     if CUDA:
-        SOURCES += sources("cuda/*.cpp") + sources("cuda/*.cu")
+        SOURCES += sources("cuda/*.cpp") + sources("cuda/*/*.cu")
     if CUTLASS:
         NVCC_FLAGS += ["-isystem", str(CUTLASS[0])]
     else:

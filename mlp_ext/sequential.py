@@ -158,7 +158,7 @@ class _Plan:
         items += [(vars(model), "_modules", modules), *owned]
         dicts: list[dict[Any, Any]] = [*parts, *_HOOKS_OF_ALL, *attributes]
         dicts += [d for _, _, d in owned]
-        self.watch = _C.Watch(items, [(d, len(d)) for d in dicts], types, weights)
+        self.watch = _C.Guards(items, [(d, len(d)) for d in dicts], types, weights)
 
 
 def _held(layer: nn.Module, name: str) -> Any:

@@ -103,15 +103,15 @@ class StepGraph:
         return self._graphs(self._step, self._key(), input, target)
 
 
-class GraphStepper:
-    """A Stepper whose steps go through graphs where they are many launches and a copy is cheap."""
+class GraphTrainer:
+    """A Trainer whose steps go through graphs where they are many launches and a copy is cheap."""
 
-    def __init__(self, stepper: _C.Stepper, widths: list[int]) -> None:
-        self._stepper, self._widths = stepper, widths
+    def __init__(self, trainer: _C.Trainer, widths: list[int]) -> None:
+        self._trainer, self._widths = trainer, widths
         self.graphs = Graphs()
 
     def step(self, input: Tensor, target: Tensor) -> Tensor | None:
-        return self._stepper.step(input, target, self._graphs_for(input, target))
+        return self._trainer.step(input, target, self._graphs_for(input, target))
 
     def fit(
         self, input: Tensor, target: Tensor, epochs: int, batch_size: int, *options: Any
@@ -119,7 +119,7 @@ class GraphStepper:
         graphs = self._graphs_for(input, target, batch_size)
         at_once = _is_dense_on_gpu(input) and _is_one_launch(self._widths, input[:batch_size])
         settings = (epochs, batch_size, *options, graphs, at_once)
-        return self._stepper.fit(input, target, *settings)
+        return self._trainer.fit(input, target, *settings)
 
     def _graphs_for(self, input: Tensor, target: Tensor, rows: int | None = None) -> Graphs | None:
         """The graphs, where steps with so many rows of these, or all, should go through them."""
@@ -134,9 +134,9 @@ class GraphStepper:
         return self.graphs if pays else None
 
 
-def graphed(stepper: _C.Stepper, widths: list[int]) -> _C.Stepper | GraphStepper:
-    """The stepper, on a GPU by graphs where that pays."""
-    return stepper if torch.version.cuda is None else GraphStepper(stepper, widths)
+def graphed(trainer: _C.Trainer, widths: list[int]) -> _C.Trainer | GraphTrainer:
+    """The trainer, on a GPU by graphs where that pays."""
+    return trainer if torch.version.cuda is None else GraphTrainer(trainer, widths)
 
 
 def _is_dense_on_gpu(t: object) -> bool:

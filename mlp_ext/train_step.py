@@ -1,6 +1,6 @@
 """TrainStep: forward, loss, backward and the update of SGD in one call; fit: epochs of them.
 
-A model, a criterion and an optimizer are read once into a Stepper, the C++ that does the steps,
+A model, a criterion and an optimizer are read once into a Trainer, the C++ that does the steps,
 together with what must stay as it was read: children, Parameters, hooks, settings, groups. Each
 step asks it whether all still does, and if not they are read anew, with the same checks.
 """
@@ -81,11 +81,11 @@ class TrainStep:
         self._read()
 
     def _read(self) -> None:
-        stepper, widths = _read(*self._parts)
-        if not stepper.is_current():
+        trainer, widths = _read(*self._parts)
+        if not trainer.is_current():
             raise RuntimeError("TrainStep: model, criterion or optimizer changed while being read")
-        self._stepper: Any = graphed(stepper, widths)
-        self._step = self._stepper.step
+        self._trainer: Any = graphed(trainer, widths)
+        self._step = self._trainer.step
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_parts": self._parts}
@@ -93,8 +93,8 @@ class TrainStep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The parts may be half made yet: a model may hold its own TrainStep.
         self.__dict__.update(state)
-        self._stepper = _Unread()
-        self._step = self._stepper.step
+        self._trainer = _Unread()
+        self._step = self._trainer.step
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
         """One step; returns the loss [] of before the update, detached, finite or not.
@@ -152,7 +152,7 @@ class TrainStep:
         with _progress(epochs) if progress else nullcontext() as after_epoch:
             options = (epochs, batch_size, shuffle, generator, after_epoch)
             try:
-                while (losses := self._stepper.fit(input, target, *options)) is None:
+                while (losses := self._trainer.fit(input, target, *options)) is None:
                     self._read()
             except CAUGHT as error:
                 self._explain(error, input, target)
@@ -180,7 +180,7 @@ class TrainStep:
 
 
 class _Unread:
-    """Stands for a Stepper until the first call of a copy: not current, so the parts are read."""
+    """Stands for a Trainer until the first call of a copy: not current, so the parts are read."""
 
     def step(self, input: Tensor, target: Tensor) -> None:
         return None
@@ -218,8 +218,8 @@ class _Reading:
 
 def _read(
     model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[_C.Stepper, list[int]]:
-    """The Stepper, and the widths of the model, input first."""
+) -> tuple[_C.Trainer, list[int]]:
+    """The Trainer, and the widths of the model, input first."""
     reading = _Reading()
     _read_module("model", model, reading)
     if not reading.layers:
@@ -228,10 +228,10 @@ def _read(
     parameters = [p for layer in reading.layers for p in layer.parameters]
     groups = _read_optimizer(optimizer, parameters, reading)
     activations = [layer.activation or "identity" for layer in reading.layers]
-    watch = _C.Watch(reading.watched, reading.sizes, reading.types)
+    watch = _C.Guards(reading.watched, reading.sizes, reading.types)
     weights = [layer.parameters[0] for layer in reading.layers]
     widths = [weights[0].shape[-1], *(weight.shape[0] for weight in weights)]
-    return _C.Stepper(parameters, groups, activations, *loss, optimizer, watch), widths
+    return _C.Trainer(parameters, groups, activations, *loss, optimizer, watch), widths
 
 
 # Of a module or an optimizer: what is called beside its own code, and what replaces that code.
@@ -345,7 +345,7 @@ def _read_parameters(path: str, layer: nn.Module, reading: _Reading) -> list[nn.
 def _read_criterion(
     criterion: nn.Module, reading: _Reading
 ) -> tuple[str, str, Tensor | None, int, float]:
-    """The arguments of Stepper from loss to label_smoothing."""
+    """The arguments of Trainer from loss to label_smoothing."""
     _refuse_class("criterion", criterion)
     if type(criterion) not in LOSSES:
         names = ", ".join(f"nn.{kind.__name__}" for kind in LOSSES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock  # torch needs it too
 
-# Given a name and what fills a new folder; returns the folder of that name.
+# TensorArgs a name and what fills a new folder; returns the folder of that name.
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mlp_ext import data
+from mlp_ext.commands import data
 
 PACKAGES = {
     "breast_cancer": ["sklearn"],

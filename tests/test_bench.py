@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mlp_ext
-from mlp_ext import _C, arguments
+from mlp_ext import _C
 from mlp_ext.bench import machine, plot, runner
 from mlp_ext.bench.cases import LARGEST, SUITES, Layer, Net, Setting, parse, parse_all
 from mlp_ext.bench.machine import Peak
 from mlp_ext.bench.providers import PROVIDERS, Provider
 from mlp_ext.bench.rows import COLUMNS, Row, by_provider, geometric_mean, read_csv, write_csv
 from mlp_ext.bench.work import Work, set_up
-from mlp_ext.cli import main
+from mlp_ext.commands import arguments
+from mlp_ext.commands.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

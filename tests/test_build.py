@@ -218,7 +218,7 @@ def test_cutlass_is_found_by_its_variable(tmp_path: Path) -> None:
     found = extension(env)
     assert found["macros"]["MLP_EXT_CUTLASS"] == "1"
     assert str(tmp_path / "include") in found["nvcc"]
-    assert "csrc/cuda/sm90.cu" in found["sources"]
+    assert "csrc/cuda/sm90/sm90.cu" in found["sources"]
 
     wrong = run(*BUILD, cwd=ROOT, env={**env, "CUTLASS_HOME": "/nowhere"})
     assert wrong.returncode != 0
@@ -229,7 +229,7 @@ def test_cutlass_is_found_by_its_variable(tmp_path: Path) -> None:
         site.write("import sys; sys.modules['cutlass_library'] = None\n")
     none = extension({**env, "CUTLASS_HOME": ""})
     assert none["macros"]["MLP_EXT_CUTLASS"] == "0"
-    assert "csrc/cuda/sm90.cu" not in none["sources"]
+    assert "csrc/cuda/sm90/sm90.cu" not in none["sources"]
 
 
 def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path) -> None:

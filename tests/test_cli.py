@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import mlp_ext
-from mlp_ext import cli, plots
-from mlp_ext.cli import main
-from mlp_ext.loop import LAYERS, Step, sgd_step
+from mlp_ext.commands import cli, plots
+from mlp_ext.commands.cli import main
+from mlp_ext.commands.loop import LAYERS, Step, sgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,8 @@ from shapes import DTYPES
 from test_sgd_steps import OP, arguments
 from torch import Tensor, nn
 
-from mlp_ext import _C, TrainStep, loop
+from mlp_ext import _C, TrainStep
+from mlp_ext.commands import loop
 from mlp_ext.step_graph import WARM_UPS, StepGraph
 
 if not torch.cuda.is_available():
@@ -107,13 +108,13 @@ def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
     ]
     parameters = [*nets[0].parameters()]
     activations = [*["relu"] * (len(training.widths) - 2), "identity"]
-    stepper = _C.Stepper(
+    trainer = _C.Trainer(
         parameters, [0] * len(parameters), activations, "mse", "mean", None, -100, 0.0,
-        optimizers[0], _C.Watch([], []),
+        optimizers[0], _C.Guards([], []),
     )  # fmt: skip
     drawn = [torch.Generator().manual_seed(5) for _ in nets]
     at_once = training in ONE_BLOCK
-    found = stepper.fit(x, y, 3, training.batch, shuffle, drawn[0], None, None, at_once)
+    found = trainer.fit(x, y, 3, training.batch, shuffle, drawn[0], None, None, at_once)
     for epoch in range(3):
         order = torch.arange(training.rows)
         if shuffle:
@@ -151,7 +152,7 @@ def test_fit_goes_through_the_graphs_of_steps(shuffle: bool) -> None:
 
     is_the_eager_step()
     losses = step.fit(x, y, 6, 60, shuffle, drawn[0])
-    graphs = step._stepper.graphs.kept
+    graphs = step._trainer.graphs.kept
     assert [key[0][0][0] for key in graphs] == [60, 20]
     for epoch in range(6):
         order = torch.randperm(200, generator=drawn[1]) if shuffle else torch.arange(200)

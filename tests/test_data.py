@@ -6,8 +6,8 @@ import pytest
 import torch
 from samples import load
 
-from mlp_ext import data as mlp_data
-from mlp_ext.data import DATASETS, Dataset
+from mlp_ext.commands import data as mlp_data
+from mlp_ext.commands.data import DATASETS, Dataset
 
 SHAPES = {  # rows to train on, rows held out, features, targets, classes
     "seed": (10, 0, 10, 1, 0),

@@ -15,7 +15,7 @@ from steps import Training, training
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep
-from mlp_ext.loop import sgd_step
+from mlp_ext.commands.loop import sgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,14 +186,14 @@ def test_largest_batch_size_is_one_batch(shuffle: bool) -> None:
     part = training("10-5-1@10", "mse", "momentum", torch.float64)
     for size in (2**63 - 1, 10):
         copy = part.to(torch.float64)
-        stepper = TrainStep(*copy[:3])._stepper
-        losses = stepper.fit(*copy[3:], 3, size, shuffle, None, None)
+        trainer = TrainStep(*copy[:3])._trainer
+        losses = trainer.fit(*copy[3:], 3, size, shuffle, None, None)
         if size > 10:
             expected, state = losses, copy.state()
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(copy.state(), state)
     with pytest.raises(ValueError, match="batch_size must be from 1 on, got 0"):
-        stepper.fit(*part[3:], 3, 0, shuffle, None, None)
+        trainer.fit(*part[3:], 3, 0, shuffle, None, None)
 
 
 def test_error_on_the_way_leaves_the_last_finished_step() -> None:

@@ -28,15 +28,15 @@ SUBSETS = [(True, False, False), (False, True, False), (False, False, True), (Tr
 
 @pytest.fixture
 def tiles() -> Iterator[None]:
-    _C.force_cpu_products("tiles")
+    _C.force_dot_mode("amx")
     yield
-    _C.force_cpu_products(None)
+    _C.force_dot_mode(None)
 
 
 def test_these_shapes_take_it() -> None:
     for shape in SHAPES:
         M = torch.Size(shape.leading).numel()
-        plan = _C.plan(M, shape.K, shape.N, item_size=2, threads=2, products="tiles")
+        plan = _C.plan(M, shape.K, shape.N, item_size=2, threads=2, mode="amx")
         assert plan["forward_path"] == ("dots" if shape == FEW_ROWS else "library")
         assert plan["backward_path"] == "library"
 
@@ -44,14 +44,14 @@ def test_these_shapes_take_it() -> None:
 @pytest.mark.parametrize(("K", "N"), [(257, 130), (256, 131)])
 def test_odd_widths_do_not_take_it(K: int, N: int) -> None:
     """On a matrix unit torch's product reads beyond the end of such rows."""
-    assert "library" not in _C.plan(519, K, N, 2, 2, products="tiles").values()
-    assert _C.plan(519, K, N, 2, 2, products="pairs")["backward_path"] == "library"
+    assert "library" not in _C.plan(519, K, N, 2, 2, mode="amx").values()
+    assert _C.plan(519, K, N, 2, 2, mode="bf16_dot")["backward_path"] == "library"
 
 
 @pytest.mark.parametrize("shape", [(4096, 65, 128), (256, 1025, 1024), (1025, 57, 512)], ids=str)
 def test_nothing_beside_a_row_is_read(shape: tuple[int, int, int]) -> None:
     M, K, N = shape
-    _C.force_cpu_products(None)  # as this processor multiplies
+    _C.force_dot_mode(None)  # as this processor multiplies
 
     def far_apart(t: Tensor) -> Tensor:  # with NaN between the rows
         big = t.new_full((len(t), t.shape[1] + 1000), torch.nan)
@@ -129,14 +129,14 @@ def test_autocast_to_another_dtype_around_backward_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("products", ["pairs", "tiles"])
+@pytest.mark.parametrize("mode", ["bf16_dot", "amx"])
 @pytest.mark.parametrize("options", ["plain", "nesterov"])
 @pytest.mark.parametrize("loss", ["mse", "classes"])
 def test_training_steps_match_eager(
-    monkeypatch: pytest.MonkeyPatch, loss: str, options: str, products: str, threads: int
+    monkeypatch: pytest.MonkeyPatch, loss: str, options: str, mode: str, threads: int
 ) -> None:
     """In pairs W is updated where dW is written, in tiles after it."""
-    _C.force_cpu_products(products)
+    _C.force_dot_mode(mode)
     monkeypatch.setitem(NETS, "wide", ([300, 260, 230, 7], 300))
     assert_steps_match_eager(training("wide", loss, options, BFLOAT16), 3)
 

@@ -7,8 +7,8 @@ import torch
 from samples import load
 from torch import Tensor, nn
 
-from mlp_ext.data import Dataset
-from mlp_ext.loop import LAYERS, Run, Step, accuracy, make_mlp, sgd_step, train
+from mlp_ext.commands.data import Dataset
+from mlp_ext.commands.loop import LAYERS, Run, Step, accuracy, make_mlp, sgd_step, train
 from mlp_ext.nn import LinearReLU, LinearSigmoid
 
 pytestmark = pytest.mark.usefixtures("one_thread")

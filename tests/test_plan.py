@@ -68,60 +68,60 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "products", "forward", "backward"),
+    ("shape", "mode", "forward", "backward"),
     [
-        ((16, 784, 256), "single", "dots", "packed"),
-        ((17, 784, 256), "single", "packed", "packed"),  # converting is no dearer than dots
-        ((32, 784, 256), "pairs", "dots", "packed"),
-        ((33, 784, 256), "pairs", "packed", "packed"),
-        ((1024, 128, 128), "single", "packed", "tall"),
-        ((1024, 128, 128), "pairs", "packed", "library"),  # 2^24 products
-        ((1024, 128, 128), "tiles", "library", "library"),
-        ((1023, 128, 128), "tiles", "packed", "tall"),
-        ((65536, 24, 16), "tiles", "library", "library"),
-        ((65536, 23, 16), "tiles", "packed", "tall"),
-        ((65536, 24, 15), "tiles", "packed", "tall"),
-        ((2, 1024, 1024), "tiles", "dots", "library"),  # 2^20 weights
-        ((2, 1024, 1023), "tiles", "dots", "packed"),
-        ((100, 1024, 1024), "pairs", "library", "library"),
-        ((1, 4096, 4096), "tiles", "dots", "packed"),
-        ((256, 1024, 256), "pairs", "library", "library"),
-        ((256, 1023, 257), "pairs", "packed", "library"),
+        ((16, 784, 256), "fma", "dots", "packed"),
+        ((17, 784, 256), "fma", "packed", "packed"),  # converting is no dearer than dots
+        ((32, 784, 256), "bf16_dot", "dots", "packed"),
+        ((33, 784, 256), "bf16_dot", "packed", "packed"),
+        ((1024, 128, 128), "fma", "packed", "tall"),
+        ((1024, 128, 128), "bf16_dot", "packed", "library"),  # 2^24 products
+        ((1024, 128, 128), "amx", "library", "library"),
+        ((1023, 128, 128), "amx", "packed", "tall"),
+        ((65536, 24, 16), "amx", "library", "library"),
+        ((65536, 23, 16), "amx", "packed", "tall"),
+        ((65536, 24, 15), "amx", "packed", "tall"),
+        ((2, 1024, 1024), "amx", "dots", "library"),  # 2^20 weights
+        ((2, 1024, 1023), "amx", "dots", "packed"),
+        ((100, 1024, 1024), "bf16_dot", "library", "library"),
+        ((1, 4096, 4096), "amx", "dots", "packed"),
+        ((256, 1024, 256), "bf16_dot", "library", "library"),
+        ((256, 1023, 257), "bf16_dot", "packed", "library"),
     ],
 )
 def test_plan_of_16_bit_depends_on_how_they_are_multiplied(
-    shape: tuple[int, int, int], products: str, forward: str, backward: str
+    shape: tuple[int, int, int], mode: str, forward: str, backward: str
 ) -> None:
-    chosen = plan(*shape, item_size=2, products=products)
+    chosen = plan(*shape, item_size=2, mode=mode)
     assert (chosen["forward_path"], chosen["backward_path"]) == (forward, backward)
 
 
 @pytest.mark.parametrize(
-    ("shape", "products", "backward"),
+    ("shape", "mode", "backward"),
     [
-        ((512, 256, 256), "pairs", "packed"),  # W changes where dW is written
-        ((512, 256, 256), "tiles", "library"),
-        ((1024, 128, 128), "pairs", "library"),  # tall, where W changes after it, too
+        ((512, 256, 256), "bf16_dot", "packed"),  # W changes where dW is written
+        ((512, 256, 256), "amx", "library"),
+        ((1024, 128, 128), "bf16_dot", "library"),  # tall, where W changes after it, too
     ],
 )
 def test_plan_of_an_update_keeps_it_in_the_product(
-    shape: tuple[int, int, int], products: str, backward: str
+    shape: tuple[int, int, int], mode: str, backward: str
 ) -> None:
     without, chosen = (
-        plan(*shape, item_size=2, products=products, update=update) for update in (False, True)
+        plan(*shape, item_size=2, mode=mode, update=update) for update in (False, True)
     )
     assert (without["backward_path"], chosen["backward_path"]) == ("library", backward)
-    assert not chosen["products_at_once"]
+    assert not chosen["concurrent_gemms"]
 
 
 def test_plan_without_the_library_is_our_own() -> None:
-    chosen = plan(1024, 1024, 1024, item_size=2, products="tiles", library=False)
+    chosen = plan(1024, 1024, 1024, item_size=2, mode="amx", library=False)
     assert (chosen["forward_path"], chosen["backward_path"]) == ("packed", "packed")
 
 
 def test_plan_needs_a_known_way_of_multiplying() -> None:
-    with pytest.raises(ValueError, match="products must be single, pairs or tiles, got 'amx'"):
-        plan(1, 1, 1, products="amx")
+    with pytest.raises(ValueError, match="mode must be fma, bf16_dot or amx, got 'AMX'"):
+        plan(1, 1, 1, mode="AMX")
 
 
 def test_plan_uses_threads_where_there_is_work_for_them() -> None:
@@ -147,7 +147,7 @@ def test_plan_gives_dx_and_dw_half_of_the_threads_each(
     M: int, threads: int, at_once: bool, pieces: int
 ) -> None:
     chosen = plan(M, 64, 64 if M < 1024 else 4096, threads=threads)
-    assert chosen["products_at_once"] is at_once
+    assert chosen["concurrent_gemms"] is at_once
     assert prod(chosen["grad_input"]) == prod(chosen["grad_weight"]) == pieces
 
 
@@ -201,9 +201,9 @@ def test_step_of_16_bit_takes_no_panels() -> None:
 
 
 def test_step_by_blocks_is_narrow_where_pairs_are_multiplied() -> None:
-    for products, widest in (("single", 512), ("pairs", 48), ("tiles", 48)):
+    for mode, widest in (("fma", 512), ("bf16_dot", 48), ("amx", 48)):
         for width, path in ((widest, "blocks"), (widest + 1, "layers")):
-            plan = _C.step_plan([width, 8], 4096, item_size=2, threads=2, products=products)
+            plan = _C.step_plan([width, 8], 4096, item_size=2, threads=2, mode=mode)
             assert plan["path"] == path
 
 

@@ -58,20 +58,20 @@ def test_results_that_live_share_no_memory() -> None:
 
 def test_memory_that_waits_is_counted_and_bounded() -> None:
     results = [result(100, 0.0) for _ in range(4)]
-    before = _C.waiting_bytes()
+    before = _C.cached_bytes()
     assert before <= 256 * MIB
     del results
-    assert 200 * MIB <= _C.waiting_bytes() <= 256 * MIB
-    taken = _C.waiting_bytes()
+    assert 200 * MIB <= _C.cached_bytes() <= 256 * MIB
+    taken = _C.cached_bytes()
     kept = result(100)
-    assert _C.waiting_bytes() == taken - kept.nbytes
+    assert _C.cached_bytes() == taken - kept.nbytes
 
 
 @pytest.mark.parametrize(("mib", "waiting"), [("0", 0), ("1", 0), ("4", 2 * MIB)])
 def test_bound_is_the_environments(mib: str, waiting: int) -> None:
     code = (
         "y = mlp_ext.linear_relu(torch.ones(8192, 1), torch.ones(64, 1)); del y\n"
-        "print(_C.waiting_bytes())"
+        "print(_C.cached_bytes())"
     )
     assert int(python(code, MLP_EXT_RESULTS_MIB=mib)) == waiting
 

@@ -12,7 +12,7 @@ from steps import training
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep, step_graph
-from mlp_ext.step_graph import COPIED, KEPT, WARM_UPS, Graphs, GraphStepper, Step
+from mlp_ext.step_graph import COPIED, KEPT, WARM_UPS, Graphs, GraphTrainer, Step
 from mlp_ext.train_step import _read
 
 
@@ -100,7 +100,7 @@ def test_few_graphs_are_kept(run: Recorder) -> None:
     assert run() == "eager"
 
 
-# --- Steps of a Stepper ---
+# --- Steps of a Trainer ---
 
 
 class Calls:
@@ -125,12 +125,12 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def test_key_follows_the_optimizer() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    stepper, _ = _read(model, nn.MSELoss(), optimizer)
+    trainer, _ = _read(model, nn.MSELoss(), optimizer)
     calls = Calls()
 
     def key() -> bytes | None:
         before = len(calls.keys)
-        stepper.step(torch.randn(4, 3), torch.randn(4, 2), calls)
+        trainer.step(torch.randn(4, 3), torch.randn(4, 2), calls)
         return calls.keys[-1] if len(calls.keys) > before else None
 
     assert key() is None  # momentum begins
@@ -149,13 +149,13 @@ def test_key_follows_the_optimizer() -> None:
 def test_key_follows_the_precision_of_products() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    stepper, _ = _read(model, nn.MSELoss(), optimizer)
+    trainer, _ = _read(model, nn.MSELoss(), optimizer)
     calls = Calls()
     before = torch.get_float32_matmul_precision()
     try:
         for precision in ("highest", "high", "highest"):
             torch.set_float32_matmul_precision(precision)
-            stepper.step(torch.randn(4, 3), torch.randn(4, 2), calls)
+            trainer.step(torch.randn(4, 3), torch.randn(4, 2), calls)
     finally:
         torch.set_float32_matmul_precision(before)
     assert calls.keys[0] == calls.keys[2] != calls.keys[1]
@@ -171,8 +171,8 @@ def test_fit_through_a_graph_is_fit(options: str, batch_size: int, shuffle: bool
     given = (4, batch_size, shuffle)
     drawn = [torch.Generator().manual_seed(3) for _ in range(3)]
     expected = _read(*plain[:3])[0].fit(*plain[3:], *given, drawn[0], None)
-    stepper, _ = _read(*part[:3])
-    losses = stepper.fit(*part[3:], *given, drawn[1], None, calls)
+    trainer, _ = _read(*part[:3])
+    losses = trainer.fit(*part[3:], *given, drawn[1], None, calls)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
     torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
     orders = [
@@ -187,7 +187,7 @@ def test_fit_through_a_graph_is_fit(options: str, batch_size: int, shuffle: bool
     skipped = 1 if options == "dampening" else 0
     torch.testing.assert_close(calls.batches, batches[skipped:], rtol=0, atol=0)
 
-    losses = stepper.fit(*part[3:], *given, drawn[1], lambda epoch, loss: after.append(loss), calls)
+    losses = trainer.fit(*part[3:], *given, drawn[1], lambda epoch, loss: after.append(loss), calls)
     assert after == losses
     assert len(calls.keys) == 2 * len(batches) - skipped
 
@@ -247,8 +247,8 @@ def test_a_replay_counts_as_a_change(fit: bool) -> None:
     """As of any step, or a backward through what was saved before would give wrong gradients."""
     part = training("10-5-1@10", "mse", "momentum", torch.float64)
     part.model[0].bias.requires_grad_(False)
-    stepper, _ = _read(*part[:3])
-    stepper.step(*part[3:])
+    trainer, _ = _read(*part[:3])
+    trainer.step(*part[3:])
     tensors = [*part.model.parameters(), *momentum_buffers(part.optimizer)]
     before = [t._version for t in tensors]
 
@@ -256,9 +256,9 @@ def test_a_replay_counts_as_a_change(fit: bool) -> None:
         return torch.zeros((), dtype=torch.float64)
 
     if fit:
-        stepper.fit(*part[3:], 1, 10, False, None, None, replay)
+        trainer.fit(*part[3:], 1, 10, False, None, None, replay)
     else:
-        stepper.step(*part[3:], replay)
+        trainer.step(*part[3:], replay)
     for t, version in zip(tensors, before, strict=True):
         assert t._version == version + (t is not part.model[0].bias)
 
@@ -275,30 +275,30 @@ def on_gpu(*shape: int) -> Tensor:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[GraphStepper, Recorder]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[GraphTrainer, Recorder]:
     monkeypatch.setattr(step_graph, "_is_one_launch", lambda widths, input: len(input) < 5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model = nn.Sequential(nn.Linear(64, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    stepper, run = GraphStepper(*_read(model, nn.MSELoss(), optimizer)), Recorder()
-    stepper.graphs = run.graphs
-    return stepper, run
+    trainer, run = GraphTrainer(*_read(model, nn.MSELoss(), optimizer)), Recorder()
+    trainer.graphs = run.graphs
+    return trainer, run
 
 
-Recorded = tuple[GraphStepper, Recorder]
+Recorded = tuple[GraphTrainer, Recorder]
 
 
-def fit(stepper: GraphStepper, input: Tensor, batch_size: int) -> None:
-    stepper.fit(input, on_gpu(len(input), 2), 2, batch_size, False, None, None)
+def fit(trainer: GraphTrainer, input: Tensor, batch_size: int) -> None:
+    trainer.fit(input, on_gpu(len(input), 2), 2, batch_size, False, None, None)
 
 
 def test_steps_and_fit_share_a_graph(recorded: Recorded) -> None:
-    stepper, run = recorded
+    trainer, run = recorded
     input, target = on_gpu(10, 64), on_gpu(10, 2)
     for _ in range(3):
-        stepper.step(input, target)
-    fit(stepper, on_gpu(25, 64), 10)  # and a short batch of its own
-    stepper.step(input, target)
+        trainer.step(input, target)
+    fit(trainer, on_gpu(25, 64), 10)  # and a short batch of its own
+    trainer.step(input, target)
     # Beside the step that began momentum and the first ones of 10 and of 5 rows.
     done = ["warm up"] * WARM_UPS + ["capture", "replay", "replay", "warm up", "replay"]
     assert run.done == done
@@ -312,7 +312,7 @@ def test_many_steps_are_one_call_only_where_each_is_one_launch(
     recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else Ctrl-C would wait for thousands of long steps."""
-    stepper, _ = recorded
+    trainer, _ = recorded
     at_once = []
 
     class Asked:
@@ -320,9 +320,9 @@ def test_many_steps_are_one_call_only_where_each_is_one_launch(
             at_once.append(args[-1])
             return []
 
-    monkeypatch.setattr(stepper, "_stepper", Asked())
+    monkeypatch.setattr(trainer, "_trainer", Asked())
     for rows, batch_size in ((25, 4), (25, 10), (BIG, BIG)):
-        fit(stepper, on_gpu(rows, 64), batch_size)
+        fit(trainer, on_gpu(rows, 64), batch_size)
     assert at_once == [True, False, False]
 
 
@@ -332,25 +332,25 @@ def test_many_steps_are_one_call_only_where_each_is_one_launch(
 def test_neither_one_launch_nor_what_is_dear_to_copy(
     recorded: Recorded, rows: int, graphs: bool
 ) -> None:
-    stepper, run = recorded
-    stepper.step(on_gpu(rows, 64), on_gpu(rows, 2))  # begins momentum
+    trainer, run = recorded
+    trainer.step(on_gpu(rows, 64), on_gpu(rows, 2))  # begins momentum
     for _ in range(2):
-        stepper.step(on_gpu(rows, 64), on_gpu(rows, 2))
+        trainer.step(on_gpu(rows, 64), on_gpu(rows, 2))
     assert run.done == ["warm up"] * graphs
 
 
 def test_a_batch_of_fit_may_be_small_where_all_is_big(recorded: Recorded) -> None:
-    stepper, run = recorded
-    fit(stepper, on_gpu(BIG, 64), BIG // 4)
+    trainer, run = recorded
+    fit(trainer, on_gpu(BIG, 64), BIG // 4)
     assert run.done[:4] == ["warm up"] * 3 + ["capture"]
 
 
 @pytest.mark.parametrize("input", [torch.rand(9, 64), None, on_gpu()], ids=["cpu", "none", "0-d"])
 def test_what_is_no_batch_on_a_gpu_is_the_steppers(recorded: Recorded, input: Any) -> None:
-    stepper, run = recorded
+    trainer, run = recorded
     errors = (TypeError, ValueError, RuntimeError)
     with pytest.raises(errors) as expected:
-        stepper._stepper.step(input, on_gpu(9, 3))
+        trainer._trainer.step(input, on_gpu(9, 3))
     with pytest.raises(errors, match=re.escape(str(expected.value))):
-        stepper.step(input, on_gpu(9, 3))
+        trainer.step(input, on_gpu(9, 3))
     assert not run.done

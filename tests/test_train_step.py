@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mlp_ext
 from mlp_ext import _C, TrainStep
-from mlp_ext.loop import Step, sgd_step
+from mlp_ext.commands.loop import Step, sgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -183,9 +183,9 @@ def test_momentum_in_a_parameters_memory_is_refused() -> None:
 @pytest.mark.parametrize("container", [(1, 2), {1}, "text", None], ids=repr)
 def test_watch_takes_dicts_and_lists_alone(container: object) -> None:
     with pytest.raises(TypeError, match="container must be a dict or a list, got "):
-        _C.Watch([(container, 0, 1)], [])
+        _C.Guards([(container, 0, 1)], [])
     with pytest.raises(TypeError, match="container must be a dict or a list, got "):
-        _C.Watch([], [(container, 2)])
+        _C.Guards([], [(container, 2)])
 
 
 def test_state_may_be_a_plain_dict() -> None:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlp_ext import TrainStep
-from mlp_ext.loop import sgd_step
+from mlp_ext.commands.loop import sgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,11 +239,11 @@ def test_graphs_know_whether_algorithms_must_be_deterministic() -> None:
 
     step = TrainStep(*part[:3])
     step(*part[3:])
-    stepper = getattr(step._stepper, "_stepper", step._stepper)
-    stepper.step(*part[3:], graphs)
+    trainer = getattr(step._trainer, "_trainer", step._trainer)
+    trainer.step(*part[3:], graphs)
     with FOLLOWED["deterministic algorithms"]():
-        stepper.step(*part[3:], graphs)
-    stepper.step(*part[3:], graphs)
+        trainer.step(*part[3:], graphs)
+    trainer.step(*part[3:], graphs)
     assert keys[0] != keys[1] and keys[0] == keys[2]
 
 

@@ -16,8 +16,8 @@
 #include <utility>
 
 #include "cpu/plan.h"
-#include "dtype.h"
-#include "matrix.h"
+#include "math/dtype.h"
+#include "math/matrix.h"
 
 namespace mlp_ext {
 struct Sgd;  // sgd.h, which has code for vectors and is included after the target is set
@@ -83,8 +83,8 @@ struct Kernels {
   void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
   // dW and db summed over the rows `samples` into accumulators; either may be nullptr. Only columns.begin == 0 adds db.
   void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
-  // The same for up to kFewSamples rows in all, as results rather than accumulators.
-  void (*grad_weight_few_samples)(const Backward&, Range rows, Range columns, void* dw, void* db);
+  // The same for up to kSkinnyM rows in all, as results rather than accumulators.
+  void (*grad_weight_skinny_m)(const Backward&, Range rows, Range columns, void* dw, void* db);
   // dx of the rows `samples`, and dW and db summed over them into accumulators, in one pass. Within the
   // limits of plan.h for it.
   void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);

@@ -4,12 +4,12 @@
 #include <functional>
 #include <memory>
 
-#include "activations.h"
-#include "checks.h"
+#include "cpu/caching_allocator.h"
 #include "cpu/library.h"
 #include "cpu/plan.h"
-#include "cpu/results.h"
 #include "cpu/variants.h"
+#include "math/activations.h"
+#include "ops/checks.h"
 
 namespace mlp_ext::cpu {
 
@@ -70,7 +70,7 @@ void forward_layer(Forward problem, DType dtype, size_t activation) {
   problem.activation = activation;
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const Kernels& kernels = variant().kernels(dtype, activation);
-  const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype), {.library = may_use_library()});
+  const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), dot_mode_of(dtype), {.library = may_use_library()});
   if (plan.forward_path == Path::library) return forward_by_library(problem, kernels);
   if (plan.forward_path == Path::small)
     return kernels.small_forward(problem, scratch(small_forward_scratch_bytes(K, N)));
@@ -85,23 +85,23 @@ namespace {
 // piece of samples has accumulators of its own, which are then added up in order.
 class WeightSums {
  public:
-  // few_samples: results come instead of accumulators, of all samples. at_the_last_write: grad_weight itself updates,
+  // skinny_m: results come instead of accumulators, of all samples. update_in_epilogue: grad_weight itself updates,
   // and nothing is left to finish.
-  WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, DType dtype, bool few_samples,
-             bool at_the_last_write)
+  WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, DType dtype, bool skinny_m,
+             bool update_in_epilogue)
       : problem_(problem),
         pieces_(pieces),
         kernels_(kernels),
-        update_(few_samples ? variant().step_kernels(dtype).update_rounded : variant().step_kernels(dtype).update),
+        update_(skinny_m ? variant().step_kernels(dtype).update_rounded : variant().step_kernels(dtype).update),
         dw_(static_cast<char*>(problem.dw)),
         db_(static_cast<char*>(problem.db)),
         size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
-        item_(few_samples ? item_size(dtype) : accumulator_size(dtype)),
-        at_the_last_write_(at_the_last_write) {
+        item_(skinny_m ? item_size(dtype) : accumulator_size(dtype)),
+        at_the_last_write_(update_in_epilogue) {
     const bool updates = problem.update_w || problem.update_b;
     if (pieces == 1 && item_size(dtype) == item_ && !updates) return;
     const DType accumulator = dtype == DType::float64 ? dtype : DType::float32;
-    sums_ = empty_result({pieces * (size_ + problem.N)}, scalar_type(few_samples ? dtype : accumulator));
+    sums_ = empty_cached({pieces * (size_ + problem.N)}, scalar_type(skinny_m ? dtype : accumulator));
     char* const begin = static_cast<char*>(sums_.mutable_data_ptr());
     if (dw_ || problem.update_w) dw_ = begin;
     if (db_ || problem.update_b) db_ = begin + pieces * size_ * item_;
@@ -142,7 +142,7 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
   const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w,
              needs_db = problem.db || problem.update_b, updates = problem.update_w || problem.update_b;
   const Kernels& kernels = variant().kernels(dtype, activation);
-  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), products_of(dtype),
+  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), dot_mode_of(dtype),
                         {.library = may_use_library(), .both = needs_dx && needs_dw, .update = updates});
   if (plan.backward_path == Path::library)
     return backward_by_library(problem, kernels, activation == activation_index(Identity::name));
@@ -150,16 +150,16 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
     return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(M, N)));
   if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums
   const bool packed = plan.backward_path == Path::packed || plan.backward_path == Path::small;
-  const bool few_samples = packed && M <= kFewSamples, at_the_last_write = packed && problem.update_w && !few_samples;
-  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, few_samples, at_the_last_write);
+  const bool skinny_m = packed && M <= kSkinnyM, update_in_epilogue = packed && problem.update_w && !skinny_m;
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, skinny_m, update_in_epilogue);
   Backward b = problem;
-  if (!at_the_last_write) b.update_w = b.update_b = nullptr;
+  if (!update_in_epilogue) b.update_w = b.update_b = nullptr;
   const Product grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
                              kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
                            }};
   const Product grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
-                              if (few_samples)
-                                kernels.grad_weight_few_samples(b, rows, columns, sums.dw(0), sums.db(0));
+                              if (skinny_m)
+                                kernels.grad_weight_skinny_m(b, rows, columns, sums.dw(0), sums.db(0));
                               else
                                 kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
                                                     scratch(kScratchBytes));
@@ -171,7 +171,7 @@ void backward_layer(const Backward& problem, DType dtype, size_t activation) {
     run({{plan.grad_weight, N, K, M, [&](Range, Range, Range samples, int64_t s) {
             one_pass(b, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
           }}});
-  else if (plan.products_at_once)
+  else if (plan.concurrent_gemms)
     run({grad_input, grad_weight});
   else {
     if (needs_dx) run({grad_input});

@@ -5,8 +5,8 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
+#include "cpu/caching_allocator.h"
 #include "cpu/layer.h"
-#include "cpu/results.h"
 #include "cpu/variants.h"
 
 namespace mlp_ext::cpu {
@@ -43,8 +43,8 @@ void backward_by_library(const Backward& b, const Kernels& kernels, bool dz_is_d
              needs_dz = !dz_is_dy && (b.dx.data || needs_dw);
   const StepKernels& step = variant().step_kernels(DType::bfloat16);
   const int64_t pieces = row_pieces(b.M, b.N);
-  const at::Tensor dz = needs_dz ? empty_result({b.M, b.N}, kDtype) : tensor(b.dy, b.M, b.N);
-  const at::Tensor db = needs_db ? empty_result({pieces, b.N}, at::kFloat) : at::Tensor();
+  const at::Tensor dz = needs_dz ? empty_cached({b.M, b.N}, kDtype) : tensor(b.dy, b.M, b.N);
+  const at::Tensor db = needs_db ? empty_cached({pieces, b.N}, at::kFloat) : at::Tensor();
   if (needs_dz || needs_db)
     for_pieces(pieces, [&](int64_t i) {
       kernels.grad_z(b, piece(i, pieces, b.M), needs_dz ? dz.mutable_data_ptr() : nullptr,
@@ -55,7 +55,7 @@ void backward_by_library(const Backward& b, const Kernels& kernels, bool dz_is_d
     at::mm_out(dx, dz, tensor(b.w, b.N, b.K));
   }
   if (needs_dw) {
-    at::Tensor dw = b.dw ? tensor(Matrix{b.dw, b.K}, b.N, b.K) : empty_result({b.N, b.K}, kDtype);
+    at::Tensor dw = b.dw ? tensor(Matrix{b.dw, b.K}, b.N, b.K) : empty_cached({b.N, b.K}, kDtype);
     at::mm_out(dw, dz.t(), tensor(b.x, b.M, b.K));
     if (b.update_w)
       at::parallel_for(0, b.N * b.K, kElementsPerThread, [&](int64_t begin, int64_t end) {

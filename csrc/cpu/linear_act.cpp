@@ -1,11 +1,11 @@
 // linear_act on the CPU: tensors to pointers.
-#include "linear_act.h"
+#include "ops/linear_act.h"
 
 #include <torch/library.h>
 
-#include "checks.h"
+#include "cpu/caching_allocator.h"
 #include "cpu/layer.h"
-#include "cpu/results.h"
+#include "ops/checks.h"
 
 namespace mlp_ext::cpu {
 
@@ -27,7 +27,7 @@ struct Rows {
 at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, columns]
   c10::SmallVector<int64_t, 5> sizes(t.sizes().begin(), t.sizes().end());
   sizes.back() = columns;
-  return empty_result(sizes, t.scalar_type());
+  return empty_cached(sizes, t.scalar_type());
 }
 
 // y = act(x W^T + b)
@@ -55,8 +55,8 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
   const int64_t K = needs_dx ? weight->size(1) : needs_dw ? input->size(-1) : 1;
   at::Tensor dx, dw, db;
   if (needs_dx) dx = empty_rows_like(grad_output, K);
-  if (needs_dw) dw = empty_result({N, K}, grad_output.scalar_type());
-  if (needs_db) db = empty_result({N}, grad_output.scalar_type());
+  if (needs_dw) dw = empty_cached({N, K}, grad_output.scalar_type());
+  if (needs_db) db = empty_cached({N}, grad_output.scalar_type());
 
   const Rows dy(grad_output, N), y = output ? Rows(*output, N) : Rows();
   const Rows x = needs_dw ? Rows(*input, K) : Rows(), w = needs_dx ? Rows(*weight, K) : Rows();

@@ -14,20 +14,20 @@ enum class Path {
   one_input,   // backward: the same row by row, K = 1
   one_output,  // backward: the same row by row, N = 1
   packed,      // blocked and packed, each product by itself
-  library,     // products of torch; around them one pass for y, or for dz and db
+  library,     // GEMMs of torch; one pass before or after them for y, or for dz and db
 };
 constexpr const char* path_name(Path path) {
   constexpr const char* names[] = {"small", "dots", "tall", "one_input", "one_output", "packed", "library"};
   return names[static_cast<int>(path)];
 }
 
-// How a dtype is multiplied on this processor.
-enum class Products {
-  single,  // number by number, 16-bit ones converted
-  pairs,   // bfloat16 two at a time, by our kernels and by torch's library
-  tiles,   // bfloat16 on a matrix unit (AMX), by the library alone
+// The instructions that multiply a dtype on this processor.
+enum class DotMode {
+  fma,       // one number at a time; 16-bit types are converted to float
+  bf16_dot,  // AVX512_BF16: two bfloat16 at a time, in our kernels and in torch's library
+  amx,       // a matrix unit, which torch's library alone uses
 };
-constexpr const char* kProducts[] = {"single", "pairs", "tiles"};
+constexpr const char* kDotModes[] = {"fma", "bf16_dot", "amx"};
 
 // In how many pieces the rows, columns and summed samples of a product are cut; each piece is one thread's work.
 struct Grid {
@@ -38,34 +38,34 @@ struct Grid {
 struct Plan {
   Path forward_path, backward_path;
   Grid forward, grad_input, grad_weight;
-  bool products_at_once;  // dx and dW in one go, each on half of the threads, so that fewer pieces pack the same
+  bool concurrent_gemms;  // dx and dW in one go, each on half of the threads, so that fewer pieces pack the same
 };
 
 // Each limit with its reason.
-constexpr int64_t kSmallProducts = 1 << 12;      // above, packing pays for itself
-constexpr int64_t kProductsPerThread = 1 << 17;  // below, waking a thread costs more than it takes over
-constexpr int64_t kSmallDotDepth = 8;            // K / M in a small layer: 1x64x64 takes 3.6 us, transposed 4.9
-constexpr int64_t kDotRows = 16;                 // few rows of x: transposing W costs as much as the product,
-constexpr int64_t kDotRowsIfDeep = 64;           // up to here if the sums are long: 24x784x256 takes 48 us, packed 61,
-constexpr int64_t kDotDepth = 12;                // K / M: 32x300x256 62 us, packed 57
-constexpr int64_t kDotRowsOfPairsIfDeep = 32;  // 32x784x256 48 us, packed 51; converted, 64x784x256 190 us, packed 145
-constexpr int64_t kDotColumns = 4;             // few rows of W: a tile would be mostly empty,
-constexpr int64_t kTinyDepth = 24;             // K: up to here tiles beat dots even so (zen4: 65536x16x4, 65536x32x4)
-constexpr int64_t kTallRowBytes = 2048;        // N: a row of dz fits one block of depth
-constexpr int64_t kTallInputs = 1024;          // K: a block of x stays in L2
-constexpr int64_t kTallWeights = 1 << 18;      // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
-constexpr int64_t kOneBreadth = 1 << 16;       // K = 1: most N, N = 1: most K; bounds the scratch memory
-constexpr int64_t kFewSamples = 4;             // M: dW is written rather than computed
-constexpr int64_t kLibraryProducts = 1 << 24;  // 16384x64x64 backward 1.14 ms, tall 1.72; 2048x64x64 182 us, 186
-constexpr int64_t kLibraryInputs = 24;         // K: 65536x16x32 1.24 ms, tall 1.06
-constexpr int64_t kLibraryOutputs = 16;        // N: 65536x32x16 952 us, tall 1118; 65536x256x8 14.5 ms, 6.3
-constexpr int64_t kLibraryWeights = 1 << 20;   // or N K, for few rows: 4x1024x1024 backward 167 us, packed 338
+constexpr int64_t kSmallMultiplyAdds = 1 << 12;      // above, packing pays for itself
+constexpr int64_t kMultiplyAddsPerThread = 1 << 17;  // below, waking a thread costs more than it takes over
+constexpr int64_t kSmallDotDepth = 8;                // K / M in a small layer: 1x64x64 takes 3.6 us, transposed 4.9
+constexpr int64_t kDotRows = 16;                     // few rows of x: transposing W costs as much as the product,
+constexpr int64_t kDotRowsIfDeep = 64;      // up to here if the sums are long: 24x784x256 takes 48 us, packed 61,
+constexpr int64_t kDotDepth = 12;           // K / M: 32x300x256 62 us, packed 57
+constexpr int64_t kBf16DotRowsIfDeep = 32;  // 32x784x256 48 us, packed 51; converted, 64x784x256 190 us, packed 145
+constexpr int64_t kDotColumns = 4;          // few rows of W: a tile would be mostly empty,
+constexpr int64_t kTinyDepth = 24;          // K: up to here tiles beat dots even so (zen4: 65536x16x4, 65536x32x4)
+constexpr int64_t kTallRowBytes = 2048;     // N: a row of dz fits one block of depth
+constexpr int64_t kTallInputs = 1024;       // K: a block of x stays in L2
+constexpr int64_t kTallWeights = 1 << 18;   // N K: 8192x512x512 gains 4 %, and dW of several threads takes memory
+constexpr int64_t kOneBreadth = 1 << 16;    // K = 1: most N, N = 1: most K; bounds the scratch memory
+constexpr int64_t kSkinnyM = 4;             // M: dW is written rather than computed
+constexpr int64_t kLibraryMultiplyAdds = 1 << 24;  // 16384x64x64 backward 1.14 ms, tall 1.72; 2048x64x64 182 us, 186
+constexpr int64_t kLibraryInputs = 24;             // K: 65536x16x32 1.24 ms, tall 1.06
+constexpr int64_t kLibraryOutputs = 16;            // N: 65536x32x16 952 us, tall 1118; 65536x256x8 14.5 ms, 6.3
+constexpr int64_t kLibraryWeights = 1 << 20;       // or N K, for few rows: 4x1024x1024 backward 167 us, packed 338
 constexpr int64_t kLibraryDepth = 1024;  // K: 128x1024x1024, forward and backward, a tenth less; 256x512x512 no less
 constexpr int64_t kRowsPerPiece = 512;   // bounds the accumulators of 16-bit results
 constexpr int64_t kBiasesPerPiece = 1 << 18;  // N: bounds the sums of db
 constexpr int64_t kDepthBytes = 2048;  // of a block of A; with 1024 a twentieth slower, sums are written twice as often
 constexpr int64_t kStepRowBytes = kDepthBytes;    // of the widest rows of a step by blocks: a tile's depth is not cut
-constexpr int64_t kStepWidthOfPairs = 48;         // blocks have none: 64-64-64-64-64@4096 a sixth slower than by layers
+constexpr int64_t kStepWidthBf16Dot = 48;         // blocks have none: 64-64-64-64-64@4096 a sixth slower than by layers
 constexpr size_t kMostLayers = 32;                // of such a step
 constexpr int64_t kStepWeights = 1 << 18;         // packed twice and summed by each thread
 constexpr int64_t kStepRows = 32;                 // of a thread: below, adding up the sums costs more than it saves
@@ -110,22 +110,22 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
 // Whether lanes along N would leave a tile of [M, K] [K, N] so empty that lanes along K are faster.
 constexpr bool tiles_mostly_empty(int64_t K, int64_t N) { return N == 1 || (N <= kDotColumns && K > kTinyDepth); }
 
-struct Wanted {
-  bool library = true;  // torch's products may be used
+struct PlanOptions {
+  bool library = true;  // torch's GEMM may be used
   bool both = true;     // backward: dx and dW
   bool update = false;  // backward: of W by dW, after dx
 };
 
 // item_size: bytes of an element. threads: how many may work.
-inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads,
-                      Products how = Products::single, Wanted wanted = {}) {
-  const int64_t products = M * K * N, bias_pieces = std::max<int64_t>(1, ceil_div(N, kBiasesPerPiece));
-  if (products <= kSmallProducts) {
+inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, DotMode mode = DotMode::fma,
+                      PlanOptions options = {}) {
+  const int64_t multiply_adds = M * K * N, bias_pieces = std::max<int64_t>(1, ceil_div(N, kBiasesPerPiece));
+  if (multiply_adds <= kSmallMultiplyAdds) {
     const bool transposing_costs_more = N == 1 || kSmallDotDepth * M <= K;
     return {transposing_costs_more ? Path::dots : Path::small, Path::small, {}, {}, {bias_pieces}, false};
   }
-  const int64_t pieces = std::clamp<int64_t>(products / kProductsPerThread, 1, threads);
-  const bool at_once = wanted.both && !wanted.update && threads > 1 && products >= kProductsPerThread;
+  const int64_t pieces = std::clamp<int64_t>(multiply_adds / kMultiplyAddsPerThread, 1, threads);
+  const bool at_once = options.both && !options.update && threads > 1 && multiply_adds >= kMultiplyAddsPerThread;
   const int64_t each = at_once && pieces % 2 == 0 ? pieces / 2 : pieces;  // of an odd number each has a part of both
   Plan plan{Path::packed,
             Path::packed,
@@ -135,7 +135,7 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
             at_once};
   plan.grad_weight.rows = std::max(plan.grad_weight.rows, bias_pieces);
 
-  const int64_t rows_if_deep = item_size > 2 ? kDotRowsIfDeep : how == Products::single ? 0 : kDotRowsOfPairsIfDeep;
+  const int64_t rows_if_deep = item_size > 2 ? kDotRowsIfDeep : mode == DotMode::fma ? 0 : kBf16DotRowsIfDeep;
   const bool transposing_costs_more = M <= kDotRows || (M <= rows_if_deep && K >= kDotDepth * M);
   if (transposing_costs_more || tiles_mostly_empty(K, N)) plan.forward_path = Path::dots;
 
@@ -150,13 +150,13 @@ inline Plan make_plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_
     plan.backward_path = Path::tall;
   if (plan.backward_path != Path::packed) plan.grad_input = plan.grad_weight = {1, 1, pieces};
   // torch's product on a matrix unit reads beyond the end of rows of odd width.
-  const bool rows_in_whole_pairs = how != Products::tiles || (K % 2 == 0 && N % 2 == 0);
-  const bool fills_library = wanted.library && how != Products::single && rows_in_whole_pairs && M > 1 &&
+  const bool rows_in_whole_pairs = mode != DotMode::amx || (K % 2 == 0 && N % 2 == 0);
+  const bool fills_library = options.library && mode != DotMode::fma && rows_in_whole_pairs && M > 1 &&
                              K >= kLibraryInputs && N >= kLibraryOutputs &&
-                             (products >= kLibraryProducts || N * K >= kLibraryWeights);
-  const bool update_in_product = wanted.update && how == Products::pairs && plan.backward_path == Path::packed;
+                             (multiply_adds >= kLibraryMultiplyAdds || N * K >= kLibraryWeights);
+  const bool update_in_product = options.update && mode == DotMode::bf16_dot && plan.backward_path == Path::packed;
   if (fills_library && !update_in_product) plan.backward_path = Path::library;
-  const bool forward_too = how == Products::tiles || K >= kLibraryDepth;
+  const bool forward_too = mode == DotMode::amx || K >= kLibraryDepth;
   if (forward_too && fills_library && plan.forward_path == Path::packed) plan.forward_path = Path::library;
   if (item_size == 2) {  // sums of 16-bit results wait in scratch
     plan.forward.rows = std::max(plan.forward.rows, ceil_div(M, kRowsPerPiece));
@@ -183,20 +183,20 @@ struct StepPlan {
 
 // widths: of the input and of each layer. item_size: bytes of an element. threads: how many may work.
 inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64_t item_size, int64_t threads,
-                               Products how = Products::single) {
-  int64_t products = 0;  // of all layers for one row, which is also the number of weights
+                               DotMode mode = DotMode::fma) {
+  int64_t multiply_adds = 0;  // of all layers for one row, which is also the number of weights
   bool columns_suffice = true;
   for (size_t l = 1; l < widths.size(); ++l) {
     const int64_t K = widths[l - 1], N = widths[l];
-    products += K * N;
-    if (M * K * N > threads * kProductsPerThread && K < threads * kPanelColumns) columns_suffice = false;
+    multiply_adds += K * N;
+    if (M * K * N > threads * kMultiplyAddsPerThread && K < threads * kPanelColumns) columns_suffice = false;
   }
-  const int64_t pieces = std::clamp<int64_t>(M * products / kProductsPerThread, 1, threads);
+  const int64_t pieces = std::clamp<int64_t>(M * multiply_adds / kMultiplyAddsPerThread, 1, threads);
   const int64_t widest = *std::max_element(widths.begin(), widths.end());
   const bool rows_fit = widest * std::max<int64_t>(4, item_size) <= kStepRowBytes && widths.size() <= kMostLayers + 1;
-  const bool weights_stay_in_cache = products <= kStepWeights;
+  const bool weights_stay_in_cache = multiply_adds <= kStepWeights;
   const bool rows_outweigh_sums = pieces == 1 || M >= pieces * kStepRows;
-  const bool single_suffices = how == Products::single || widest <= kStepWidthOfPairs;
+  const bool single_suffices = mode == DotMode::fma || widest <= kStepWidthBf16Dot;
   if (rows_fit && weights_stay_in_cache && rows_outweigh_sums && single_suffices) return {StepPath::blocks, pieces};
 
   const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;

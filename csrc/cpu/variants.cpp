@@ -66,12 +66,12 @@ bool has_amx_bfloat16() {  // __builtin_cpu_supports does not know it in all com
 
 }  // namespace
 
-Products products_of(DType dtype) {
-  if (dtype != DType::bfloat16) return Products::single;
-  if (const auto forced = forced_products.load()) return *forced;
-  static const Products here = [] {
+DotMode dot_mode_of(DType dtype) {
+  if (dtype != DType::bfloat16) return DotMode::fma;
+  if (const auto forced = forced_dot_mode.load()) return *forced;
+  static const DotMode here = [] {
     const bool pairs = std::string_view(variant().name) == "avx512" && multiplies_bfloat16();
-    return !pairs ? Products::single : has_amx_bfloat16() ? Products::tiles : Products::pairs;
+    return !pairs ? DotMode::fma : has_amx_bfloat16() ? DotMode::amx : DotMode::bf16_dot;
   }();
   return here;
 }

@@ -24,11 +24,11 @@ std::span<const Variant> variants();  // that were built, the most capable first
 const Variant& variant();
 
 // How a dtype is multiplied here.
-Products products_of(DType dtype);
+DotMode dot_mode_of(DType dtype);
 bool may_use_library();  // torch's products: without oneDNN those of bfloat16 are slow
 
 // Instead of what the processor has, for the plan alone: to measure what it should say, and to test it.
-inline std::atomic<std::optional<Products>> forced_products;
+inline std::atomic<std::optional<DotMode>> forced_dot_mode;
 
 // What the processor can do at most in float32, operations per second: fma_loop on so many threads for some time.
 double peak_flops(double seconds, int64_t threads);

@@ -1,5 +1,5 @@
 // linear_act on a GPU: tensors to pointers, the plan's path to launches on the current stream.
-#include "linear_act.h"
+#include "ops/linear_act.h"
 
 #include <ATen/Context.h>
 #include <ATen/ops/_addmm_activation.h>
@@ -11,8 +11,8 @@
 
 #include <limits>
 
-#include "activations.h"
 #include "cuda/tensors.h"
+#include "math/activations.h"
 
 namespace mlp_ext::cuda {
 

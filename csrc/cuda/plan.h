@@ -10,7 +10,7 @@
 #include <optional>
 #include <string_view>
 
-#include "dtype.h"
+#include "math/dtype.h"
 
 namespace mlp_ext::cuda {
 
@@ -55,20 +55,20 @@ struct Case {
 inline std::atomic<std::optional<Path>> forced_path;
 
 // Each limit with its reason.
-constexpr double kSmallProducts = 1 << 24;    // beyond, bigger tiles win
-constexpr double kSmallForward16 = 1 << 21;   // beyond, tensor cores win, forward
-constexpr double kSmallBackward16 = 1 << 23;  // and backward, against three launches and more of the host's time
-constexpr double kCutlassProducts = 1 << 30;  // fewer do not fill the GPU with its tiles
-constexpr int64_t kSmallTiles = 512;          // of 16 x 16 results: two for each block that a GPU holds at once
-constexpr int64_t kSmallDepth = 1024;         // one block adds up K in y, M in dW
-constexpr int64_t kTallWidth = 128;           // K, N: a row of dy, y and x and their tiles in shared memory
-constexpr int64_t kTallWeightBytes = 16384;   // dW in the registers of half a block
-constexpr int64_t kTallRows16 = 65536;        // on tensor cores: fewer rows are too little to gain by
-constexpr int64_t kTallRows = 12288;          // forward, a tile of 128 rows for most processors
+constexpr double kSmallMultiplyAdds = 1 << 24;    // beyond, bigger tiles win
+constexpr double kSmallForward16 = 1 << 21;       // beyond, tensor cores win, forward
+constexpr double kSmallBackward16 = 1 << 23;      // and backward, against three launches and more of the host's time
+constexpr double kCutlassMultiplyAdds = 1 << 30;  // fewer do not fill the GPU with its tiles
+constexpr int64_t kSmallTiles = 512;              // of 16 x 16 results: two for each block that a GPU holds at once
+constexpr int64_t kSmallDepth = 1024;             // one block adds up K in y, M in dW
+constexpr int64_t kTallWidth = 128;               // K, N: a row of dy, y and x and their tiles in shared memory
+constexpr int64_t kTallWeightBytes = 16384;       // dW in the registers of half a block
+constexpr int64_t kTallRows16 = 65536;            // on tensor cores: fewer rows are too little to gain by
+constexpr int64_t kTallRows = 12288;              // forward, a tile of 128 rows for most processors
 
 constexpr bool is_16_bit(const Case& c) { return item_size(c.dtype) == 2; }
 constexpr bool is_native(const Case& c) { return c.arch < 80; }
-constexpr bool few_products(const Case& c, double most) {
+constexpr bool few_multiply_adds(const Case& c, double most) {
   return static_cast<double>(c.M) * static_cast<double>(c.K) * static_cast<double>(c.N) <= most;
 }
 constexpr bool narrow(const Case& c) {
@@ -109,7 +109,7 @@ constexpr EpilogueRow kEpilogues[] = {
     {Epilogue::cutlass,
      [](const Case& c) {
        return c.cutlass && c.arch == 90 && c.aligned && is_16_bit(c) && !library_has_epilogue(c.activation) &&
-              !few_products(c, kCutlassProducts);
+              !few_multiply_adds(c, kCutlassMultiplyAdds);
      },
      "no pass after the product; warp-specialised kernels are for 9.0a and 16-byte rows"},
     {Epilogue::pass, [](const Case&) { return true; }, "none: one pass in place"},
@@ -127,7 +127,7 @@ constexpr Row kForward[] = {
     {Path::small,
      [](const Case& c) {
        const int64_t tiles = (c.M + 15) / 16 * ((c.N + 15) / 16);
-       return few_products(c, is_16_bit(c) ? kSmallForward16 : kSmallProducts) && tiles <= kSmallTiles &&
+       return few_multiply_adds(c, is_16_bit(c) ? kSmallForward16 : kSmallMultiplyAdds) && tiles <= kSmallTiles &&
               c.K <= kSmallDepth && (c.M >= 32 || c.K <= kSmallDepth / 2);
      },
      "one launch instead of product and activation"},
@@ -149,7 +149,7 @@ constexpr Row kBackward[] = {
     {Path::native, is_native, "not built for it"},
     {Path::small,
      [](const Case& c) {
-       return few_products(c, is_16_bit(c) ? kSmallBackward16 : kSmallProducts) && c.M <= kSmallDepth &&
+       return few_multiply_adds(c, is_16_bit(c) ? kSmallBackward16 : kSmallMultiplyAdds) && c.M <= kSmallDepth &&
               c.N <= kSmallDepth / 2;
      },
      "one launch instead of activation, two products and column sum"},
@@ -181,9 +181,9 @@ enum class StepPath {
 };
 constexpr const char* step_path_name(StepPath path) { return path == StepPath::one_block ? "one_block" : "layers"; }
 
-constexpr int kStepLayers = 8;             // fit the kernel's argument
-constexpr int kStepRows = 32;              // on chip at a time
-constexpr double kStepProducts = 1 << 18;  // 39 us for 303104, as for a graph of the layers
+constexpr int kStepLayers = 8;                 // fit the kernel's argument
+constexpr int kStepRows = 32;                  // on chip at a time
+constexpr double kStepMultiplyAdds = 1 << 18;  // 39 us for 303104, as for a graph of the layers
 
 // On chip, of a row as wide: the bias beside W, a one beside x; odd, so that neighbouring rows begin in other banks.
 constexpr int64_t step_row_stride(int64_t width) { return (width + 1) | 1; }
@@ -197,11 +197,11 @@ struct StepCase {
   int64_t shared;  // bytes of shared memory that a block may have
 };
 
-constexpr bool few_step_products(const StepCase& c) {
+constexpr bool few_step_multiply_adds(const StepCase& c) {
   double products = 0;
   for (int64_t l = 0; l < c.layers; ++l)
     products += static_cast<double>(c.batch) * static_cast<double>(c.widths[l]) * static_cast<double>(c.widths[l + 1]);
-  return products <= kStepProducts;
+  return products <= kStepMultiplyAdds;
 }
 // Weights and their gradients, a few rows of each width, and what rounding the pieces up and sums of warps add.
 constexpr int64_t step_shared_bytes(const StepCase& c) {
@@ -224,7 +224,7 @@ constexpr StepRow kSteps[] = {
     {StepPath::layers, [](const StepCase& c) { return c.arch < 80; }, "not built for it"},
     {StepPath::layers, [](const StepCase& c) { return step_is_empty(c); }, "nothing to launch for"},
     {StepPath::layers, [](const StepCase& c) { return c.layers > kStepLayers; }, "more layers than an argument holds"},
-    {StepPath::layers, [](const StepCase& c) { return !few_step_products(c); },
+    {StepPath::layers, [](const StepCase& c) { return !few_step_multiply_adds(c); },
      "one processor takes longer than a graph of the layers"},
     {StepPath::layers, [](const StepCase& c) { return step_shared_bytes(c) > c.shared; }, "does not fit on chip"},
     {StepPath::one_block, [](const StepCase&) { return true; }, "one launch instead of two dozen"},

@@ -11,8 +11,8 @@
 
 #include <vector>
 
-#include "checks.h"
-#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "ops/checks.h"
 
 namespace mlp_ext::cuda {
 

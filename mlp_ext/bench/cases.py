@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mlp_ext import arguments
+from mlp_ext.commands import arguments
 
 LARGEST = 2**31 - 1  # of a size
 

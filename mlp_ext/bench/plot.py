@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlp_ext import arguments
 from mlp_ext.bench.rows import Row, by_provider, geometric_mean, read_csv
+from mlp_ext.commands import arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlp_ext import _C, loop
+from mlp_ext import _C
 from mlp_ext.bench.cases import Case, Layer, Setting
 from mlp_ext.bench.jax_step import JaxStep
+from mlp_ext.commands import loop
 from mlp_ext.functional import linear_act
 from mlp_ext.step_graph import StepGraph
 from mlp_ext.train_step import TrainStep

@@ -10,7 +10,7 @@ from math import exp, fsum, log
 from pathlib import Path
 from typing import Any
 
-from mlp_ext.arguments import replacing
+from mlp_ext.commands.arguments import replacing
 
 
 @dataclass(frozen=True)

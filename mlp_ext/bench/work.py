@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mlp_ext import _C
 from mlp_ext.bench.cases import Case, Layer, Net, Setting
 from mlp_ext.bench.providers import Function, Provider
-from mlp_ext.loop import make_mlp
+from mlp_ext.commands.loop import make_mlp
 from mlp_ext.nn import LinearAct
 
 Call = Callable[[], Tensor]

@@ -1,4 +1,4 @@
-#include "cuda/pointwise.cuh"
+#include "cuda/kernels/pointwise.cuh"
 
 #include "run.h"
 

@@ -1,8 +1,8 @@
 // The kernels' entries for the tests: C functions over plain buffers, which return nullptr or what went wrong.
 #pragma once
 
-#include "activations.h"
-#include "cuda/problem.cuh"
+#include "cuda/kernels/problem.cuh"
+#include "math/activations.h"
 
 struct Buffer {
   void* data;        // nullptr: absent

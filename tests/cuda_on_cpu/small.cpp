@@ -1,4 +1,4 @@
-#include "cuda/small.cuh"
+#include "cuda/kernels/small.cuh"
 
 #include "run.h"
 

@@ -1,4 +1,4 @@
-#include "cuda/step.cuh"
+#include "cuda/kernels/step.cuh"
 
 #include "run.h"
 

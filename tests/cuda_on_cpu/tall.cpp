@@ -1,4 +1,4 @@
-#include "cuda/tall.cuh"
+#include "cuda/kernels/tall.cuh"
 
 #include "run.h"
 

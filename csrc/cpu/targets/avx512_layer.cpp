@@ -1,6 +1,6 @@
 #include "cpu/targets/avx512.h"
 // After the target.
-#include "cpu/kernels-inl.h"
+#include "cpu/simd/layer-inl.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,3 +1,3 @@
 #include "cpu/targets/generic.h"
 // After the target.
-#include "cpu/kernels-inl.h"
+#include "cpu/simd/layer-inl.h"

@@ -1,0 +1,139 @@
+// Memory for the kernels' results, kept when they are freed.
+//
+// malloc returns the pages of large blocks to the system, which zeroes and maps each page anew when the next result is
+// written: in training, for every result of every step. Here freed blocks wait, up to a bound, for a result of about
+// their size.
+#include "cpu/caching_allocator.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <charconv>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <string_view>
+#include <vector>
+
+namespace mlp_ext::cpu {
+
+namespace {
+
+constexpr size_t kLeastBytes = size_t(128) << 10;  // of a result; malloc itself keeps smaller blocks
+constexpr size_t kDefaultMiB = 256;                // that wait at most; MLP_EXT_RESULTS_MIB sets another bound
+constexpr size_t kMostMiB = size_t(1) << 30;       // whose bytes are still a number
+constexpr size_t kHugePage = size_t(2) << 20;      // one page fault in place of 512
+
+struct Block {
+  void* data = nullptr;
+  size_t bytes;
+  void (*free)(void*) = std::free;  // of the allocator that made it: c10's may be mimalloc
+
+  explicit Block(size_t size) : bytes(size) {
+#if defined(__linux__)
+    if (bytes >= kHugePage) data = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+    if (data) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: an error changes nothing
+#endif
+    if (data) return;
+    data = c10::alloc_cpu(bytes);  // throws where there is no memory
+    free = c10::free_cpu;
+  }
+  Block(const Block&) = delete;
+  ~Block() { free(data); }
+};
+using BlockPtr = std::unique_ptr<Block>;
+
+class Waiting {
+ public:
+  // A block of `bytes` to `bytes` and an eighth; nullptr if none waits.
+  BlockPtr take(size_t bytes) {
+    // try_lock: rather a new block than a deadlock in a child that was forked while another thread was here.
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {  // the last freed may still be in a cache
+      if ((*block)->bytes < bytes || (*block)->bytes > bytes + bytes / 8) continue;
+      BlockPtr found = std::move(*block);
+      blocks_.erase(std::next(block).base());
+      bytes_ -= found->bytes;
+      return found;
+    }
+    return nullptr;
+  }
+
+  void put(BlockPtr block) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || block->bytes > most_bytes_) return;
+    bytes_ += block->bytes;
+    blocks_.push_back(std::move(block));
+    while (bytes_ > most_bytes_) {
+      bytes_ -= blocks_.front()->bytes;
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+  size_t bytes() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return bytes_;
+  }
+
+ private:
+  static size_t bound() {
+    const char* const value = std::getenv("MLP_EXT_RESULTS_MIB");
+    if (!value) return kDefaultMiB << 20;
+    const std::string_view text(value);
+    size_t mib = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), mib);
+    TORCH_CHECK_VALUE(error == std::errc() && end == text.data() + text.size() && mib <= kMostMiB,
+                      "MLP_EXT_RESULTS_MIB must be a whole number from 0 to ", kMostMiB, ", got '", text, "'");
+    return mib << 20;
+  }
+
+  const size_t most_bytes_ = bound();
+  std::mutex mutex_;
+  std::vector<BlockPtr> blocks_;  // the oldest first
+  size_t bytes_ = 0;
+};
+
+Waiting& waiting() {
+  static Waiting* const blocks = new Waiting;  // outlives every tensor
+  return *blocks;
+}
+
+void free_result(void* context) {
+  BlockPtr block(static_cast<Block*>(context));
+  c10::profiledCPUMemoryReporter().Delete(block->data);
+  waiting().put(std::move(block));
+}
+
+struct ResultAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t n) override {
+    if (n < kLeastBytes) return c10::GetCPUAllocator()->allocate(n);
+    BlockPtr block = waiting().take(n);
+    if (!block) block = std::make_unique<Block>(n);
+    void* const data = block->data;
+    c10::profiledCPUMemoryReporter().New(data, n);
+    return {data, block.release(), free_result, at::Device(at::kCPU)};
+  }
+  void copy_data(void* to, const void* from, size_t count) const override { default_copy_data(to, from, count); }
+};
+
+}  // namespace
+
+at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype) {
+  static auto* const allocator = new ResultAllocator;
+  constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+  const at::Tensor result(at::detail::empty_generic(sizes, allocator, cpu, dtype, std::nullopt));
+  const auto& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) result.fill_(NAN);
+  return result;
+}
+
+int64_t cached_bytes() { return static_cast<int64_t>(waiting().bytes()); }
+
+}  // namespace mlp_ext::cpu

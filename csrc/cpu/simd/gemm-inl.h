@@ -1,0 +1,328 @@
+// A blocked product C = A B for one thread (Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication"). The callers pack A and B, which is where a prologue goes (dz from dy and y), and finish each vector
+// of C while it is in a register, which is where an epilogue goes (bias, activation, rounding).
+#pragma once
+
+#include "cpu/simd/vec-inl.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+template <class T>
+struct Tile {  // what one pass of the inner loop holds in registers: rows x vectors accumulators
+  static constexpr int rows = kVectorBytes == 64 ? 14 : 6;  // of 32 or 16 registers, 2 or 3 are left for A and B
+  static constexpr int vectors = 2;
+  static constexpr int columns = vectors * Vec<T>::lanes;
+};
+
+template <class T>
+struct Blocking {  // the loops around it, measured at 1024x1024x1024 on Zen 4: 102 GFLOP/s
+  static constexpr int depth = kDepthBytes / sizeof(T);
+  static constexpr int rows = 8 * Tile<T>::rows;         // A: a quarter of L2; 16 tiles are no faster
+  static constexpr int columns = 32 * Tile<T>::columns;  // B: with 16 tiles 97, A is packed twice as often
+};
+
+// How a block of A lies when packed: element (i, k) at i / rows * panel + i % rows * row_step + k * depth_step.
+template <class T>
+struct RowsOfA {  // as in memory, a copy of rows; the stride is no power of two
+  static constexpr int row_step = Blocking<T>::depth + Vec<T>::lanes, depth_step = 1;
+  static constexpr int64_t panel = Tile<T>::rows * row_step;
+};
+template <class T>
+struct ColumnsOfA {  // transposed, a copy of short pieces of rows of A^T
+  static constexpr int row_step = 1;
+  static constexpr int depth_step = (Tile<T>::rows + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;
+  static constexpr int64_t panel = Blocking<T>::depth * depth_step;
+};
+template <class T>
+struct RowsOfATransposed {  // the transposed of what lies as RowsOfA
+  static constexpr int row_step = 1, depth_step = RowsOfA<T>::row_step;
+  static constexpr int64_t panel = Tile<T>::rows;
+};
+
+template <class T>
+constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows * std::max(RowsOfA<T>::panel, ColumnsOfA<T>::panel);
+template <class T>
+constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
+
+constexpr int64_t kLargeResult = 8 << 20;  // bytes: two in L3 leave no room for what is computed from them
+constexpr int64_t kDepthToPrefetch = 256;  // of a tile, for its sums to arrive meanwhile: 2.5 % at 1024x1024x1024
+constexpr int64_t kPageBytes = 4096;       // of memory, and from line to line in the same place of L1
+constexpr int64_t kBytesInL1 = 16384;      // half of it, what most processors have at least
+
+// A block of B as panels of Tile::columns columns.
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t depth_step, panel_step;
+
+  static Panels packed(const T* data, int64_t depth) { return {data, Tile<T>::columns, depth * Tile<T>::columns}; }
+  static Panels in_place(const T* data, int64_t stride) { return {data, stride, Tile<T>::columns}; }
+  Panels from(int64_t k, int64_t j) const {
+    return {data + k * depth_step + j / Tile<T>::columns * panel_step, depth_step, panel_step};
+  }
+};
+
+// Sums that wait for the next block of depth: the result itself, or a scratch block where it has fewer bits.
+template <class T>
+struct Partial {
+  T* data;
+  int64_t row_stride;
+  int64_t panel_step = Tile<T>::columns;
+  bool starts_over = false;  // with every block of columns
+
+  T* at(int64_t i, int64_t j) const { return data + i * row_stride + j / Tile<T>::columns * panel_step; }
+};
+
+// What one call of tiles() does with the sums: add what waits (not first), then finish (last) or let them wait.
+struct Stage {
+  bool first, last;
+};
+
+// Software prefetch of the next block, a few cache lines per tile, so that loads overlap with FMAs.
+class Prefetcher {
+ public:
+  // rows of `bytes` each
+  void enqueue(const void* data, int64_t stride_bytes, int64_t rows, int64_t bytes) {
+    if (data && rows > 0)
+      parts_[count_++] = {static_cast<const char*>(data), stride_bytes, rows, ceil_div(bytes, kLine)};
+  }
+  void pace(int64_t steps) {
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) lines += parts_[i].rows * parts_[i].lines;
+    lines_per_step_ = ceil_div(lines, std::max<int64_t>(1, steps));
+  }
+  void issue() {
+    for (int64_t lines = lines_per_step_; lines > 0 && count_ > 0;) {
+      Part& part = parts_[count_ - 1];
+      for (int64_t l = 0; l < part.lines; ++l) __builtin_prefetch(part.row + l * kLine, 0, 2);
+      lines -= part.lines;
+      part.row += part.stride;
+      if (--part.rows == 0) --count_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Part {
+    const char* row;
+    int64_t stride, rows, lines;
+  };
+  Part parts_[3] = {};
+  int count_ = 0;
+  int64_t lines_per_step_ = 0;
+};
+
+// A callable by reference, so that the loops are compiled once for all packings.
+template <class Signature>
+class Callable;
+template <class... Args>
+class Callable<void(Args...)> {
+ public:
+  template <class F>
+  Callable(const F& f)
+      : object_(&f), call_([](const void* object, Args... args) { (*static_cast<const F*>(object))(args...); }) {}
+  void operator()(Args... args) const { call_(object_, args...); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void*, Args...);
+};
+template <class T>
+using PackA = Callable<void(int64_t i, int64_t rows, int64_t k, int64_t depth, bool first_columns, T* packed,
+                            Prefetcher& prefetcher)>;
+template <class T>
+using PackB = Callable<void(int64_t k, int64_t depth, int64_t j, int64_t columns, T* packed)>;
+
+// What a packed element is, how a vector of them is read that lie side by side, and what a step of depth does with it.
+template <class T>
+struct Single {  // one number, accumulated by FMA
+  static constexpr int depth = 1;
+  template <class S, class Lanes>
+  static Vec<T> read(const S* p, Lanes lanes) {
+    return load(p, lanes);
+  }
+  static Vec<T> accumulate(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
+};
+#if MLP_EXT_VECTOR_BYTES == 64
+struct Bfloat16Pair {  // two bfloat16 in the place of a float, both products accumulated by VDPBF16PS
+  static constexpr int depth = 2;
+  static Vec<float> read(const BFloat16* p, AllLanes) { return Vec<float>((Vec<float>::Native)_mm512_loadu_ps(p)); }
+  static Vec<float> read(const BFloat16* p, int n) {  // 1 to 32 numbers
+    return Vec<float>(bit_cast<Vec<float>::Native>(_mm512_maskz_loadu_epi16(~uint32_t(0) >> (32 - n), p)));
+  }
+  static Vec<float> accumulate(Vec<float> sum, Vec<float> a, Vec<float> b) {
+    return Vec<float>(
+        (Vec<float>::Native)_mm512_dpbf16_ps((__m512)sum.v, bit_cast<__m512bh>(a.v), bit_cast<__m512bh>(b.v)));
+  }
+};
+#endif
+
+// out(row, column, vector, lanes) for all of A B: R rows of A, V vectors of B, the last of `lanes` lanes.
+template <class Layout, class Element, int R, int V, class T, class Lanes, class Out>
+__attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __restrict__ b, int64_t b_step, int64_t depth,
+                                        Lanes lanes, const Out out) {
+  Vec<T> acc[R][V];
+  for (int64_t k = 0; k < depth; ++k, a += Layout::depth_step, b += b_step) {
+    Vec<T> bk[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V - 1; ++v) bk[v] = load(b + v * Vec<T>::lanes);
+    bk[V - 1] = load(b + (V - 1) * Vec<T>::lanes, lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Vec<T> ai = a[i * Layout::row_step];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[i][v] = Element::accumulate(acc[i][v], ai, bk[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) out(i, v * Vec<T>::lanes, acc[i][v], AllLanes{});
+}
+
+// Where the sums of a tile wait to be taken on: sums[R, Tile::columns].
+template <class T>
+struct StoreTile {
+  T* __restrict__ sums;
+  void operator()(int row, int column, Vec<T> v, AllLanes) const { store(sums + row * Tile<T>::columns + column, v); }
+};
+
+// f(row, column, vector, lanes) for all sums of a tile.
+template <class T, class F>
+inline void for_sums(const T* sums, int rows, int width, const F& f) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int r = 0; r < rows; ++r, sums += Tile<T>::columns) {
+    int c = 0;
+    for (; c + lanes <= width; c += lanes) f(r, c, load(sums + c), AllLanes{});
+    if (c < width) f(r, c, load(sums + c), width - c);
+  }
+}
+
+// Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete; where its
+// whole_depth says so, that is all there ever is.
+template <class T, class Finish>
+inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
+                    const Finish finish) {
+  if (Finish::whole_depth || (stage.first && stage.last))
+    return for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { finish(i + r, j + c, v, lanes); });
+  if constexpr (!Finish::whole_depth) {
+    T* const waiting = partial.at(i, j);
+    const int64_t stride = partial.row_stride;
+    if (stage.last)
+      for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+        finish(i + r, j + c, v + load(waiting + r * stride + c, lanes), lanes);
+      });
+    else if (stage.first)
+      for_sums(sums, rows, width,
+               [&](int r, int c, Vec<T> v, auto lanes) { store(waiting + r * stride + c, v, lanes); });
+    else
+      for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+        store(waiting + r * stride + c, v + load(waiting + r * stride + c, lanes), lanes);
+      });
+  }
+}
+
+// The same out of line, for tiles at the edges: compiled once for all their heights.
+template <class T, class Finish>
+__attribute__((noinline)) void pass_on_edge(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
+                                            Partial<T> partial, const Finish& finish) {
+  pass_on(sums, rows, width, i, j, stage, partial, finish);
+}
+
+// The end of a product whose sums are the result: rounds and stores them.
+template <class S>
+struct StoreSums {
+  static constexpr bool whole_depth = false;
+  S* result;
+  int64_t stride;
+  bool past_caches = false;
+  StoreSums from(int64_t i, int64_t j) const { return {result + i * stride + j, stride, past_caches}; }
+  template <class V, class Lanes>
+  void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
+    store_result(result + i * stride + j, v, lanes, past_caches);
+  }
+};
+
+// A block of A against a block of B: whole tiles of rows, then halves of what is left.
+template <class Layout, class Element, int R, class T, class Finish>
+inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t rows, int64_t columns, Stage stage,
+                  Partial<T> partial, const Finish finish, Prefetcher& prefetcher) {
+  constexpr int whole = Tile<T>::rows, lanes = Vec<T>::lanes;
+  static_assert(Tile<T>::vectors == 2);
+  const bool complete = Finish::whole_depth || (stage.first && stage.last);
+  alignas(kVectorBytes) T sums[R * Tile<T>::columns];
+  for (; i + R <= rows; i += R) {  // a panel of A stays in L1 while those of B stream past
+    const T* const ai = a + i / whole * Layout::panel + i % whole * Layout::row_step;
+    const T* bj = b.data;
+    for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
+      const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
+      prefetcher.issue();
+      if constexpr (R == whole || Finish::whole_depth)
+        if (complete && width == Tile<T>::columns) {  // finished while the sums are in registers
+          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, finish.from(i, j));
+          continue;
+        }
+      if (depth >= kDepthToPrefetch && !complete)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < Tile<T>::vectors; ++v) __builtin_prefetch(partial.at(i + r, j) + v * lanes, 1);
+      const StoreTile<T> store{sums};
+      if (width == Tile<T>::columns)
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, store);
+      else if (width > lanes)
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, store);
+      else
+        multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, store);
+      if constexpr (R == whole)
+        pass_on(sums, R, width, i, j, stage, partial, finish);
+      else
+        pass_on_edge(sums, R, width, i, j, stage, partial, finish);
+    }
+  }
+  constexpr int next = R == whole ? (whole > 8 ? 8 : 4) : R / 2;
+  if constexpr (next > 0)
+    if (i < rows) tiles<Layout, Element, next>(a, b, depth, i, rows, columns, stage, partial, finish, prefetcher);
+}
+
+// C[rows, columns] = A[rows, depth] B[depth, columns], depth counted in packed Elements.
+//   pack_a(i, rows, k, depth, first_columns, packed, prefetcher)  puts a block of A down in Layout; may say what comes
+//   next pack_b(k, depth, j, columns, packed)              puts panels [depth, Tile::columns] down b B itself where it
+//   need not be packed, else data = nullptr finish(i, j, vector, lanes)                       stores sums of C at row i
+//   from column j on; finish.from(i, j) is
+//                                                     the same for the block that begins there. Copied, so that its
+//                                                     pointers stay in registers: stores of vectors may alias anything.
+//   block_rows                                        of A, how many are packed at a time
+template <class Layout, class Element, class T, class Finish>
+void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,
+          Partial<T> partial, const Finish& finish, T* scratch, int64_t block_rows = Blocking<T>::rows) {
+  using Block = Blocking<T>;
+  T* const packed_a = scratch;
+  T* const packed_b = scratch + kPackedA<T>;
+  for (int64_t j0 = 0; j0 < columns; j0 += Block::columns) {
+    const int64_t nc = std::min<int64_t>(Block::columns, columns - j0);
+    // Rows of B in place are walked in pieces that fit L1, so that each is read in the order in which it lies.
+    const int64_t in_l1 = std::max<int64_t>(8, kBytesInL1 / static_cast<int64_t>(sizeof(T)) / nc);
+    const bool in_rows = b.data && b.panel_step == Tile<T>::columns;
+    const int64_t step = in_rows ? std::min<int64_t>(in_l1, Block::depth) : Block::depth;
+    int64_t k0 = 0;
+    do {  // once at least: with no depth at all, C is zero before the epilogue
+      const int64_t kc = std::min<int64_t>(step, depth - k0);
+      if (kc && !b.data) pack_b(k0, kc, j0, nc, packed_b);
+      const auto panels = b.data ? b.from(k0, j0) : Panels<T>::packed(packed_b, kc);
+      for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
+        const int64_t mc = std::min(block_rows, rows - i0);
+        Prefetcher prefetcher;
+        if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a, prefetcher);
+        prefetcher.pace(ceil_div(mc, Tile<T>::rows) * ceil_div(nc, Tile<T>::columns));
+        const Partial<T> waiting{partial.at(i0, partial.starts_over ? 0 : j0), partial.row_stride, partial.panel_step};
+        tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth},
+                                              waiting, finish.from(i0, j0), prefetcher);
+      }
+      k0 += kc;
+    } while (k0 < depth);
+  }
+  end_of_streams();
+}
+
+}  // namespace
+}  // namespace mlp_ext::cpu

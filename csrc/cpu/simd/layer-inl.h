@@ -1,0 +1,492 @@
+// The kernels of a layer, and the loop that measures the processor's peak. Compiled once per instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd/backward_k1_n1-inl.h"
+#include "cpu/simd/dots-inl.h"
+#include "cpu/simd/gemm-inl.h"
+#include "cpu/simd/pack-inl.h"
+#include "cpu/simd/row_sums-inl.h"
+#include "cpu/simd/update-inl.h"
+#include "cpu/simd/vec-inl.h"
+#include "math/activations.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+// Where sums wait for the next block of depth: in the result, or in scratch where the result has 16 bits.
+template <class S, class T>
+inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, T* scratch) {
+  if constexpr (std::is_same_v<S, T>)
+    return {at<S>(result, rows.begin, columns.begin), result.stride};
+  else
+    return {scratch, Blocking<T>::columns, Tile<T>::columns, true};
+}
+
+// B where it lies; nothing if it must be converted.
+template <class S, class T>
+inline Panels<T> in_place(const ConstMatrix& b, int64_t k, int64_t j) {
+  if constexpr (std::is_same_v<S, T>)
+    return Panels<T>::in_place(at<S>(b, k, j), b.stride);
+  else
+    return {};
+}
+
+// B where it lies, if so few rows of A meet it that packing it would only move it once more.
+template <class S, class T>
+inline Panels<T> in_place_if_read_once(const ConstMatrix& b, int64_t k, int64_t j, int64_t rows_of_a) {
+  return rows_of_a <= Tile<T>::rows ? in_place<S, T>(b, k, j) : Panels<T>{};
+}
+
+// Whether a matrix is so large that caches would not keep it until it is read.
+template <class S>
+inline bool is_large(int64_t rows, int64_t columns) {
+  return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
+}
+
+// y = act(x W^T + b) where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as
+// lanes. The activation is chosen at run time, once for so many sums.
+template <class S, class Element = Single<Accumulator<S>>>
+struct ForwardDots {
+  using V = Vec<Accumulator<S>>;
+  const Forward& f;
+
+  V act(V z) const {
+    return visit_activation(f.activation, [z](auto act) { return act.forward(z); });
+  }
+  template <class Lanes>
+  void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
+    if (f.bias) z = z + load(static_cast<const S*>(f.bias) + j, lanes);
+    store(at<S>(f.y, i, j), act(z), lanes);
+  }
+  template <class Lanes>
+  void column(int64_t i, V z, Lanes lanes) const {  // the only one, from row i on
+    if (f.bias) z = z + V(load(static_cast<const S*>(f.bias), 1).v[0]);
+    store(at<S>(f.y, i, 0), act(z), lanes);
+  }
+
+  static void run(const Forward& f, Range rows, Range columns, void*) {
+    const Sizes sizes{f.M, f.K, f.N};
+    if (f.M * f.K * f.N <= kSmallMultiplyAdds)  // pairs take subnormal numbers for 0, and torch has none here
+      dots<S, Single<Accumulator<S>>>(f.x, f.w, sizes, rows, columns, ForwardDots{f});
+    else
+      dots<S, Element>(f.x, f.w, sizes, rows, columns, ForwardDots{f});
+  }
+};
+
+template <class S, class Act, class Element = Single<Accumulator<S>>>
+struct LinearAct {
+  using T = Accumulator<S>;
+  using V = Vec<T>;
+  static constexpr bool kPairs = Element::depth == 2;
+  static int64_t elements(int64_t depth) { return ceil_div(depth, Element::depth); }
+
+  // Sums to results: bias, activation, rounding.
+  struct Epilogue {
+    static constexpr bool whole_depth = false;
+    const S* bias;  // or nullptr
+    S* y;
+    int64_t stride;
+    bool past_caches;
+    Epilogue from(int64_t i, int64_t j) const {
+      return {bias ? bias + j : bias, y + i * stride + j, stride, past_caches};
+    }
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
+      if (bias) z = z + load(bias + j, lanes);
+      store_result(y + i * stride + j, Act::forward(z), lanes, past_caches);
+    }
+  };
+  static Epilogue epilogue(const Forward& f) {
+    return {static_cast<const S*>(f.bias), static_cast<S*>(f.y.data), f.y.stride, is_large<S>(f.M, f.N)};
+  }
+
+  // dz at row m, columns n...
+  template <class Lanes>
+  static V grad_z(const Backward& b, int64_t m, int64_t n, Lanes lanes) {
+    const V dy = load(at<S>(b.dy, m, n), lanes);
+    return Act::backward(dy, Act::saves == Saves::output ? load(at<S>(b.y, m, n), lanes) : dy);
+  }
+
+  static int64_t next_block(int64_t rows) { return std::min<int64_t>(Blocking<T>::rows, rows); }
+  static void read_rows(const ConstMatrix& m, int64_t i, int64_t rows, int64_t j, int64_t columns,
+                        Prefetcher& prefetcher) {
+    if (m.data) prefetcher.enqueue(at<S>(m, i, j), m.stride * sizeof(S), rows, columns * sizeof(S));
+  }
+  static void read_dz_rows(const Backward& b, int64_t m, int64_t rows, int64_t n, int64_t columns,
+                           Prefetcher& prefetcher) {
+    read_rows(b.dy, m, rows, n, columns, prefetcher);
+    if (Act::saves == Saves::output) read_rows(b.y, m, rows, n, columns, prefetcher);
+  }
+
+  // y = act(x W^T + b)   (M,K)(K,N)
+  static void forward(const Forward& f, Range rows, Range columns, void* scratch) {
+    const bool x_is_large = f.K <= Blocking<T>::depth && is_large<S>(f.M, f.K);
+    const auto pack_x = [&](int64_t i, int64_t count, int64_t k0, int64_t depth, bool, T* packed,
+                            Prefetcher& prefetcher) {
+      if (x_is_large) read_rows(f.x, rows.begin + i + count, next_block(rows.size() - i - count), 0, f.K, prefetcher);
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
+        if constexpr (kPairs) {
+          packed[depth - 1] = 0;
+          std::memcpy(packed, at<S>(f.x, rows.begin + i + r, 2 * k0), 2 * std::min(2 * depth, f.K - 2 * k0));
+        } else {
+          for_vectors<T>(depth, [&](int64_t k, auto lanes) {
+            store(packed + k, load(at<S>(f.x, rows.begin + i + r, k0 + k), lanes));
+          });
+        }
+      }
+    };
+    const auto pack_w = [&](int64_t k0, int64_t depth, int64_t j, int64_t count, T* packed) {
+      if constexpr (kPairs)
+        pack_panels_of_pairs_transposed(f.w, k0, depth, f.K, columns.begin + j, count, packed);
+      else
+        pack_panels_transposed<S>(f.w, k0, depth, columns.begin + j, count, packed);
+    };
+    T* const begin = static_cast<T*>(scratch);
+    gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(f.K), pack_x, pack_w, Panels<T>{},
+                                 partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>),
+                                 epilogue(f).from(rows.begin, columns.begin), begin);
+  }
+
+  // dx = dz W   (M,N)(N,K), dz made while packing
+  static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
+    const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed, Prefetcher&) {
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
+        const int64_t m = rows.begin + i + r;
+        if constexpr (kPairs) {
+          packed[depth - 1] = 0;
+          S* const rounded = reinterpret_cast<S*>(packed);
+          for_vectors<T>(std::min(2 * depth, b.N - 2 * n0),
+                         [&](int64_t n, auto lanes) { store(rounded + n, grad_z(b, m, 2 * n0 + n, lanes), lanes); });
+        } else {
+          for_vectors<T>(depth, [&](int64_t n, auto lanes) { store(packed + n, grad_z(b, m, n0 + n, lanes)); });
+        }
+      }
+    };
+    const auto pack_w = [&](int64_t n0, int64_t depth, int64_t j, int64_t count, T* packed) {
+      if constexpr (kPairs)
+        pack_panels_of_pairs(b.w, n0, depth, b.N, columns.begin + j, count, packed);
+      else
+        pack_panels<S>(b.w, n0, depth, columns.begin + j, count, packed);
+    };
+    const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, is_large<S>(b.M, b.K)};
+    T* const begin = static_cast<T*>(scratch);
+    gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(b.N), pack_dz, pack_w,
+                                 in_place_if_read_once<S, T>(b.w, 0, columns.begin, rows.size()),
+                                 partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish,
+                                 begin);
+  }
+
+  // A few steps of depth of dz^T as ColumnsOfA: row by row of dy and y, as they lie in memory. Adds them to db.
+  template <int steps>
+  static void pack_dz_columns(const Backward& b, int64_t n0, int64_t count, Range samples, int64_t m0, T* packed,
+                              T* db) {
+    constexpr int width = Tile<T>::rows, depth_step = ColumnsOfA<T>::depth_step;
+    for (int64_t r = 0; r < count; r += width, packed += ColumnsOfA<T>::panel)
+      for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
+        const int64_t n = n0 + r + c;
+        V sum;
+#pragma GCC unroll 4
+        for (int k = 0; k < steps; ++k) {
+          const int64_t m = samples.begin + Element::depth * (m0 + k);
+          V dz = grad_z(b, m, n, lanes);
+          sum = sum + dz;
+          if constexpr (kPairs) {
+            const V next = m + 1 < samples.end ? grad_z(b, m + 1, n, lanes) : V();
+            sum = sum + next;
+            dz = pairs(dz, next);
+          }
+          store(packed + k * depth_step + c, dz);
+        }
+        store(db + r + c, load(db + r + c, lanes) + sum, lanes);
+      });
+  }
+
+  // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
+  static void grad_weight(const Backward& b, Range rows, Range columns, Range samples, void* dw, void* db,
+                          void* scratch) {
+    T* const begin = static_cast<T*>(scratch);
+    T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
+    double* const totals = reinterpret_cast<double*>(begin + kPackedA<T> + kPackedB<T>);  // of the rows, while summed
+    if (sums) std::fill(totals, totals + rows.size(), 0.0);
+    const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed,
+                             Prefetcher&) {
+      constexpr int64_t piece = kShortRows / Element::depth;
+      for (int64_t k0 = 0; k0 < depth; k0 += piece) {
+        alignas(kVectorBytes) T db_block[Blocking<T>::rows] = {};
+        for_rows({k0, std::min(k0 + piece, depth)}, [&](auto steps, int64_t k) {
+          pack_dz_columns<decltype(steps)::value>(b, rows.begin + i, count, samples, m0 + k,
+                                                  packed + k * ColumnsOfA<T>::depth_step, db_block);
+        });
+        if (sums && first_columns) add_up(totals + i, db_block, count);
+      }
+    };
+    if (!dw) {  // db alone
+      const int64_t depth = elements(samples.size());
+      Prefetcher none;
+      for (int64_t k = 0; sums && k < depth; k += Blocking<T>::depth)
+        for (int64_t i = 0; i < rows.size(); i += Blocking<T>::rows)
+          pack_dz(i, std::min<int64_t>(Blocking<T>::rows, rows.size() - i), k,
+                  std::min<int64_t>(Blocking<T>::depth, depth - k), true, begin, none);
+      if (sums) round_sums(totals, rows.size(), sums + rows.begin);
+      return;
+    }
+    const auto pack_x = [&](int64_t m0, int64_t depth, int64_t j, int64_t count, T* packed) {
+      if constexpr (kPairs)
+        pack_panels_of_pairs({at<S>(b.x, samples.begin, 0), b.x.stride}, m0, depth, samples.size(), columns.begin + j,
+                             count, packed);
+      else
+        pack_panels<S>(b.x, samples.begin + m0, depth, columns.begin + j, count, packed);
+    };
+    const int64_t offset = rows.begin * b.K + columns.begin;
+    T* const out = static_cast<T*>(dw) + offset;
+    gemm<ColumnsOfA<T>, Element, T>(rows.size(), columns.size(), elements(samples.size()), pack_dz, pack_x,
+                                    in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
+                                    Partial<T>{out, b.K},
+                                    StoreOrUpdate<S, T>{static_cast<T*>(dw), b.K, offset, b.update_w}, begin);
+    if (sums) round_sums(totals, rows.size(), sums + rows.begin);
+    if (sums && b.update_b) update<S>(*b.update_b, sums, 1, 0, rows);
+  }
+
+  // The same with so few samples that it is bound by writing dW: row after row.
+  static void grad_weight_skinny_m(const Backward& b, Range rows, Range columns, void* dw_out, void* db_out) {
+    S *const dw = static_cast<S*>(dw_out), *const db = columns.begin == 0 ? static_cast<S*>(db_out) : nullptr;
+    for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
+      const int64_t n = rows.begin + i;
+      alignas(kVectorBytes) T dz[kSkinnyM * V::lanes];
+      V sum;
+      for (int64_t m = 0; m < b.M; ++m) {
+        const V v = grad_z(b, m, n, lanes);
+        store(dz + m * V::lanes, v);
+        sum = sum + v;
+      }
+      if (db) store(db + n, sum, lanes);
+      for (int64_t r = 0; dw && r < std::min<int64_t>(V::lanes, rows.size() - i); ++r)
+        combine_rows(
+            b.M, columns.size(), [&](int64_t m) { return dz[m * V::lanes + r]; },
+            [&](int64_t m) { return at<S>(b.x, m, columns.begin); },
+            [&](int64_t k, V v, auto n_lanes) { store(dw + (n + r) * b.K + columns.begin + k, v, n_lanes); });
+    });
+  }
+
+  static auto grad_z_of(const Backward& b) {
+    return [&b](int64_t m, int64_t n, auto lanes) { return grad_z(b, m, n, lanes); };
+  }
+  static void backward_one_input(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
+    one_input<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), scratch);
+  }
+  static void backward_one_output(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
+    one_output<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), scratch);
+  }
+
+  // dz of some rows and up to kColumnsOfRows columns; db is added to totals, where they are given.
+  static constexpr int64_t kColumnsOfRows = kTallRowBytes / sizeof(T);
+  template <class D>
+  static void grad_z_rows(const Backward& b, Range rows, Range columns, D* dz, int64_t stride, double* totals) {
+    alignas(kVectorBytes) T db_block[kColumnsOfRows] = {};
+    for_rows(rows, [&](auto steps, int64_t m) {
+      constexpr int P = decltype(steps)::value;
+      D* const row = dz ? dz + (m - rows.begin) * stride + columns.begin : nullptr;
+      for_vectors<T>(columns.size(), [&](int64_t n, auto lanes) {
+        V sum;
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          const V v = grad_z(b, m + p, columns.begin + n, lanes);
+          sum = sum + v;
+          if (row) store(row + p * stride + n, v, lanes);
+        }
+        store(db_block + n, load(db_block + n, lanes) + sum, lanes);
+      });
+    });
+    if (totals) add_up(totals, db_block, columns.size());
+  }
+
+  // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
+  // depth, and W and dW that stay in L2.
+  static void backward_tall(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
+    T* const dz = static_cast<T*>(scratch);
+    T* const x = dz + Blocking<T>::rows * RowsOfA<T>::row_step;
+    T* const w = x + Blocking<T>::rows * round_up_columns<T>(b.K);
+    T *const dw_sums = static_cast<T*>(dw), *const db_sums = static_cast<T*>(db);
+    if (b.dx.data) pack_panels<S>(b.w, 0, b.N, 0, b.K, w);
+    double db_totals[kColumnsOfRows] = {};
+    bool first = true;
+    for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
+      const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
+      grad_z_rows(b, {m0, m0 + count}, {0, b.N}, dz, RowsOfA<T>::row_step, db_sums ? db_totals : nullptr);
+      Prefetcher prefetcher;
+      const int64_t next = m0 + count, next_rows = next_block(is_large<S>(b.M, b.K + b.N) ? samples.end - next : 0);
+      read_dz_rows(b, next, next_rows, 0, b.N, prefetcher);
+      if (dw) read_rows(b.x, next, next_rows, 0, b.K, prefetcher);
+      const int64_t tile_rows = (b.dx.data ? count : 0) + (dw ? b.N : 0);
+      prefetcher.pace(ceil_div(tile_rows, Tile<T>::rows) * ceil_div(b.K, Tile<T>::columns));
+      if (b.dx.data)
+        tiles<RowsOfA<T>, Single<T>, Tile<T>::rows>(
+            dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K, Stage{true, true}, Partial<T>{},
+            StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride, is_large<S>(b.M, b.K)}, prefetcher);
+      if (!dw) continue;
+      auto panels = in_place<S, T>(b.x, m0, 0);  // a block of it stays in L1 or L2
+      if (!panels.data) {
+        pack_panels<S>(b.x, m0, count, 0, b.K, x);
+        panels = Panels<T>::packed(x, count);
+      }
+      tiles<RowsOfATransposed<T>, Single<T>, Tile<T>::rows>(dz, panels, count, 0, b.N, b.K, Stage{first, false},
+                                                            Partial<T>{dw_sums, b.K}, StoreSums<T>{}, prefetcher);
+    }
+    if (db_sums) round_sums(db_totals, b.N, db_sums);
+    end_of_streams();
+  }
+
+  // ---- around products of a library ----
+
+  static void act(const Forward& f, Range rows) {
+    for (int64_t m = rows.begin; m < rows.end; ++m)
+      for_vectors<T>(f.N, [&](int64_t n, auto lanes) {
+        S* const y = at<S>(f.y, m, n);
+        store(y, Act::forward(load(y, lanes)), lanes);
+      });
+  }
+
+  static void put_grad_z(const Backward& b, Range samples, void* dz_out, void* db_out) {
+    constexpr int64_t columns = 8 * kColumnsOfRows;  // whose totals fit the stack
+    S* const dz = static_cast<S*>(dz_out);
+    for (int64_t n0 = 0; n0 < b.N; n0 += columns) {
+      const int64_t end = std::min(n0 + columns, b.N);
+      double totals[columns] = {};
+      for_row_chunks(samples, [&](Range rows) {
+        for (int64_t n = n0; n < end; n += kColumnsOfRows)
+          grad_z_rows(b, rows, {n, std::min(n + kColumnsOfRows, end)}, dz ? dz + rows.begin * b.N : dz, b.N,
+                      totals + (n - n0));
+      });
+      if (db_out) round_sums(totals, end - n0, static_cast<T*>(db_out) + n0);
+    }
+  }
+
+  static void combine(const void* parts, int64_t count, int64_t size, Range range, void* out) {
+    const T* const from = static_cast<const T*>(parts) + range.begin;
+    for_vectors<T>(range.size(), [&](int64_t i, auto lanes) {
+      V total = load(from + i, lanes);
+      for (int64_t p = 1; p < count; ++p) total = total + load(from + p * size + i, lanes);
+      store(static_cast<S*>(out) + range.begin + i, total, lanes);
+    });
+  }
+
+  // ---- small: one thread, nothing packed but W^T, one row of vectors at a time ----
+
+  // out(j, sum over i of factor(i) * row(i)[j...])
+  template <class Factor, class Row, class Out>
+  static void combine_rows(int64_t count, int64_t columns, const Factor& factor, const Row& row, const Out& out) {
+    for_vectors<T>(columns, [&](int64_t j, auto lanes) {
+      V total;
+      for_row_chunks({0, count}, [&](Range piece) {
+        V sum;
+        for (int64_t i = piece.begin; i < piece.end; ++i) sum = sum + V(factor(i)) * load(row(i) + j, lanes);
+        total = total + sum;
+      });
+      out(j, total, lanes);
+    });
+  }
+
+  static void small_forward(const Forward& f, void* scratch) {
+    T* const wt = static_cast<T*>(scratch);  // [K, N] and one row
+    T* const x = wt + f.K * f.N;
+    const Epilogue finish = epilogue(f);
+    for (int64_t n = 0; n < f.N; ++n)
+      for (int64_t k = 0; k < f.K; ++k) wt[k * f.N + n] = scalar(at<S>(f.w, n, k));
+    for (int64_t m = 0; m < f.M; ++m) {
+      for_vectors<T>(f.K, [&](int64_t k, auto lanes) { store(x + k, load(at<S>(f.x, m, k), lanes), lanes); });
+      combine_rows(
+          f.K, f.N, [&](int64_t k) { return x[k]; }, [&](int64_t k) { return wt + k * f.N; },
+          [&](int64_t n, V z, auto lanes) { finish(m, n, z, lanes); });
+    }
+  }
+
+  static void small_backward(const Backward& b, void* scratch) {
+    T* const dz = static_cast<T*>(scratch);  // [M, N]
+    for (int64_t m = 0; m < b.M; ++m)
+      for_vectors<T>(b.N, [&](int64_t n, auto lanes) { store(dz + m * b.N + n, grad_z(b, m, n, lanes), lanes); });
+    for (int64_t m = 0; b.dx.data && m < b.M; ++m)
+      combine_rows(
+          b.N, b.K, [&](int64_t n) { return dz[m * b.N + n]; }, [&](int64_t n) { return at<S>(b.w, n, 0); },
+          [&](int64_t k, V v, auto lanes) { store(at<S>(b.dx, m, k), v, lanes); });
+    for (int64_t n = 0; b.dw && n < b.N; ++n)
+      combine_rows(
+          b.M, b.K, [&](int64_t m) { return dz[m * b.N + n]; }, [&](int64_t m) { return at<S>(b.x, m, 0); },
+          [&](int64_t k, V v, auto lanes) { store(static_cast<S*>(b.dw) + n * b.K + k, v, lanes); });
+    if (b.db)
+      combine_rows(
+          b.M, b.N, [](int64_t) { return T(1); }, [&](int64_t m) { return dz + m * b.N; },
+          [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
+  }
+
+  static constexpr Kernels kernels{small_forward,
+                                   small_backward,
+                                   forward,
+                                   ForwardDots<S, Element>::run,
+                                   grad_input,
+                                   grad_weight,
+                                   grad_weight_skinny_m,
+                                   backward_tall,
+                                   backward_one_input,
+                                   backward_one_output,
+                                   std::is_same_v<Act, Identity> ? nullptr : act,
+                                   put_grad_z,
+                                   combine};
+
+ private:
+  // What the packed and the tall path take of the scratch memory.
+  static constexpr int64_t kPackedScratch =
+      kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
+  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +    // dz, x
+                                          kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
+  static constexpr int64_t kOneScratch = kOneBreadth * (3 + 2 * sizeof(double) / sizeof(T));
+  static constexpr int64_t kWeightScratch = kPackedA<T> + kPackedB<T> + kBiasesPerPiece * sizeof(double) / sizeof(T);
+  static_assert(sizeof(T) * std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
+  static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);
+};
+
+template <class... Act>
+constexpr auto make_table(TypeList<Act...>) {
+  return KernelTable<sizeof...(Act)>{{{LinearAct<float, Act>::kernels...},
+                                      {LinearAct<double, Act>::kernels...},
+                                      {LinearAct<BFloat16, Act>::kernels...},
+                                      {LinearAct<Half, Act>::kernels...}}};
+}
+constexpr auto kTable = make_table(Activations{});
+
+#if MLP_EXT_VECTOR_BYTES == 64
+template <class... Act>
+constexpr auto make_pairs_row(TypeList<Act...>) {
+  return std::array{LinearAct<BFloat16, Act, Bfloat16Pair>::kernels...};
+}
+constexpr auto kPairsRow = make_pairs_row(Activations{});
+#endif
+
+}  // namespace
+
+namespace MLP_EXT_TARGET {
+
+const Kernels& kernels(DType dtype, size_t activation) {
+#if MLP_EXT_VECTOR_BYTES == 64
+  if (dtype == DType::bfloat16 && multiplies_bfloat16()) return kPairsRow[activation];
+#endif
+  return kTable[static_cast<size_t>(dtype)][activation];
+}
+
+// Enough independent chains to hide the latency of FMA on any processor so far.
+int64_t fma_loop(int64_t rounds) {
+  constexpr int chains = kVectorBytes == 64 ? 24 : 12;
+  Vec<float> sums[chains];
+  const Vec<float> factor = 0.5f;
+  for (int64_t round = 0; round < rounds; ++round)
+#pragma GCC unroll 24
+    for (int i = 0; i < chains; ++i) sums[i] = sums[i] * factor + factor;
+  float total = 0;
+  for (const auto& sum : sums) total += sum.v[0];
+  volatile float keep = total;
+  (void)keep;
+  return rounds * chains * Vec<float>::lanes * 2;
+}
+
+}  // namespace MLP_EXT_TARGET
+}  // namespace mlp_ext::cpu

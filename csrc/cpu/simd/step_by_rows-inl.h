@@ -1,0 +1,253 @@
+// A training step of a narrow network, block of rows by block of rows: each goes forward, through the loss and backward
+// through all layers before the next, so that its activations never leave the cache and take no memory per row.
+// Compiled once per instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd/dots-inl.h"
+#include "cpu/simd/gemm-inl.h"
+#include "cpu/simd/loss-inl.h"
+#include "cpu/simd/pack-inl.h"
+#include "cpu/simd/row_sums-inl.h"
+#include "cpu/simd/update-inl.h"
+#include "cpu/simd/vec-inl.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+// Rows of one width for all layers, so that what one layer writes the next reads as A. An odd number of cache lines.
+template <class T, int width>
+struct RowsOfBlock {
+  static constexpr int row_step = width + 64 / sizeof(T), depth_step = 1;
+  static constexpr int64_t panel = Tile<T>::rows * row_step;
+};
+template <class T, int width>
+struct RowsOfBlockTransposed {
+  static constexpr int row_step = 1, depth_step = RowsOfBlock<T, width>::row_step;
+  static constexpr int64_t panel = Tile<T>::rows;
+};
+
+// DotMode of a block, whose rows lie as RowsOfBlock.
+template <class T, int width>
+struct BlockProducts {
+  using V = Vec<T>;
+  using Block = RowsOfBlock<T, width>;
+  static constexpr int64_t kStride = Block::row_step;
+
+  // The ends of products: y = act(z + b);  z + b, without gaps;  dz = act'(dy, y) of the layer below.
+  template <class Act>
+  struct Forward {
+    static constexpr bool whole_depth = true;
+    const T* bias;
+    T* y;
+    Forward from(int64_t i, int64_t j) const { return {bias + j, y + i * kStride + j}; }
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
+      store(y + i * kStride + j, Act::forward(z + load(bias + j, lanes)), lanes);
+    }
+  };
+  struct AddBias {
+    static constexpr bool whole_depth = true;
+    const T* bias;
+    T* z;
+    int64_t stride;
+    AddBias from(int64_t i, int64_t j) const { return {bias + j, z + i * stride + j, stride}; }
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
+      store(z + i * stride + j, v + load(bias + j, lanes), lanes);
+    }
+    template <class Lanes>
+    void column(int64_t i, V v, Lanes lanes) const {
+      store(z + i, v + V(bias[0]), lanes);
+    }
+  };
+  template <class Act>
+  struct Backward {
+    static constexpr bool whole_depth = true;
+    const T* y;
+    T* dz;
+    Backward from(int64_t i, int64_t j) const { return {y + i * kStride + j, dz + i * kStride + j}; }
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V dy, Lanes lanes) const {
+      const int64_t at = i * kStride + j;
+      store(dz + at, Act::backward(dy, load(y + at, lanes)), lanes);
+    }
+  };
+  // dW += sums
+  struct AddTo {
+    static constexpr bool whole_depth = true;
+    T* dw;
+    int64_t stride;
+    AddTo from(int64_t i, int64_t j) const { return {dw + i * stride + j, stride}; }
+    template <class Lanes>
+    void operator()(int64_t i, int64_t j, V v, Lanes lanes) const {
+      T* const at = dw + i * stride + j;
+      store(at, load(at, lanes) + v, lanes);
+    }
+  };
+
+  template <class Finish>
+  static __attribute__((noinline)) void product(const T* a, Panels<T> b, int64_t depth, int64_t rows, int64_t columns,
+                                                const Finish& finish) {
+    Prefetcher none;
+    tiles<Block, Single<T>, Tile<T>::rows>(a, b, depth, 0, rows, columns, Stage{true, true}, Partial<T>{}, finish,
+                                           none);
+  }
+
+  // dW += dz^T x;  db += sum over rows of dz
+  static __attribute__((noinline)) void add_gradients(const StepLayerView& l, const T* x, const T* dz, T* sums,
+                                                      double* db_totals, int64_t count) {
+    if (l.db >= 0) {
+      alignas(kVectorBytes) T db_block[width];
+      for_vectors<T>(l.N, [&](int64_t n, auto lanes) {
+        V db[4];
+        int64_t m = 0;
+        for (; m + 4 <= count; m += 4)
+          for (int i = 0; i < 4; ++i) db[i] = db[i] + load(dz + (m + i) * kStride + n, lanes);
+        for (; m < count; ++m) db[0] = db[0] + load(dz + m * kStride + n, lanes);
+        store(db_block + n, (db[0] + db[1]) + (db[2] + db[3]), lanes);
+      });
+      add_up(db_totals, db_block, l.N);
+    }
+    Prefetcher none;
+    if (l.dw >= 0)
+      tiles<RowsOfBlockTransposed<T, width>, Single<T>, Tile<T>::rows>(dz, Panels<T>::in_place(x, kStride), count, 0,
+                                                                       l.N, l.K, Stage{true, true}, Partial<T>{},
+                                                                       AddTo{sums + l.dw, l.K}, none);
+  }
+};
+
+template <class S, int width>
+struct StepRows {
+  using T = Accumulator<S>;
+  using V = Vec<T>;
+  using Block = BlockProducts<T, width>;
+  static constexpr int64_t kRows = Blocking<T>::rows, kStride = Block::kStride, kBlock = kRows * kStride;
+
+  // Packed weights, the sums of db, and a block of rows of the input, of each layer, of two gradients and of the
+  // targets.
+  static size_t scratch_bytes(const StepProblem& p) {
+    int64_t elements = (p.layers.size() + 4) * kBlock;
+    for (const StepLayerView& l : p.layers)
+      elements += l.K * round_up_columns<T>(l.N) + l.N * round_up_columns<T>(l.K) +
+                  round_up_columns<T>(l.N) * (1 + sizeof(double) / sizeof(T));
+    return elements * sizeof(T);
+  }
+
+  // Gradients summed over the rows go to `sums`: of each layer dW [N, K] and db [N], where they are wanted.
+  static double run(const StepProblem& p, Range rows, void* sums_out, void* scratch, bool& valid) {
+    const size_t L = p.layers.size();
+    T* const sums = static_cast<T*>(sums_out);
+    T* const blocks = static_cast<T*>(scratch);  // of x and of each layer's output
+    T *dz = blocks + (L + 1) * kBlock, *dz_below = dz + kBlock, *const targets = dz_below + kBlock;
+    T* packed = targets + kBlock;
+    const T *w[kMostLayers], *wt[kMostLayers], *bias[kMostLayers];
+    double* db[kMostLayers];
+    for (size_t l = 0; l < L; ++l) {
+      const StepLayerView& layer = p.layers[l];
+      if (l + 1 == L && tiles_mostly_empty(layer.K, layer.N))
+        for (int64_t n = 0; n < layer.N; ++n)
+          for_vectors<T>(layer.K, [&](int64_t k, auto lanes) {
+            store(packed + n * layer.K + k, load(at<S>(layer.w, n, k), lanes), lanes);
+          });
+      else
+        pack_panels_transposed<S>(layer.w, 0, layer.K, 0, layer.N, packed);
+      wt[l] = packed;
+      packed += layer.K * round_up_columns<T>(layer.N);
+      if (l > p.lowest) pack_panels<S>(layer.w, 0, layer.N, 0, layer.K, packed);
+      w[l] = packed;
+      packed += layer.N * round_up_columns<T>(layer.K);
+      for_vectors<T>(layer.N, [&](int64_t n, auto lanes) {
+        store(packed + n, layer.bias ? load(static_cast<const S*>(layer.bias) + n, lanes) : V(), lanes);
+      });
+      bias[l] = packed;
+      packed += round_up_columns<T>(layer.N);
+      db[l] = reinterpret_cast<double*>(packed);
+      packed += round_up_columns<T>(layer.N) * (sizeof(double) / sizeof(T));
+      std::fill(db[l], db[l] + layer.N, 0.0);
+    }
+    std::fill(sums, sums + p.sums, T(0));
+    const StepLayerView& top = p.layers[L - 1];
+    double loss = 0;
+    for (int64_t m0 = rows.begin; m0 < rows.end; m0 += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, rows.end - m0);
+      for (int64_t m = 0; m < count; ++m)
+        for_vectors<T>(p.layers[0].K, [&](int64_t k, auto lanes) {
+          store(blocks + m * kStride + k, load(at<S>(p.x, m0 + m, k), lanes), lanes);
+        });
+      T* y = blocks;
+      for (size_t l = 0; l + 1 < L; ++l, y += kBlock)
+        with_activation(p.layers[l], [&](auto act) {
+          Block::product(y, Panels<T>::packed(wt[l], p.layers[l].K), p.layers[l].K, count, p.layers[l].N,
+                         typename Block::template Forward<decltype(act)>{bias[l], y + kBlock});
+        });
+
+      // What the loss is of and its gradient have no gaps between rows, however few columns.
+      T *const z = y + kBlock, *const top_dz = dz_below;
+      const typename Block::AddBias finish{bias[L - 1], z, top.N};
+      if (tiles_mostly_empty(top.K, top.N))
+        dots<T, Single<T>>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
+      else
+        Block::product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);
+      with_activation(top, [&](auto act) {
+        loss += RowsLoss<S, decltype(act)>::run(p.loss, {m0, m0 + count}, top.N, z, top_dz, targets, valid);
+      });
+      for (int64_t m = 0; m < count; ++m)
+        for_vectors<T>(top.N, [&](int64_t n, auto lanes) {
+          store(dz + m * kStride + n, load(top_dz + m * top.N + n, lanes), lanes);
+        });
+
+      for (size_t l = L; l-- > p.lowest; y -= kBlock) {
+        const StepLayerView& layer = p.layers[l];
+        Block::add_gradients(layer, y, dz, sums, db[l], count);
+        if (l == p.lowest) break;
+        with_activation(p.layers[l - 1], [&](auto act) {
+          Block::product(dz, Panels<T>::packed(w[l], layer.N), layer.N, count, layer.K,
+                         typename Block::template Backward<decltype(act)>{y, dz_below});
+        });
+        std::swap(dz, dz_below);
+      }
+    }
+    for (size_t l = p.lowest; l < L; ++l)
+      if (p.layers[l].db >= 0) round_sums(db[l], p.layers[l].N, sums + p.layers[l].db);
+    return loss;
+  }
+
+ private:
+  template <class F>
+  static void with_activation(const StepLayerView& layer, const F& f) {
+    visit_activation(layer.activation, [&](auto act) { return f(act), true; });
+  }
+};
+
+// Rows as narrow as the network allows: they lie closer together.
+template <class S>
+struct Steps {
+  static constexpr int kNarrow = 256 / sizeof(Accumulator<S>), kWide = kStepRowBytes / sizeof(Accumulator<S>);
+  static bool is_narrow(const StepProblem& p) {
+    int64_t most = p.layers[0].K;
+    for (const StepLayerView& l : p.layers) most = std::max(most, l.N);
+    return most <= kNarrow;
+  }
+  static size_t scratch_bytes(const StepProblem& p) {
+    return is_narrow(p) ? StepRows<S, kNarrow>::scratch_bytes(p) : StepRows<S, kWide>::scratch_bytes(p);
+  }
+  static double rows(const StepProblem& p, Range rows, void* sums, void* scratch, bool& valid) {
+    return is_narrow(p) ? StepRows<S, kNarrow>::run(p, rows, sums, scratch, valid)
+                        : StepRows<S, kWide>::run(p, rows, sums, scratch, valid);
+  }
+  static constexpr StepKernels kernels{scratch_bytes, rows, loss_rows<S>, update<S>, update<S, S>};
+};
+
+}  // namespace
+
+namespace MLP_EXT_TARGET {
+
+const StepKernels& step_kernels(DType dtype) {
+  static constexpr StepKernels table[]{Steps<float>::kernels, Steps<double>::kernels, Steps<BFloat16>::kernels,
+                                       Steps<Half>::kernels};
+  return table[static_cast<size_t>(dtype)];
+}
+
+}  // namespace MLP_EXT_TARGET
+}  // namespace mlp_ext::cpu

@@ -1,7 +1,0 @@
-#include "cpu/targets/avx512.h"
-// After the target.
-#include "cpu/step-inl.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif

@@ -1,3 +1,0 @@
-#include "cpu/targets/generic.h"
-// After the target.
-#include "cpu/step-inl.h"

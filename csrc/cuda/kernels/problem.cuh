@@ -1,0 +1,67 @@
+// What the kernels compute, and how they are launched.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/kernels/device.cuh"
+
+namespace mlp_ext::cuda {
+
+template <class S>
+struct Rows {  // a matrix: rows of unit-stride elements
+  Pointer<S> data = nullptr;
+  int64_t stride = 0;  // elements from row to row; 0 repeats one row
+  __host__ __device__ Pointer<S> at(int64_t i, int64_t j) const { return data + (i * stride + j); }
+};
+
+// y = act(x W^T + b)
+template <class S>
+struct Forward {
+  int64_t M, K, N;
+  Rows<const S> x;        // [M, K]
+  Rows<const S> w;        // [N, K]
+  Pointer<const S> bias;  // [N] or nullptr
+  Rows<S> y;              // [M, N]
+};
+
+// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+template <class S>
+struct Backward {
+  int64_t M, K, N;
+  Rows<const S> dy, y;  // [M, N]; y unread where the activation saves nothing
+  Rows<const S> x;      // [M, K], for dW
+  Rows<const S> w;      // [N, K], for dx
+  Rows<S> dx;           // [M, K] or nullptr
+  Pointer<S> dw;        // [N, K] or nullptr, contiguous
+  Pointer<S> db;        // [N] or nullptr
+};
+
+// What a launch is fitted to.
+struct Device {
+  int processors;  // multiprocessors
+  int64_t shared;  // bytes of shared memory of each
+};
+
+// Blocks, threads of a block, bytes of dynamic shared memory. No blocks: nothing to launch.
+struct Launch {
+  int64_t blocks_x = 0, blocks_y = 1;
+  int threads = 0;
+  int64_t shared = 0;
+  int64_t blocks() const { return blocks_x * blocks_y; }
+};
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+__host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Elements in 16 bytes.
+template <class S>
+constexpr int kVector = 16 / sizeof(S);
+
+// Whether rows of that many columns may be read and written 16 bytes at a time.
+template <class S>
+__host__ __device__ bool in_vectors(const Rows<S>& m, int64_t columns) {
+  return aligned(m.data, 16) && m.stride % kVector<S> == 0 && columns % kVector<S> == 0;
+}
+
+}  // namespace mlp_ext::cuda

@@ -1,0 +1,362 @@
+// Whole training steps of a small network in one block: many batches in one launch, the weights on chip from the first
+// to the last.
+//
+// Rows of a batch go forward, through the loss and backward 32 at a time; gradients are added up over them, and the
+// update follows. On chip all is in the dtype of accumulation, and a parameter as rounded as in memory, so that many
+// steps at once equal as many launches to the bit. dz takes the place of y. A bias is the column K of W, beside a
+// column of ones in x.
+#pragma once
+
+#include "cuda/kernels/problem.cuh"
+#include "cuda/plan.h"
+#include "math/losses.h"
+#include "math/optimizers.h"
+
+namespace mlp_ext::cuda {
+
+template <class S>
+struct StepParameter {         // and how it is updated
+  Pointer<S> value;            // nullptr: there is none
+  Pointer<S> momentum_buffer;  // where it learns with momentum
+  Sgd sgd;
+  bool learns;
+};
+template <class S>
+struct StepLayer {
+  int K, N, activation;
+  StepParameter<S> weight, bias;  // [N, K] and [N], contiguous
+  // On chip, where W, x and y begin, and from row to row of W and x, and of y.
+  int w = 0, x = 0, y = 0, stride = 0, y_stride = 0;
+};
+template <class S>
+struct StepLoss {
+  int index;  // its place in Losses
+  bool mean;
+  Rows<const S> target;            // as the output; unread with classes
+  Pointer<const int64_t> classes;  // of cross_entropy, or nullptr
+  int64_t classes_stride;
+  Pointer<const S> weight;  // of cross_entropy: [N] or nullptr
+  int64_t ignore_index;
+  double label_smoothing;
+};
+// Batch i has the rows of order from i batch on; the last one may be short.
+template <class S>
+struct Steps {
+  int64_t rows, batch;
+  Pointer<const int64_t> order;  // [rows], places among the input's rows; nullptr: as they lie
+  int64_t input_rows;
+  Rows<const S> x;  // [input_rows, K]
+  StepLoss<S> loss;
+  Pointer<S> losses;  // [steps], each of before its update
+  int layers, lowest_learning;
+  StepLayer<S> layer[kStepLayers];
+  int weights = 0, on_chip_rows = 0;  // elements on chip
+};
+
+namespace step {
+
+constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kCrossEntropy = mlp_ext::kCrossEntropy;
+
+template <class T>
+struct OnChip {
+  Pointer<T> weights, gradients;  // of each layer [N, K and the bias]
+  Pointer<T> rows;                // of each layer x [kStepRows, K and the ones], and the output; dz takes its place
+  Pointer<T> counts, losses;      // [kWarps]
+};
+
+template <class T>
+__device__ T act_forward(int activation, T z) {
+  return visit_activation(activation, [&](auto act) { return decltype(act)::forward(z); }, Activations());
+}
+template <class T>
+__device__ T act_backward(int activation, T dy, T y) {
+  return visit_activation(activation, [&](auto act) { return decltype(act)::backward(dy, y); }, Activations());
+}
+
+// sum over the block, before a barrier and after it; always in the same order.
+template <class T>
+__device__ void put_sum(const Pointer<T>& sums, T v) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = v;
+}
+template <class T>
+__device__ T take_sum(const Pointer<T>& sums) {
+  T total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += sums[w];
+  return total;
+}
+
+// f(place in memory, place on chip) for each element of the weight, or of the bias, always in the same thread.
+template <class S, class F>
+__device__ void for_elements(const StepLayer<S>& layer, bool is_bias, const F& f) {
+  const int columns = is_bias ? 1 : layer.K, first = layer.w + (is_bias ? layer.K : 0);
+  for (int i = threadIdx.x; i < layer.N * columns; i += kThreads)
+    f(i, first + i / columns * layer.stride + i % columns);
+}
+
+template <class T>
+struct Operand {  // [count, depth]
+  Pointer<T> data;
+  int count, stride, depth_stride;
+};
+
+// finish(row, column, sum) for all results, sum = a[row] . b[column] over the depth. A thread makes kPart x kPart of
+// them at a time, which lie apart: neighbours in a warp have neighbouring columns, hence different banks.
+template <int kPart, class T, class Finish>
+__device__ void product_by(const Operand<T>& a, const Operand<T>& b, int depth, const Finish& finish) {
+  const int down = static_cast<int>(ceil_div(a.count, kPart)), across = static_cast<int>(ceil_div(b.count, kPart));
+  for (int part = threadIdx.x; part < down * across; part += kThreads) {
+    const int row = part / across, column = part % across;
+    int a_at[kPart], b_at[kPart];
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) {
+      a_at[i] = static_cast<int>(smaller(row + i * down, a.count - 1)) * a.stride;
+      b_at[i] = static_cast<int>(smaller(column + i * across, b.count - 1)) * b.stride;
+    }
+    T sum[kPart][kPart] = {};
+    for (int k = 0; k < depth; ++k) {
+      T a_k[kPart], b_k[kPart];
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        a_k[i] = a.data[a_at[i] + k * a.depth_stride];
+        b_k[i] = b.data[b_at[i] + k * b.depth_stride];
+      }
+#pragma unroll
+      for (int i = 0; i < kPart; ++i)
+#pragma unroll
+        for (int j = 0; j < kPart; ++j) sum[i][j] += a_k[i] * b_k[j];
+    }
+#pragma unroll
+    for (int i = 0; i < kPart; ++i)
+#pragma unroll
+      for (int j = 0; j < kPart; ++j)
+        if (row + i * down < a.count && column + j * across < b.count)
+          finish(row + i * down, column + j * across, sum[i][j]);
+  }
+}
+
+// By count: two loads of shared memory for each term one by one, half of one in parts, but those need many results.
+template <class T, class Finish>
+__device__ void product(const Operand<T>& a, const Operand<T>& b, int depth, const Finish& finish) {
+  if (a.count * b.count <= 2 * kThreads)
+    product_by<1>(a, b, depth, finish);
+  else
+    product_by<4>(a, b, depth, finish);
+}
+
+// y = act(x W^T + b)   (M,K)(K,N)
+template <class S, class T>
+__device__ void forward(const StepLayer<S>& layer, int rows, const OnChip<T>& chip) {
+  product<T>({chip.rows + layer.x, rows, layer.stride, 1}, {chip.weights + layer.w, layer.N, layer.stride, 1},
+             layer.K + (layer.bias.value ? 1 : 0), [&](int m, int n, T z) {
+               chip.rows[layer.y + m * layer.y_stride + n] = act_forward(layer.activation, z);
+             });
+}
+
+// dW and db = dz^T (x and the ones)   (N,M)(M,K)
+template <class S, class T>
+__device__ void add_gradients(const StepLayer<S>& layer, int rows, bool first, const OnChip<T>& chip) {
+  product<T>({chip.rows + layer.y, layer.N, 1, layer.y_stride},
+             {chip.rows + layer.x, layer.K + (layer.bias.value ? 1 : 0), 1, layer.stride}, rows,
+             [&](int n, int k, T sum) {
+               const auto gradient = chip.gradients + (layer.w + n * layer.stride + k);
+               *gradient = first ? sum : *gradient + sum;
+             });
+}
+
+// dx = dz W   (M,N)(N,K), and dz of the layer below in the place of its y
+template <class S, class T>
+__device__ void backward(const StepLayer<S>& layer, int activation_below, int rows, const OnChip<T>& chip) {
+  product<T>({chip.rows + layer.y, rows, layer.y_stride, 1}, {chip.weights + layer.w, layer.K, 1, layer.stride},
+             layer.N, [&](int m, int k, T dy) {
+               const auto y = chip.rows + (layer.x + m * layer.stride + k);
+               *y = act_backward<T>(activation_below, dy, *y);
+             });
+}
+
+template <class S>
+__device__ int64_t input_row(const Steps<S>& f, int64_t i) {
+  const int64_t row = f.order ? int64_t(f.order[i]) : i;
+  device_assert(0 <= row && row < f.input_rows, "a row of the input");
+  return row;
+}
+
+// The class of a row, or -1 where it is ignored.
+template <class S>
+__device__ int64_t class_of(const Steps<S>& f, int64_t i) {
+  const int64_t c = f.loss.classes[input_row(f, i) * f.loss.classes_stride];
+  if (c == f.loss.ignore_index) return -1;
+  device_assert(0 <= c && c < f.layer[f.layers - 1].N, "a class");
+  return c;
+}
+
+// Of the classes of the rows of a batch that are this thread's.
+template <class S, class T = Accumulator<S>>
+__device__ T weight_of_classes(const Steps<S>& f, int64_t begin, int64_t count) {
+  T total = 0;
+  for (int64_t m = threadIdx.x; m < count; m += kThreads) {
+    const int64_t c = class_of(f, begin + m);
+    if (c >= 0) total += f.loss.weight ? to_accumulator(f.loss.weight[c]) : T(1);
+  }
+  return total;
+}
+
+// Of losses that look at one element: their sum, not scaled, over those of this thread; dz in the place of y.
+template <class L, class S, class T>
+__device__ T elements(const Steps<S>& f, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
+  const StepLayer<S>& layer = f.layer[f.layers - 1];
+  T total = 0;
+  for (int i = threadIdx.x; i < rows * layer.N; i += kThreads) {
+    const int m = i / layer.N, n = i % layer.N;
+    const auto place = chip.rows + (layer.y + m * layer.y_stride + n);
+    const T y = *place, t = to_accumulator(*f.loss.target.at(input_row(f, begin + m), n));
+    if constexpr (std::is_same_v<L, BCE>) device_assert(0 <= y && y <= 1 && 0 <= t && t <= 1, "a probability");
+    *place = act_backward<T>(layer.activation, L::backward(y, t) * scale, y);
+    total += L::forward(y, t);
+  }
+  return total;
+}
+
+// The same, a row for each of the first threads: the terms of q times log_softmax(z), and Q softmax(z) - q.
+template <class S, class T>
+__device__ T cross_entropy(const Steps<S>& f, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
+  const int m = threadIdx.x;
+  if (m >= rows) return 0;
+  const StepLayer<S>& layer = f.layer[f.layers - 1];
+  const auto z = chip.rows + (layer.y + m * layer.y_stride);
+  const int64_t c = f.loss.classes ? class_of(f, begin + m) : 0, row = input_row(f, begin + m);
+  const T smoothing = static_cast<T>(f.loss.label_smoothing), even = smoothing / layer.N;
+  const auto q = [&](int n) {
+    const T weight = f.loss.weight ? to_accumulator(f.loss.weight[n]) : T(1);
+    if (!f.loss.classes) return weight * ((1 - smoothing) * to_accumulator(*f.loss.target.at(row, n)) + even);
+    return (n == c ? weight * (1 - smoothing) : T(0)) + (smoothing == 0 ? T(0) : weight * even);
+  };
+  T most = z[0], sum = 0, all_q = 0, total = 0;
+  for (int n = 1; n < layer.N; ++n) {
+    const T v = z[n];
+    if (v > most || v != v) most = v;
+  }
+  for (int n = 0; n < layer.N; ++n) sum += std::exp(z[n] - most);
+  for (int n = 0; n < layer.N; ++n) {
+    if (f.loss.classes && smoothing == 0 && n != c) continue;  // 0 log 0
+    total -= q(n) * (z[n] - most - std::log(sum));
+    all_q += q(n);
+  }
+  for (int n = 0; n < layer.N; ++n) {
+    const T v = z[n], dy = c < 0 ? T(0) : (std::exp(v - most) / sum * all_q - q(n)) * scale;
+    z[n] = act_backward<T>(layer.activation, dy, v);
+  }
+  return c < 0 ? T(0) : total;
+}
+
+template <class S, class T>
+__device__ T loss(const Steps<S>& f, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
+  if (f.loss.index == kCrossEntropy) return cross_entropy(f, begin, rows, scale, chip);
+  return visit_activation(
+      f.loss.index, [&](auto l) { return elements<decltype(l)>(f, begin, rows, scale, chip); }, ElementLosses());
+}
+
+// What the sum of the losses is multiplied by: of the mean, one over the elements, the rows or their classes' weights.
+template <class S, class T>
+__device__ T loss_scale(const Steps<S>& f, int64_t count, const OnChip<T>& chip) {
+  if (!f.loss.mean) return 1;
+  if (f.loss.classes) return 1 / take_sum(chip.counts);
+  const bool by_rows = f.loss.index == kCrossEntropy;
+  return 1 / static_cast<T>(by_rows ? count : count * f.layer[f.layers - 1].N);
+}
+
+template <class S, class T>
+__device__ void update(const StepLayer<S>& layer, bool is_bias, bool last, const OnChip<T>& chip) {
+  const StepParameter<S>& p = is_bias ? layer.bias : layer.weight;
+  if (!p.learns) return;
+  for_elements(layer, is_bias, [&](int i, int at) {
+    T value = chip.weights[at], momentum_buffer = p.momentum_buffer ? to_accumulator(p.momentum_buffer[i]) : T(0);
+    p.sgd.update(value, momentum_buffer, T(chip.gradients[at]));
+    const S rounded = from_accumulator<S>(value);
+    chip.weights[at] = to_accumulator(rounded);
+    if (p.momentum_buffer) p.momentum_buffer[i] = from_accumulator<S>(momentum_buffer);
+    if (last) p.value[i] = rounded;
+  });
+}
+
+}  // namespace step
+
+// Places the layers on chip.
+template <class S>
+Launch steps_launch(Steps<S>& f) {
+  using T = Accumulator<S>;
+  f.weights = f.on_chip_rows = 0;
+  for (int l = 0; l < f.layers; ++l) {
+    StepLayer<S>& layer = f.layer[l];
+    layer.w = f.weights;
+    layer.x = f.on_chip_rows;
+    layer.stride = static_cast<int>(step_row_stride(layer.K));
+    layer.y_stride = static_cast<int>(step_row_stride(layer.N));
+    f.weights += layer.N * layer.stride;
+    layer.y = f.on_chip_rows += kStepRows * layer.stride;
+  }
+  f.on_chip_rows += kStepRows * f.layer[f.layers - 1].y_stride;
+  const int64_t shared =
+      2 * shared_bytes<T>(f.weights) + shared_bytes<T>(f.on_chip_rows) + 2 * shared_bytes<T>(step::kWarps);
+  return {f.rows > 0 ? 1 : 0, 1, step::kThreads, shared};
+}
+
+template <class S>
+__global__ void __launch_bounds__(step::kThreads, 1) sgd_steps(const Steps<S> f) {
+  using T = Accumulator<S>;
+  SharedMemory shared;
+  step::OnChip<T> chip;
+  chip.weights = shared.take<T>(f.weights);
+  chip.gradients = shared.take<T>(f.weights);
+  chip.rows = shared.take<T>(f.on_chip_rows);
+  chip.counts = shared.take<T>(step::kWarps);
+  chip.losses = shared.take<T>(step::kWarps);
+  for (int l = 0; l < f.layers; ++l) {
+    const StepLayer<S>& layer = f.layer[l];
+    step::for_elements(layer, false, [&](int i, int at) { chip.weights[at] = to_accumulator(layer.weight.value[i]); });
+    if (layer.bias.value)
+      step::for_elements(layer, true, [&](int i, int at) { chip.weights[at] = to_accumulator(layer.bias.value[i]); });
+    if (threadIdx.x < kStepRows) chip.rows[layer.x + int(threadIdx.x) * layer.stride + layer.K] = 1;
+  }
+
+  const StepLayer<S>& lowest = f.layer[0];
+  for (int64_t step = 0, begin = 0; begin < f.rows; ++step, begin += f.batch) {
+    const int64_t count = smaller(f.batch, f.rows - begin);
+    if (f.loss.classes) step::put_sum(chip.counts, step::weight_of_classes(f, begin, count));
+    T scale = 0, loss = 0;
+    for (int64_t m0 = 0; m0 < count; m0 += kStepRows) {
+      const int rows = static_cast<int>(smaller(kStepRows, count - m0));
+      for (int i = threadIdx.x; i < rows * lowest.K; i += step::kThreads) {
+        const int m = i / lowest.K, k = i % lowest.K;
+        chip.rows[m * lowest.stride + k] = to_accumulator(*f.x.at(step::input_row(f, begin + m0 + m), k));
+      }
+      __syncthreads();
+      if (m0 == 0) scale = step::loss_scale(f, count, chip);
+      for (int l = 0; l < f.layers; ++l) {
+        step::forward(f.layer[l], rows, chip);
+        __syncthreads();
+      }
+      loss += step::loss(f, begin + m0, rows, scale, chip);
+      step::put_sum(chip.losses, loss);
+      __syncthreads();
+      for (int l = f.layers; l-- > f.lowest_learning;) {
+        step::add_gradients(f.layer[l], rows, m0 == 0, chip);
+        __syncthreads();
+        if (l == f.lowest_learning) break;
+        step::backward(f.layer[l], f.layer[l - 1].activation, rows, chip);
+        __syncthreads();
+      }
+    }
+    const bool last = begin + f.batch >= f.rows;
+    for (int l = f.lowest_learning; l < f.layers; ++l) {
+      step::update(f.layer[l], false, last, chip);
+      step::update(f.layer[l], true, last, chip);
+    }
+    if (threadIdx.x == 0) f.losses[step] = from_accumulator<S>(step::take_sum(chip.losses) * scale);
+  }
+}
+
+}  // namespace mlp_ext::cuda

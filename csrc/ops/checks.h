@@ -1,0 +1,83 @@
+// Argument checks that the operators share. Messages say which argument, what was expected, what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <ostream>
+#include <string>
+#include <string_view>
+
+#include "math/activations.h"
+#include "math/dtype.h"
+
+namespace mlp_ext {
+
+// An argument that is an element of a list, as "weights[1]".
+struct Element {
+  const char* list;
+  size_t index;
+};
+inline std::ostream& operator<<(std::ostream& out, const Element& element) {
+  return out << element.list << "[" << element.index << "]";
+}
+
+inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
+
+// The place of the activation in Activations.
+template <class Name>
+size_t check_activation(const char* op, std::string_view activation, const Name& name) {
+  const size_t index = activation_index(activation);
+  TORCH_CHECK_VALUE(index < Activations::size, op, ": ", name, " must be one of ", activation_names(), ", got '",
+                    activation, "'");
+  return index;
+}
+
+template <class Name>
+void check_defined(const char* op, const at::Tensor& tensor, const Name& name) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", name, " must be a tensor, got None");
+}
+
+template <class Name>
+void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
+  check_defined(op, first, name);
+  const auto dtype = first.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
+                   ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+// Of a tensor that check_dtype lets pass.
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      return DType::float16;
+  }
+}
+
+inline at::ScalarType scalar_type(DType dtype) {
+  constexpr at::ScalarType types[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+  return types[static_cast<int>(dtype)];
+}
+
+template <class Name, class First>
+void check_like(const char* op, const at::Tensor& tensor, const Name& name, const at::Tensor& first,
+                const First& first_name) {
+  check_defined(op, tensor, name);
+  TORCH_CHECK(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(), " to match ",
+              first_name, ", got ", tensor.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " must be ",
+                   dtype_name(first.scalar_type()), " to match ", first_name, ", got ",
+                   dtype_name(tensor.scalar_type()));
+}
+
+template <class Name>
+void check_weight(const char* op, const at::Tensor& weight, const Name& name) {
+  TORCH_CHECK(weight.dim() == 2, op, ": ", name, " must be [N, K], got ", weight.sym_sizes());
+}
+
+}  // namespace mlp_ext

@@ -1,0 +1,115 @@
+#include "ops/node.h"
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/version.h>
+
+namespace mlp_ext {
+namespace {
+
+using torch::autograd::CompiledNodeArgs;
+using torch::autograd::SavedVariable;
+using torch::autograd::SwapSavedVariables;
+using torch::autograd::variable_list;
+namespace compiled = torch::dynamo::autograd;
+
+class OperatorNode final : public torch::autograd::TraceableFunction {
+ public:
+  OperatorNode(const Derivative& derivative, c10::IValue activations)
+      : derivative_(derivative), activations_(std::move(activations)) {}
+
+  std::string name() const override { return derivative_.name; }
+
+  void save(const variable_list& tensors) {
+    saved_.reserve(tensors.size());
+    for (const at::Tensor& t : tensors) {
+      const bool is_output = t.defined() && torch::autograd::impl::grad_fn_unsafe(t) == this;
+      saved_.emplace_back(t, is_output);
+    }
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return derivative_.backward(grads, saved(), activations_, wanted());
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& s : saved_) s.reset_data();
+  }
+
+  // Compiled autograd: what the node's part of the compiled graph depends on, and how it is written there.
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(std::string(derivative_.name));
+    args.collect(activations_);
+    args.collect(saved_, true);  // all are unpacked as outputs of this node are
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {
+    swap.before(saved_);
+    compiled::PackedArgs packed;
+    packed.pack(saved());
+    packed.pack(activations_);
+    packed.pack(wanted());
+    std::vector<at::TypePtr> types;
+    for (const c10::IValue& arg : packed.vec())
+      types.push_back(arg.isTensor() ? at::TypePtr(at::TensorType::get()) : arg.type());
+    const auto backward = [d = derivative_](const variable_list& grads, const std::vector<c10::IValue>& values) {
+      compiled::PackedArgs packed(values);
+      const auto saved = packed.unpack<variable_list>();
+      const auto activations = packed.unpack<c10::IValue>();
+      return d.backward(grads, saved, activations, packed.unpack<std::vector<bool>>());
+    };
+    const auto& python = compiled::getPyCompilerInterface();
+    const std::string bound = python->bind_function(swap.get_py_compiler(), derivative_.name, backward, types,
+                                                    /*is_custom_function=*/true, /*is_traceable=*/true);
+    const c10::IValue metadata =
+        compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            compiled::get_input_metadata(next_edges()));
+    variable_list result =
+        python->call_function(swap.get_py_compiler(), "apply_functional", bound, grads, packed.vec(), metadata);
+    swap.after(saved_);
+    return result;
+  }
+
+ private:
+  variable_list saved() {
+    variable_list tensors;
+    tensors.reserve(saved_.size());
+    for (const SavedVariable& s : saved_) tensors.push_back(s.unpack(getptr()));
+    return tensors;
+  }
+
+  std::vector<bool> wanted() const {
+    std::vector<bool> result(num_outputs());
+    for (size_t i = 0; i < result.size(); ++i) result[i] = task_should_compute_output(i);
+    return result;
+  }
+
+  const Derivative& derivative_;
+  const c10::IValue activations_;
+  std::vector<SavedVariable> saved_;
+};
+
+auto make_node(const Derivative& derivative, c10::IValue activations) {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+  return std::shared_ptr<OperatorNode>(new OperatorNode(derivative, std::move(activations)),
+                                       torch::autograd::deleteNode);
+#else
+  return c10::make_intrusive<OperatorNode>(derivative, std::move(activations));
+#endif
+}
+
+}  // namespace
+
+void record(const Derivative& derivative, c10::IValue activations, const variable_list& inputs,
+            const variable_list& outputs, const variable_list& saved) {
+  const auto node = make_node(derivative, std::move(activations));
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  torch::autograd::set_history(outputs, node);
+  node->save(saved);
+}
+
+}  // namespace mlp_ext

@@ -1,0 +1,209 @@
+// The Python module mlp_ext._C: loading it registers the operators; beyond that it tells about the build and the plans.
+// Tensors cross in the classes Run and Trainer alone.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <initializer_list>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "cpu/caching_allocator.h"
+#include "cpu/plan.h"
+#include "cpu/variants.h"
+#include "cuda/plan.h"
+#include "math/activations.h"
+#include "python/guards.h"
+#include "python/trainer.h"
+
+namespace py = pybind11;
+
+namespace mlp_ext {
+namespace {
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const cpu::Variant& variant : cpu::variants()) names.insert(names.begin(), variant.name);
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["mlp_ext"] = MLP_EXT_VERSION;
+  info["torch"] = TORCH_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["instruction_sets"] = instruction_sets();
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  return info;
+}
+
+// How many threads share a parallel_for that this module compiled: 1 if OpenMP was left out of the build.
+size_t parallel_for_threads() {
+  std::mutex mutex;
+  std::set<std::thread::id> ids;
+  const int64_t pieces = at::get_num_threads();
+  at::parallel_for(0, pieces, 1, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    ids.insert(std::this_thread::get_id());
+  });
+  return ids.size();
+}
+
+cpu::DotMode dot_mode(const std::string& name) {
+  const auto place = std::find(std::begin(cpu::kDotModes), std::end(cpu::kDotModes), name);
+  if (place == std::end(cpu::kDotModes)) throw py::value_error("mode must be fma, bf16_dot or amx, got '" + name + "'");
+  return static_cast<cpu::DotMode>(place - std::begin(cpu::kDotModes));
+}
+
+void check_sizes(std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes)
+    if (size < 0) throw py::value_error("sizes must be from 0 on, got " + std::to_string(size));
+}
+
+// CPU plans multiply M K N by small factors, in int64.
+void check_cpu(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads) {
+  check_sizes({M, K, N});
+  double product = 1;
+  for (const int64_t size : {M, K, N}) product *= static_cast<double>(std::max<int64_t>(1, size));
+  if (product > 0x1p53) throw py::value_error("the product of the sizes must be at most 2^53");
+  if (item_size != 2 && item_size != 4 && item_size != 8)
+    throw py::value_error("item_size must be 2, 4 or 8, got " + std::to_string(item_size));
+  if (threads < 1 || threads > 1 << 16)
+    throw py::value_error("threads must be from 1 to 65536, got " + std::to_string(threads));
+}
+
+py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& mode,
+              bool library, bool update) {
+  check_cpu(M, K, N, item_size, threads);
+  const cpu::Plan plan =
+      cpu::make_plan(M, K, N, item_size, threads, dot_mode(mode), {.library = library, .update = update});
+  const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
+  py::dict result;
+  result["forward_path"] = cpu::path_name(plan.forward_path);
+  result["backward_path"] = cpu::path_name(plan.backward_path);
+  result["forward"] = pieces(plan.forward);
+  result["grad_input"] = pieces(plan.grad_input);
+  result["grad_weight"] = pieces(plan.grad_weight);
+  result["concurrent_gemms"] = plan.concurrent_gemms;
+  return result;
+}
+
+DType cuda_dtype(const std::string& name) {
+  static const std::map<std::string, DType> dtypes{{"float32", DType::float32},
+                                                   {"float64", DType::float64},
+                                                   {"bfloat16", DType::bfloat16},
+                                                   {"float16", DType::float16}};
+  const auto found = dtypes.find(name);
+  if (found == dtypes.end())
+    throw py::value_error("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
+  return found->second;
+}
+
+std::optional<cuda::Path> cuda_path(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  for (const auto path : {cuda::Path::small, cuda::Path::tall, cuda::Path::large, cuda::Path::native})
+    if (*name == cuda::path_name(path)) return path;
+  throw py::value_error("path must be small, tall, large or native, got '" + *name + "'");
+}
+
+void check_widths(const std::vector<int64_t>& widths, int64_t batch) {
+  if (widths.size() < 2) throw py::value_error("widths must name input and output");
+  for (const int64_t width : widths) check_sizes({width, batch});
+}
+
+py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads,
+                   const std::string& mode) {
+  check_widths(widths, batch);
+  for (size_t l = 1; l < widths.size(); ++l) check_cpu(batch, widths[l - 1], widths[l], item_size, threads);
+  const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads, dot_mode(mode));
+  py::dict result;
+  result["path"] = cpu::step_path_name(plan.path);
+  result["pieces"] = plan.pieces;
+  return result;
+}
+
+py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
+                   bool tf32, bool aligned, bool cutlass, int64_t shared, const std::optional<std::string>& path) {
+  check_sizes({M, K, N});
+  const cuda::Plan plan =
+      cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass, shared, cuda_path(path)});
+  py::dict result;
+  result["forward"] = cuda::path_name(plan.forward);
+  result["forward_reason"] = plan.forward_reason;
+  result["backward"] = cuda::path_name(plan.backward);
+  result["backward_reason"] = plan.backward_reason;
+  result["epilogue"] = cuda::epilogue_name(plan.epilogue);
+  return result;
+}
+
+py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const std::string& dtype, int arch,
+                        int64_t shared) {
+  check_widths(widths, batch);
+  const auto layers = static_cast<int64_t>(widths.size()) - 1;
+  const cuda::StepPlan plan = cuda::make_step_plan({widths.data(), layers, batch, cuda_dtype(dtype), arch, shared});
+  py::dict result;
+  result["path"] = cuda::step_path_name(plan.path);
+  result["reason"] = plan.reason;
+  return result;
+}
+
+std::vector<std::string> activations() {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < Activations::size; ++i)
+    names.push_back(visit_activation(i, [](auto act) { return std::string(act.name); }));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of mlp_ext: registers torch.ops.mlp_ext and tells how it was built.";
+  m.def("activations", activations, "Names that the operators take.");
+  m.def("build_info", build_info, "Compiler, torch and instruction sets of this build.");
+  m.def(
+      "instruction_set", [] { return cpu::variant().name; },
+      "The instruction set that the kernels use in this process.");
+  m.def("parallel_for_threads", parallel_for_threads, "Distinct threads that ran in one at::parallel_for.");
+  m.def("peak_flops", cpu::peak_flops, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s of float32 that the processor reaches in registers alone.");
+  m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
+        py::arg("mode") = "fma", py::arg("library") = true, py::arg("update") = false,
+        "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each GEMM is split. mode: how the "
+        "dtype is multiplied, fma, bf16_dot (AVX512_BF16) or amx; library: whether torch's GEMM may be used; "
+        "update: whether W is updated by dW.");
+  m.def(
+      "force_dot_mode",
+      [](const std::optional<std::string>& name) {
+        cpu::forced_dot_mode = name ? std::optional(dot_mode(*name)) : std::nullopt;
+      },
+      py::arg("mode"), "What the CPU plan takes for how bfloat16 is multiplied here; None: what the processor has.");
+  m.def("step_plan", step_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("threads"),
+        py::arg("mode") = "fma",
+        "The CPU plan of a training step: block by block of rows or layer by layer, the rows in how many pieces.");
+  m.def("cached_bytes", cpu::cached_bytes, "Memory of freed results that waits for the next ones.");
+  m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
+        py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
+        py::arg("shared") = cuda::kBlockShared, py::arg("path") = py::none(),
+        "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
+  m.def(
+      "force_cuda_path", [](const std::optional<std::string>& path) { cuda::forced_path = cuda_path(path); },
+      py::arg("path"), "The path that layers take on a GPU instead of the plan's, where it can; None: the plan's.");
+  m.def("cuda_step_plan", cuda_step_plan, py::arg("widths"), py::arg("batch"), py::arg("dtype"), py::arg("arch"),
+        py::arg("shared"),
+        "The plan of a training step on a GPU whose blocks may have so many bytes of shared memory.");
+  bind_guards(m);
+  bind_trainer(m);
+}
+
+}  // namespace mlp_ext

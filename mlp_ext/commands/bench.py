@@ -1,0 +1,216 @@
+"""The command `mlp-ext bench`: its arguments, its table, its files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from mlp_ext.bench import plot
+from mlp_ext.bench.cases import DTYPES, SUITES, Case, Setting, parse_all
+from mlp_ext.bench.machine import Peak, device_name, measure_peak
+from mlp_ext.bench.providers import DEFAULT, PROVIDERS
+from mlp_ext.bench.rows import Row, by_provider, geometric_mean, write_csv, write_json
+from mlp_ext.bench.runner import WrongResult, measure
+from mlp_ext.commands import arguments
+from mlp_ext.commands.arguments import count, file
+from mlp_ext.ops import ACTIVATIONS
+
+EPILOG = (
+    "In each round the providers run in turn on the same inputs. A row has the median time of a "
+    "call with its 20 % and 80 % quantiles, and the median over the rounds of native's time over "
+    "this one's: above 1 is faster. full is forward and backward with the gradient of the input, "
+    "forward requires no gradient, backward is backward alone; step is forward, MSELoss, "
+    "zero_grad, backward and SGD."
+)
+
+
+def add_bench(commands: Any) -> None:
+    """Adds the command to the subparsers of `mlp-ext`."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure layers and training steps against native torch and its peers",
+        description="Measure layers and training steps against native torch and its peers.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=_bench, fail=parser.error, exit=parser.exit, prog=parser.prog)
+    add = parser.add_argument
+    modes = [mode for suite in SUITES.values() for mode in suite.modes]
+    forms = "; ".join(f"{name}: {suite.form}" for name, suite in SUITES.items())
+    known = "; ".join(f"{suite}: {', '.join(table)}" for suite, table in PROVIDERS.items())
+    default = "; ".join(f"{','.join(names)} on {device}" for device, names in DEFAULT.items())
+    add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
+    add("--mode", choices=modes, help="what of it (default: full, in train step)")
+    add(
+        "--cases",
+        type=_list,
+        metavar="C,...",
+        help=f"{forms}; layers: sweep (default: those published)",
+    )
+    add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {default})")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="in train the hidden one")
+    add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
+    add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
+    add("--rounds", type=count, default=20, metavar="R", help="samples of each (default: 20)")
+    add("--peak", action="store_true", help="measure the device's limits; alone, only these")
+    add("--csv", type=file, metavar="FILE", help="write the rows")
+    add("--json", type=file, metavar="FILE", help="write the rows")
+    add("--plot", type=file, metavar="FILE.png", help="draw the ratios to native")
+
+
+def _list(text: str) -> list[str]:
+    return list(dict.fromkeys(text.split(",")))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    arguments.check_device(args.device, args.fail)
+    arguments.check_picture(args.plot, args.fail)
+    if args.dtype == "tf32" and args.device == "cpu":
+        args.fail("argument --dtype: tf32 is for --device cuda")
+    suite = args.suite or "layers"
+    mode = args.mode or SUITES[suite].modes[0]
+    if mode not in SUITES[suite].modes:
+        args.fail(f"argument --mode: {suite} has {', '.join(SUITES[suite].modes)}, got '{mode}'")
+    threads = args.threads or torch.get_num_threads()
+    setting = Setting(suite, mode, args.activation, args.dtype, args.device, threads)
+    wanted = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
+    if args.peak and not any(wanted):
+        _print_peak(measure_peak(setting), setting)
+        return
+    try:
+        cases = parse_all(suite, args.cases or ()) or SUITES[suite].published(args.device)
+    except ValueError as error:
+        args.fail(f"argument --cases: {error}")
+    providers = _providers(args, setting)
+    if args.plot and providers == ["native"]:
+        args.fail("argument --plot: nothing to draw: no provider besides native")
+
+    peak = measure_peak(setting) if args.peak else None
+    if peak:
+        _print_peak(peak, setting)
+    rows = _run(args, cases, setting, providers, peak)
+    try:
+        if args.csv:
+            write_csv(rows, args.csv)
+        if args.json:
+            write_json(rows, args.json)
+        if args.plot:
+            with arguments.replacing(args.plot) as path:
+                plot.ratio_bars(rows).savefig(path)
+    except OSError as error:
+        args.fail(str(error))
+
+
+def _providers(args: argparse.Namespace, setting: Setting) -> list[str]:
+    """native, then those asked for; says which of them do not apply."""
+    known = PROVIDERS[setting.suite]
+    found = ["native"]
+    for name in args.providers or [n for n in DEFAULT[setting.device] if n in known]:
+        if name not in known:
+            args.fail(f"argument --providers: {setting.suite} has {', '.join(known)}, got '{name}'")
+        if obstacle := known[name].obstacle(setting):
+            print(f"{args.prog}: {name} is left out: {obstacle}", file=sys.stderr)
+        elif name != "native":
+            found.append(name)
+    return found
+
+
+def _run(
+    args: argparse.Namespace,
+    cases: Sequence[Case],
+    setting: Setting,
+    providers: Sequence[str],
+    peak: Peak | None,
+) -> list[Row]:
+    """Measures and prints; exits with status 1 where a provider computes something else."""
+    place = f"{device_name(setting.device)}, {_threads(setting.threads)}"
+    print(f"{setting.suite} {setting.mode} {setting.activation} {setting.dtype} on {place}")
+    print("median time of a call, times as fast as native" + ", share of peak" * bool(peak))
+    first = max(len("geometric mean"), *(len(str(case)) for case in cases))
+    other = max(24 if peak else 16, first, *map(len, providers))
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return "  ".join([name.ljust(first), *(cell.rjust(other) for cell in cells)])
+
+    print(line("", providers), flush=True)
+    rows: list[Row] = []
+    bar = _progress_bar(len(cases) * args.rounds)
+    try:
+        for case in cases:
+            if bar:
+                bar.set_description(str(case))
+            after_round = bar.update if bar else (lambda: None)
+            part = measure(case, setting, providers, args.rounds, peak, after_round)
+            rows += part
+            with bar.external_write_mode() if bar else nullcontext():
+                cells = {row.provider: _cell(row) for row in part}
+                print(line(str(case), [cells.get(name, "-") for name in providers]), flush=True)
+    except WrongResult as error:
+        args.exit(1, f"{args.prog}: error: {error}\n")
+    except RuntimeError as error:  # no memory for it
+        args.fail(f"argument --cases: {case}: {str(error).strip().splitlines()[0]}")
+    finally:
+        if bar:
+            bar.close()
+
+    peers = by_provider(rows)
+    if not peers:
+        return rows
+
+    def summary(name: str, of: Callable[[list[Row]], str]) -> str:
+        return line(name, [of(peers[p]) if p in peers else "" for p in providers])
+
+    def least(part: list[Row]) -> Row:
+        return min(part, key=lambda row: row.ratio_to_native)
+
+    def mean(part: list[Row]) -> str:
+        return f"{geometric_mean([row.ratio_to_native for row in part]):.2f}x"
+
+    print(summary("geometric mean", mean))
+    print(summary("minimum", lambda part: f"{least(part).ratio_to_native:.2f}x"))
+    print(summary("  at", lambda part: least(part).case))
+    return rows
+
+
+def _cell(row: Row) -> str:
+    cell = _time(row.median_s)
+    if row.provider != "native":
+        cell += f"  {row.ratio_to_native:5.2f}x"
+    if row.share_of_peak is not None:
+        cell += f"  {row.share_of_peak:4.0%}"
+    return cell
+
+
+def _time(seconds: float) -> str:
+    scale, unit = next((s, u) for s, u in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * s >= 1)
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def _threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
+def _print_peak(peak: Peak, setting: Setting) -> None:
+    on_cpu = setting.device == "cpu"
+    print(
+        f"peak {f'with {_threads(setting.threads)} ' * on_cpu}of {device_name(setting.device)}: "
+        f"{peak.flops / 1e9:.1f} GFLOP/s {'float32' if on_cpu else setting.dtype}, "
+        f"copy {peak.bandwidth / 1e9:.1f} GB/s",
+        flush=True,
+    )
+
+
+def _progress_bar(total: int) -> Any:
+    """None where nobody would see it."""
+    if not (sys.stderr.isatty() and find_spec("tqdm")):
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="round", leave=False)
