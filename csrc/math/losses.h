@@ -1,64 +1,205 @@
-// The losses: forward above backward, the formula on top. Of one element; V is a scalar or a vector of the CPU.
+// The losses: forward above backward, the formula on top. First those of single elements, whose V is a scalar or a
+// vector of the CPU, then those of whole rows.
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "math/activations.h"
 
 namespace mlp_ext {
 
+// What the tensor loss_weight [N] is to a loss; without one all its values are 1.
+enum class LossWeight { none, of_positives, of_classes };
+
 struct MSE {  // l = (y - t)^2,  dl/dy = 2 (y - t)
   static constexpr const char* name = "mse";
+  static constexpr Parameters<0> parameters{};
+  static constexpr LossWeight weight = LossWeight::none;
   template <class V>
-  MLP_EXT_HOST_DEVICE static V forward(V y, V t) {
+  MLP_EXT_HOST_DEVICE V forward(V y, V t, V) const {
     return (y - t) * (y - t);
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE static V backward(V y, V t) {
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
     return 2 * (y - t);
   }
 };
 
 struct BCE {  // l = -(t log y + (1 - t) log(1 - y)), logarithms from -100 on,  dl/dy = (y - t) / max(y (1 - y), 1e-12)
   static constexpr const char* name = "bce";
+  static constexpr Parameters<0> parameters{};
+  static constexpr LossWeight weight = LossWeight::none;
+  static constexpr bool of_probabilities = true;  // y and t outside [0, 1] are an error
   template <class V>
-  MLP_EXT_HOST_DEVICE static V forward(V y, V t) {
+  MLP_EXT_HOST_DEVICE V forward(V y, V t, V) const {
     using std::log;
     using std::log1p;
     const auto clamped = [](V v) { return where(v < -100, -100, v); };
     return (t - 1) * clamped(log1p(-y)) - t * clamped(log(y));
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE static V backward(V y, V t) {
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
     const V slope = y * (1 - y);
     return (y - t) / where(slope < V(1e-12), V(1e-12), slope);
   }
 };
 
-struct BCEWithLogits {  // l = (1 - t) z + log(1 + exp(-z)),  dl/dz = sigmoid(z) - t
+struct BCEWithLogits {  // l = (1 - t) z + (1 + (w - 1) t) log(1 + exp(-z)),  dl/dz = (1 + (w - 1) t) sigmoid(z) - w t
   static constexpr const char* name = "bce_with_logits";
+  static constexpr Parameters<0> parameters{};
+  static constexpr LossWeight weight = LossWeight::of_positives;
   template <class V>
-  MLP_EXT_HOST_DEVICE static V forward(V z, V t) {
+  MLP_EXT_HOST_DEVICE V forward(V z, V t, V w) const {
     using std::exp;
     using std::log1p;
-    return (1 - t) * z + where(0 <= z, 0, -z) + log1p(exp(where(z < 0, z, -z)));  // exp(-z) itself may overflow
+    const V softplus = where(0 <= z, 0, -z) + log1p(exp(where(z < 0, z, -z)));  // exp(-z) itself may overflow
+    return (1 - t) * z + (1 + (w - 1) * t) * softplus;
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE static V backward(V z, V t) {
-    return Sigmoid::forward(z) - t;
+  MLP_EXT_HOST_DEVICE V backward(V z, V t, V w) const {
+    return (1 + (w - 1) * t) * Sigmoid{}.forward(z) - w * t;
   }
 };
 
-// Of a row of N logits z and a distribution q over its classes: l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q
-// with Q = sum q. Of a class c with weights w and label smoothing e, q = w_c (1 - e) at c, plus w e / N everywhere; of
-// probabilities t, q = w ((1 - e) t + e / N).
-struct CrossEntropy {
-  static constexpr const char* name = "cross_entropy";
+template <class V>
+MLP_EXT_HOST_DEVICE V magnitude(V v) {
+  return where(v < 0, -v, v);
+}
+template <class V>
+MLP_EXT_HOST_DEVICE V sign(V v) {
+  return where(v < 0, V(-1), where(0 < v, V(1), V(0)));
+}
+
+struct L1 {  // l = |y - t|,  dl/dy = sign(y - t)
+  static constexpr const char* name = "l1";
+  static constexpr Parameters<0> parameters{};
+  static constexpr LossWeight weight = LossWeight::none;
+  template <class V>
+  MLP_EXT_HOST_DEVICE V forward(V y, V t, V) const {
+    return magnitude(y - t);
+  }
+  template <class V>
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
+    return sign(y - t);
+  }
 };
 
-// The losses of single elements, and the one of whole rows after them.
-using ElementLosses = TypeList<MSE, BCE, BCEWithLogits>;
-using Losses = TypeList<MSE, BCE, BCEWithLogits, CrossEntropy>;
-constexpr size_t kCrossEntropy = ElementLosses::size;  // its place
+struct SmoothL1 {  // d = y - t,  l = d^2 / (2 beta) where |d| < beta, else |d| - beta / 2   (Girshick, ICCV 2015)
+  static constexpr const char* name = "smooth_l1";
+  static constexpr Parameters<1> parameters{{{"beta", 1}}};
+  static constexpr LossWeight weight = LossWeight::none;
+  double beta = 1;
+  template <class V>
+  MLP_EXT_HOST_DEVICE V forward(V y, V t, V) const {
+    const V d = y - t, size = magnitude(d);
+    return where(size < V(beta), V(0.5) * d * d / V(beta), size - V(0.5 * beta));
+  }
+  template <class V>
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
+    const V d = y - t;
+    return where(magnitude(d) < V(beta), d / V(beta), sign(d));
+  }
+};
+
+struct Huber {  // d = y - t,  l = d^2 / 2 where |d| <= delta, else delta (|d| - delta / 2)   (Huber, 1964)
+  static constexpr const char* name = "huber";
+  static constexpr Parameters<1> parameters{{{"delta", 1}}};
+  static constexpr LossWeight weight = LossWeight::none;
+  double delta = 1;
+  template <class V>
+  MLP_EXT_HOST_DEVICE V forward(V y, V t, V) const {
+    const V d = y - t, size = magnitude(d);
+    return where(size <= V(delta), V(0.5) * d * d, V(delta) * (size - V(0.5 * delta)));
+  }
+  template <class V>
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
+    const V d = y - t;
+    return where(magnitude(d) <= V(delta), d, V(delta) * sign(d));
+  }
+};
+
+// ---- of whole rows ----
+//
+// A Row has the outputs z(n) of one row, n from 0 to N - 1; the class c(), or -1 where the target is probabilities t(n);
+// the weights w(n) of the classes; sum_exp(most), the sum over n of exp(z(n) - most); exp(n, most), its terms, which may
+// be asked for only after sum_exp; and put(n, dz), which may take the place of z(n).
+
+// Of a class c, or of probabilities t, with label smoothing e: l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q with
+// Q = sum q;  q(n) = w(n) ((1 - e) [n = c] + e / N), or w(n) ((1 - e) t(n) + e / N).
+struct CrossEntropy {
+  static constexpr const char* name = "cross_entropy";
+  static constexpr Parameters<2> parameters{{{"ignore_index", -100}, {"label_smoothing", 0}}};
+  static constexpr LossWeight weight = LossWeight::of_classes;
+  static constexpr bool takes_probabilities = true;
+  double ignore_index = -100, label_smoothing = 0;
+
+  // Stores dl/dz times scale; returns the loss, not scaled.
+  template <class T, class Row>
+  MLP_EXT_HOST_DEVICE T row(Row row, int64_t N, T scale) const {
+    using std::log;
+    const int64_t c = row.c();
+    const T smoothing = static_cast<T>(label_smoothing), even = smoothing / static_cast<T>(N);
+    const auto q = [&](int64_t n) {
+      if (c < 0) return row.w(n) * ((1 - smoothing) * row.t(n) + even);
+      return (n == c ? row.w(n) * (1 - smoothing) : T(0)) + (smoothing == 0 ? T(0) : row.w(n) * even);
+    };
+    T most = row.z(0), all_q = 0, loss = 0;
+    for (int64_t n = 1; n < N; ++n) {
+      const T z = row.z(n);
+      if (z > most || z != z) most = z;
+    }
+    const T sum = row.sum_exp(most), log_sum = log(sum) + most;
+    for (int64_t n = 0; n < N; ++n) {
+      if (c >= 0 && smoothing == 0 && n != c) continue;  // 0 log 0
+      loss -= q(n) * (row.z(n) - log_sum);
+      all_q += q(n);
+    }
+    for (int64_t n = 0; n < N; ++n) row.put(n, (row.exp(n, most) / sum * all_q - q(n)) * scale);
+    return loss;
+  }
+};
+
+struct NLL {  // of log-probabilities y and a class c:  l = -w(c) y(c),  dl/dy(n) = -w(c) [n = c]
+  static constexpr const char* name = "nll";
+  static constexpr Parameters<1> parameters{{{"ignore_index", -100}}};
+  static constexpr LossWeight weight = LossWeight::of_classes;
+  static constexpr bool takes_probabilities = false;
+  double ignore_index = -100;
+
+  template <class T, class Row>
+  MLP_EXT_HOST_DEVICE T row(Row row, int64_t N, T scale) const {
+    const int64_t c = row.c();
+    const T loss = -row.w(c) * row.z(c), slope = -row.w(c) * scale;
+    for (int64_t n = 0; n < N; ++n) row.put(n, n == c ? slope : T(0));
+    return loss;
+  }
+};
+
+using Losses = TypeList<MSE, BCE, BCEWithLogits, L1, SmoothL1, Huber, CrossEntropy, NLL>;
+struct LossFunction : Chosen<Losses> {
+  using Chosen::Chosen;
+  LossFunction() = default;
+  LossFunction(const Chosen<Losses>& chosen) : Chosen(chosen) {}
+};
+
+// The traits of a loss, by default false.
+template <class Loss>
+constexpr bool is_of_rows = requires { Loss::takes_probabilities; };  // rather than of elements
+template <class Loss>
+constexpr bool is_of_probabilities = requires { Loss::of_probabilities; };
+
+// The class that adds nothing to a loss of rows; -1 where the loss has none.
+inline int64_t ignore_index_of(const LossFunction& loss) {
+  return visit(loss, [](auto l) -> int64_t {
+    if constexpr (is_of_rows<decltype(l)>)
+      return static_cast<int64_t>(l.ignore_index);
+    else
+      return -1;
+  });
+}
+inline bool is_of_rows_loss(const LossFunction& loss) {
+  return visit(loss, [](auto l) { return is_of_rows<decltype(l)>; });
+}
 
 }  // namespace mlp_ext

@@ -8,10 +8,13 @@
 #include <string_view>
 #include <tuple>
 
+#include "math/activations.h"
+
 namespace mlp_ext {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor,
                              at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined where output_mask is false
+using Outputs = std::tuple<at::Tensor, at::Tensor>;  // y [*, N], z [*, N]
 
 // M of [*, columns].
 inline int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
@@ -20,26 +23,33 @@ inline int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers
 at::Tensor linear_act(const at::Tensor& input,                // [*, K]
                       const at::Tensor& weight,               // [N, K]
                       const std::optional<at::Tensor>& bias,  // [N]
-                      std::string_view activation);           // a name in activations.h
-// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  Through the dispatcher.
-Gradients linear_act_backward(const at::Tensor& grad_output,            // [*, N]
-                              const std::optional<at::Tensor>& output,  // [*, N], unless the activation saves nothing
-                              const std::optional<at::Tensor>& input,   // [*, K], for dW
+                      std::string_view activation,            // a name in activations.h
+                      at::ArrayRef<double> parameters);       // of the activation; empty: the defaults
+// The same and z = x W^T + b, for an activation whose backward needs it.  Through the dispatcher.
+Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                           std::string_view activation, at::ArrayRef<double> parameters);
+// dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  Through the dispatcher.
+Gradients linear_act_backward(const at::Tensor& grad_output,           // [*, N]
+                              const std::optional<at::Tensor>& saved,  // y or z [*, N], what the activation needs
+                              const std::optional<at::Tensor>& input,  // [*, K], for dW
                               const std::optional<at::Tensor>& weight,  // [N, K], for dx
-                              std::string_view activation, std::array<bool, 3> output_mask);  // dx, dW, db
+                              std::string_view activation, at::ArrayRef<double> parameters,
+                              std::array<bool, 3> output_mask);  // dx, dW, db
 
 // The same as composites of native operations: the reference, and what runs where no kernel of ours does.
 at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                             std::string_view activation);
-Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+                             std::string_view activation, at::ArrayRef<double> parameters);
+Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
                                      const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                     std::string_view activation, std::array<bool, 3> output_mask);
+                                     std::string_view activation, at::ArrayRef<double> parameters,
+                                     std::array<bool, 3> output_mask);
 
-// Throw unless dtypes, devices and shapes fit; return the place of the activation in Activations.
-size_t check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                        std::string_view activation);
-size_t check_linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
-                                 const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                 std::string_view activation, std::array<bool, 3> output_mask);
+// Throw unless dtypes, devices and shapes fit; return the activation.
+Activation check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                            std::string_view activation, at::ArrayRef<double> parameters);
+Activation check_linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                     const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                     std::string_view activation, at::ArrayRef<double> parameters,
+                                     std::array<bool, 3> output_mask);
 
 }  // namespace mlp_ext

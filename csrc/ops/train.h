@@ -1,4 +1,5 @@
-// The operator mlp_sgd_step_: a whole training step of a multi-layer perceptron. What its backends share.
+// The operator mlp_train_step_: training steps of a multi-layer perceptron, each of them forward, loss, backward and
+// update. What its backends share.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -9,102 +10,105 @@
 #include <string>
 #include <string_view>
 
+#include "math/activations.h"
+#include "math/losses.h"
 #include "math/optimizers.h"
+#include "ops/mlp.h"
 
 namespace mlp_ext {
 
-// Forward, loss, backward, and torch.optim.SGD's update in place; returns the loss [], of before the update. Through
-// the dispatcher.
-at::Tensor mlp_sgd_step_(
-    const at::Tensor& input,                       // [M, K]
-    const at::Tensor& target,                      // as the output; cross_entropy: [M] of int64, or as the output
-    at::TensorList parameters,                     // of each layer weight [N, K] and, if it has one, bias [N], in order
-    at::TensorList momentum_buffers,               // of those that learn with momentum, in order, like the parameter
-    const c10::List<std::string>& activations,     // of each layer, a name in activations.h
-    std::string_view loss,                         // a name in losses.h
-    std::string_view reduction,                    // mean or sum
-    const std::optional<at::Tensor>& loss_weight,  // [N] for cross_entropy
-    int64_t ignore_index, double label_smoothing,  // of cross_entropy
-    at::IntArrayRef learning,                      // the places among parameters of those to update, rising
-    at::ArrayRef<double> hyperparameters);         // of each of these: Sgd, member by member
-
-// The same over batch after batch: batch i has the rows of order from i batch_size on, the last one may be short.
-// Returns the losses [steps]. Through the dispatcher.
-at::Tensor mlp_sgd_steps_(
-    const at::Tensor& input, const at::Tensor& target, at::TensorList parameters, at::TensorList momentum_buffers,
-    const c10::List<std::string>& activations, std::string_view loss, std::string_view reduction,
-    const std::optional<at::Tensor>& loss_weight, int64_t ignore_index, double label_smoothing,
-    at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
-    const std::optional<at::Tensor>& order,  // [rows] of int64, places among the rows of the input; none: as they lie
-    int64_t batch_size);
-// As a loop over mlp_sgd_step_.
-at::Tensor mlp_sgd_steps_native(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
-                                at::TensorList momentum_buffers, const c10::List<std::string>& activations,
-                                std::string_view loss, std::string_view reduction,
-                                const std::optional<at::Tensor>& loss_weight, int64_t ignore_index,
-                                double label_smoothing, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
-                                const std::optional<at::Tensor>& order, int64_t batch_size);
-
-// Throws unless they fit; the rows of all steps.
-c10::SymInt check_batches(const at::Tensor& input, const std::optional<at::Tensor>& order, int64_t batch_size);
-
-// Tells autograd what a step has changed.
-void bump_versions(at::TensorList parameters, at::TensorList momentum_buffers, at::IntArrayRef learning);
-
-// A parameter, and how it is updated. Points to arguments of the operator.
-struct StepParameter {
-  const at::Tensor* value = nullptr;            // nullptr: there is none
-  const at::Tensor* momentum_buffer = nullptr;  // where it learns with momentum
-  std::optional<Sgd> sgd;                       // none: it does not learn
+// The operator's arguments, in its order.
+struct TrainArgs {
+  const at::Tensor& input;                       // [rows, K]
+  const at::Tensor& target;                      // as the output [rows, N], or classes [rows] of int64
+  at::TensorList parameters;                     // of each layer weight [N, K] and, if it has one, bias [N], in order
+  at::TensorList states;                         // of each that learns the optimizer's states that it has, in order
+  at::TensorList steps;                          // of each that learns its count of steps [], if the optimizer counts
+  const Names& activations;                      // of each layer, names in activations.h
+  at::ArrayRef<double> activation_parameters;    // of all layers, in order; empty: the defaults
+  std::string_view loss;                         // a name in losses.h
+  std::string_view reduction;                    // mean or sum
+  const std::optional<at::Tensor>& loss_weight;  // [N]
+  at::ArrayRef<double> loss_parameters;          // empty: the defaults
+  std::string_view optimizer;                    // a name in optimizers.h
+  at::IntArrayRef learning;                      // the indices among parameters of those to update, rising
+  at::ArrayRef<double> hyperparameters;          // of each of these all of the optimizer's, in order
+  const std::optional<at::Tensor>& order;        // [steps' rows] of int64: indices of rows of input, batch after batch
+  std::optional<int64_t> batch_size;             // none: one step of all rows
 };
-struct StepLayer {
-  StepParameter weight, bias;
-  size_t activation = 0;  // its place in Activations
+
+// Without batch_size: one step; returns the loss [] of before the update. With it: a step for each batch of rows
+// order[i batch_size : (i + 1) batch_size], or of the rows as they lie; the last may be smaller; returns the losses
+// [steps]. Parameters, states and steps change in place. Through the dispatcher.
+at::Tensor mlp_train_step_(const TrainArgs& args);
+
+// A parameter, and how it is updated. Points to the operator's arguments.
+struct TrainedParameter {
+  const at::Tensor* value = nullptr;               // nullptr: there is none
+  std::optional<Optimizer> optimizer;              // none: it does not learn
+  const at::Tensor* states[kMaxStates] = {};       // nullptr where the optimizer does not have that state
+  const at::Tensor* step = nullptr;                // its count of steps, if the optimizer counts
 };
-// The arguments of a step, checked and sorted by layer.
-struct Step {
+struct TrainedLayer {
+  TrainedParameter weight, bias;
+  Activation activation;
+};
+
+// The arguments of training steps, checked and sorted by layer.
+struct Training {
   const at::Tensor &input, &target;
-  const at::Tensor* loss_weight;  // or nullptr
-  c10::SmallVector<StepLayer, 8> layers;
-  size_t loss;  // its place in Losses
+  const at::Tensor* loss_weight;      // or nullptr
+  const at::Tensor* order;            // or nullptr
+  std::optional<int64_t> batch_size;  // none: one step of all rows
+  c10::SmallVector<TrainedLayer, 8> layers;
+  LossFunction loss;
   bool mean;
-  int64_t ignore_index;
-  double label_smoothing;
-  bool target_is_classes = false;  // rather than probabilities
+  bool target_is_classes = false;  // rather than of the output's shape
   size_t lowest_learning = 0;      // the first layer that learns; layers.size() if none does
+
+  int64_t rows() const { return order ? order->size(0) : input.size(0); }
 };
 
 // Throws unless all fits.
-Step check_step(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
-                at::TensorList momentum_buffers, const c10::List<std::string>& activations, std::string_view loss,
-                std::string_view reduction, const std::optional<at::Tensor>& loss_weight, int64_t ignore_index,
-                double label_smoothing, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters);
-// Whether the parameters and their momentum buffers lie without gaps, as the kernels need them.
-bool is_contiguous(const Step& step);
+Training check_training(const TrainArgs& args);
+// Whether parameters and states lie without gaps, as the kernels need them.
+bool is_contiguous(const Training& training);
 // Throws where a class in the target is neither ignore_index nor one of N.
-void check_classes(const Step& step);
-// What BCE does about outputs or targets that lie outside [0, 1].
+void check_classes(const Training& training);
+// Throws what a loss of probabilities throws for outputs or targets outside [0, 1].
 [[noreturn]] void throw_not_a_probability();
+// f(parameter) for each that learns.
+template <class F>
+void for_learning(const Training& training, const F& f) {
+  for (const TrainedLayer& layer : training.layers)
+    for (const TrainedParameter* p : {&layer.weight, &layer.bias})
+      if (p->optimizer) f(*p);
+}
 
 struct LossAndGrad {
   at::Tensor loss, dy;
 };
-LossAndGrad loss_and_grad_native(const Step& step, const at::Tensor& y);
+// The loss of outputs y, and its gradient.
+LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y);
+// One step, layer by layer, with that loss: of native operations but for the layers and the loss.
+at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&));
+// The steps of all batches as a loop over `step`, which takes a training without order and batch_size.
+at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const Training&));
+// The steps as a composite of native operations: the reference, and what runs where no kernel of ours does.
+at::Tensor train_native(const Training& training);
 
-// The step layer by layer, with that loss.
-at::Tensor step_by_layers(const Step& step, LossAndGrad (*loss_and_grad)(const Step&, const at::Tensor&));
-// The step as a composite of native operations: the reference, and what runs where no kernel of ours does.
-at::Tensor step_native(const Step& step);
-
-// A kernel of the operator from what it does with checked arguments.
-template <at::Tensor (*run)(const Step&)>
-at::Tensor checked_step(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
-                        at::TensorList momentum_buffers, const c10::List<std::string>& activations,
-                        std::string_view loss, std::string_view reduction, const std::optional<at::Tensor>& loss_weight,
-                        int64_t ignore_index, double label_smoothing, at::IntArrayRef learning,
-                        at::ArrayRef<double> hyperparameters) {
-  return run(check_step(input, target, parameters, momentum_buffers, activations, loss, reduction, loss_weight,
-                        ignore_index, label_smoothing, learning, hyperparameters));
+// A kernel of the operator from what it does with checked arguments:
+//   m.impl("mlp_train_step_", train_kernel<run>)
+template <at::Tensor (*run)(const Training&)>
+at::Tensor train_kernel(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
+                        at::TensorList states, at::TensorList steps, const Names& activations,
+                        at::ArrayRef<double> activation_parameters, std::string_view loss, std::string_view reduction,
+                        const std::optional<at::Tensor>& loss_weight, at::ArrayRef<double> loss_parameters,
+                        std::string_view optimizer, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
+                        const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size) {
+  return run(check_training({input, target, parameters, states, steps, activations, activation_parameters, loss,
+                             reduction, loss_weight, loss_parameters, optimizer, learning, hyperparameters, order,
+                             batch_size}));
 }
 
 }  // namespace mlp_ext
