@@ -124,7 +124,8 @@ struct LeakyReLU {  // y = z where z > 0, else s z,  dz = dy where z > 0, else s
   }
 };
 
-struct ELU {  // y = z where z > 0, else a (exp z - 1),  dz = dy where z > 0, else dy a exp z   (Clevert et al., ICLR 2016)
+struct ELU {  // y = z where z > 0, else a (exp z - 1),  dz = dy where z > 0, else dy a exp z   (Clevert et al., ICLR
+              // 2016)
   static constexpr const char* name = "elu";
   static constexpr Parameters<1> parameters{{{"alpha", 1}}};
   double alpha = 1;
@@ -225,7 +226,8 @@ struct GELU {  // y = z Phi(z),  dz = dy (Phi(z) + z phi(z)) with Phi(z) = (1 + 
   }
 };
 
-struct GELUTanh {  // y = z (1 + t) / 2,  dz = dy ((1 + t) + z (1 - t^2) u') / 2,  t = tanh u,  u = 0.798 (z + 0.0447 z^3)
+struct GELUTanh {  // y = z (1 + t) / 2,  dz = dy ((1 + t) + z (1 - t^2) u') / 2,  t = tanh u,  u = 0.798 (z + 0.0447
+                   // z^3)
   static constexpr const char* name = "gelu_tanh";
   static constexpr Parameters<0> parameters{};
   static constexpr double kScale = 0.79788456080286535588, kCubic = 0.044715;
@@ -335,8 +337,8 @@ struct Mish {  // y = z t,  dz = dy (t + z s (1 - t^2)) with t = tanh(softplus(z
   }
 };
 
-using Activations = TypeList<Identity, ReLU, Sigmoid, Tanh, LeakyReLU, ELU, SELU, SiLU, GELU, GELUTanh, Softplus,
-                             Hardtanh, Mish>;
+using Activations =
+    TypeList<Identity, ReLU, Sigmoid, Tanh, LeakyReLU, ELU, SELU, SiLU, GELU, GELUTanh, Softplus, Hardtanh, Mish>;
 struct Activation : Chosen<Activations> {
   using Chosen::Chosen;
   Activation() = default;

@@ -121,12 +121,12 @@ struct Huber {  // d = y - t,  l = d^2 / 2 where |d| <= delta, else delta (|d| -
 
 // ---- of whole rows ----
 //
-// A Row has the outputs z(n) of one row, n from 0 to N - 1; the class c(), or -1 where the target is probabilities t(n);
-// the weights w(n) of the classes; sum_exp(most), the sum over n of exp(z(n) - most); exp(n, most), its terms, which may
-// be asked for only after sum_exp; and put(n, dz), which may take the place of z(n).
+// A Row has the outputs z(n) of one row, n from 0 to N - 1; the class c(), or -1 where the target is probabilities
+// t(n); the weights w(n) of the classes; sum_exp(most), the sum over n of exp(z(n) - most); exp(n, most), its terms,
+// which may be asked for only after sum_exp; and put(n, dz), which may take the place of z(n).
 
-// Of a class c, or of probabilities t, with label smoothing e: l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q with
-// Q = sum q;  q(n) = w(n) ((1 - e) [n = c] + e / N), or w(n) ((1 - e) t(n) + e / N).
+// Of a class c, or of probabilities t, with label smoothing e: l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q
+// with Q = sum q;  q(n) = w(n) ((1 - e) [n = c] + e / N), or w(n) ((1 - e) t(n) + e / N).
 struct CrossEntropy {
   static constexpr const char* name = "cross_entropy";
   static constexpr Parameters<2> parameters{{{"ignore_index", -100}, {"label_smoothing", 0}}};

@@ -43,8 +43,8 @@ struct SGD {
 };
 
 // m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr m^ / (sqrt(v^) + eps) with m^ = m / (1 - b1^t) and
-// v^ = v / (1 - b2^t), or the largest so far with amsgrad.  weight_decay adds to g or, decoupled as in AdamW, shrinks p.
-// (Kingma and Ba, ICLR 2015; Reddi et al., ICLR 2018; Loshchilov and Hutter, ICLR 2019)
+// v^ = v / (1 - b2^t), or the largest so far with amsgrad.  weight_decay adds to g or, decoupled as in AdamW, shrinks
+// p. (Kingma and Ba, ICLR 2015; Reddi et al., ICLR 2018; Loshchilov and Hutter, ICLR 2019)
 struct Adam {
   static constexpr const char* name = "adam";
   static constexpr Parameters<8> parameters{{{"lr", 1e-3},

@@ -122,9 +122,7 @@ T make(const double* numbers) {
 
 template <class List>
 Chosen<List> choose(List list, size_t index, const double* numbers) {
-  return visit(list, index, [&](auto functor) {
-    return Chosen<List>(index, make<decltype(functor)>(numbers));
-  });
+  return visit(list, index, [&](auto functor) { return Chosen<List>(index, make<decltype(functor)>(numbers)); });
 }
 
 }  // namespace mlp_ext

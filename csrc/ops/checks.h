@@ -23,14 +23,54 @@ inline std::ostream& operator<<(std::ostream& out, const Element& element) {
 
 inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
-// The place of the activation in Activations.
-template <class Name>
-size_t check_activation(const char* op, std::string_view activation, const Name& name) {
-  const size_t index = activation_index(activation);
-  TORCH_CHECK_VALUE(index < Activations::size, op, ": ", name, " must be one of ", activation_names(), ", got '",
-                    activation, "'");
-  return index;
+// The functor of that name in the list with these numbers, or with its defaults if there are none.
+template <class List, class Name>
+Chosen<List> check_choice(const char* op, List list, std::string_view functor, at::ArrayRef<double> numbers,
+                          const Name& name) {
+  const size_t index = index_of(functor, list);
+  TORCH_CHECK_VALUE(index < List::size, op, ": ", name, " must be one of ", names_of(list), ", got '", functor, "'");
+  return visit(list, index, [&](auto chosen) {
+    using Functor = decltype(chosen);
+    constexpr size_t count = Functor::parameters.size();
+    std::array<double, count + 1> values{};
+    for (size_t i = 0; i < count; ++i) values[i] = numbers.empty() ? Functor::parameters[i].value : numbers[i];
+    TORCH_CHECK_VALUE(numbers.empty() || numbers.size() == count, op, ": ", functor, " takes ", count,
+                      " parameters, got ", numbers.size());
+    return Chosen<List>(index, make<Functor>(values.data()));
+  });
 }
+
+template <class Name>
+Activation check_activation(const char* op, std::string_view activation, at::ArrayRef<double> parameters,
+                            const Name& name) {
+  return check_choice(op, Activations{}, activation, parameters, name);
+}
+
+// The parameters of a stack's activations follow each other; this hands them out layer by layer.
+class LayerParameters {
+ public:
+  LayerParameters(const char* op, at::ArrayRef<double> all) : op_(op), rest_(all), defaults_(all.empty()) {}
+
+  at::ArrayRef<double> next(std::string_view activation) {
+    const size_t index = index_of(activation, Activations{});
+    if (defaults_ || index == Activations::size) return {};
+    const size_t count = visit(Activations{}, index, [](auto act) { return decltype(act)::parameters.size(); });
+    TORCH_CHECK_VALUE(count <= rest_.size(), op_, ": parameters must be those of all activations, in order; ",
+                      activation, " takes ", count, ", and ", rest_.size(), " are left");
+    const at::ArrayRef<double> taken = rest_.slice(0, count);
+    rest_ = rest_.slice(count);
+    return taken;
+  }
+  void check_all_taken() const {
+    TORCH_CHECK_VALUE(rest_.empty(), op_, ": parameters must be those of all activations, and ", rest_.size(),
+                      " are left over");
+  }
+
+ private:
+  const char* op_;
+  at::ArrayRef<double> rest_;
+  bool defaults_;
+};
 
 template <class Name>
 void check_defined(const char* op, const at::Tensor& tensor, const Name& name) {

@@ -29,9 +29,9 @@ at::Tensor linear_act(const at::Tensor& input,                // [*, K]
 Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            std::string_view activation, at::ArrayRef<double> parameters);
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  Through the dispatcher.
-Gradients linear_act_backward(const at::Tensor& grad_output,           // [*, N]
-                              const std::optional<at::Tensor>& saved,  // y or z [*, N], what the activation needs
-                              const std::optional<at::Tensor>& input,  // [*, K], for dW
+Gradients linear_act_backward(const at::Tensor& grad_output,            // [*, N]
+                              const std::optional<at::Tensor>& saved,   // y or z [*, N], what the activation needs
+                              const std::optional<at::Tensor>& input,   // [*, K], for dW
                               const std::optional<at::Tensor>& weight,  // [N, K], for dx
                               std::string_view activation, at::ArrayRef<double> parameters,
                               std::array<bool, 3> output_mask);  // dx, dW, db

@@ -13,6 +13,7 @@ namespace mlp_ext {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 using Names = c10::List<std::string>;
+using Numbers = at::ArrayRef<double>;
 
 // The element itself: get() copies a string.
 inline std::string_view name_at(const Names& names, size_t l) { return static_cast<const std::string&>(names[l]); }
@@ -21,26 +22,28 @@ inline std::string_view name_at(const Names& names, size_t l) { return static_ca
 at::Tensor mlp(const at::Tensor& input,        // [*, K]
                at::TensorList weights,         // [N_l, N_(l-1)] each, N_0 = K
                const OptionalTensors& biases,  // [N_l] each
-               const Names& activations);      // names in activations.h
-// The y of every layer, the last one last: what training keeps.  Through the dispatcher.
+               const Names& activations,       // names in activations.h
+               Numbers parameters);            // of all activations, in order; empty: the defaults
+// What training keeps: the y of every layer, and then the z of each whose activation needs it.  Through the dispatcher.
 std::vector<at::Tensor> mlp_forward(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
-                                    const Names& activations);
+                                    const Names& activations, Numbers parameters);
 // The gradients that output_mask asks for, in its order.  Through the dispatcher.
-std::vector<at::Tensor> mlp_backward(const OptionalTensors& grad_outputs,     // [*, N_l] each, the last one given
+std::vector<at::Tensor> mlp_backward(const OptionalTensors& grad_outputs,     // of `outputs`, the last y's given
                                      const std::optional<at::Tensor>& input,  // [*, K], for dW_1
                                      const OptionalTensors& weights,          // [N_l, N_(l-1)] each, for dy_(l-1)
-                                     const OptionalTensors& outputs,          // [*, N_l] each, for dz_l and dW_(l+1)
-                                     const Names& activations,
+                                     const OptionalTensors& outputs,          // of mlp_forward, for dz_l and dW_(l+1)
+                                     const Names& activations, Numbers parameters,
                                      const c10::List<bool>& output_mask);  // dx, dW_1 .. dW_L, db_1 .. db_L
 
 // The same as a loop of linear_act and its backward, each through the dispatcher: so every device's kernels, and
 // second derivatives and functorch's transforms of one layer, serve the stack.
 at::Tensor mlp_loop(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
-                    const Names& activations);
+                    const Names& activations, Numbers parameters);
 std::vector<at::Tensor> mlp_forward_loop(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
-                                         const Names& activations);
+                                         const Names& activations, Numbers parameters);
 std::vector<at::Tensor> mlp_backward_loop(const OptionalTensors& grad_outputs, const std::optional<at::Tensor>& input,
                                           const OptionalTensors& weights, const OptionalTensors& outputs,
-                                          const Names& activations, const c10::List<bool>& output_mask);
+                                          const Names& activations, Numbers parameters,
+                                          const c10::List<bool>& output_mask);
 
 }  // namespace mlp_ext

@@ -44,14 +44,16 @@ at::Tensor mlp_train_step_(const TrainArgs& args);
 
 // A parameter, and how it is updated. Points to the operator's arguments.
 struct TrainedParameter {
-  const at::Tensor* value = nullptr;               // nullptr: there is none
-  std::optional<Optimizer> optimizer;              // none: it does not learn
-  const at::Tensor* states[kMaxStates] = {};       // nullptr where the optimizer does not have that state
-  const at::Tensor* step = nullptr;                // its count of steps, if the optimizer counts
+  const at::Tensor* value = nullptr;          // nullptr: there is none
+  std::optional<Optimizer> optimizer;         // none: it does not learn
+  const at::Tensor* states[kMaxStates] = {};  // nullptr where the optimizer does not have that state
+  const at::Tensor* step = nullptr;           // its count of steps, if the optimizer counts
 };
 struct TrainedLayer {
   TrainedParameter weight, bias;
   Activation activation;
+  std::string_view activation_name;  // the same as the operator linear_act takes it
+  at::ArrayRef<double> activation_parameters;
 };
 
 // The arguments of training steps, checked and sorted by layer.
@@ -106,9 +108,9 @@ at::Tensor train_kernel(const at::Tensor& input, const at::Tensor& target, at::T
                         const std::optional<at::Tensor>& loss_weight, at::ArrayRef<double> loss_parameters,
                         std::string_view optimizer, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
                         const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size) {
-  return run(check_training({input, target, parameters, states, steps, activations, activation_parameters, loss,
-                             reduction, loss_weight, loss_parameters, optimizer, learning, hyperparameters, order,
-                             batch_size}));
+  return run(
+      check_training({input, target, parameters, states, steps, activations, activation_parameters, loss, reduction,
+                      loss_weight, loss_parameters, optimizer, learning, hyperparameters, order, batch_size}));
 }
 
 }  // namespace mlp_ext
