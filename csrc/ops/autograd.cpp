@@ -4,7 +4,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
-#include "math/activations.h"
+#include "ops/checks.h"
 #include "ops/linear_act.h"
 #include "ops/mlp.h"
 #include "ops/node.h"
@@ -16,31 +16,61 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 Tensor linear_act_below_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                 std::string_view activation) {
+                                 std::string_view activation, Numbers parameters) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return linear_act(input, weight, bias, activation);
+  return linear_act(input, weight, bias, activation, parameters);
+}
+Outputs linear_act_forward_below_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                          std::string_view activation, Numbers parameters) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return linear_act_forward(input, weight, bias, activation, parameters);
 }
 
 std::optional<Tensor> optional(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
 
+Needs needs_of(std::string_view activation, Numbers parameters) {
+  return mlp_ext::needs_of(check_activation("linear_act", activation, parameters, "activation"));
+}
+
+// Where backward needs z, the node returns it beside y, though nobody sees it: saved as an output of the node, it leads
+// second derivatives back through it.
 struct LinearAct {
-  // y = act(x W^T + b). Saves what backward reads, and no more: x for dW, W for dx, y for dz.
-  static Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        std::string_view activation) {
-    const Tensor output = linear_act_below_autograd(input, weight, bias, activation);
-    record(kDerivative, std::string(activation), {input, weight, bias.value_or(Tensor())}, {output},
-           {saves_output(activation) ? output : Tensor(), weight.requires_grad() ? input : Tensor(),
+  // y = act(x W^T + b). Saves what backward reads, and no more: x for dW, W for dx, y or z for dz.
+  static Outputs forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                         std::string_view activation, Numbers parameters) {
+    const Needs needs = needs_of(activation, parameters);
+    Outputs outputs;
+    auto& [y, z] = outputs;
+    if (needs == Needs::preactivation)
+      outputs = linear_act_forward_below_autograd(input, weight, bias, activation, parameters);
+    else
+      y = linear_act_below_autograd(input, weight, bias, activation, parameters);
+    variable_list results{y};
+    if (z.defined()) results.push_back(z);
+    record(kDerivative, {Names({std::string(activation)}), parameters.vec()}, {input, weight, bias.value_or(Tensor())},
+           results,
+           {needs == Needs::nothing ? Tensor() : results.back(), weight.requires_grad() ? input : Tensor(),
             input.requires_grad() ? weight : Tensor()});
-    return output;
+    return outputs;
   }
 
-  // dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-  static variable_list backward(const variable_list& grads, const variable_list& saved, const c10::IValue& activation,
+  // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  A gradient of z adds to dz.
+  static variable_list backward(const variable_list& grads, const variable_list& saved, const Settings& settings,
                                 const std::vector<bool>& wanted) {
-    if (!grads[0].defined()) return variable_list(wanted.size());
-    const auto [dx, dw, db] = linear_act_backward(grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                                                  activation.toStringView(), {wanted[0], wanted[1], wanted[2]});
-    return {dx, dw, db};
+    variable_list result(wanted.size());
+    const auto add = [&](const Tensor& grad, std::string_view activation, Numbers parameters) {
+      if (!grad.defined()) return;
+      const auto [dx, dw, db] = linear_act_backward(grad, optional(saved[0]), optional(saved[1]), optional(saved[2]),
+                                                    activation, parameters, {wanted[0], wanted[1], wanted[2]});
+      size_t i = 0;
+      for (const Tensor& t : {dx, dw, db}) {
+        Tensor& sum = result[i++];
+        if (t.defined()) sum = sum.defined() ? sum + t : t;
+      }
+    };
+    add(grads[0], name_at(settings.activations, 0), settings.parameters);
+    if (grads.size() > 1) add(grads[1], Identity::name, {});
+    return result;
   }
 
   static constexpr Derivative kDerivative{"LinearActBackward", backward};
@@ -61,33 +91,45 @@ bool any_requires_grad(c10::ArrayRef<const Tensor*> tensors) {
 const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
 Tensor linear_act_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                           std::string_view activation) {
-  if (needs_native({&input, &weight, pointer(bias)})) return linear_act_native(input, weight, bias, activation);
-  if (any_requires_grad({&input, &weight, pointer(bias)})) return LinearAct::forward(input, weight, bias, activation);
-  return linear_act_below_autograd(input, weight, bias, activation);
+                           std::string_view activation, Numbers parameters) {
+  if (needs_native({&input, &weight, pointer(bias)}))
+    return linear_act_native(input, weight, bias, activation, parameters);
+  if (any_requires_grad({&input, &weight, pointer(bias)}))
+    return std::get<0>(LinearAct::forward(input, weight, bias, activation, parameters));
+  return linear_act_below_autograd(input, weight, bias, activation, parameters);
+}
+
+Outputs linear_act_forward_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                    std::string_view activation, Numbers parameters) {
+  if (needs_native({&input, &weight, pointer(bias)}) || any_requires_grad({&input, &weight, pointer(bias)})) {
+    const Tensor z = linear_act(input, weight, bias, Identity::name, {});
+    return {activate(check_activation("linear_act", activation, parameters, "activation"), z), z};
+  }
+  return linear_act_forward_below_autograd(input, weight, bias, activation, parameters);
 }
 
 // Second derivatives come from the native operations of the composite.
-Gradients linear_act_backward_autograd(const Tensor& grad_output, const std::optional<Tensor>& output,
+Gradients linear_act_backward_autograd(const Tensor& grad_output, const std::optional<Tensor>& saved,
                                        const std::optional<Tensor>& input, const std::optional<Tensor>& weight,
-                                       std::string_view activation, std::array<bool, 3> output_mask) {
-  const auto tensors = {&grad_output, pointer(output), pointer(input), pointer(weight)};
+                                       std::string_view activation, Numbers parameters,
+                                       std::array<bool, 3> output_mask) {
+  const auto tensors = {&grad_output, pointer(saved), pointer(input), pointer(weight)};
   if (needs_native(tensors) || any_requires_grad(tensors))
-    return linear_act_backward_native(grad_output, output, input, weight, activation, output_mask);
+    return linear_act_backward_native(grad_output, saved, input, weight, activation, parameters, output_mask);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return linear_act_backward(grad_output, output, input, weight, activation, output_mask);
+  return linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
 }
 
 // As nn.Linear: floating-point tensors other than float64 are cast to the dtype of the active autocast.
 template <c10::DeviceType device>
 Tensor linear_act_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                           std::string_view activation) {
+                           std::string_view activation, Numbers parameters) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto cast = [dtype = at::autocast::get_autocast_dtype(device)](const auto& t) {
     return at::autocast::cached_cast(dtype, t, device);
   };
-  return linear_act(cast(input), cast(weight), cast(bias), activation);
+  return linear_act(cast(input), cast(weight), cast(bias), activation, parameters);
 }
 
 // ---- the stack ----
@@ -99,64 +141,80 @@ OptionalTensors optionals(const variable_list& tensors, size_t begin, size_t cou
   return list;
 }
 
-// One node for all layers. The hidden outputs are outputs of the node as well, though nobody sees them: saved as such,
-// they lead second derivatives back through it.
+// One node for all layers. The hidden outputs, and the z that backward needs, are outputs of the node as well, though
+// nobody sees them: saved as such, they lead second derivatives back through it.
 struct Mlp {
-  // y_l = act_l(y_(l-1) W_l^T + b_l). Saves what backward reads, and no more.
+  // y_l = act_l(y_(l-1) W_l^T + b_l). Saves what backward reads, and no more. Returns the outputs of mlp_forward.
   static variable_list forward(const Tensor& input, at::TensorList weights, const OptionalTensors& biases,
-                               const Names& activations) {
+                               const Names& activations, Numbers parameters) {
     const variable_list outputs = [&] {
       at::AutoDispatchBelowADInplaceOrView below_autograd;
-      return mlp_forward(input, weights, biases, activations);
+      return mlp_forward(input, weights, biases, activations, parameters);
     }();
-    const size_t layers = weights.size();
-    variable_list inputs(1 + 2 * layers), saved(1 + 2 * layers);  // x, each W, each b;  x, each W, each y
+    const size_t L = weights.size();
+    const auto layers = layer_activations(activations, parameters);
+    variable_list inputs(1 + 2 * L), saved(1 + L + outputs.size());  // x, each W, each b;  x, each W, the outputs
     inputs[0] = input;
     if (weights[0].requires_grad()) saved[0] = input;
     bool reaches = input.requires_grad();  // whether a gradient goes down to this layer
-    for (size_t l = 0; l < layers; ++l) {
-      Tensor& bias = inputs[1 + layers + l];
+    for (size_t l = 0; l < L; ++l) {
+      Tensor& bias = inputs[1 + L + l];
       inputs[1 + l] = weights[l];
       if (std::optional<Tensor> b = biases[l]) bias = *std::move(b);
       if (reaches) saved[1 + l] = weights[l];
       reaches = reaches || weights[l].requires_grad() || (bias.defined() && bias.requires_grad());
-      const bool for_dz = reaches && saves_output(name_at(activations, l));
-      const bool for_dw = l + 1 < layers && weights[l + 1].requires_grad();
-      if (for_dz || for_dw) saved[1 + layers + l] = outputs[l];
+      const size_t for_dz = layers[l].saved;
+      if (reaches && layers[l].needs != Needs::nothing) saved[1 + L + for_dz] = outputs[for_dz];
+      const bool for_dw = l + 1 < L && weights[l + 1].requires_grad();
+      if (for_dw) saved[1 + L + l] = outputs[l];
     }
-    record(kDerivative, activations, inputs, outputs, saved);
+    record(kDerivative, {activations, parameters.vec()}, inputs, outputs, saved);
     return outputs;
   }
 
   // From the topmost layer that is handed a gradient: the last one, and another only in second derivatives.
-  static variable_list backward(const variable_list& grads, const variable_list& saved, const c10::IValue& names,
+  static variable_list backward(const variable_list& grads, const variable_list& saved, const Settings& settings,
                                 const std::vector<bool>& wanted) {
-    const size_t layers = grads.size();
-    size_t top = layers;
-    while (top > 0 && !grads[top - 1].defined()) --top;
-    Names activations = names.to<Names>();
-    if (top < layers) {
+    const auto layers = layer_activations(settings.activations, settings.parameters);
+    const size_t L = layers.size();
+    size_t top = L;
+    while (top > 0 && !grads[top - 1].defined() && !grads[layers[top - 1].saved].defined()) --top;
+
+    variable_list result(wanted.size());
+    Names activations = settings.activations;
+    std::vector<double> parameters = settings.parameters;
+    if (top < L) {
       activations = activations.copy();
       activations.resize(top);
+      size_t count = 0;
+      for (size_t l = 0; l < top; ++l) count += layers[l].parameters.size();
+      parameters.resize(count);
     }
+    OptionalTensors grad_outputs, outputs;
+    const auto add_output = [&](size_t i) {
+      grad_outputs.push_back(optional(grads[i]));
+      outputs.push_back(optional(saved[1 + L + i]));
+    };
+    for (size_t l = 0; l < top; ++l) add_output(l);
+    for (size_t l = 0; l < top; ++l)
+      if (layers[l].needs == Needs::preactivation) add_output(layers[l].saved);
 
     c10::List<bool> mask;
-    std::vector<size_t> places;  // in the result
+    std::vector<size_t> indices;  // in the result
     mask.reserve(1 + 2 * top);
     const auto add = [&](size_t begin, size_t count) {
-      for (size_t place = begin; place < begin + count; ++place) {
-        mask.push_back(wanted[place]);
-        if (wanted[place]) places.push_back(place);
+      for (size_t i = begin; i < begin + count; ++i) {
+        mask.push_back(wanted[i]);
+        if (wanted[i]) indices.push_back(i);
       }
     };
     add(0, 1 + top);
-    add(1 + layers, top);
+    add(1 + L, top);
 
-    variable_list result(wanted.size());
-    if (top == 0 || places.empty()) return result;
-    auto gradients = mlp_backward(optionals(grads, 0, top), optional(saved[0]), optionals(saved, 1, top),
-                                  optionals(saved, 1 + layers, top), activations, mask);
-    for (size_t i = 0; i < places.size(); ++i) result[places[i]] = std::move(gradients[i]);
+    if (top == 0 || indices.empty()) return result;
+    auto gradients = mlp_backward(grad_outputs, optional(saved[0]), optionals(saved, 1, top), outputs, activations,
+                                  parameters, mask);
+    for (size_t i = 0; i < indices.size(); ++i) result[indices[i]] = std::move(gradients[i]);
     return result;
   }
 
@@ -184,37 +242,38 @@ struct TensorArgs {
 };
 
 variable_list mlp_forward_autograd(const Tensor& input, at::TensorList weights, const OptionalTensors& biases,
-                                   const Names& activations) {
+                                   const Names& activations, Numbers parameters) {
   const TensorArgs given(input, weights, biases);
-  if (needs_native(given.pointers)) return mlp_forward_loop(input, weights, biases, activations);
-  if (any_requires_grad(given.pointers)) return Mlp::forward(input, weights, biases, activations);
+  if (needs_native(given.pointers)) return mlp_forward_loop(input, weights, biases, activations, parameters);
+  if (any_requires_grad(given.pointers)) return Mlp::forward(input, weights, biases, activations, parameters);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return mlp_forward(input, weights, biases, activations);
+  return mlp_forward(input, weights, biases, activations, parameters);
 }
 
 Tensor mlp_autograd(const Tensor& input, at::TensorList weights, const OptionalTensors& biases,
-                    const Names& activations) {
+                    const Names& activations, Numbers parameters) {
   const TensorArgs given(input, weights, biases);
-  if (needs_native(given.pointers)) return mlp_loop(input, weights, biases, activations);
-  if (any_requires_grad(given.pointers)) return Mlp::forward(input, weights, biases, activations).back();
+  if (needs_native(given.pointers)) return mlp_loop(input, weights, biases, activations, parameters);
+  if (any_requires_grad(given.pointers))
+    return Mlp::forward(input, weights, biases, activations, parameters)[weights.size() - 1];
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return mlp(input, weights, biases, activations);
+  return mlp(input, weights, biases, activations, parameters);
 }
 
 // Second derivatives are those of each layer's backward.
 variable_list mlp_backward_autograd(const OptionalTensors& grad_outputs, const std::optional<Tensor>& input,
                                     const OptionalTensors& weights, const OptionalTensors& outputs,
-                                    const Names& activations, const c10::List<bool>& output_mask) {
+                                    const Names& activations, Numbers parameters, const c10::List<bool>& output_mask) {
   const TensorArgs given(grad_outputs, input, weights, outputs);
   if (needs_native(given.pointers) || any_requires_grad(given.pointers))
-    return mlp_backward_loop(grad_outputs, input, weights, outputs, activations, output_mask);
+    return mlp_backward_loop(grad_outputs, input, weights, outputs, activations, parameters, output_mask);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return mlp_backward(grad_outputs, input, weights, outputs, activations, output_mask);
+  return mlp_backward(grad_outputs, input, weights, outputs, activations, parameters, output_mask);
 }
 
 template <c10::DeviceType device>
 Tensor mlp_autocast(const Tensor& input, at::TensorList weights, const OptionalTensors& biases,
-                    const Names& activations) {
+                    const Names& activations, Numbers parameters) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto cast = [dtype = at::autocast::get_autocast_dtype(device)](const auto& t) {
@@ -223,13 +282,14 @@ Tensor mlp_autocast(const Tensor& input, at::TensorList weights, const OptionalT
   OptionalTensors cast_biases;
   cast_biases.reserve(biases.size());
   for (size_t l = 0; l < biases.size(); ++l) cast_biases.push_back(cast(std::optional<Tensor>(biases[l])));
-  return mlp(cast(input), cast(weights), cast_biases, activations);
+  return mlp(cast(input), cast(weights), cast_biases, activations, parameters);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) {
   m.impl("linear_act", linear_act_autograd);
+  m.impl("_linear_act_forward", linear_act_forward_autograd);
   m.impl("_linear_act_backward", linear_act_backward_autograd);
   m.impl("mlp", mlp_autograd);
   m.impl("_mlp_forward", mlp_forward_autograd);

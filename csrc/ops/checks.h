@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -115,9 +116,21 @@ void check_like(const char* op, const at::Tensor& tensor, const Name& name, cons
                    dtype_name(tensor.scalar_type()));
 }
 
-template <class Name>
-void check_weight(const char* op, const at::Tensor& weight, const Name& name) {
-  TORCH_CHECK(weight.dim() == 2, op, ": ", name, " must be [N, K], got ", weight.sym_sizes());
+// The parameters of a layer: weight [N, K] and bias [N] or none. `source...` says what has K columns.
+template <class WeightName, class BiasName, class... Source>
+void check_layer(const char* op, const at::Tensor& weight, const WeightName& weight_name,
+                 const std::optional<at::Tensor>& bias, const BiasName& bias_name, const at::Tensor& input,
+                 const c10::SymInt& K, const Source&... source) {
+  check_like(op, weight, weight_name, input, "input");
+  TORCH_CHECK(weight.dim() == 2, op, ": ", weight_name, " must be [N, K], got ", weight.sym_sizes());
+  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(K), op, ": ", weight_name, " must be [N, K=", K, "] to match ", source...,
+                  ", got ", weight.sym_sizes());
+  if (!bias) return;
+  const c10::SymInt N = weight.sym_size(0);
+  check_like(op, *bias, bias_name, input, "input");
+  TORCH_CHECK(bias->dim() == 1, op, ": ", bias_name, " must be [N=", N, "], got ", bias->sym_sizes());
+  TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(N), op, ": ", bias_name, " must be [N=", N, "] to match ", weight_name, " ",
+                  weight.sym_sizes(), ", got ", bias->sym_sizes());
 }
 
 }  // namespace mlp_ext

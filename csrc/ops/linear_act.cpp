@@ -4,19 +4,34 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/hardtanh_backward.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/leaky_relu_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mish.h>
+#include <ATen/ops/mish_backward.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/selu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/softplus_backward.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/tanh_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
-#include "math/activations.h"
 #include "ops/checks.h"
 
 namespace mlp_ext {
@@ -25,61 +40,59 @@ namespace {
 
 constexpr const char* kOp = "linear_act";
 
-// torch's own operation where there is one, else the formula over tensors.
-template <class Act>
-at::Tensor activate(Act act, const at::Tensor& z) {
-  if constexpr (requires { act.native(z); })
-    return act.native(z);
-  else
-    return act.forward(z);
+}  // namespace
+
+// PyTorch's own operation where there is one, else the formula over tensors.
+at::Tensor activate(const Activation& activation, const at::Tensor& z) {
+  return visit(activation, [&](auto act) {
+    if constexpr (requires { act.native(z); })
+      return act.native(z);
+    else
+      return act.forward(z);
+  });
 }
-template <class Act>
-at::Tensor activate_backward(Act act, const at::Tensor& dy, const at::Tensor& y) {
-  if constexpr (requires { act.native_backward(dy, y); })
-    return act.native_backward(dy, y);
-  else
-    return act.backward(dy, y);
+
+namespace {
+
+at::Tensor activate_backward(const Activation& activation, const at::Tensor& dy, const at::Tensor& saved) {
+  return visit(activation, [&](auto act) {
+    if constexpr (requires { act.native_backward(dy, saved); })
+      return act.native_backward(dy, saved);
+    else
+      return act.backward(dy, saved);
+  });
 }
 
 }  // namespace
 
-size_t check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                        std::string_view activation) {
-  const size_t index = check_activation(kOp, activation, "activation");
+Activation check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                            std::string_view activation, at::ArrayRef<double> parameters) {
+  const Activation act = check_activation(kOp, activation, parameters, "activation");
   check_dtype(kOp, input, "input");
   check_like(kOp, weight, "weight", input, "input");
   TORCH_CHECK(input.dim() >= 1, "linear_act: input must be [*, K], got a 0-dimensional tensor");
-  check_weight(kOp, weight, "weight");
-  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(input.sym_size(-1)),
-                  "linear_act: weight must be [N, K=", input.sym_size(-1), "] to match input ", input.sym_sizes(),
-                  ", got ", weight.sym_sizes());
-  if (bias) {
-    check_like(kOp, *bias, "bias", input, "input");
-    TORCH_CHECK(bias->dim() == 1, "linear_act: bias must be [N=", weight.sym_size(0), "], got ", bias->sym_sizes());
-    TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(weight.sym_size(0)), "linear_act: bias must be [N=", weight.sym_size(0),
-                    "] to match weight ", weight.sym_sizes(), ", got ", bias->sym_sizes());
-  }
-  return index;
+  check_layer(kOp, weight, "weight", bias, "bias", input, input.sym_size(-1), "input ", input.sym_sizes());
+  return act;
 }
 
-size_t check_linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
-                                 const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                 std::string_view activation, std::array<bool, 3> output_mask) {
-  const size_t index = check_activation(kOp, activation, "activation");
-  const bool needs_output = visit_activation(index, [](auto act) { return act.saves == Saves::output; });
+Activation check_linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                     const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                     std::string_view activation, at::ArrayRef<double> parameters,
+                                     std::array<bool, 3> output_mask) {
+  const Activation act = check_activation(kOp, activation, parameters, "activation");
   check_dtype(kOp, grad_output, "grad_output");
   TORCH_CHECK(grad_output.dim() >= 1, "linear_act: grad_output must be [*, N], got a 0-dimensional tensor");
-  TORCH_CHECK(output || !needs_output, "linear_act: output is needed for the gradient of ", activation);
+  TORCH_CHECK(saved || needs_of(act) == Needs::nothing, "linear_act: saved is needed for the gradient of ", activation);
   TORCH_CHECK(weight || !output_mask[0], "linear_act: weight is needed for the gradient of input");
   TORCH_CHECK(input || !output_mask[1], "linear_act: input is needed for the gradient of weight");
-  if (output) {
-    check_like(kOp, *output, "output", grad_output, "grad_output");
-    TORCH_CHECK(output->sym_sizes() == grad_output.sym_sizes(), "linear_act: grad_output must be ", output->sym_sizes(),
-                " to match output, got ", grad_output.sym_sizes());
+  if (saved) {
+    check_like(kOp, *saved, "saved", grad_output, "grad_output");
+    TORCH_CHECK(saved->sym_sizes() == grad_output.sym_sizes(), "linear_act: grad_output must be ", saved->sym_sizes(),
+                " to match saved, got ", grad_output.sym_sizes());
   }
   if (weight) {
     check_like(kOp, *weight, "weight", grad_output, "grad_output");
-    check_weight(kOp, *weight, "weight");
+    TORCH_CHECK(weight->dim() == 2, "linear_act: weight must be [N, K], got ", weight->sym_sizes());
     TORCH_SYM_CHECK(weight->sym_size(0).sym_eq(grad_output.sym_size(-1)),
                     "linear_act: weight must be [N=", grad_output.sym_size(-1), ", K] to match grad_output ",
                     grad_output.sym_sizes(), ", got ", weight->sym_sizes());
@@ -95,41 +108,50 @@ size_t check_linear_act_backward(const at::Tensor& grad_output, const std::optio
     TORCH_SYM_CHECK(weight->sym_size(1).sym_eq(input->sym_size(-1)),
                     "linear_act: weight must be [N, K=", input->sym_size(-1), "] to match input ", input->sym_sizes(),
                     ", got ", weight->sym_sizes());
-  return index;
+  return act;
 }
 
 at::Tensor linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      std::string_view activation) {
+                      std::string_view activation, at::ArrayRef<double> parameters) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mlp_ext::linear_act", "").typed<decltype(linear_act)>();
-  return op.call(input, weight, bias, activation);
+  return op.call(input, weight, bias, activation, parameters);
 }
 
-Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                           std::string_view activation, at::ArrayRef<double> parameters) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mlp_ext::_linear_act_forward", "")
+                             .typed<decltype(linear_act_forward)>();
+  return op.call(input, weight, bias, activation, parameters);
+}
+
+Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
                               const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                              std::string_view activation, std::array<bool, 3> output_mask) {
+                              std::string_view activation, at::ArrayRef<double> parameters,
+                              std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mlp_ext::_linear_act_backward", "")
                              .typed<decltype(linear_act_backward)>();
-  return op.call(grad_output, output, input, weight, activation, output_mask);
+  return op.call(grad_output, saved, input, weight, activation, parameters, output_mask);
 }
 
 // y = act(x W^T + b)
 at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                             std::string_view activation) {
-  const size_t index = check_linear_act(input, weight, bias, activation);
-  const auto z = at::linear(input, weight, bias);
-  return visit_activation(index, [&](auto act) { return activate(act, z); });
+                             std::string_view activation, at::ArrayRef<double> parameters) {
+  const Activation act = check_linear_act(input, weight, bias, activation, parameters);
+  return activate(act, at::linear(input, weight, bias));
 }
 
-// dz = act'(dy, y);  dx = dz W  (*,N)(N,K);  dW = dz^T x  (N,M)(M,K);  db = sum over rows of dz
-Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+// dz = act'(dy, saved);  dx = dz W  (*,N)(N,K);  dW = dz^T x  (N,M)(M,K);  db = sum over rows of dz
+Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
                                      const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                     std::string_view activation, std::array<bool, 3> output_mask) {
-  const size_t index = check_linear_act_backward(grad_output, output, input, weight, activation, output_mask);
+                                     std::string_view activation, at::ArrayRef<double> parameters,
+                                     std::array<bool, 3> output_mask) {
+  const Activation act =
+      check_linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
   const auto rows = [](const at::Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); };
-  const auto dz = visit_activation(
-      index, [&](auto act) { return activate_backward(act, grad_output, output.value_or(at::Tensor())); });
+  const at::Tensor dz = activate_backward(act, grad_output, saved.value_or(at::Tensor()));
   at::Tensor dx, dw, db;
   if (output_mask[0]) dx = at::matmul(dz, *weight);
   if (output_mask[1]) dw = at::matmul(rows(dz).t(), rows(*input));
@@ -139,19 +161,35 @@ Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::o
 
 namespace {
 
+Outputs linear_act_forward_native(const at::Tensor& input, const at::Tensor& weight,
+                                  const std::optional<at::Tensor>& bias, std::string_view activation,
+                                  at::ArrayRef<double> parameters) {
+  const Activation act = check_linear_act(input, weight, bias, activation, parameters);
+  const at::Tensor z = at::linear(input, weight, bias);
+  return {activate(act, z), z};
+}
+
 // Shapes and dtypes alone, also with symbolic sizes: fake tensors and the meta device share the real checks.
 at::Tensor linear_act_meta(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                           std::string_view activation) {
-  check_linear_act(input, weight, bias, activation);
+                           std::string_view activation, at::ArrayRef<double> parameters) {
+  check_linear_act(input, weight, bias, activation, parameters);
   auto sizes = input.sym_sizes().vec();
   sizes.back() = weight.sym_size(0);
   return at::empty_symint(sizes, input.options());
 }
 
-Gradients linear_act_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
+Outputs linear_act_forward_meta(const at::Tensor& input, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, std::string_view activation,
+                                at::ArrayRef<double> parameters) {
+  const at::Tensor y = linear_act_meta(input, weight, bias, activation, parameters);
+  return {y, at::empty_like(y)};
+}
+
+Gradients linear_act_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
                                    const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                   std::string_view activation, std::array<bool, 3> output_mask) {
-  check_linear_act_backward(grad_output, output, input, weight, activation, output_mask);
+                                   std::string_view activation, at::ArrayRef<double> parameters,
+                                   std::array<bool, 3> output_mask) {
+  check_linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
   at::Tensor dx, dw, db;
   const auto options = grad_output.options();
   if (output_mask[0]) {
@@ -167,27 +205,34 @@ Gradients linear_act_backward_meta(const at::Tensor& grad_output, const std::opt
 }  // namespace
 
 TORCH_LIBRARY(mlp_ext, m) {
-  m.def("linear_act(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor",
+  m.def("linear_act(Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters=[]) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
-      "_linear_act_backward(Tensor grad_output, Tensor? output, Tensor? input, Tensor? weight, str activation, "
-      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      "_linear_act_forward(Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters) -> "
+      "(Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_linear_act_backward(Tensor grad_output, Tensor? saved, Tensor? input, Tensor? weight, str activation, "
+      "float[] parameters, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(mlp_ext, CompositeExplicitAutograd, m) {
   m.impl("linear_act", linear_act_native);
+  m.impl("_linear_act_forward", linear_act_forward_native);
   m.impl("_linear_act_backward", linear_act_backward_native);
 }
 
 TORCH_LIBRARY_IMPL(mlp_ext, Meta, m) {
   m.impl("linear_act", linear_act_meta);
+  m.impl("_linear_act_forward", linear_act_forward_meta);
   m.impl("_linear_act_backward", linear_act_backward_meta);
 }
 
 // Under vmap the native operations bring their own batching rules.
 TORCH_LIBRARY_IMPL(mlp_ext, FuncTorchBatched, m) {
   m.impl("linear_act", linear_act_native);
+  m.impl("_linear_act_forward", linear_act_forward_native);
   m.impl("_linear_act_backward", linear_act_backward_native);
 }
 

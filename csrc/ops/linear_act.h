@@ -44,6 +44,9 @@ Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::o
                                      std::string_view activation, at::ArrayRef<double> parameters,
                                      std::array<bool, 3> output_mask);
 
+// act(z) by PyTorch's operations.
+at::Tensor activate(const Activation& activation, const at::Tensor& z);
+
 // Throw unless dtypes, devices and shapes fit; return the activation.
 Activation check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             std::string_view activation, at::ArrayRef<double> parameters);

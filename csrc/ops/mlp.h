@@ -3,11 +3,14 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "math/activations.h"
 
 namespace mlp_ext {
 
@@ -17,6 +20,15 @@ using Numbers = at::ArrayRef<double>;
 
 // The element itself: get() copies a string.
 inline std::string_view name_at(const Names& names, size_t l) { return static_cast<const std::string&>(names[l]); }
+
+// The activation of a layer, as linear_act takes it.
+struct LayerActivation {
+  std::string_view name;
+  Numbers parameters;
+  Needs needs;
+  size_t saved;  // the index among the outputs of mlp_forward of what its backward needs: its y or its z
+};
+c10::SmallVector<LayerActivation, 8> layer_activations(const Names& activations, Numbers parameters);
 
 // y_0 = x,  y_l = act_l(y_(l-1) W_l^T + b_l);  the last y.  Through the dispatcher.
 at::Tensor mlp(const at::Tensor& input,        // [*, K]

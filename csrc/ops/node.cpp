@@ -17,8 +17,8 @@ namespace compiled = torch::dynamo::autograd;
 
 class OperatorNode final : public torch::autograd::TraceableFunction {
  public:
-  OperatorNode(const Derivative& derivative, c10::IValue activations)
-      : derivative_(derivative), activations_(std::move(activations)) {}
+  OperatorNode(const Derivative& derivative, Settings settings)
+      : derivative_(derivative), settings_(std::move(settings)) {}
 
   std::string name() const override { return derivative_.name; }
 
@@ -32,7 +32,7 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return derivative_.backward(grads, saved(), activations_, wanted());
+    return derivative_.backward(grads, saved(), settings_, wanted());
   }
 
   void release_variables() override {
@@ -43,7 +43,8 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
   // Compiled autograd: what the node's part of the compiled graph depends on, and how it is written there.
   void compiled_args(CompiledNodeArgs& args) const override {
     args.collect(std::string(derivative_.name));
-    args.collect(activations_);
+    args.collect(c10::IValue(settings_.activations));
+    args.collect(settings_.parameters);
     args.collect(saved_, true);  // all are unpacked as outputs of this node are
   }
 
@@ -51,7 +52,8 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
     swap.before(saved_);
     compiled::PackedArgs packed;
     packed.pack(saved());
-    packed.pack(activations_);
+    packed.pack(c10::IValue(settings_.activations));
+    packed.pack(c10::IValue(settings_.parameters));
     packed.pack(wanted());
     std::vector<at::TypePtr> types;
     for (const c10::IValue& arg : packed.vec())
@@ -59,8 +61,9 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
     const auto backward = [d = derivative_](const variable_list& grads, const std::vector<c10::IValue>& values) {
       compiled::PackedArgs packed(values);
       const auto saved = packed.unpack<variable_list>();
-      const auto activations = packed.unpack<c10::IValue>();
-      return d.backward(grads, saved, activations, packed.unpack<std::vector<bool>>());
+      const auto activations = packed.unpack<c10::IValue>().to<Names>();
+      const auto parameters = packed.unpack<c10::IValue>().toDoubleVector();
+      return d.backward(grads, saved, {activations, parameters}, packed.unpack<std::vector<bool>>());
     };
     const auto& python = compiled::getPyCompilerInterface();
     const std::string bound = python->bind_function(swap.get_py_compiler(), derivative_.name, backward, types,
@@ -89,24 +92,23 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
   }
 
   const Derivative& derivative_;
-  const c10::IValue activations_;
+  const Settings settings_;
   std::vector<SavedVariable> saved_;
 };
 
-auto make_node(const Derivative& derivative, c10::IValue activations) {
+auto make_node(const Derivative& derivative, Settings settings) {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
-  return std::shared_ptr<OperatorNode>(new OperatorNode(derivative, std::move(activations)),
-                                       torch::autograd::deleteNode);
+  return std::shared_ptr<OperatorNode>(new OperatorNode(derivative, std::move(settings)), torch::autograd::deleteNode);
 #else
-  return c10::make_intrusive<OperatorNode>(derivative, std::move(activations));
+  return c10::make_intrusive<OperatorNode>(derivative, std::move(settings));
 #endif
 }
 
 }  // namespace
 
-void record(const Derivative& derivative, c10::IValue activations, const variable_list& inputs,
-            const variable_list& outputs, const variable_list& saved) {
-  const auto node = make_node(derivative, std::move(activations));
+void record(const Derivative& derivative, Settings settings, const variable_list& inputs, const variable_list& outputs,
+            const variable_list& saved) {
+  const auto node = make_node(derivative, std::move(settings));
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   torch::autograd::set_history(outputs, node);
   node->save(saved);

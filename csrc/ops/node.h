@@ -3,12 +3,19 @@
 // small stack's forward and backward.
 #pragma once
 
-#include <ATen/core/ivalue.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <vector>
 
+#include "ops/mlp.h"
+
 namespace mlp_ext {
+
+// What an operator's backward depends on beside tensors.
+struct Settings {
+  Names activations;
+  std::vector<double> parameters;  // of the activations
+};
 
 // How gradients go through an operator.
 struct Derivative {
@@ -16,13 +23,13 @@ struct Derivative {
   // grads: of the outputs, undefined where none came. wanted: of which inputs. A gradient, or undefined, for each
   // input.
   torch::autograd::variable_list (*backward)(const torch::autograd::variable_list& grads,
-                                             const torch::autograd::variable_list& saved,
-                                             const c10::IValue& activations, const std::vector<bool>& wanted);
+                                             const torch::autograd::variable_list& saved, const Settings& settings,
+                                             const std::vector<bool>& wanted);
 };
 
 // Enters the outputs, fresh tensors, in the graph as results of the inputs. An input may be undefined, and so may be
 // what is saved for backward.
-void record(const Derivative& derivative, c10::IValue activations, const torch::autograd::variable_list& inputs,
+void record(const Derivative& derivative, Settings settings, const torch::autograd::variable_list& inputs,
             const torch::autograd::variable_list& outputs, const torch::autograd::variable_list& saved);
 
 }  // namespace mlp_ext
