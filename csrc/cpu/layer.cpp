@@ -38,8 +38,8 @@ Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
 
 namespace {
 
-// A product and how it is cut: run(rows, columns, samples, which piece of the samples) computes a piece.
-struct Product {
+// A GEMM and how it is split: run(rows, columns, samples, which piece of the samples) computes a piece.
+struct SplitGemm {
   Grid grid;
   int64_t rows, columns, samples;
   std::function<void(Range, Range, Range, int64_t)> run;
@@ -54,22 +54,21 @@ struct Product {
   }
 };
 
-// All products at once, each on as many of the threads; one alone has them all.
-void run(std::initializer_list<Product> products) {
+// All GEMMs at once, each on as many of the threads; one alone has them all.
+void run(std::initializer_list<SplitGemm> gemms) {
   int64_t shares = 1;
-  for (const Product& product : products) shares = std::max(shares, product.grid.size());
+  for (const SplitGemm& gemm : gemms) shares = std::max(shares, gemm.grid.size());
   shares = std::min(shares, std::max<int64_t>(1, threads()));
-  for_pieces(shares * static_cast<int64_t>(products.size()),
-             [&](int64_t i) { products.begin()[i / shares].run_share(i % shares, shares); });
+  for_pieces(shares * static_cast<int64_t>(gemms.size()),
+             [&](int64_t i) { gemms.begin()[i / shares].run_share(i % shares, shares); });
 }
 
 }  // namespace
 
 // y = act(x W^T + b)
-void forward_layer(Forward problem, DType dtype, size_t activation) {
-  problem.activation = activation;
+void forward_layer(const Forward& problem, DType dtype) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
-  const Kernels& kernels = variant().kernels(dtype, activation);
+  const LayerKernels& kernels = variant().layer_kernels(dtype);
   const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), dot_mode_of(dtype), {.library = may_use_library()});
   if (plan.forward_path == Path::library) return forward_by_library(problem, kernels);
   if (plan.forward_path == Path::small)
@@ -87,7 +86,7 @@ class WeightSums {
  public:
   // skinny_m: results come instead of accumulators, of all samples. update_in_epilogue: grad_weight itself updates,
   // and nothing is left to finish.
-  WeightSums(const Backward& problem, int64_t pieces, const Kernels& kernels, DType dtype, bool skinny_m,
+  WeightSums(const Backward& problem, int64_t pieces, const LayerKernels& kernels, DType dtype, bool skinny_m,
              bool update_in_epilogue)
       : problem_(problem),
         pieces_(pieces),
@@ -126,7 +125,7 @@ class WeightSums {
 
   const Backward& problem_;
   const int64_t pieces_;
-  const Kernels& kernels_;
+  const LayerKernels& kernels_;
   decltype(StepKernels::update) update_;
   char *dw_, *db_;
   const int64_t size_, item_;
@@ -134,50 +133,66 @@ class WeightSums {
   at::Tensor sums_;
 };
 
-}  // namespace
+// dx, dW and db in one pass over the rows, each thread with sums of its own.
+void backward_in_one_pass(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
+  const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
+                        : plan.backward_path == Path::one_input ? kernels.backward_k1
+                                                                : kernels.backward_n1;
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, false, false);
+  run({{plan.grad_weight, problem.N, problem.K, problem.M, [&](Range, Range, Range samples, int64_t s) {
+          one_pass(problem, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
+        }}});
+  sums.finish();
+}
 
-// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-void backward_layer(const Backward& problem, DType dtype, size_t activation) {
+// dx and dW as GEMMs of their own, the latter with db.
+void backward_packed(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
-  const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w,
-             needs_db = problem.db || problem.update_b, updates = problem.update_w || problem.update_b;
-  const Kernels& kernels = variant().kernels(dtype, activation);
-  Plan plan = make_plan(M, K, N, item_size(dtype), threads(), dot_mode_of(dtype),
-                        {.library = may_use_library(), .both = needs_dx && needs_dw, .update = updates});
-  if (plan.backward_path == Path::library)
-    return backward_by_library(problem, kernels, activation == activation_index(Identity::name));
-  if (plan.backward_path == Path::small && !updates)
-    return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(M, N)));
-  if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to cut: two pieces would write the same sums
-  const bool packed = plan.backward_path == Path::packed || plan.backward_path == Path::small;
-  const bool skinny_m = packed && M <= kSkinnyM, update_in_epilogue = packed && problem.update_w && !skinny_m;
+  const bool skinny_m = M <= kSkinnyM, update_in_epilogue = problem.update_w && !skinny_m;
   const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, skinny_m, update_in_epilogue);
   Backward b = problem;
   if (!update_in_epilogue) b.update_w = b.update_b = nullptr;
-  const Product grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
-                             kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
-                           }};
-  const Product grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
-                              if (skinny_m)
-                                kernels.grad_weight_skinny_m(b, rows, columns, sums.dw(0), sums.db(0));
-                              else
-                                kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
-                                                    scratch(kScratchBytes));
-                            }};
-  const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
-                        : plan.backward_path == Path::one_input ? kernels.backward_one_input
-                                                                : kernels.backward_one_output;
-  if (!packed)
-    run({{plan.grad_weight, N, K, M, [&](Range, Range, Range samples, int64_t s) {
-            one_pass(b, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
-          }}});
-  else if (plan.concurrent_gemms)
+  const SplitGemm grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
+                               kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
+                             }};
+  const SplitGemm grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
+                                if (skinny_m)
+                                  kernels.grad_weight_skinny_m(b, rows, columns, sums.dw(0), sums.db(0));
+                                else
+                                  kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
+                                                      scratch(kScratchBytes));
+                              }};
+  if (plan.concurrent_gemms) {
     run({grad_input, grad_weight});
-  else {
-    if (needs_dx) run({grad_input});
-    if (needs_dw || needs_db) run({grad_weight});
+  } else {
+    if (b.dx.data) run({grad_input});
+    if (sums.dw(0) || sums.db(0)) run({grad_weight});
   }
   sums.finish();
+}
+
+}  // namespace
+
+// dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+void backward_layer(const Backward& problem, DType dtype) {
+  const bool needs_dw = problem.dw || problem.update_w, updates = problem.update_w || problem.update_b;
+  const LayerKernels& kernels = variant().layer_kernels(dtype);
+  Plan plan = make_plan(problem.M, problem.K, problem.N, item_size(dtype), threads(), dot_mode_of(dtype),
+                        {.library = may_use_library(), .both = problem.dx.data && needs_dw, .update = updates});
+  if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to split: two pieces would write the same sums
+  switch (plan.backward_path) {
+    case Path::library:
+      return backward_by_library(problem, kernels);
+    case Path::tall:
+    case Path::one_input:
+    case Path::one_output:
+      return backward_in_one_pass(problem, plan, kernels, dtype);
+    case Path::small:
+      if (!updates) return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(problem.M, problem.N)));
+      [[fallthrough]];
+    default:
+      return backward_packed(problem, plan, kernels, dtype);
+  }
 }
 
 }  // namespace mlp_ext::cpu

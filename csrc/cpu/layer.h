@@ -7,9 +7,9 @@
 
 namespace mlp_ext::cpu {
 
-void forward_layer(Forward problem, DType dtype, size_t activation);
+void forward_layer(const Forward& problem, DType dtype);
 // With updates the problem's dw and db are left out, and the parameters change once W is no longer read.
-void backward_layer(const Backward& problem, DType dtype, size_t activation);
+void backward_layer(const Backward& problem, DType dtype);
 
 // Scratch memory of this thread, aligned to a cache line and kept for the next call.
 constexpr int64_t kCacheLine = 64;

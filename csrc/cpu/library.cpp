@@ -1,4 +1,4 @@
-// One layer around products of a library: tensors over the raw pointers, one pass before or after.
+// One layer around GEMMs of a library: tensors over the raw pointers, one pass before or after.
 #include "cpu/library.h"
 
 #include <ATen/ops/addmm.h>
@@ -8,6 +8,7 @@
 #include "cpu/caching_allocator.h"
 #include "cpu/layer.h"
 #include "cpu/variants.h"
+#include "math/activations.h"
 
 namespace mlp_ext::cpu {
 
@@ -25,22 +26,23 @@ int64_t row_pieces(int64_t M, int64_t N) { return std::clamp<int64_t>(M * N / kE
 }  // namespace
 
 // y = act(x W^T + b)
-void forward_by_library(const Forward& f, const Kernels& kernels) {
+void forward_by_library(const Forward& f, const LayerKernels& kernels) {
   const at::Tensor x = tensor(f.x, f.M, f.K), w = tensor(f.w, f.N, f.K);
-  at::Tensor y = tensor(f.y, f.M, f.N);
+  const Matrix z = f.z.data ? f.z : f.y;
+  at::Tensor sums = tensor(z, f.M, f.N);
   if (f.bias)
-    at::addmm_out(y, at::from_blob(const_cast<void*>(f.bias), {f.N}, at::TensorOptions(kDtype)), x, w.t());
+    at::addmm_out(sums, at::from_blob(const_cast<void*>(f.bias), {f.N}, at::TensorOptions(kDtype)), x, w.t());
   else
-    at::mm_out(y, x, w.t());
-  if (!kernels.act) return;
+    at::mm_out(sums, x, w.t());
+  if (is_identity(*f.activation) && !f.z.data) return;
   const int64_t pieces = row_pieces(f.M, f.N);
-  for_pieces(pieces, [&](int64_t i) { kernels.act(f, piece(i, pieces, f.M)); });
+  for_pieces(pieces, [&](int64_t i) { kernels.act(f, {z.data, z.stride}, piece(i, pieces, f.M)); });
 }
 
-// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-void backward_by_library(const Backward& b, const Kernels& kernels, bool dz_is_dy) {
+// dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+void backward_by_library(const Backward& b, const LayerKernels& kernels) {
   const bool needs_dw = b.dw || b.update_w, needs_db = b.db || b.update_b,
-             needs_dz = !dz_is_dy && (b.dx.data || needs_dw);
+             needs_dz = !is_identity(*b.activation) && (b.dx.data || needs_dw);
   const StepKernels& step = variant().step_kernels(DType::bfloat16);
   const int64_t pieces = row_pieces(b.M, b.N);
   const at::Tensor dz = needs_dz ? empty_cached({b.M, b.N}, kDtype) : tensor(b.dy, b.M, b.N);

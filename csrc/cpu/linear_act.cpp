@@ -30,26 +30,43 @@ at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, colum
   return empty_cached(sizes, t.scalar_type());
 }
 
-// y = act(x W^T + b)
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                   std::string_view activation) {
-  const size_t act = check_linear_act(input, weight, bias, activation);
+void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+// y = act(x W^T + b), and z = x W^T + b into `z` if it is defined
+void forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+             const Activation& activation, const at::Tensor& y, const at::Tensor& z) {
   const int64_t M = leading_size(input), K = weight.size(1), N = weight.size(0);
-  at::Tensor output = empty_rows_like(input, N);
-  if (output.numel() == 0) return output;
+  if (y.numel() == 0) return;
   const Rows x(input, K), w(weight, K);
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
-  const Forward problem{
-      M, K, N, x.matrix, w.matrix, bias ? b.const_data_ptr() : nullptr, {output.mutable_data_ptr(), N}};
-  forward_layer(problem, dtype_of(input), act);
-  return output;
+  forward_layer(
+      {M, K, N, x.matrix, w.matrix, bias ? b.const_data_ptr() : nullptr, {data(y), N}, {data(z), N}, &activation},
+      dtype_of(input));
 }
 
-// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& output,
-                   const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                   std::string_view activation, std::array<bool, 3> output_mask) {
-  const size_t act = check_linear_act_backward(grad_output, output, input, weight, activation, output_mask);
+at::Tensor linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                      std::string_view activation, at::ArrayRef<double> parameters) {
+  const Activation act = check_linear_act(input, weight, bias, activation, parameters);
+  const at::Tensor y = empty_rows_like(input, weight.size(0));
+  forward(input, weight, bias, act, y, {});
+  return y;
+}
+
+Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                           std::string_view activation, at::ArrayRef<double> parameters) {
+  const Activation act = check_linear_act(input, weight, bias, activation, parameters);
+  const at::Tensor y = empty_rows_like(input, weight.size(0)), z = empty_rows_like(input, weight.size(0));
+  forward(input, weight, bias, act, y, z);
+  return {y, z};
+}
+
+// dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                              const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                              std::string_view activation, at::ArrayRef<double> parameters,
+                              std::array<bool, 3> output_mask) {
+  const Activation act =
+      check_linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
   const auto [needs_dx, needs_dw, needs_db] = output_mask;
   const int64_t M = leading_size(grad_output), N = grad_output.size(-1);
   const int64_t K = needs_dx ? weight->size(1) : needs_dw ? input->size(-1) : 1;
@@ -58,19 +75,19 @@ Gradients backward(const at::Tensor& grad_output, const std::optional<at::Tensor
   if (needs_dw) dw = empty_cached({N, K}, grad_output.scalar_type());
   if (needs_db) db = empty_cached({N}, grad_output.scalar_type());
 
-  const Rows dy(grad_output, N), y = output ? Rows(*output, N) : Rows();
+  const Rows dy(grad_output, N), y_or_z = saved ? Rows(*saved, N) : Rows();
   const Rows x = needs_dw ? Rows(*input, K) : Rows(), w = needs_dx ? Rows(*weight, K) : Rows();
-  const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
-  const Backward problem{M, K, N, dy.matrix, y.matrix, x.matrix, w.matrix, {data(dx), K}, data(dw), data(db)};
-  backward_layer(problem, dtype_of(grad_output), act);
+  backward_layer({M, K, N, dy.matrix, y_or_z.matrix, x.matrix, w.matrix, {data(dx), K}, data(dw), data(db), &act},
+                 dtype_of(grad_output));
   return {dx, dw, db};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) {
-  m.impl("linear_act", forward);
-  m.impl("_linear_act_backward", backward);
+  m.impl("linear_act", linear_act);
+  m.impl("_linear_act_forward", linear_act_forward);
+  m.impl("_linear_act_backward", linear_act_backward);
 }
 
 }  // namespace mlp_ext::cpu

@@ -14,15 +14,15 @@
 namespace mlp_ext::cpu {
 
 // setup.py defines MLP_EXT_TARGETS(DO) as DO(avx512) DO(avx2) DO(generic), or those of them that it builds.
-#define MLP_EXT_DECLARE(target)                     \
-  namespace target {                                \
-  const Kernels& kernels(DType, size_t activation); \
-  const StepKernels& step_kernels(DType);           \
-  const PanelKernels* panel_kernels(DType);         \
-  int64_t fma_loop(int64_t rounds);                 \
+#define MLP_EXT_DECLARE(target)             \
+  namespace target {                        \
+  const LayerKernels& layer_kernels(DType); \
+  const StepKernels& step_kernels(DType);   \
+  const PanelKernels* panel_kernels(DType); \
+  int64_t fma_loop(int64_t rounds);         \
   }
 #define MLP_EXT_LIST(target) \
-  Variant{#target, target::kernels, target::step_kernels, target::panel_kernels, target::fma_loop},
+  Variant{#target, target::layer_kernels, target::step_kernels, target::panel_kernels, target::fma_loop},
 MLP_EXT_TARGETS(MLP_EXT_DECLARE)
 
 std::span<const Variant> variants() {

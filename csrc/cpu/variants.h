@@ -11,7 +11,7 @@ namespace mlp_ext::cpu {
 // One instruction set's kernels: the namespace of that name, which targets/*.cpp fill.
 struct Variant {
   const char* name;
-  const Kernels& (*kernels)(DType, size_t activation);
+  const LayerKernels& (*layer_kernels)(DType);
   const StepKernels& (*step_kernels)(DType);
   const PanelKernels* (*panel_kernels)(DType);  // nullptr where there are none
   int64_t (*fma_loop)(int64_t rounds);          // multiplies and adds in registers; returns how many operations it did

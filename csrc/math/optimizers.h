@@ -29,7 +29,7 @@ struct SGD {
   MLP_EXT_HOST_DEVICE void begin_step(double) {}
 
   template <class V>
-  MLP_EXT_HOST_DEVICE __attribute__((always_inline)) void update(V& parameter, V* state, V gradient) const {
+  MLP_EXT_HOST_DEVICE void update(V& parameter, V* state, V gradient) const {
     using K = Constant<V>;
     V& momentum_buffer = state[0];
     if (maximize) gradient = -gradient;
@@ -69,7 +69,7 @@ struct Adam {
   }
 
   template <class V>
-  MLP_EXT_HOST_DEVICE __attribute__((always_inline)) void update(V& parameter, V* state, V gradient) const {
+  MLP_EXT_HOST_DEVICE void update(V& parameter, V* state, V gradient) const {
     using K = Constant<V>;
     using std::sqrt;
     V &m = state[0], &v = state[1], &most = state[2];
@@ -107,7 +107,7 @@ struct RMSprop {
   MLP_EXT_HOST_DEVICE void begin_step(double) {}
 
   template <class V>
-  MLP_EXT_HOST_DEVICE __attribute__((always_inline)) void update(V& parameter, V* state, V gradient) const {
+  MLP_EXT_HOST_DEVICE void update(V& parameter, V* state, V gradient) const {
     using K = Constant<V>;
     using std::sqrt;
     V &square = state[0], &momentum_buffer = state[1], &mean = state[2];
@@ -139,7 +139,7 @@ struct Adagrad {
   MLP_EXT_HOST_DEVICE void begin_step(double t) { step_size = lr / (1 + (t - 1) * lr_decay); }
 
   template <class V>
-  MLP_EXT_HOST_DEVICE __attribute__((always_inline)) void update(V& parameter, V* state, V gradient) const {
+  MLP_EXT_HOST_DEVICE void update(V& parameter, V* state, V gradient) const {
     using K = Constant<V>;
     using std::sqrt;
     V& sum = state[0];
@@ -158,7 +158,7 @@ struct Optimizer : Chosen<Optimizers> {
 };
 
 // The optimizer ready for its step t, counted from 1.
-MLP_EXT_HOST_DEVICE inline Optimizer at_step(const Optimizer& optimizer, double t) {
+MLP_EXT_HOST_DEVICE Optimizer at_step(const Optimizer& optimizer, double t) {
   return visit(optimizer, [&](auto o) {
     o.begin_step(t);
     return Optimizer(optimizer.index, o);

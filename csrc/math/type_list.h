@@ -10,10 +10,11 @@
 #include <type_traits>
 #include <utility>
 
+// On the host always inlined, so that no copy that was compiled for one instruction set serves another.
 #if defined(__CUDACC__)
 #define MLP_EXT_HOST_DEVICE __host__ __device__
 #else
-#define MLP_EXT_HOST_DEVICE
+#define MLP_EXT_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
 
 namespace mlp_ext {
@@ -95,16 +96,21 @@ struct Chosen {
   }
 };
 
+// The functor that was chosen, which must be a T.
+template <class T, class List>
+MLP_EXT_HOST_DEVICE T get(const Chosen<List>& chosen) {
+  T functor;
+  std::memcpy(&functor, chosen.bytes, sizeof(T));
+  return functor;
+}
+
 // Calls f with the functor that was chosen.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
 template <class F, class List>
 MLP_EXT_HOST_DEVICE auto visit(const Chosen<List>& chosen, F&& f) {
-  return visit(List{}, chosen.index, [&](auto functor) {
-    std::memcpy(&functor, chosen.bytes, sizeof(functor));
-    return f(functor);
-  });
+  return visit(List{}, chosen.index, [&](auto functor) { return f(get<decltype(functor)>(chosen)); });
 }
 
 // The functor T of as many numbers as it has parameters, which are its first members.

@@ -223,6 +223,28 @@ inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, St
   }
 }
 
+// Whether a Finish takes whole tiles, with finish.tile(i, j, sums [rows, Tile::columns], rows, width), rather than
+// vectors.
+template <class Finish>
+constexpr bool takes_tiles = requires { Finish::takes_tiles; };
+
+template <class T, class Finish>
+__attribute__((noinline)) void pass_on_tile(T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
+                                            Partial<T> partial, const Finish& finish) {
+  if (!Finish::whole_depth && !(stage.first && stage.last)) {
+    T* const waiting = partial.at(i, j);
+    const int64_t stride = partial.row_stride;
+    T* const to = stage.last ? sums : waiting;
+    const int64_t to_stride = stage.last ? Tile<T>::columns : stride;
+    for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+      if (!stage.first) v = v + load(waiting + r * stride + c, lanes);
+      store(to + r * to_stride + c, v, lanes);
+    });
+    if (!stage.last) return;
+  }
+  finish.tile(i, j, sums, rows, width);
+}
+
 // The same out of line, for tiles at the edges: compiled once for all their heights.
 template <class T, class Finish>
 __attribute__((noinline)) void pass_on_edge(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
@@ -258,7 +280,7 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
     for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
       const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
       prefetcher.issue();
-      if constexpr (R == whole || Finish::whole_depth)
+      if constexpr (!takes_tiles<Finish> && (R == whole || Finish::whole_depth))
         if (complete && width == Tile<T>::columns) {  // finished while the sums are in registers
           multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, finish.from(i, j));
           continue;
@@ -273,7 +295,9 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
         multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, store);
       else
         multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, store);
-      if constexpr (R == whole)
+      if constexpr (takes_tiles<Finish>)
+        pass_on_tile(sums, R, width, i, j, stage, partial, finish);
+      else if constexpr (R == whole)
         pass_on(sums, R, width, i, j, stage, partial, finish);
       else
         pass_on_edge(sums, R, width, i, j, stage, partial, finish);

@@ -4,12 +4,11 @@
 #include "cpu/kernels.h"
 #include "cpu/simd/backward_k1_n1-inl.h"
 #include "cpu/simd/dots-inl.h"
+#include "cpu/simd/epilogue-inl.h"
 #include "cpu/simd/gemm-inl.h"
 #include "cpu/simd/pack-inl.h"
 #include "cpu/simd/row_sums-inl.h"
-#include "cpu/simd/update-inl.h"
 #include "cpu/simd/vec-inl.h"
-#include "math/activations.h"
 
 namespace mlp_ext::cpu {
 namespace {
@@ -44,79 +43,61 @@ inline bool is_large(int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
 }
 
-// y = act(x W^T + b) where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as
-// lanes. The activation is chosen at run time, once for so many sums.
-template <class S, class Element = Single<Accumulator<S>>>
-struct ForwardDots {
-  using V = Vec<Accumulator<S>>;
+// The end of a product whose sums come vector by vector, of few sums: the activation is chosen for each.
+template <class S>
+struct BiasAnyAct {
+  using T = Accumulator<S>;
+  using V = Vec<T>;
   const Forward& f;
 
-  V act(V z) const {
-    return visit_activation(f.activation, [z](auto act) { return act.forward(z); });
-  }
   template <class Lanes>
   void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
     if (f.bias) z = z + load(static_cast<const S*>(f.bias) + j, lanes);
-    store(at<S>(f.y, i, j), act(z), lanes);
+    put(i, j, z, lanes);
   }
   template <class Lanes>
   void column(int64_t i, V z, Lanes lanes) const {  // the only one, from row i on
-    if (f.bias) z = z + V(load(static_cast<const S*>(f.bias), 1).v[0]);
-    store(at<S>(f.y, i, 0), act(z), lanes);
+    if (f.bias) z = z + V(scalar(static_cast<const S*>(f.bias)));
+    put(i, 0, z, lanes);
   }
 
-  static void run(const Forward& f, Range rows, Range columns, void*) {
-    const Sizes sizes{f.M, f.K, f.N};
-    if (f.M * f.K * f.N <= kSmallMultiplyAdds)  // pairs take subnormal numbers for 0, and torch has none here
-      dots<S, Single<Accumulator<S>>>(f.x, f.w, sizes, rows, columns, ForwardDots{f});
-    else
-      dots<S, Element>(f.x, f.w, sizes, rows, columns, ForwardDots{f});
+ private:
+  template <class Lanes>
+  void put(int64_t i, int64_t j, V z, Lanes lanes) const {
+    if (f.z.data) store(at<S>(f.z, i, j), z, lanes);
+    with_act_in_registers(
+        *f.activation, [&](auto act) { store(at<S>(f.y, i, j), act.forward(z), lanes); },
+        [&] {
+          alignas(kVectorBytes) T sums[V::lanes];
+          store(sums, z);
+          pointwise_of<S>().act(*f.activation, {sums, 0}, {at<S>(f.y, i, j), 0}, 1, count(lanes), false);
+        });
   }
+  static int count(AllLanes) { return V::lanes; }
+  static int count(int n) { return n; }
 };
 
-template <class S, class Act, class Element = Single<Accumulator<S>>>
-struct LinearAct {
+template <class S, class Element = Single<Accumulator<S>>>
+struct LayerOf {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr bool kPairs = Element::depth == 2;
   static int64_t elements(int64_t depth) { return ceil_div(depth, Element::depth); }
-
-  // Sums to results: bias, activation, rounding.
-  struct Epilogue {
-    static constexpr bool whole_depth = false;
-    const S* bias;  // or nullptr
-    S* y;
-    int64_t stride;
-    bool past_caches;
-    Epilogue from(int64_t i, int64_t j) const {
-      return {bias ? bias + j : bias, y + i * stride + j, stride, past_caches};
-    }
-    template <class Lanes>
-    void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
-      if (bias) z = z + load(bias + j, lanes);
-      store_result(y + i * stride + j, Act::forward(z), lanes, past_caches);
-    }
-  };
-  static Epilogue epilogue(const Forward& f) {
-    return {static_cast<const S*>(f.bias), static_cast<S*>(f.y.data), f.y.stride, is_large<S>(f.M, f.N)};
-  }
-
-  // dz at row m, columns n...
-  template <class Lanes>
-  static V grad_z(const Backward& b, int64_t m, int64_t n, Lanes lanes) {
-    const V dy = load(at<S>(b.dy, m, n), lanes);
-    return Act::backward(dy, Act::saves == Saves::output ? load(at<S>(b.y, m, n), lanes) : dy);
-  }
 
   static int64_t next_block(int64_t rows) { return std::min<int64_t>(Blocking<T>::rows, rows); }
   static void read_rows(const ConstMatrix& m, int64_t i, int64_t rows, int64_t j, int64_t columns,
                         Prefetcher& prefetcher) {
     if (m.data) prefetcher.enqueue(at<S>(m, i, j), m.stride * sizeof(S), rows, columns * sizeof(S));
   }
-  static void read_dz_rows(const Backward& b, int64_t m, int64_t rows, int64_t n, int64_t columns,
-                           Prefetcher& prefetcher) {
-    read_rows(b.dy, m, rows, n, columns, prefetcher);
-    if (Act::saves == Saves::output) read_rows(b.y, m, rows, n, columns, prefetcher);
+
+  // y = act(x W^T + b) where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as
+  // lanes.
+  static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
+    const Sizes sizes{f.M, f.K, f.N};
+    if (f.M * f.K * f.N <= kSmallMultiplyAdds)  // pairs take subnormal numbers for 0, and torch has none here
+      dots<S, Single<T>>(f.x, f.w, sizes, rows, columns, BiasAnyAct<S>{f});
+    else
+      dots<S, Element>(f.x, f.w, sizes, rows, columns, BiasAnyAct<S>{f});
   }
 
   // y = act(x W^T + b)   (M,K)(K,N)
@@ -143,24 +124,34 @@ struct LinearAct {
         pack_panels_transposed<S>(f.w, k0, depth, columns.begin + j, count, packed);
     };
     T* const begin = static_cast<T*>(scratch);
-    gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(f.K), pack_x, pack_w, Panels<T>{},
-                                 partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>),
-                                 epilogue(f).from(rows.begin, columns.begin), begin);
+    const auto run = [&](const auto& finish) {
+      gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(f.K), pack_x, pack_w, Panels<T>{},
+                                   partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>),
+                                   finish.from(rows.begin, columns.begin), begin);
+    };
+    const S* const bias = static_cast<const S*>(f.bias);
+    S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
+    const bool past_caches = is_large<S>(f.M, f.N);
+    with_act_in_registers(
+        *f.activation, [&](auto act) { run(BiasAct<S, decltype(act)>{bias, y, f.y.stride, past_caches}); },
+        [&] { run(BiasActTile<S>{f.activation, bias, y, z, f.y.stride, f.z.stride, past_caches}); });
   }
 
   // dx = dz W   (M,N)(N,K), dz made while packing
   static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed, Prefetcher&) {
-      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
-        const int64_t m = rows.begin + i + r;
-        if constexpr (kPairs) {
+      const Range block{rows.begin + i, rows.begin + i + count};
+      if constexpr (kPairs) {
+        alignas(kVectorBytes) T dz[2 * Blocking<T>::depth];
+        for (int64_t m = block.begin; m < block.end; ++m, packed += RowsOfA<T>::row_step) {
+          const int64_t size = std::min(2 * depth, b.N - 2 * n0);
+          grad_z_rows<S>(b, {m, m + 1}, {2 * n0, 2 * n0 + size}, dz, 0);
           packed[depth - 1] = 0;
           S* const rounded = reinterpret_cast<S*>(packed);
-          for_vectors<T>(std::min(2 * depth, b.N - 2 * n0),
-                         [&](int64_t n, auto lanes) { store(rounded + n, grad_z(b, m, 2 * n0 + n, lanes), lanes); });
-        } else {
-          for_vectors<T>(depth, [&](int64_t n, auto lanes) { store(packed + n, grad_z(b, m, n0 + n, lanes)); });
+          for_vectors<T>(size, [&](int64_t n, auto lanes) { store(rounded + n, load(dz + n, lanes), lanes); });
         }
+      } else {
+        grad_z_rows<S>(b, block, {n0, n0 + depth}, packed, RowsOfA<T>::row_step);
       }
     };
     const auto pack_w = [&](int64_t n0, int64_t depth, int64_t j, int64_t count, T* packed) {
@@ -177,26 +168,29 @@ struct LinearAct {
                                  begin);
   }
 
-  // A few steps of depth of dz^T as ColumnsOfA: row by row of dy and y, as they lie in memory. Adds them to db.
+  // A few steps of depth of dz^T as ColumnsOfA, from rows of dz. Adds them to db.
   template <int steps>
   static void pack_dz_columns(const Backward& b, int64_t n0, int64_t count, Range samples, int64_t m0, T* packed,
                               T* db) {
-    constexpr int width = Tile<T>::rows, depth_step = ColumnsOfA<T>::depth_step;
+    constexpr int width = Tile<T>::rows, depth_step = ColumnsOfA<T>::depth_step, stride = Blocking<T>::rows;
+    alignas(kVectorBytes) T dz[steps * Element::depth * stride];
+    const int64_t m = samples.begin + Element::depth * m0;
+    const int64_t rows = std::min<int64_t>(steps * Element::depth, samples.end - m);
+    grad_z_rows<S>(b, {m, m + rows}, {n0, n0 + count}, dz, stride);
     for (int64_t r = 0; r < count; r += width, packed += ColumnsOfA<T>::panel)
       for_vectors<T>(std::min<int64_t>(width, count - r), [&](int64_t c, auto lanes) {
-        const int64_t n = n0 + r + c;
         V sum;
 #pragma GCC unroll 4
         for (int k = 0; k < steps; ++k) {
-          const int64_t m = samples.begin + Element::depth * (m0 + k);
-          V dz = grad_z(b, m, n, lanes);
-          sum = sum + dz;
+          const T* const row = dz + Element::depth * k * stride + r + c;
+          V v = load(row, lanes);
+          sum = sum + v;
           if constexpr (kPairs) {
-            const V next = m + 1 < samples.end ? grad_z(b, m + 1, n, lanes) : V();
+            const V next = Element::depth * k + 1 < rows ? load(row + stride, lanes) : V();
             sum = sum + next;
-            dz = pairs(dz, next);
+            v = pairs(v, next);
           }
-          store(packed + k * depth_step + c, dz);
+          store(packed + k * depth_step + c, v);
         }
         store(db + r + c, load(db + r + c, lanes) + sum, lanes);
       });
@@ -240,12 +234,14 @@ struct LinearAct {
     };
     const int64_t offset = rows.begin * b.K + columns.begin;
     T* const out = static_cast<T*>(dw) + offset;
-    gemm<ColumnsOfA<T>, Element, T>(rows.size(), columns.size(), elements(samples.size()), pack_dz, pack_x,
-                                    in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
-                                    Partial<T>{out, b.K},
-                                    StoreOrUpdate<S, T>{static_cast<T*>(dw), b.K, offset, b.update_w}, begin);
+    const auto run = [&](const auto& finish) {
+      gemm<ColumnsOfA<T>, Element, T>(rows.size(), columns.size(), elements(samples.size()), pack_dz, pack_x,
+                                      in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
+                                      Partial<T>{out, b.K}, finish, begin);
+    };
+    b.update_w ? run(UpdateTile<S>{b.update_w, offset, b.K}) : run(StoreSums<T>{out, b.K});
     if (sums) round_sums(totals, rows.size(), sums + rows.begin);
-    if (sums && b.update_b) update<S>(*b.update_b, sums, 1, 0, rows);
+    if (sums && b.update_b) update_by_parts<S>(*b.update_b, sums, 1, 0, rows);
   }
 
   // The same with so few samples that it is bound by writing dW: row after row.
@@ -253,15 +249,13 @@ struct LinearAct {
     S *const dw = static_cast<S*>(dw_out), *const db = columns.begin == 0 ? static_cast<S*>(db_out) : nullptr;
     for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
       const int64_t n = rows.begin + i;
+      const int64_t count = std::min<int64_t>(V::lanes, rows.size() - i);
       alignas(kVectorBytes) T dz[kSkinnyM * V::lanes];
+      grad_z_rows<S>(b, {0, b.M}, {n, n + count}, dz, V::lanes);
       V sum;
-      for (int64_t m = 0; m < b.M; ++m) {
-        const V v = grad_z(b, m, n, lanes);
-        store(dz + m * V::lanes, v);
-        sum = sum + v;
-      }
+      for (int64_t m = 0; m < b.M; ++m) sum = sum + load(dz + m * V::lanes, lanes);
       if (db) store(db + n, sum, lanes);
-      for (int64_t r = 0; dw && r < std::min<int64_t>(V::lanes, rows.size() - i); ++r)
+      for (int64_t r = 0; dw && r < count; ++r)
         combine_rows(
             b.M, columns.size(), [&](int64_t m) { return dz[m * V::lanes + r]; },
             [&](int64_t m) { return at<S>(b.x, m, columns.begin); },
@@ -269,36 +263,28 @@ struct LinearAct {
     });
   }
 
-  static auto grad_z_of(const Backward& b) {
-    return [&b](int64_t m, int64_t n, auto lanes) { return grad_z(b, m, n, lanes); };
-  }
-  static void backward_one_input(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
-    one_input<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), scratch);
-  }
-  static void backward_one_output(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
-    one_output<S>(b, grad_z_of(b), samples, static_cast<T*>(dw), static_cast<T*>(db), scratch);
-  }
-
   // dz of some rows and up to kColumnsOfRows columns; db is added to totals, where they are given.
   static constexpr int64_t kColumnsOfRows = kTallRowBytes / sizeof(T);
-  template <class D>
-  static void grad_z_rows(const Backward& b, Range rows, Range columns, D* dz, int64_t stride, double* totals) {
+  static void grad_z_and_db(const Backward& b, Range rows, Range columns, T* dz, int64_t stride, double* totals) {
+    constexpr int64_t in_l1 = 1024;  // elements of dz that are made and then added up
     alignas(kVectorBytes) T db_block[kColumnsOfRows] = {};
-    for_rows(rows, [&](auto steps, int64_t m) {
-      constexpr int P = decltype(steps)::value;
-      D* const row = dz ? dz + (m - rows.begin) * stride + columns.begin : nullptr;
-      for_vectors<T>(columns.size(), [&](int64_t n, auto lanes) {
-        V sum;
+    const int64_t N = columns.size(), step = std::max<int64_t>(4, in_l1 / std::max<int64_t>(1, N) / 4 * 4);
+    for (int64_t begin = rows.begin; begin < rows.end; begin += step) {
+      const Range some{begin, std::min(begin + step, rows.end)};
+      T* const first = dz + (begin - rows.begin) * stride;
+      grad_z_rows<S>(b, some, columns, first, stride);
+      if (!totals) continue;
+      for_rows(some, [&](auto steps, int64_t m) {
+        const T* const row = first + (m - begin) * stride;
+        for_vectors<T>(N, [&](int64_t n, auto lanes) {
+          V sum;
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          const V v = grad_z(b, m + p, columns.begin + n, lanes);
-          sum = sum + v;
-          if (row) store(row + p * stride + n, v, lanes);
-        }
-        store(db_block + n, load(db_block + n, lanes) + sum, lanes);
+          for (int p = 0; p < decltype(steps)::value; ++p) sum = sum + load(row + p * stride + n, lanes);
+          store(db_block + n, load(db_block + n, lanes) + sum, lanes);
+        });
       });
-    });
-    if (totals) add_up(totals, db_block, columns.size());
+    }
+    if (totals) add_up(totals, db_block, N);
   }
 
   // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
@@ -313,10 +299,11 @@ struct LinearAct {
     bool first = true;
     for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
       const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
-      grad_z_rows(b, {m0, m0 + count}, {0, b.N}, dz, RowsOfA<T>::row_step, db_sums ? db_totals : nullptr);
+      grad_z_and_db(b, {m0, m0 + count}, {0, b.N}, dz, RowsOfA<T>::row_step, db_sums ? db_totals : nullptr);
       Prefetcher prefetcher;
       const int64_t next = m0 + count, next_rows = next_block(is_large<S>(b.M, b.K + b.N) ? samples.end - next : 0);
-      read_dz_rows(b, next, next_rows, 0, b.N, prefetcher);
+      read_rows(b.dy, next, next_rows, 0, b.N, prefetcher);
+      if (b.activation->index != kIdentity) read_rows(b.saved, next, next_rows, 0, b.N, prefetcher);
       if (dw) read_rows(b.x, next, next_rows, 0, b.K, prefetcher);
       const int64_t tile_rows = (b.dx.data ? count : 0) + (dw ? b.N : 0);
       prefetcher.pace(ceil_div(tile_rows, Tile<T>::rows) * ceil_div(b.K, Tile<T>::columns));
@@ -339,25 +326,37 @@ struct LinearAct {
 
   // ---- around products of a library ----
 
-  static void act(const Forward& f, Range rows) {
+  // f(m, n, count) for pieces of rows whose T fit a small buffer.
+  template <class F>
+  static void for_pieces_of_rows(Range rows, int64_t N, const F& f) {
     for (int64_t m = rows.begin; m < rows.end; ++m)
-      for_vectors<T>(f.N, [&](int64_t n, auto lanes) {
-        S* const y = at<S>(f.y, m, n);
-        store(y, Act::forward(load(y, lanes)), lanes);
-      });
+      for (int64_t n = 0; n < N; n += kColumnsOfRows) f(m, n, std::min(kColumnsOfRows, N - n));
+  }
+
+  static void act(const Forward& f, const ConstMatrix& z, Range rows) {
+    alignas(kVectorBytes) T sums[kColumnsOfRows];
+    for_pieces_of_rows(rows, f.N, [&](int64_t m, int64_t n0, int64_t count) {
+      for_vectors<T>(count, [&](int64_t n, auto lanes) { store(sums + n, load(at<S>(z, m, n0 + n), lanes), lanes); });
+      pointwise_of<S>().act(*f.activation, {sums, 0}, {at<S>(f.y, m, n0), 0}, 1, count, false);
+    });
   }
 
   static void put_grad_z(const Backward& b, Range samples, void* dz_out, void* db_out) {
     constexpr int64_t columns = 8 * kColumnsOfRows;  // whose totals fit the stack
     S* const dz = static_cast<S*>(dz_out);
+    alignas(kVectorBytes) T rows_of_dz[4 * kColumnsOfRows];
     for (int64_t n0 = 0; n0 < b.N; n0 += columns) {
       const int64_t end = std::min(n0 + columns, b.N);
       double totals[columns] = {};
-      for_row_chunks(samples, [&](Range rows) {
-        for (int64_t n = n0; n < end; n += kColumnsOfRows)
-          grad_z_rows(b, rows, {n, std::min(n + kColumnsOfRows, end)}, dz ? dz + rows.begin * b.N : dz, b.N,
-                      totals + (n - n0));
-      });
+      for (int64_t m = samples.begin; m < samples.end; m += 4)
+        for (int64_t n = n0; n < end; n += kColumnsOfRows) {
+          const Range rows{m, std::min(m + 4, samples.end)}, some{n, std::min(n + kColumnsOfRows, end)};
+          grad_z_and_db(b, rows, some, rows_of_dz, kColumnsOfRows, db_out ? totals + (n - n0) : nullptr);
+          for (int64_t r = 0; dz && r < rows.size(); ++r)
+            for_vectors<T>(some.size(), [&](int64_t c, auto lanes) {
+              store(dz + (m + r) * b.N + n + c, load(rows_of_dz + r * kColumnsOfRows + c, lanes), lanes);
+            });
+        }
       if (db_out) round_sums(totals, end - n0, static_cast<T*>(db_out) + n0);
     }
   }
@@ -390,7 +389,7 @@ struct LinearAct {
   static void small_forward(const Forward& f, void* scratch) {
     T* const wt = static_cast<T*>(scratch);  // [K, N] and one row
     T* const x = wt + f.K * f.N;
-    const Epilogue finish = epilogue(f);
+    const BiasAnyAct<S> finish{f};
     for (int64_t n = 0; n < f.N; ++n)
       for (int64_t k = 0; k < f.K; ++k) wt[k * f.N + n] = scalar(at<S>(f.w, n, k));
     for (int64_t m = 0; m < f.M; ++m) {
@@ -403,8 +402,7 @@ struct LinearAct {
 
   static void small_backward(const Backward& b, void* scratch) {
     T* const dz = static_cast<T*>(scratch);  // [M, N]
-    for (int64_t m = 0; m < b.M; ++m)
-      for_vectors<T>(b.N, [&](int64_t n, auto lanes) { store(dz + m * b.N + n, grad_z(b, m, n, lanes), lanes); });
+    grad_z_rows<S>(b, {0, b.M}, {0, b.N}, dz, b.N);
     for (int64_t m = 0; b.dx.data && m < b.M; ++m)
       combine_rows(
           b.N, b.K, [&](int64_t n) { return dz[m * b.N + n]; }, [&](int64_t n) { return at<S>(b.w, n, 0); },
@@ -419,19 +417,9 @@ struct LinearAct {
           [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
   }
 
-  static constexpr Kernels kernels{small_forward,
-                                   small_backward,
-                                   forward,
-                                   ForwardDots<S, Element>::run,
-                                   grad_input,
-                                   grad_weight,
-                                   grad_weight_skinny_m,
-                                   backward_tall,
-                                   backward_one_input,
-                                   backward_one_output,
-                                   std::is_same_v<Act, Identity> ? nullptr : act,
-                                   put_grad_z,
-                                   combine};
+  static constexpr LayerKernels kernels{
+      small_forward, small_backward, forward,        forward_dots, grad_input, grad_weight, grad_weight_skinny_m,
+      backward_tall, backward_k1<S>, backward_n1<S>, act,          put_grad_z, combine};
 
  private:
   // What the packed and the tall path take of the scratch memory.
@@ -439,38 +427,23 @@ struct LinearAct {
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
   static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +    // dz, x
                                           kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
-  static constexpr int64_t kOneScratch = kOneBreadth * (3 + 2 * sizeof(double) / sizeof(T));
+  static constexpr int64_t kOneScratch = kOneBreadth * (7 + 2 * sizeof(double) / sizeof(T));
   static constexpr int64_t kWeightScratch = kPackedA<T> + kPackedB<T> + kBiasesPerPiece * sizeof(double) / sizeof(T);
   static_assert(sizeof(T) * std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
   static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);
 };
 
-template <class... Act>
-constexpr auto make_table(TypeList<Act...>) {
-  return KernelTable<sizeof...(Act)>{{{LinearAct<float, Act>::kernels...},
-                                      {LinearAct<double, Act>::kernels...},
-                                      {LinearAct<BFloat16, Act>::kernels...},
-                                      {LinearAct<Half, Act>::kernels...}}};
-}
-constexpr auto kTable = make_table(Activations{});
-
-#if MLP_EXT_VECTOR_BYTES == 64
-template <class... Act>
-constexpr auto make_pairs_row(TypeList<Act...>) {
-  return std::array{LinearAct<BFloat16, Act, Bfloat16Pair>::kernels...};
-}
-constexpr auto kPairsRow = make_pairs_row(Activations{});
-#endif
-
 }  // namespace
 
 namespace MLP_EXT_TARGET {
 
-const Kernels& kernels(DType dtype, size_t activation) {
+const LayerKernels& layer_kernels(DType dtype) {
 #if MLP_EXT_VECTOR_BYTES == 64
-  if (dtype == DType::bfloat16 && multiplies_bfloat16()) return kPairsRow[activation];
+  if (dtype == DType::bfloat16 && multiplies_bfloat16()) return LayerOf<BFloat16, Bfloat16Pair>::kernels;
 #endif
-  return kTable[static_cast<size_t>(dtype)][activation];
+  static constexpr std::array table{&LayerOf<float>::kernels, &LayerOf<double>::kernels, &LayerOf<BFloat16>::kernels,
+                                    &LayerOf<Half>::kernels};
+  return *table[static_cast<size_t>(dtype)];
 }
 
 // Enough independent chains to hide the latency of FMA on any processor so far.

@@ -26,6 +26,14 @@ inline void for_vectors(int64_t n, const F& f) {
   if (j < n) f(j, static_cast<int>(n - j));
 }
 
+template <class S>
+Accumulator<S> scalar(const S* p) {
+  if constexpr (std::is_same_v<S, Accumulator<S>>)
+    return *p;
+  else
+    return load(p, 1).v[0];
+}
+
 template <class T>
 inline T sum_lanes(Vec<T> v) {
   T total = 0;

@@ -4,12 +4,11 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/simd/epilogue-inl.h"
 #include "cpu/simd/gemm-inl.h"
 #include "cpu/simd/loss-inl.h"
 #include "cpu/simd/pack-inl.h"
-#include "cpu/simd/update-inl.h"
 #include "cpu/simd/vec-inl.h"
-#include "math/activations.h"
 
 namespace mlp_ext::cpu {
 namespace {
@@ -21,7 +20,7 @@ struct PanelSteps {
   static constexpr int64_t kRowsInL1 = Tile<T>::rows;  // copied at a time; 8 tiles, which W's columns take, 1 % slower
 
   static_assert(kMostPanelBytes <= Blocking<T>::depth * sizeof(T));  // no sums of dW wait
-  static_assert(3 * width * kMostPanelOutputs * sizeof(T) <= kScratchBytes);
+  static_assert((4 * width + 1) * kMostPanelOutputs * sizeof(T) <= kScratchBytes);
 
   static int64_t panel_width() { return width; }
 
@@ -37,7 +36,7 @@ struct PanelSteps {
     return {place(data, F, f, m), width, F * width};
   }
 
-  // The ends of products: y = act(z + b);  dz = act'(dy, y) of the layer below.
+  // y = act(z + b), in registers or by tiles, which store z too where it is asked for. The bias is one for each row.
   template <class Act>
   struct Forward {
     static constexpr bool whole_depth = false;
@@ -48,20 +47,51 @@ struct PanelSteps {
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
       if (bias) z = z + V(bias[i]);
-      store(place(y, F, i, j), Act::forward(z), lanes);
+      store(place(y, F, i, j), Act{}.forward(z), lanes);
     }
   };
+  struct ForwardTile {
+    static constexpr bool whole_depth = false, takes_tiles = true;
+    const Activation* activation;
+    const T* bias;  // or nullptr
+    T *y, *z;       // z: or nullptr
+    int64_t F, row, column;
+    ForwardTile from(int64_t i, int64_t j) const { return {activation, bias, y, z, F, row + i, column + j}; }
+    void tile(int64_t i, int64_t j, T* sums, int rows, int columns) const {
+      i += row, j += column;
+      if (bias || z)
+        for_sums(sums, rows, columns, [&](int r, int c, V v, auto lanes) {
+          if (bias) v = v + V(bias[i + r]);
+          store(sums + r * width + c, v, lanes);
+          if (z) store(place(z, F, i + r, j) + c, v, lanes);
+        });
+      pointwise_of<T>().act(*activation, {sums, width}, {place(y, F, i, j), width}, rows, columns, false);
+    }
+  };
+  // dz = act'(dy, saved) of the layer below, in registers or by tiles.
   template <class Act>
   struct Backward {
     static constexpr bool whole_depth = false;
-    const T* y;
+    const T* saved;
     T* dz;
     int64_t F;
-    Backward from(int64_t i, int64_t j) const { return {place(y, F, i, j), place(dz, F, i, j), F}; }
+    Backward from(int64_t i, int64_t j) const { return {place(saved, F, i, j), place(dz, F, i, j), F}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V dy, Lanes lanes) const {
-      const V out = Act::saves == Saves::output ? load(place(y, F, i, j), lanes) : dy;
-      store(place(dz, F, i, j), Act::backward(dy, out), lanes);
+      const V operand = std::is_same_v<Act, Identity> ? dy : load(place(saved, F, i, j), lanes);
+      store(place(dz, F, i, j), Act{}.backward(dy, operand), lanes);
+    }
+  };
+  struct BackwardTile {
+    static constexpr bool whole_depth = false, takes_tiles = true;
+    const Activation* activation;
+    const T* saved;
+    T* dz;
+    int64_t F;
+    BackwardTile from(int64_t i, int64_t j) const { return {activation, place(saved, F, i, j), place(dz, F, i, j), F}; }
+    void tile(int64_t i, int64_t j, T* sums, int rows, int columns) const {
+      pointwise_of<T>().grad_z(*activation, {sums, width}, {place(saved, F, i, j), width}, {place(dz, F, i, j), width},
+                               rows, columns);
     }
   };
 
@@ -91,26 +121,26 @@ struct PanelSteps {
         });
     };
     T* const y = static_cast<T*>(l.y);
-    visit_activation(l.activation, [&](auto act) {
-      const Forward<decltype(act)> finish{static_cast<const T*>(l.bias), y, l.N};
+    const T* const bias = static_cast<const T*>(l.bias);
+    const auto run = [&](const auto& finish) {
       gemm<RowsOfA<T>, Single<T>, T>(features.size(), rows.size(), l.K, pack_w, nothing_to_pack,
                                      panels(l.x, l.K, 0, rows.begin), partial(y, l.N, features.begin, rows.begin),
                                      finish.from(features.begin, rows.begin), static_cast<T*>(scratch), kRowsInL1);
-      return true;
-    });
+    };
+    with_act_in_registers(
+        *l.activation, [&](auto act) { run(Forward<decltype(act)>{bias, y, l.N}); },
+        [&] { run(ForwardTile{l.activation, bias, y, static_cast<T*>(l.z), l.N, 0, 0}); });
   }
 
   // The loss of the layer's outputs z and their gradient dz, where act is that of the network's outputs.
-  static double loss(const Loss& loss, const PanelLayer& l, size_t activation, Range rows, void* scratch, bool& valid) {
-    T *const targets = static_cast<T*>(scratch), *const z = targets + width * l.N, *const dz = z + width * l.N;
+  static double loss(const Loss& loss, const PanelLayer& l, const Activation& activation, Range rows, void* scratch,
+                     bool& valid) {
+    T *const z = static_cast<T*>(scratch), *const dz = z + width * l.N, *const rest = dz + width * l.N;
     double total = 0;
     for (int64_t m = rows.begin; m < rows.end; m += width) {
       const Range some{m, std::min(m + width, rows.end)};
       unpack(place(static_cast<const T*>(l.y), l.N, 0, m), l.N, some.size(), z);
-      visit_activation(activation, [&](auto act) {
-        total += RowsLoss<T, decltype(act)>::run(loss, some, l.N, z, dz, targets, valid);
-        return true;
-      });
+      total += loss_of_rows<T>(loss, activation, some, l.N, z, dz, rest, valid);
       pack_panels_transposed<T>({dz, l.N}, 0, l.N, 0, some.size(), place(static_cast<T*>(l.dz), l.N, 0, m));
     }
     return total;
@@ -161,13 +191,15 @@ struct PanelSteps {
           });
     };
     T* const dz_below = static_cast<T*>(l.dz_below);
-    visit_activation(l.activation_below, [&](auto act) {
-      const Backward<decltype(act)> finish{static_cast<const T*>(l.x), dz_below, l.K};
+    const T* const saved = static_cast<const T*>(l.saved_below);
+    const auto run = [&](const auto& finish) {
       gemm<ColumnsOfA<T>, Single<T>, T>(columns.size(), l.M, l.N, pack_w, nothing_to_pack, panels(l.dz, l.N, 0, 0),
                                         partial(dz_below, l.K, columns.begin, 0), finish.from(columns.begin, 0),
                                         static_cast<T*>(scratch));
-      return true;
-    });
+    };
+    with_act_in_registers(
+        *l.activation_below, [&](auto act) { run(Backward<decltype(act)>{saved, dz_below, l.K}); },
+        [&] { run(BackwardTile{l.activation_below, saved, dz_below, l.K}); });
   }
   static int64_t next_rows(int64_t rows) { return std::min<int64_t>(Blocking<T>::rows, rows); }
 
@@ -198,14 +230,14 @@ struct PanelSteps {
     const int64_t offset = rows.begin * l.K + columns.begin;
     T* const w = static_cast<T*>(l.update_w->parameter);  // no sums wait there: the depth is not cut
     gemm<RowsOfA<T>, Single<T>, T>(rows.size(), columns.size(), l.M, pack_dz, pack_x, Panels<T>{}, Partial<T>{w, l.K},
-                                   StoreOrUpdate<T, T>{w, l.K, offset, l.update_w}, static_cast<T*>(scratch),
-                                   kRowsInL1);
+                                   UpdateTile<T>{l.update_w, offset, l.K}, static_cast<T*>(scratch), kRowsInL1);
   }
 
   static void grad_bias(const PanelLayer& l, Range range) {
-    for_vectors<T>(range.size(), [&](int64_t i, auto lanes) {
+    for_vectors<T>(range.size(), [&](int64_t i, auto) {
+      const int64_t count = std::min<int64_t>(V::lanes, range.size() - i);
       alignas(kVectorBytes) T db[V::lanes] = {};
-      for (int64_t c = 0; c < std::min<int64_t>(V::lanes, range.size() - i); ++c) {
+      for (int64_t c = 0; c < count; ++c) {
         V sum;
         for (int64_t m = 0; m < l.M; m += width) {
           const T* const dz = place(static_cast<const T*>(l.dz), l.N, range.begin + i + c, m);
@@ -213,7 +245,7 @@ struct PanelSteps {
         }
         db[c] = sum_lanes(sum);
       }
-      update_at<T>(*l.update_b, range.begin + i, load(db), lanes);
+      pointwise_of<T>().update(*l.update_b, range.begin + i, 0, {db, 0}, 1, count);
     });
   }
 };

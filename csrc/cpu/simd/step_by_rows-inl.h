@@ -5,11 +5,11 @@
 
 #include "cpu/kernels.h"
 #include "cpu/simd/dots-inl.h"
+#include "cpu/simd/epilogue-inl.h"
 #include "cpu/simd/gemm-inl.h"
 #include "cpu/simd/loss-inl.h"
 #include "cpu/simd/pack-inl.h"
 #include "cpu/simd/row_sums-inl.h"
-#include "cpu/simd/update-inl.h"
 #include "cpu/simd/vec-inl.h"
 
 namespace mlp_ext::cpu {
@@ -29,12 +29,12 @@ struct RowsOfBlockTransposed {
 
 // DotMode of a block, whose rows lie as RowsOfBlock.
 template <class T, int width>
-struct BlockProducts {
+struct BlockGemms {
   using V = Vec<T>;
   using Block = RowsOfBlock<T, width>;
   static constexpr int64_t kStride = Block::row_step;
 
-  // The ends of products: y = act(z + b);  z + b, without gaps;  dz = act'(dy, y) of the layer below.
+  // y = act(z + b), in registers or by tiles, which store z too where it is asked for.
   template <class Act>
   struct Forward {
     static constexpr bool whole_depth = true;
@@ -43,9 +43,10 @@ struct BlockProducts {
     Forward from(int64_t i, int64_t j) const { return {bias + j, y + i * kStride + j}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
-      store(y + i * kStride + j, Act::forward(z + load(bias + j, lanes)), lanes);
+      store(y + i * kStride + j, Act{}.forward(z + load(bias + j, lanes)), lanes);
     }
   };
+  // z + b
   struct AddBias {
     static constexpr bool whole_depth = true;
     const T* bias;
@@ -61,16 +62,28 @@ struct BlockProducts {
       store(z + i, v + V(bias[0]), lanes);
     }
   };
+  // dz = act'(dy, saved) of the layer below, in registers or by tiles.
   template <class Act>
   struct Backward {
     static constexpr bool whole_depth = true;
-    const T* y;
+    const T* saved;
     T* dz;
-    Backward from(int64_t i, int64_t j) const { return {y + i * kStride + j, dz + i * kStride + j}; }
+    Backward from(int64_t i, int64_t j) const { return {saved + i * kStride + j, dz + i * kStride + j}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V dy, Lanes lanes) const {
       const int64_t at = i * kStride + j;
-      store(dz + at, Act::backward(dy, load(y + at, lanes)), lanes);
+      store(dz + at, Act{}.backward(dy, load(saved + at, lanes)), lanes);
+    }
+  };
+  struct BackwardTile {
+    static constexpr bool whole_depth = true, takes_tiles = true;
+    const Activation* activation;
+    const T* saved;
+    T* dz;
+    void tile(int64_t i, int64_t j, T* sums, int rows, int columns) const {
+      const int64_t at = i * kStride + j;
+      pointwise_of<T>().grad_z(*activation, {sums, Tile<T>::columns}, {saved + at, kStride}, {dz + at, kStride}, rows,
+                               columns);
     }
   };
   // dW += sums
@@ -87,8 +100,8 @@ struct BlockProducts {
   };
 
   template <class Finish>
-  static __attribute__((noinline)) void product(const T* a, Panels<T> b, int64_t depth, int64_t rows, int64_t columns,
-                                                const Finish& finish) {
+  static __attribute__((noinline)) void gemm(const T* a, Panels<T> b, int64_t depth, int64_t rows, int64_t columns,
+                                             const Finish& finish) {
     Prefetcher none;
     tiles<Block, Single<T>, Tile<T>::rows>(a, b, depth, 0, rows, columns, Stage{true, true}, Partial<T>{}, finish,
                                            none);
@@ -121,13 +134,14 @@ template <class S, int width>
 struct StepRows {
   using T = Accumulator<S>;
   using V = Vec<T>;
-  using Block = BlockProducts<T, width>;
+  using Block = BlockGemms<T, width>;
   static constexpr int64_t kRows = Blocking<T>::rows, kStride = Block::kStride, kBlock = kRows * kStride;
 
-  // Packed weights, the sums of db, and a block of rows of the input, of each layer, of two gradients and of the
-  // targets.
+  // Packed weights, the sums of db, and a block of rows of the input, of the y and the z of each layer that has them,
+  // of two gradients, and two for the loss.
   static size_t scratch_bytes(const StepProblem& p) {
-    int64_t elements = (p.layers.size() + 4) * kBlock;
+    int64_t elements = (p.layers.size() + 5) * kBlock;
+    for (const StepLayerView& l : p.layers) elements += needs_z(*l.activation) ? kBlock : 0;
     for (const StepLayerView& l : p.layers)
       elements += l.K * round_up_columns<T>(l.N) + l.N * round_up_columns<T>(l.K) +
                   round_up_columns<T>(l.N) * (1 + sizeof(double) / sizeof(T));
@@ -139,8 +153,13 @@ struct StepRows {
     const size_t L = p.layers.size();
     T* const sums = static_cast<T*>(sums_out);
     T* const blocks = static_cast<T*>(scratch);  // of x and of each layer's output
-    T *dz = blocks + (L + 1) * kBlock, *dz_below = dz + kBlock, *const targets = dz_below + kBlock;
-    T* packed = targets + kBlock;
+    T *dz = blocks + (L + 1) * kBlock, *dz_below = dz + kBlock, *const for_loss = dz_below + kBlock;
+    T* packed = for_loss + 2 * kBlock;
+    T *z_of[kMostLayers], *saved[kMostLayers];  // of hidden layers: z where it is needed, and what backward needs
+    for (size_t l = 0; l + 1 < L; ++l) {
+      z_of[l] = needs_z(*p.layers[l].activation) ? std::exchange(packed, packed + kBlock) : nullptr;
+      saved[l] = z_of[l] ? z_of[l] : blocks + (l + 1) * kBlock;
+    }
     const T *w[kMostLayers], *wt[kMostLayers], *bias[kMostLayers];
     double* db[kMostLayers];
     for (size_t l = 0; l < L; ++l) {
@@ -176,11 +195,16 @@ struct StepRows {
           store(blocks + m * kStride + k, load(at<S>(p.x, m0 + m, k), lanes), lanes);
         });
       T* y = blocks;
-      for (size_t l = 0; l + 1 < L; ++l, y += kBlock)
-        with_activation(p.layers[l], [&](auto act) {
-          Block::product(y, Panels<T>::packed(wt[l], p.layers[l].K), p.layers[l].K, count, p.layers[l].N,
-                         typename Block::template Forward<decltype(act)>{bias[l], y + kBlock});
-        });
+      for (size_t l = 0; l + 1 < L; ++l, y += kBlock) {
+        const StepLayerView& layer = p.layers[l];
+        const auto run = [&](const auto& finish) {
+          Block::gemm(y, Panels<T>::packed(wt[l], layer.K), layer.K, count, layer.N, finish);
+        };
+        with_act_in_registers(
+            *layer.activation,
+            [&](auto act) { run(typename Block::template Forward<decltype(act)>{bias[l], y + kBlock}); },
+            [&] { run(BiasActTile<T>{layer.activation, bias[l], y + kBlock, z_of[l], kStride, kStride, false}); });
+      }
 
       // What the loss is of and its gradient have no gaps between rows, however few columns.
       T *const z = y + kBlock, *const top_dz = dz_below;
@@ -188,10 +212,8 @@ struct StepRows {
       if (tiles_mostly_empty(top.K, top.N))
         dots<T, Single<T>>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
       else
-        Block::product(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);
-      with_activation(top, [&](auto act) {
-        loss += RowsLoss<S, decltype(act)>::run(p.loss, {m0, m0 + count}, top.N, z, top_dz, targets, valid);
-      });
+        Block::gemm(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);
+      loss += loss_of_rows<S>(p.loss, *top.activation, {m0, m0 + count}, top.N, z, top_dz, for_loss, valid);
       for (int64_t m = 0; m < count; ++m)
         for_vectors<T>(top.N, [&](int64_t n, auto lanes) {
           store(dz + m * kStride + n, load(top_dz + m * top.N + n, lanes), lanes);
@@ -201,22 +223,19 @@ struct StepRows {
         const StepLayerView& layer = p.layers[l];
         Block::add_gradients(layer, y, dz, sums, db[l], count);
         if (l == p.lowest) break;
-        with_activation(p.layers[l - 1], [&](auto act) {
-          Block::product(dz, Panels<T>::packed(w[l], layer.N), layer.N, count, layer.K,
-                         typename Block::template Backward<decltype(act)>{y, dz_below});
-        });
+        const Activation& below = *p.layers[l - 1].activation;
+        const auto run = [&](const auto& finish) {
+          Block::gemm(dz, Panels<T>::packed(w[l], layer.N), layer.N, count, layer.K, finish);
+        };
+        with_act_in_registers(
+            below, [&](auto act) { run(typename Block::template Backward<decltype(act)>{saved[l - 1], dz_below}); },
+            [&] { run(typename Block::BackwardTile{&below, saved[l - 1], dz_below}); });
         std::swap(dz, dz_below);
       }
     }
     for (size_t l = p.lowest; l < L; ++l)
       if (p.layers[l].db >= 0) round_sums(db[l], p.layers[l].N, sums + p.layers[l].db);
     return loss;
-  }
-
- private:
-  template <class F>
-  static void with_activation(const StepLayerView& layer, const F& f) {
-    visit_activation(layer.activation, [&](auto act) { return f(act), true; });
   }
 };
 
@@ -236,7 +255,7 @@ struct Steps {
     return is_narrow(p) ? StepRows<S, kNarrow>::run(p, rows, sums, scratch, valid)
                         : StepRows<S, kWide>::run(p, rows, sums, scratch, valid);
   }
-  static constexpr StepKernels kernels{scratch_bytes, rows, loss_rows<S>, update<S>, update<S, S>};
+  static constexpr StepKernels kernels{scratch_bytes, rows, loss_rows<S>, update_by_parts<S>, update_by_parts<S, S>};
 };
 
 }  // namespace

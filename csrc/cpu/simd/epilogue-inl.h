@@ -1,0 +1,126 @@
+// The ends of GEMMs, and the way from all kernels to those of pointwise-inl.h.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd/gemm-inl.h"
+#include "cpu/simd/pack-inl.h"
+#include "cpu/simd/vec-inl.h"
+#include "math/activations.h"
+
+namespace mlp_ext::cpu {
+namespace MLP_EXT_TARGET {
+const PointwiseKernels& pointwise(DType dtype);
+}
+
+namespace {
+
+template <class S>
+constexpr DType kDTypeOf = std::is_same_v<S, float>      ? DType::float32
+                           : std::is_same_v<S, double>   ? DType::float64
+                           : std::is_same_v<S, BFloat16> ? DType::bfloat16
+                                                         : DType::float16;
+template <class S>
+const PointwiseKernels& pointwise_of() {
+  return MLP_EXT_TARGET::pointwise(kDTypeOf<S>);
+}
+
+// dz = act'(dy, saved) of some rows and columns as accumulators, [rows, columns] at dz.
+template <class S, class T = Accumulator<S>>
+void grad_z_rows(const Backward& b, Range rows, Range columns, T* dz, int64_t stride) {
+  pointwise_of<S>().grad_z(*b.activation, {at<S>(b.dy, rows.begin, columns.begin), b.dy.stride},
+                           {b.saved.data ? at<S>(b.saved, rows.begin, columns.begin) : nullptr, b.saved.stride},
+                           {dz, stride}, rows.size(), columns.size());
+}
+
+constexpr size_t kIdentity = index_of(Identity::name, Activations{}), kReLU = index_of(ReLU::name, Activations{});
+
+inline bool needs_z(const Activation& activation) {
+  return visit(activation, [](auto act) { return act.needs() == Needs::preactivation; });
+}
+
+// f(Identity()), f(ReLU()) or otherwise(): those two are applied in registers, others to a tile in L1.
+template <class F, class Otherwise>
+void with_act_in_registers(const Activation& activation, const F& f, const Otherwise& otherwise) {
+  if (activation.index == kIdentity)
+    f(Identity{});
+  else if (activation.index == kReLU)
+    f(ReLU{});
+  else
+    otherwise();
+}
+
+// y = act(z + b) for vectors of sums z: bias, activation, rounding.
+template <class S, class Act>
+struct BiasAct {
+  static constexpr bool whole_depth = false;
+  const S* bias;  // or nullptr
+  S* y;
+  int64_t stride;
+  bool past_caches;
+  BiasAct from(int64_t i, int64_t j) const { return {bias ? bias + j : bias, y + i * stride + j, stride, past_caches}; }
+  template <class V, class Lanes>
+  void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
+    if (bias) z = z + load(bias + j, lanes);
+    store_result(y + i * stride + j, Act{}.forward(z), lanes, past_caches);
+  }
+};
+
+// The same for tiles of sums and any activation; stores z too where it is asked for.
+template <class S>
+struct BiasActTile {
+  static constexpr bool whole_depth = false, takes_tiles = true;
+  using T = Accumulator<S>;
+  const Activation* activation;
+  const S* bias;  // or nullptr
+  S *y, *z;       // z: or nullptr
+  int64_t stride, z_stride;
+  bool past_caches;
+  BiasActTile from(int64_t i, int64_t j) const {
+    return {activation, bias ? bias + j : bias, y + i * stride + j, z ? z + i * z_stride + j : z, stride, z_stride,
+            past_caches};
+  }
+  void tile(int64_t i, int64_t j, T* sums, int rows, int width) const {
+    if (bias || z)
+      for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+        if (bias) v = v + load(bias + j + c, lanes);
+        store(sums + r * Tile<T>::columns + c, v, lanes);
+        if (z) store(z + (i + r) * z_stride + j + c, v, lanes);
+      });
+    pointwise_of<S>().act(*activation, {sums, Tile<T>::columns}, {y + i * stride + j, stride}, rows, width,
+                          past_caches);
+  }
+};
+
+// dW of tiles of sums updates W.
+template <class S>
+struct UpdateTile {
+  static constexpr bool whole_depth = false, takes_tiles = true;
+  using T = Accumulator<S>;
+  const Update* update;
+  int64_t begin, stride;  // of elements of W
+  UpdateTile from(int64_t i, int64_t j) const { return {update, begin + i * stride + j, stride}; }
+  void tile(int64_t i, int64_t j, T* sums, int rows, int width) const {
+    pointwise_of<S>().update(*update, begin + i * stride + j, stride, {sums, Tile<T>::columns}, rows, width);
+  }
+};
+
+// The update by the gradient that is the sum, in order, of parts[part * stride + range], accumulators or of S.
+template <class S, class Part = Accumulator<S>>
+void update_by_parts(const Update& update, const void* parts, int64_t count, int64_t stride, Range range) {
+  using T = Accumulator<S>;
+  constexpr int64_t chunk = 512;
+  alignas(kVectorBytes) T sums[chunk];
+  for (int64_t begin = range.begin; begin < range.end; begin += chunk) {
+    const int64_t size = std::min(chunk, range.end - begin);
+    const Part* const from = static_cast<const Part*>(parts) + begin;
+    for_vectors<T>(size, [&](int64_t i, auto lanes) {
+      Vec<T> gradient = load(from + i, lanes);
+      for (int64_t part = 1; part < count; ++part) gradient = gradient + load(from + part * stride + i, lanes);
+      store(sums + i, gradient, lanes);
+    });
+    pointwise_of<S>().update(update, begin, 0, {sums, 0}, 1, size);
+  }
+}
+
+}  // namespace
+}  // namespace mlp_ext::cpu

@@ -1,0 +1,227 @@
+// What the functors of math/*.h do to elements: activations, losses, updates. Compiled once per instruction set; the
+// other kernels call it through tables, with a tile or some rows in L1.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd/epilogue-inl.h"
+#include "cpu/simd/pack-inl.h"
+#include "cpu/simd/row_sums-inl.h"
+#include "cpu/simd/vec-inl.h"
+#include "math/activations.h"
+#include "math/losses.h"
+#include "math/optimizers.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+// ---- activations ----
+
+template <class S, class Act>
+void act(const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches) {
+  using T = Accumulator<S>;
+  const auto act = get<Act>(activation);
+  for (int64_t m = 0; m < rows; ++m)
+    for_vectors<T>(columns, [&](int64_t n, auto lanes) {
+      store_result(at<S>(y, m, n), act.forward(load(at<T>(z, m, n), lanes)), lanes, past_caches);
+    });
+}
+
+template <class S, class Act>
+void grad_z(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, int64_t rows, int64_t columns) {
+  using T = Accumulator<S>;
+  const auto act = get<Act>(activation);
+  for (int64_t m = 0; m < rows; ++m)
+    for_vectors<T>(columns, [&](int64_t n, auto lanes) {
+      const Vec<T> grad = load(at<S>(dy, m, n), lanes);
+      const Vec<T> operand = std::is_same_v<Act, Identity> ? grad : load(at<S>(saved, m, n), lanes);
+      store(at<T>(dz, m, n), act.backward(grad, operand), lanes);
+    });
+}
+
+// ---- losses, of T ----
+
+// The vector v with 0 in the lanes that are not there, whose loss may be anything.
+template <class T>
+Vec<T> only(Vec<T> v, AllLanes) {
+  return v;
+}
+template <class T>
+Vec<T> only(Vec<T> v, int n) {
+  typename Vec<T>::Bits lane;
+  for (int i = 0; i < Vec<T>::lanes; ++i) lane[i] = i;
+  return where(typename Vec<T>::Mask{lane < n}, v, Vec<T>());
+}
+
+template <class T>
+bool are_probabilities(Vec<T> v) {
+  bool all = true;
+  for (int i = 0; i < Vec<T>::lanes; ++i) all = all && v.v[i] >= 0 && v.v[i] <= 1;
+  return all;
+}
+
+// Of elements y with targets t and weights w, or weights of 1.
+template <class T, class LossOf>
+double element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy, bool& valid) {
+  using V = Vec<T>;
+  const auto l = get<LossOf>(*loss.function);
+  const V scale = static_cast<T>(loss.scale);
+  double total = 0;
+  constexpr int64_t piece = kShortRows * V::lanes;
+  for (int64_t begin = 0; begin < size; begin += piece) {
+    V sum;
+    for_vectors<T>(std::min(piece, size - begin), [&](int64_t j, auto lanes) {
+      const int64_t i = begin + j;
+      const V yi = load(y + i, lanes), ti = load(t + i, lanes), wi = w ? load(w + i, lanes) : V(1);
+      if constexpr (is_of_probabilities<LossOf>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
+      store(dy + i, l.backward(yi, ti, wi) * scale, lanes);
+      sum = sum + only(l.forward(yi, ti, wi), lanes);
+    });
+    for (int lane = 0; lane < V::lanes; ++lane) total += static_cast<double>(sum.v[lane]);
+  }
+  return total;
+}
+
+// The Row of math/losses.h; dy holds the exponentials between sum_exp and put.
+template <class S, class T = Accumulator<S>>
+struct LossRow {
+  const Loss& loss;
+  int64_t m, N, class_of_row;
+  const T* y;
+  T* dy;
+
+  int64_t c() const { return class_of_row; }
+  T z(int64_t n) const { return y[n]; }
+  T t(int64_t n) const { return scalar(at<S>(loss.target, m, n)); }
+  T w(int64_t n) const { return loss.weight ? scalar(static_cast<const S*>(loss.weight) + n) : T(1); }
+  T sum_exp(T most) const {
+    T sum = 0;
+    for_vectors<T>(N, [&](int64_t n, auto lanes) {
+      const Vec<T> e = cpu::exp(load(y + n, lanes) - Vec<T>(most));
+      store(dy + n, e, lanes);
+      sum += sum_lanes(only(e, lanes));
+    });
+    return sum;
+  }
+  T exp(int64_t n, T) const { return dy[n]; }
+  void put(int64_t n, T v) const { dy[n] = v; }
+};
+
+template <class S, class LossOf>
+double row_losses(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data) {
+  using T = Accumulator<S>;
+  const auto l = get<LossOf>(*loss.function);
+  const T* y = static_cast<const T*>(y_data);
+  T* dy = static_cast<T*>(dy_data);
+  double total = 0;
+  for (int64_t m = rows.begin; m < rows.end; ++m, y += N, dy += N) {
+    const int64_t c = loss.classes ? loss.classes[m * loss.classes_stride] : -1;
+    if (loss.classes && c == loss.ignore_index)
+      std::fill(dy, dy + N, T(0));
+    else
+      total += l.template row<T>(LossRow<S>{loss, m, N, c, y, dy}, N, static_cast<T>(loss.scale));
+  }
+  return total;
+}
+
+// The target's rows as T without gaps: as they are, or copied to `copy`.
+template <class S, class T = Accumulator<S>>
+const T* gapless(const ConstMatrix& target, Range rows, int64_t N, T* copy) {
+  if constexpr (std::is_same_v<S, T>)
+    if (target.stride == N) return at<S>(target, rows.begin, 0);
+  for (int64_t m = rows.begin; m < rows.end; ++m)
+    for_vectors<T>(N, [&](int64_t n, auto lanes) {
+      store(copy + (m - rows.begin) * N + n, load(at<S>(target, m, n), lanes), lanes);
+    });
+  return copy;
+}
+
+template <class S>
+double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data, void* scratch, bool& valid) {
+  using T = Accumulator<S>;
+  return visit(*loss.function, [&](auto l) {
+    using LossOf = decltype(l);
+    if constexpr (is_of_rows<LossOf>) {
+      return row_losses<S, LossOf>(loss, rows, N, y_data, dy_data);
+    } else {
+      const T* const y = static_cast<const T*>(y_data);
+      T* const dy = static_cast<T*>(dy_data);
+      const T* const t = gapless<S>(loss.target, rows, N, static_cast<T*>(scratch));
+      const int64_t size = rows.size() * N;
+      if (!loss.weight) return element_loss<T, LossOf>(loss, size, y, t, nullptr, dy, valid);
+      T* const w = static_cast<T*>(scratch) + size;
+      gapless<S>({loss.weight, 0}, {0, 1}, N, w);
+      double total = 0;
+      for (int64_t i = 0; i < size; i += N) total += element_loss<T, LossOf>(loss, N, y + i, t + i, w, dy + i, valid);
+      return total;
+    }
+  });
+}
+
+// ---- updates ----
+
+template <class S, class Opt>
+void update(const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
+  using T = Accumulator<S>;
+  using V = Vec<T>;
+  static_assert(std::size(Update{}.states) == kMaxStates);
+  const auto optimizer = get<Opt>(*update.optimizer);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t first = begin + r * stride;
+    for_vectors<T>(columns, [&](int64_t c, auto lanes) {
+      S* const p = static_cast<S*>(update.parameter) + first + c;
+      V parameter = load(p, lanes), states[kMaxStates];
+      for (size_t s = 0; s < Opt::states.size(); ++s)
+        if (update.states[s]) states[s] = load(static_cast<const S*>(update.states[s]) + first + c, lanes);
+      optimizer.update(parameter, states, load(at<T>(gradients, r, c), lanes));
+      for (size_t s = 0; s < Opt::states.size(); ++s)
+        if (update.states[s]) store(static_cast<S*>(update.states[s]) + first + c, states[s], lanes);
+      store(p, parameter, lanes);
+    });
+  }
+}
+
+// ---- tables ----
+
+template <class S, class... Act>
+void act_table(const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches,
+               TypeList<Act...>) {
+  static constexpr std::array table{&act<S, Act>...};
+  table[activation.index](activation, z, y, rows, columns, past_caches);
+}
+template <class S, class... Act>
+void grad_z_table(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, int64_t rows,
+                  int64_t columns, TypeList<Act...>) {
+  static constexpr std::array table{&grad_z<S, Act>...};
+  table[activation.index](activation, dy, saved, dz, rows, columns);
+}
+template <class S, class... Opt>
+void update_table(const Update& u, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns,
+                  TypeList<Opt...>) {
+  static constexpr std::array table{&update<S, Opt>...};
+  table[u.optimizer->index](u, begin, stride, gradients, rows, columns);
+}
+
+template <class S>
+constexpr PointwiseKernels kPointwise{
+    [](const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches) {
+      act_table<S>(activation, z, y, rows, columns, past_caches, Activations{});
+    },
+    [](const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, int64_t rows, int64_t columns) {
+      grad_z_table<S>(activation, dy, saved, dz, rows, columns, Activations{});
+    },
+    loss<S>,
+    [](const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
+      update_table<S>(update, begin, stride, gradients, rows, columns, Optimizers{});
+    }};
+
+}  // namespace
+
+namespace MLP_EXT_TARGET {
+
+const PointwiseKernels& pointwise(DType dtype) {
+  static constexpr std::array table{&kPointwise<float>, &kPointwise<double>, &kPointwise<BFloat16>, &kPointwise<Half>};
+  return *table[static_cast<size_t>(dtype)];
+}
+
+}  // namespace MLP_EXT_TARGET
+}  // namespace mlp_ext::cpu
