@@ -2,7 +2,8 @@
 //
 // One functor serves scalars, the CPU's vectors, CUDA threads and, as a composite of PyTorch's operations, at::Tensor:
 // V needs + - * /, < <=, where() and sqrt(); K, its constants, are of V, or double beside a tensor. The members that
-// follow the hyperparameters are computed once per step, by begin_step, in double.
+// follow the hyperparameters are computed once per step, by begin_step, in double; or as tensors, where the count of
+// steps is one on a device.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +14,15 @@
 namespace mlp_ext {
 
 constexpr size_t kMaxStates = 3;  // tensors of an optimizer for each parameter, beside the count of steps
+
+// What begin_step computed, beside V.
+template <class V, class Number>
+MLP_EXT_HOST_DEVICE inline __attribute__((always_inline)) auto beside(const Number& number) {
+  if constexpr (std::is_same_v<Number, double>)
+    return Constant<V>(number);
+  else
+    return number;
+}
 
 // g = -g if maximize;  g += weight_decay p;  v = momentum v + (1 - dampening) g;  g = nesterov ? g + momentum v : v;
 // p -= lr g.  In its first step PyTorch takes v = g: the same as v = 0 and a dampening of 0.
@@ -45,7 +55,8 @@ struct SGD {
 // m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr m^ / (sqrt(v^) + eps) with m^ = m / (1 - b1^t) and
 // v^ = v / (1 - b2^t), or the largest so far with amsgrad.  weight_decay adds to g or, decoupled as in AdamW, shrinks
 // p. (Kingma and Ba, ICLR 2015; Reddi et al., ICLR 2018; Loshchilov and Hutter, ICLR 2019)
-struct Adam {
+template <class Number = double>
+struct AdamOf {
   static constexpr const char* name = "adam";
   static constexpr Parameters<8> parameters{{{"lr", 1e-3},
                                              {"betas[0]", 0.9},
@@ -59,9 +70,9 @@ struct Adam {
   static constexpr bool counts_steps = true;
   double lr, beta1, beta2, eps, weight_decay;
   bool amsgrad, maximize, decoupled_weight_decay;
-  double step_size = 0, root_correction = 0;  // lr / (1 - b1^t), sqrt(1 - b2^t)
+  Number step_size{}, root_correction{};  // lr / (1 - b1^t), sqrt(1 - b2^t)
   bool has_state(size_t i) const { return i < 2 || amsgrad; }
-  MLP_EXT_HOST_DEVICE void begin_step(double t) {
+  MLP_EXT_HOST_DEVICE void begin_step(const Number& t) {
     using std::pow;
     using std::sqrt;
     step_size = lr / (1 - pow(beta1, t));
@@ -83,10 +94,11 @@ struct Adam {
     m = m + K(1 - beta1) * (gradient - m);
     v = K(beta2) * v + K(1 - beta2) * gradient * gradient;
     if (amsgrad) most = where(v <= most, most, v);
-    const V root = sqrt(amsgrad ? most : v) / K(root_correction) + K(eps);
-    parameter = parameter - K(step_size) * (m / root);
+    const V root = sqrt(amsgrad ? most : v) / beside<V>(root_correction) + K(eps);
+    parameter = parameter - beside<V>(step_size) * (m / root);
   }
 };
+using Adam = AdamOf<>;
 
 // v = alpha v + (1 - alpha) g^2;  g /= sqrt(v - a^2) + eps with a = 0 or, centered, a = alpha a + (1 - alpha) g;
 // b = momentum b + g;  p -= lr b.   (Tieleman and Hinton, 2012; Graves, 2013)
@@ -126,7 +138,8 @@ struct RMSprop {
 };
 
 // s += g^2;  p -= lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)   (Duchi et al., JMLR 2011)
-struct Adagrad {
+template <class Number = double>
+struct AdagradOf {
   static constexpr const char* name = "adagrad";
   static constexpr Parameters<5> parameters{
       {{"lr", 1e-2}, {"lr_decay", 0}, {"weight_decay", 0}, {"eps", 1e-10}, {"maximize", 0}}};
@@ -134,9 +147,9 @@ struct Adagrad {
   static constexpr bool counts_steps = true;
   double lr, lr_decay, weight_decay, eps;
   bool maximize;
-  double step_size = 0;
+  Number step_size{};
   bool has_state(size_t) const { return true; }
-  MLP_EXT_HOST_DEVICE void begin_step(double t) { step_size = lr / (1 + (t - 1) * lr_decay); }
+  MLP_EXT_HOST_DEVICE void begin_step(const Number& t) { step_size = lr / (1 + (t - 1) * lr_decay); }
 
   template <class V>
   MLP_EXT_HOST_DEVICE void update(V& parameter, V* state, V gradient) const {
@@ -146,9 +159,10 @@ struct Adagrad {
     if (maximize) gradient = -gradient;
     if (weight_decay != 0) gradient = gradient + K(weight_decay) * parameter;
     sum = sum + gradient * gradient;
-    parameter = parameter - K(step_size) * (gradient / (sqrt(sum) + K(eps)));
+    parameter = parameter - beside<V>(step_size) * (gradient / (sqrt(sum) + K(eps)));
   }
 };
+using Adagrad = AdagradOf<>;
 
 using Optimizers = TypeList<SGD, Adam, RMSprop, Adagrad>;
 struct Optimizer : Chosen<Optimizers> {

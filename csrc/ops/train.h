@@ -41,11 +41,14 @@ struct TrainArgs {
 // order[i batch_size : (i + 1) batch_size], or of the rows as they lie; the last may be smaller; returns the losses
 // [steps]. Parameters, states and steps change in place. Through the dispatcher.
 at::Tensor mlp_train_step_(const TrainArgs& args);
+// Tells autograd that parameters, states and steps changed.
+void bump_versions(const TrainArgs& args);
 
 // A parameter, and how it is updated. Points to the operator's arguments.
 struct TrainedParameter {
   const at::Tensor* value = nullptr;          // nullptr: there is none
   std::optional<Optimizer> optimizer;         // none: it does not learn
+  const double* hyperparameters = nullptr;    // that optimizer is made of
   const at::Tensor* states[kMaxStates] = {};  // nullptr where the optimizer does not have that state
   const at::Tensor* step = nullptr;           // its count of steps, if the optimizer counts
 };
@@ -99,18 +102,24 @@ at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const 
 // The steps as a composite of native operations: the reference, and what runs where no kernel of ours does.
 at::Tensor train_native(const Training& training);
 
+// An operator's function from one of TrainArgs.
+template <at::Tensor (*f)(const TrainArgs&)>
+at::Tensor with_args(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
+                     at::TensorList states, at::TensorList steps, const Names& activations,
+                     at::ArrayRef<double> activation_parameters, std::string_view loss, std::string_view reduction,
+                     const std::optional<at::Tensor>& loss_weight, at::ArrayRef<double> loss_parameters,
+                     std::string_view optimizer, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
+                     const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size) {
+  return f({input, target, parameters, states, steps, activations, activation_parameters, loss, reduction, loss_weight,
+            loss_parameters, optimizer, learning, hyperparameters, order, batch_size});
+}
+template <at::Tensor (*run)(const Training&)>
+at::Tensor checked(const TrainArgs& args) {
+  return run(check_training(args));
+}
 // A kernel of the operator from what it does with checked arguments:
 //   m.impl("mlp_train_step_", train_kernel<run>)
 template <at::Tensor (*run)(const Training&)>
-at::Tensor train_kernel(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
-                        at::TensorList states, at::TensorList steps, const Names& activations,
-                        at::ArrayRef<double> activation_parameters, std::string_view loss, std::string_view reduction,
-                        const std::optional<at::Tensor>& loss_weight, at::ArrayRef<double> loss_parameters,
-                        std::string_view optimizer, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
-                        const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size) {
-  return run(
-      check_training({input, target, parameters, states, steps, activations, activation_parameters, loss, reduction,
-                      loss_weight, loss_parameters, optimizer, learning, hyperparameters, order, batch_size}));
-}
+constexpr auto* train_kernel = with_args<checked<run>>;
 
 }  // namespace mlp_ext

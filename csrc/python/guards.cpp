@@ -1,12 +1,17 @@
 #include "python/guards.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
-
-#include "ops/mlp.h"
 
 namespace py = pybind11;
 
@@ -59,37 +64,49 @@ bool Guards::holds() const {
   return true;
 }
 
+int hooks(const at::Tensor& parameter) {
+  const auto* const autograd = torch::autograd::impl::get_autograd_meta(parameter);
+  return autograd ? !autograd->hooks_.empty() + 2 * (autograd->post_acc_grad_hooks_ != nullptr) : 0;
+}
+
 namespace {
 
-// A run of layers: the operator mlp with all arguments but the input.
-class Run {
- public:
-  Run(std::vector<at::Tensor> weights, const std::vector<std::optional<at::Tensor>>& biases,
-      const std::vector<std::string>& activations, py::object function)
-      : weights_(std::move(weights)), biases_(biases), activations_(activations), function_(std::move(function)) {}
-
-  py::object call(const py::object& input) const {
-    // What may be no plain tensor, or is looked at by a mode, goes through Python's own call of the operator.
-    if (!THPVariable_CheckExact(input.ptr()) || at::impl::torch_function_mode_enabled()) return function_(input);
-    const at::Tensor& x = THPVariable_Unpack(input.ptr());
-    at::Tensor y;
-    {
-      const py::gil_scoped_release no_gil;
-      y = mlp(x, weights_, biases_, activations_);
-    }
-    return py::cast(std::move(y));
+// A default device is such a mode, and concerns only new tensors. Others would see torch.nn's calls in an eager loop.
+void check_function_modes() {
+  static const py::object& default_device =  // never freed: the interpreter may end before
+      *new py::object(py::module_::import("torch.utils._device").attr("DeviceContext"));
+  for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); ++i) {
+    const py::handle mode = at::impl::PythonTorchFunctionTLS::get_stack_at(i)->ptr(getPyInterpreter());
+    TORCH_CHECK(py::isinstance(mode, default_device), "TrainStep: a ", Py_TYPE(mode.ptr())->tp_name,
+                " is active, and a step makes no calls of torch functions for it to see; leave it, or use the eager "
+                "loop");
   }
-
-  const std::vector<at::Tensor>& weights() const { return weights_; }
-
- private:
-  const std::vector<at::Tensor> weights_;
-  const OptionalTensors biases_;
-  const Names activations_;
-  const py::object function_;
-};
+}
 
 }  // namespace
+
+void check_global_state(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters) {
+  constexpr const char* kLeave = "; leave it, or use the eager loop";
+  TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids", kLeave);
+  TORCH_CHECK(c10::GradMode::is_enabled(), "TrainStep: gradients are disabled, as by no_grad, and a step trains",
+              kLeave);
+  const auto device = input.device().type();
+  TORCH_CHECK(!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device),
+              "TrainStep: autocast is enabled, and a step would not follow it", kLeave);
+  TORCH_CHECK(!torch::autograd::AnomalyMode::is_enabled(),
+              "TrainStep: anomaly detection is on, and a step does not look for NaN", kLeave);
+  TORCH_CHECK(!at::SavedTensorDefaultHooks::get_hooks(),
+              "TrainStep: saved-tensor hooks are set, and a step saves no tensor to call them with", kLeave);
+  TORCH_CHECK(!c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode),
+              "TrainStep: a step changes parameters in place, which torch.func's transforms cannot follow", kLeave);
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0)) {
+    const auto has_tangent = [](const at::Tensor& t) { return t._fw_grad(0).defined(); };
+    TORCH_CHECK(
+        !has_tangent(input) && !has_tangent(target) && std::none_of(parameters.begin(), parameters.end(), has_tangent),
+        "TrainStep: input, target or a parameter has a forward-mode tangent, which a step would drop", kLeave);
+  }
+  if (at::impl::torch_function_mode_enabled()) check_function_modes();
+}
 
 void bind_guards(py::module_& m) {
   py::class_<Guards>(m, "Guards", "Whether objects are still made of the parts they were made of.")
@@ -97,12 +114,6 @@ void bind_guards(py::module_& m) {
            py::arg("items"), py::arg("sizes"), py::arg("types") = py::tuple(),
            py::arg("tensors") = std::vector<at::Tensor>())
       .def("holds", &Guards::holds);
-  py::class_<Run>(m, "Run", "A run of layers as one call of torch.ops.mlp_ext.mlp.")
-      .def(py::init<std::vector<at::Tensor>, const std::vector<std::optional<at::Tensor>>&,
-                    const std::vector<std::string>&, py::object>(),
-           py::arg("weights"), py::arg("biases"), py::arg("activations"), py::arg("function"))
-      .def_property_readonly("weights", &Run::weights)
-      .def("__call__", torch::wrap_pybind_function(&Run::call));
 }
 
 }  // namespace mlp_ext

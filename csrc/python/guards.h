@@ -1,5 +1,5 @@
-// Whether Python objects are still made of the parts that they were made of when they were read. In C++ since it is
-// asked at every call.
+// What a step depends on beside its arguments: Python objects, which may have changed since they were read, and torch's
+// global state. In C++ since it is checked at every call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -37,6 +37,12 @@ class Guards {
   std::vector<Dtype> dtypes_;
 };
 
-void bind_guards(pybind11::module_& m);  // the classes Guards and Run of mlp_ext._C
+// The kinds of hooks that a parameter has, or had.
+int hooks(const at::Tensor& parameter);
+
+// Throws where torch's global state asks for what a step does not do. docs/train-step.md has the whole table.
+void check_global_state(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters);
+
+void bind_guards(pybind11::module_& m);  // the class mlp_ext._C.Guards
 
 }  // namespace mlp_ext

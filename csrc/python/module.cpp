@@ -1,5 +1,5 @@
 // The Python module mlp_ext._C: loading it registers the operators; beyond that it tells about the build and the plans.
-// Tensors cross in the classes Run and Trainer alone.
+// Tensors cross in the classes MlpCall, Guards and Trainer alone.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,7 +16,10 @@
 #include "cpu/variants.h"
 #include "cuda/plan.h"
 #include "math/activations.h"
+#include "math/losses.h"
+#include "math/optimizers.h"
 #include "python/guards.h"
+#include "python/mlp_call.h"
 #include "python/trainer.h"
 
 namespace py = pybind11;
@@ -158,18 +161,27 @@ py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const
   return result;
 }
 
-std::vector<std::string> activations() {
-  std::vector<std::string> names;
-  for (size_t i = 0; i < Activations::size; ++i)
-    names.push_back(visit_activation(i, [](auto act) { return std::string(act.name); }));
-  return names;
+// The functors of a list: each one's name, and its parameters with their defaults, in the operators' order.
+template <class... Functors>
+py::dict functors(TypeList<Functors...>) {
+  py::dict all;
+  const auto add = [&all](const char* name, const auto& parameters) {
+    py::dict defaults;
+    for (const Parameter& parameter : parameters) defaults[parameter.name] = parameter.value;
+    all[name] = defaults;
+  };
+  (add(Functors::name, Functors::parameters), ...);
+  return all;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of mlp_ext: registers torch.ops.mlp_ext and tells how it was built.";
-  m.def("activations", activations, "Names that the operators take.");
+  m.def("activations", [] { return functors(Activations{}); }, "Those that the operators take, with their parameters.");
+  m.def("losses", [] { return functors(Losses{}); }, "Those that mlp_train_step_ takes, with their parameters.");
+  m.def(
+      "optimizers", [] { return functors(Optimizers{}); }, "Those that mlp_train_step_ takes, with their parameters.");
   m.def("build_info", build_info, "Compiler, torch and instruction sets of this build.");
   m.def(
       "instruction_set", [] { return cpu::variant().name; },
@@ -203,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("shared"),
         "The plan of a training step on a GPU whose blocks may have so many bytes of shared memory.");
   bind_guards(m);
+  bind_mlp_call(m);
   bind_trainer(m);
 }
 

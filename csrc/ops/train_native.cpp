@@ -1,0 +1,232 @@
+// Training steps as a composite of native operations: the reference, and what runs where no kernel of ours does.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/binary_cross_entropy.h>
+#include <ATen/ops/binary_cross_entropy_backward.h>
+#include <ATen/ops/binary_cross_entropy_with_logits.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/huber_loss.h>
+#include <ATen/ops/huber_loss_backward.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/l1_loss.h>
+#include <ATen/ops/log_softmax.h>
+#include <ATen/ops/mse_loss.h>
+#include <ATen/ops/mse_loss_backward.h>
+#include <ATen/ops/nll_loss_backward.h>
+#include <ATen/ops/nll_loss_forward.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sign.h>
+#include <ATen/ops/smooth_l1_loss.h>
+#include <ATen/ops/smooth_l1_loss_backward.h>
+#include <ATen/ops/sqrt.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+
+#include "ops/linear_act.h"
+#include "ops/train.h"
+
+namespace mlp_ext {
+
+template <>
+struct ConstantOf<at::Tensor> {
+  using type = double;
+};
+
+namespace {
+
+std::optional<at::Tensor> optional(const at::Tensor* t) { return t ? std::optional<at::Tensor>(*t) : std::nullopt; }
+
+// On CUDA torch's own kernels assert it on the device: to ask here would wait, and could not be captured in a graph.
+bool asserted_on_device(const Training& training) { return training.input.is_cuda(); }
+
+// ---- the losses: an overload for each ----
+
+// What they are computed from. The gradient of a loss is what its backward makes of dy = 1.
+struct Operands {
+  const Training& training;
+  const at::Tensor &y, &t;
+  const int64_t reduction = training.mean ? at::Reduction::Mean : at::Reduction::Sum;
+  const at::Tensor dy = at::ones({}, y.options());
+
+  // The gradient of a mean from that of a sum.
+  at::Tensor reduced(const at::Tensor& gradient) const { return training.mean ? gradient / y.numel() : gradient; }
+};
+
+LossAndGrad native(const MSE&, const Operands& o) {
+  return {at::mse_loss(o.y, o.t, o.reduction), at::mse_loss_backward(o.dy, o.y, o.t, o.reduction)};
+}
+
+LossAndGrad native(const BCE&, const Operands& o) {
+  const auto outside = [](const at::Tensor& p) { return p.ge(0).logical_and(p.le(1)).logical_not().any(); };
+  if (!asserted_on_device(o.training) && outside(o.y).logical_or(outside(o.t)).item<bool>()) throw_not_a_probability();
+  return {at::binary_cross_entropy(o.y, o.t, {}, o.reduction),
+          at::binary_cross_entropy_backward(o.dy, o.y, o.t, {}, o.reduction)};
+}
+
+LossAndGrad native(const BCEWithLogits& loss, const Operands& o) {
+  const at::Tensor* const weight = o.training.loss_weight;
+  const at::Tensor dz = weight ? loss.backward(o.y, o.t, *weight) : at::sigmoid(o.y) - o.t;
+  return {at::binary_cross_entropy_with_logits(o.y, o.t, {}, optional(weight), o.reduction), o.reduced(dz)};
+}
+
+LossAndGrad native(const L1&, const Operands& o) {
+  return {at::l1_loss(o.y, o.t, o.reduction), o.reduced(at::sign(o.y - o.t))};
+}
+
+LossAndGrad native(const SmoothL1& loss, const Operands& o) {
+  if (loss.beta == 0) return native(L1{}, o);  // as torch: the gradient at y = t is 0
+  return {at::smooth_l1_loss(o.y, o.t, o.reduction, loss.beta),
+          at::smooth_l1_loss_backward(o.dy, o.y, o.t, o.reduction, loss.beta)};
+}
+
+LossAndGrad native(const Huber& loss, const Operands& o) {
+  return {at::huber_loss(o.y, o.t, o.reduction, loss.delta),
+          at::huber_loss_backward(o.dy, o.y, o.t, o.reduction, loss.delta)};
+}
+
+// Torch has no backward of its whole. The class weights w, smoothed targets q, and dz = sum(q) softmax(z) - q.
+LossAndGrad native(const CrossEntropy& loss, const Operands& o) {
+  const Training& training = o.training;
+  const at::Tensor& z = o.y;
+  const int64_t N = z.size(1), ignore_index = ignore_index_of(training.loss);
+  const at::Tensor w = training.loss_weight ? *training.loss_weight : at::ones({N}, z.options());
+  at::Tensor q, count, ignored;
+  if (training.target_is_classes) {
+    if (!asserted_on_device(training)) check_classes(training);
+    ignored = o.t.eq(ignore_index);
+    const at::Tensor classes = o.t.masked_fill(ignored, 0);
+    const at::Tensor weights = w.index_select(0, classes).masked_fill(ignored, 0);
+    q = (w * (loss.label_smoothing / N)).expand_as(z).masked_fill(ignored.unsqueeze(1), 0);
+    q = q.scatter_add(1, classes.unsqueeze(1), (weights * (1 - loss.label_smoothing)).unsqueeze(1));
+    count = weights.sum();
+  } else {
+    q = w * (o.t * (1 - loss.label_smoothing) + loss.label_smoothing / N);
+    count = at::full_like(w.sum(), z.size(0));
+  }
+  const at::Tensor log_p = at::log_softmax(z, 1);
+  at::Tensor terms = q * log_p;
+  if (training.target_is_classes) terms = terms.masked_fill(q.eq(0), 0);  // 0 log 0; torch never looks at these
+  at::Tensor sum = -terms.sum();
+  if (training.mean) {
+    sum = sum / count;
+    q = q / count;
+    if (training.target_is_classes) q = q.masked_fill(ignored.unsqueeze(1), 0);  // no gradient, though 0 / 0 if all are
+  }
+  return {sum, log_p.exp() * q.sum(1, true) - q};
+}
+
+LossAndGrad native(const NLL&, const Operands& o) {
+  if (!asserted_on_device(o.training)) check_classes(o.training);
+  const auto weight = optional(o.training.loss_weight);
+  const int64_t ignore_index = ignore_index_of(o.training.loss);
+  const auto [loss, total] = at::nll_loss_forward(o.y, o.t, weight, o.reduction, ignore_index);
+  return {loss, at::nll_loss_backward(o.dy, o.y, o.t, weight, o.reduction, ignore_index, total)};
+}
+
+// ---- the update ----
+
+// The functor whose begin_step takes a tensor; only for those whose begin_step does something.
+template <class Functor>
+struct OfTensors {};
+template <template <class> class Functor>
+struct OfTensors<Functor<double>> {
+  using type = Functor<at::Tensor>;
+};
+
+// f(the optimizer, ready for the parameter's next step), by tensors where its count of steps is on a device.
+template <class F>
+void with_next_step(const TrainedParameter& p, const F& f) {
+  visit(*p.optimizer, [&](auto optimizer) {
+    if constexpr (requires { typename OfTensors<decltype(optimizer)>::type; }) {
+      if (!p.step->is_cpu()) {
+        auto by_tensors = make<typename OfTensors<decltype(optimizer)>::type>(p.hyperparameters);
+        by_tensors.begin_step(p.step->to(at::kDouble) + 1);
+        return f(by_tensors);
+      }
+    }
+    if (p.step && p.step->is_cpu()) optimizer.begin_step(p.step->item<double>() + 1);
+    f(optimizer);
+  });
+}
+
+// In float32 at least, each result rounded once.
+void update(const TrainedParameter& p, const at::Tensor& gradient) {
+  const auto dtype = p.value->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor value = p.value->to(dtype), states[kMaxStates];
+  for (size_t s = 0; s < kMaxStates; ++s)
+    if (p.states[s]) states[s] = p.states[s]->to(dtype);
+  with_next_step(p, [&](const auto& optimizer) { optimizer.update(value, states, gradient.to(dtype)); });
+  p.value->copy_(value);
+  for (size_t s = 0; s < kMaxStates; ++s)
+    if (p.states[s]) p.states[s]->copy_(states[s]);
+}
+
+}  // namespace
+
+LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y) {
+  const Operands operands{training, y, training.target};
+  return visit(training.loss, [&](const auto& loss) { return native(loss, operands); });
+}
+
+at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&)) {
+  const size_t L = training.layers.size();
+  std::vector<at::Tensor> outputs{training.input};  // of each layer, after its input
+  std::vector<std::optional<at::Tensor>> saved(L);  // what each activation's backward needs
+  for (size_t l = 0; l < L; ++l) {
+    const TrainedLayer& layer = training.layers[l];
+    const at::Tensor& weight = *layer.weight.value;
+    const Needs needs = l >= training.lowest_learning ? needs_of(layer.activation) : Needs::nothing;
+    if (needs == Needs::preactivation) {
+      const auto [y, z] = linear_act_forward(outputs.back(), weight, optional(layer.bias.value), layer.activation_name,
+                                             layer.activation_parameters);
+      outputs.push_back(y);
+      saved[l] = z;
+    } else {
+      outputs.push_back(linear_act(outputs.back(), weight, optional(layer.bias.value), layer.activation_name,
+                                   layer.activation_parameters));
+      if (needs == Needs::output) saved[l] = outputs.back();
+    }
+  }
+  auto [loss, dy] = loss_and_grad(training, outputs.back());
+  for (size_t l = L; l-- > training.lowest_learning;) {
+    const TrainedLayer& layer = training.layers[l];
+    const auto [dx, dw, db] = linear_act_backward(
+        dy, saved[l], outputs[l], *layer.weight.value, layer.activation_name, layer.activation_parameters,
+        {l > training.lowest_learning, layer.weight.optimizer.has_value(), layer.bias.optimizer.has_value()});
+    if (layer.weight.optimizer) update(layer.weight, dw);
+    if (layer.bias.optimizer) update(layer.bias, db);
+    dy = dx;
+  }
+  for_learning(training, [](const TrainedParameter& p) {
+    if (p.step) p.step->add_(1);
+  });
+  return loss;
+}
+
+at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const Training&)) {
+  if (!training.batch_size) return step(training);
+  const int64_t rows = training.rows();
+  std::vector<at::Tensor> losses;
+  for (int64_t begin = 0, size = 0; begin < rows; begin += size) {
+    size = std::min(*training.batch_size, rows - begin);
+    const auto batch = [&](const at::Tensor& t) {
+      return training.order ? at::index_select(t, 0, training.order->narrow(0, begin, size)) : t.narrow(0, begin, size);
+    };
+    const at::Tensor input = batch(training.input), target = batch(training.target);
+    losses.push_back(step({input, target, training.loss_weight, nullptr, std::nullopt, training.layers, training.loss,
+                           training.mean, training.target_is_classes, training.lowest_learning}));
+  }
+  return losses.empty() ? at::empty({0}, training.input.options()) : at::stack(losses);
+}
+
+namespace {
+
+at::Tensor step_native(const Training& training) { return step_by_layers(training, loss_and_grad_native); }
+
+}  // namespace
+
+at::Tensor train_native(const Training& training) { return loop_over_batches(training, step_native); }
+
+}  // namespace mlp_ext

@@ -1,0 +1,219 @@
+#include "python/optimizer_state.h"
+
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "math/optimizers.h"
+
+namespace py = pybind11;
+
+namespace mlp_ext {
+
+using at::Tensor;
+
+namespace {
+
+py::object interned(const std::string& text) {
+  return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text.c_str()));
+}
+
+// dict[key], or null.
+py::handle find(py::handle dict, py::handle key) {
+  PyObject* const found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+py::handle item(py::handle dict, const char* key) {
+  PyObject* const found = PyDict_GetItemString(dict.ptr(), key);
+  if (!found) throw py::key_error(key);
+  return found;
+}
+
+void check_dict(py::handle object, const char* name) {
+  TORCH_CHECK_TYPE(PyDict_Check(object.ptr()), "TrainStep: ", name, " must be a dict, got ",
+                   Py_TYPE(object.ptr())->tp_name);
+}
+
+std::string text(py::handle name) { return py::cast<std::string>(name); }
+
+double number(py::handle value, py::handle name) {  // a float, a bool, or a tensor of one element
+  if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
+  const double found = PyFloat_AsDouble(value.ptr());
+  if (found == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    TORCH_CHECK_TYPE(false, "TrainStep: optimizer.param_groups has ", text(name), " = ", Py_TYPE(value.ptr())->tp_name,
+                     "; it must be a number");
+  }
+  return found;
+}
+
+// entry[name], undefined if there is none.
+Tensor state_of(py::handle entry, py::handle name) {
+  const py::handle found = entry ? find(entry, name) : py::handle();
+  if (!found || found.is_none()) return {};
+  TORCH_CHECK_TYPE(THPVariable_Check(found.ptr()), "TrainStep: a ", text(name),
+                   " in optimizer.state must be a tensor, got ", Py_TYPE(found.ptr())->tp_name);
+  return THPVariable_Unpack(found.ptr());
+}
+
+bool is_true(py::handle dict, const char* key) {
+  PyObject* const found = PyDict_GetItemString(dict.ptr(), key);
+  return found && PyObject_IsTrue(found) == 1;
+}
+
+const py::object& step_name() {
+  static const py::object& name = *new py::object(interned("step"));  // never freed
+  return name;
+}
+
+// As torch.optim makes it: fused kernels want it beside the parameter.
+Tensor new_step(const Tensor& parameter, py::handle group) {
+  if (is_true(group, "fused")) return at::zeros({}, parameter.options().dtype(at::kFloat));
+  const bool wide = c10::get_default_dtype_as_scalartype() == at::kDouble;
+  return at::zeros({}, at::device(at::kCPU).dtype(wide ? at::kDouble : at::kFloat));
+}
+
+template <class Functor>
+constexpr size_t index_of_parameter(std::string_view name) {
+  size_t i = 0;
+  while (i < Functor::parameters.size() && Functor::parameters[i].name != name) ++i;
+  return i;
+}
+
+}  // namespace
+
+OptimizerReader::OptimizerReader(const py::object& optimizer, std::string name,
+                                 const std::map<std::string, double>& defaults, const std::vector<Tensor>& parameters,
+                                 std::vector<int64_t> groups)
+    : parameters_(parameters),
+      groups_(std::move(groups)),
+      name_(std::move(name)),
+      index_(index_of(name_, Optimizers{})),
+      optimizer_(optimizer.attr("__dict__")) {
+  for (const Tensor& p : parameters_) python_parameters_.push_back(py::cast(p));
+  const py::handle own_defaults = item(optimizer_, "defaults");
+  visit(Optimizers{}, index_, [&](auto functor) {
+    for (const Parameter& parameter : decltype(functor)::parameters) {
+      const std::string full(parameter.name);
+      const size_t bracket = full.find('[');
+      Setting setting{interned(full.substr(0, bracket)),
+                      bracket == std::string::npos ? -1 : std::stoll(full.substr(bracket + 1)), std::nullopt};
+      if (!find(own_defaults, setting.key)) {
+        const auto found = defaults.find(full);
+        setting.value = found == defaults.end() ? parameter.value : found->second;
+      }
+      settings_.push_back(std::move(setting));
+    }
+    for (const char* state : decltype(functor)::states) state_names_.push_back(interned(state));
+  });
+}
+
+OptimizerState OptimizerReader::read() const {
+  OptimizerState now;
+  visit(Optimizers{}, index_, [&](auto functor) { read_as<decltype(functor)>(now); });
+  TORCH_CHECK(!now.learning.empty(), "TrainStep: nothing learns: no parameter of the optimizer requires a gradient");
+  return now;
+}
+
+template <class Functor>
+void OptimizerReader::read_as(OptimizerState& now) const {
+  const py::handle groups = item(optimizer_, "param_groups");
+  py::handle group;
+  std::array<double, Functor::parameters.size()> numbers{};
+  int64_t read = -1;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (groups_[i] < 0 || !parameters_[i].requires_grad()) continue;
+    if (read != groups_[i]) {
+      read = groups_[i];
+      group = PyList_GET_ITEM(groups.ptr(), read);
+      read_group(group, numbers.data());
+    }
+    now.learning.push_back(static_cast<int64_t>(i));
+    now.hyperparameters.append(numbers.begin(), numbers.end());
+    read_parameter<Functor>(i, group, numbers.data(), now);
+  }
+}
+
+void OptimizerReader::read_group(py::handle group, double* numbers) const {
+  for (const Setting& setting : settings_) {
+    py::handle value = find(group, setting.key);
+    if (!value && !setting.value) throw py::key_error(text(setting.key));
+    if (value && setting.element >= 0) {
+      const bool fits = (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) &&
+                        PySequence_Fast_GET_SIZE(value.ptr()) > setting.element;
+      TORCH_CHECK_TYPE(fits, "TrainStep: optimizer.param_groups has ", text(setting.key), " = ",
+                       Py_TYPE(value.ptr())->tp_name, "; it must be a tuple of numbers");
+      value = PySequence_Fast_GET_ITEM(value.ptr(), setting.element);
+    }
+    *numbers++ = value ? number(value, setting.key) : *setting.value;
+  }
+}
+
+// The states that the parameter has with these numbers, in order. As torch.optim, which makes them all at once; only
+// those of an optimizer that does not count its steps come and go.
+template <class Functor>
+void OptimizerReader::read_parameter(size_t i, py::handle group, const double* numbers, OptimizerState& now) const {
+  const Functor optimizer = make<Functor>(numbers);
+  const py::object entry = entry_of(i);
+  const bool may_create = !Functor::counts_steps || !entry || PyDict_Size(entry.ptr()) == 0;
+  const auto add = [&](auto& list, const py::object& name, const auto& make_state) {
+    Tensor tensor = state_of(entry, name);
+    if (!tensor.defined()) {
+      TORCH_CHECK_VALUE(may_create, "TrainStep: optimizer.state has no ", text(name), " of a parameter that it has ",
+                        "other states of, as after an option was changed; make a new optimizer");
+      tensor = make_state();
+      now.created.push_back({i, name, tensor});
+    }
+    list.push_back(std::move(tensor));
+  };
+  if (Functor::counts_steps) add(now.steps, step_name(), [&] { return new_step(parameters_[i], group); });
+  for (size_t s = 0; s < Functor::states.size(); ++s) {
+    if (!optimizer.has_state(s)) continue;
+    const size_t before = now.created.size();
+    add(now.states, state_names_[s], [&] {
+      const py::handle value = PyDict_GetItemString(item(optimizer_, "defaults").ptr(), "initial_accumulator_value");
+      return at::full_like(parameters_[i], value ? number(value, state_names_[s]) : 0);
+    });
+    constexpr size_t dampening = index_of_parameter<Functor>("dampening");  // not in the first step
+    if constexpr (dampening < Functor::parameters.size()) {
+      const size_t index = now.hyperparameters.size() - Functor::parameters.size() + dampening;
+      if (now.created.size() > before) now.later.push_back({index, std::exchange(now.hyperparameters[index], 0)});
+    }
+  }
+}
+
+// optimizer.state[parameter], null if there is none.
+py::object OptimizerReader::entry_of(size_t parameter) const {
+  const py::handle state = item(optimizer_, "state");
+  check_dict(state, "optimizer.state");
+  const py::handle entry = find(state, python_parameters_[parameter]);
+  if (entry) check_dict(entry, "each parameter's entry in optimizer.state");
+  return py::reinterpret_borrow<py::object>(entry);
+}
+
+void OptimizerReader::finish_step(OptimizerState& now) const {
+  keep_created(now);
+  for (const auto& [index, value] : now.later) now.hyperparameters[index] = value;
+  now.later.clear();
+  // torch's schedulers replace optimizer.step by one that notes its first call here, and warn where it is missing.
+  if (PyDict_GetItemString(optimizer_.ptr(), "step")) optimizer_["_opt_called"] = py::bool_(true);
+}
+
+// In the order of the groups, as optimizer.step() would have.
+void OptimizerReader::keep_created(OptimizerState& now) const {
+  if (now.created.empty()) return;
+  const py::object state = py::reinterpret_borrow<py::object>(item(optimizer_, "state"));
+  for (const py::handle group : item(optimizer_, "param_groups"))
+    for (const py::handle parameter : group["params"])
+      for (const auto& [i, name, tensor] : now.created) {
+        if (!parameter.is(python_parameters_[i])) continue;
+        if (!state.contains(parameter)) state[parameter] = py::dict();
+        state[parameter][name] = py::cast(tensor);
+      }
+  now.created.clear();
+}
+
+}  // namespace mlp_ext

@@ -1,0 +1,73 @@
+// An optimizer of torch.optim, read for a step: its settings, and the states that it keeps.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace mlp_ext {
+
+// What the optimizer says now about the parameters that learn: arguments of mlp_train_step_.
+struct OptimizerState {
+  struct Created {  // a state that the optimizer does not have yet
+    size_t parameter;
+    pybind11::object name;
+    at::Tensor tensor;
+  };
+  struct Later {  // a hyperparameter, by index, from the second step on
+    size_t index;
+    double value;
+  };
+  c10::SmallVector<int64_t, 16> learning;
+  c10::SmallVector<double, 128> hyperparameters;
+  c10::SmallVector<at::Tensor, 32> states;
+  c10::SmallVector<at::Tensor, 16> steps;
+  std::vector<Created> created;
+  std::vector<Later> later;
+
+  bool is_first_step() const { return !created.empty(); }
+};
+
+class OptimizerReader {
+ public:
+  // name: in optimizers.h. defaults: the numbers that this optimizer, of this torch, has no setting for, where they are
+  // not the functor's. groups: of each parameter the index of its group, or -1 where the optimizer does not have it.
+  OptimizerReader(const pybind11::object& optimizer, std::string name, const std::map<std::string, double>& defaults,
+                  const std::vector<at::Tensor>& parameters, std::vector<int64_t> groups);
+
+  const std::string& name() const { return name_; }
+  OptimizerState read() const;
+  // After a step: gives the optimizer the states that it created, and tells schedulers of it.
+  void finish_step(OptimizerState& now) const;
+
+ private:
+  struct Setting {
+    pybind11::object key;
+    int64_t element;              // of the tuple at that key, or -1
+    std::optional<double> value;  // where there is no such key
+  };
+
+  template <class Functor>
+  void read_as(OptimizerState& now) const;
+  template <class Functor>
+  void read_parameter(size_t i, pybind11::handle group, const double* numbers, OptimizerState& now) const;
+  void read_group(pybind11::handle group, double* numbers) const;
+  pybind11::object entry_of(size_t parameter) const;
+  void keep_created(OptimizerState& now) const;
+
+  const std::vector<at::Tensor>& parameters_;
+  std::vector<pybind11::object> python_parameters_;  // the keys of optimizer.state
+  const std::vector<int64_t> groups_;
+  const std::string name_;
+  const size_t index_;
+  const pybind11::dict optimizer_;  // its attributes
+  std::vector<Setting> settings_;
+  std::vector<pybind11::object> state_names_;
+};
+
+}  // namespace mlp_ext
