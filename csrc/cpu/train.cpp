@@ -1,19 +1,22 @@
-// mlp_sgd_step_ on the CPU: all layers block of rows by block of rows where the network is narrow, else layer by layer.
+// mlp_train_step_ on the CPU: all layers block of rows by block of rows where the network is narrow, else layer by
+// layer. Arguments are checked, pointers taken and plans made once for all batches.
 #include "ops/train.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 #include <torch/library.h>
 
 #include "cpu/caching_allocator.h"
 #include "cpu/layer.h"
 #include "cpu/plan.h"
 #include "cpu/variants.h"
-#include "math/losses.h"
 #include "ops/checks.h"
 
 namespace mlp_ext::cpu {
 
 namespace {
+
+constexpr int64_t kGatheredBytes = int64_t(8) << 20;  // of input that are gathered at a time, in whole batches
 
 // The sum over pieces of f(piece, valid): the loss of its rows, and whether all were valid.
 template <class F>
@@ -31,194 +34,202 @@ double sum_losses(int64_t pieces, const F& f) {
   return total;
 }
 
-class CpuStep {
- public:
-  explicit CpuStep(const Step& step)
-      : step_(step),
-        M_(step.input.size(0)),
-        N_(step.layers.back().weight.value->size(0)),
-        dtype_(dtype_of(step.input)),
-        kernels_(variant().step_kernels(dtype_)) {}
+const void* data(const TrainedParameter& p) { return p.value ? p.value->const_data_ptr() : nullptr; }
 
-  at::Tensor run() {
-    loss_ = loss();
-    c10::SmallVector<int64_t, 9> widths{step_.input.size(1)};
-    for (const StepLayer& layer : step_.layers) widths.push_back(layer.weight.value->size(0));
-    const StepPlan plan =
-        make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads(), dot_mode_of(dtype_));
-    const double sum = plan.path == StepPath::blocks   ? by_blocks(plan.pieces)
-                       : plan.path == StepPath::panels ? by_panels()
-                                                       : by_layers();
-    return result(sum * loss_.scale);
+// The updates of all parameters that learn, ready for one step after the other.
+class Updates {
+ public:
+  explicit Updates(const Training& training) {
+    updates_.reserve(2 * training.layers.size());
+    for (const TrainedLayer& layer : training.layers)
+      for (const TrainedParameter* p : {&layer.weight, &layer.bias}) {
+        Learning l{p->optimizer ? p : nullptr, {}, {}, 0};
+        if (l.parameter) {
+          l.update.parameter = p->value->mutable_data_ptr();
+          for (size_t s = 0; s < kMaxStates; ++s)
+            l.update.states[s] = p->states[s] ? p->states[s]->mutable_data_ptr() : nullptr;
+          if (p->step) l.steps = p->step->item<double>();
+        }
+        updates_.push_back(l);
+      }
+    for (Learning& l : updates_) l.update.optimizer = &l.ready;
+  }
+
+  void begin_step() {
+    const Learning* last = nullptr;
+    for (Learning& l : updates_) {
+      if (!l.parameter) continue;
+      const bool same =
+          last && last->steps == l.steps && last->parameter->optimizer->index == l.parameter->optimizer->index &&
+          std::memcmp(last->parameter->optimizer->bytes, l.parameter->optimizer->bytes, sizeof(l.ready.bytes)) == 0;
+      l.ready = same ? last->ready : at_step(*l.parameter->optimizer, l.steps + 1);  // begin_step may take a power
+      last = &l;
+    }
+  }
+  // After the step succeeded.
+  void end_step() {
+    for (Learning& l : updates_) {
+      if (!l.parameter || !l.parameter->step) continue;
+      l.steps += 1;
+      const at::Tensor& step = *l.parameter->step;
+      if (step.scalar_type() == at::kFloat)  // fill_ would take as long as a small network's step
+        *step.mutable_data_ptr<float>() += 1;
+      else
+        step.add_(1);
+    }
+  }
+
+  // Of the weight or the bias of a layer; nullptr where it does not learn.
+  const Update* of(size_t layer, bool bias) const {
+    const Learning& l = updates_[2 * layer + (bias ? 1 : 0)];
+    return l.parameter ? &l.update : nullptr;
   }
 
  private:
-  // The loss as the kernels take it. Of the mean, what it is divided by: elements, rows, or their classes' weights.
-  Loss loss() {
-    Loss loss;
-    loss.index = step_.loss;
-    const at::Tensor& target = step_.target;
-    double count = static_cast<double>(M_);
-    if (step_.target_is_classes) {
-      loss.classes = target.const_data_ptr<int64_t>();
-      loss.classes_stride = target.stride(0);
-      count = classes_weight(loss);
-    } else {
-      rows_of_target_ = target.stride(1) == 1 || N_ == 1 ? target : target.contiguous();
-      loss.target = {rows_of_target_.const_data_ptr(), rows_of_target_.stride(0)};
-      if (step_.loss != kCrossEntropy) count *= static_cast<double>(N_);
-    }
-    if (step_.loss_weight) {
-      weight_ = step_.loss_weight->contiguous();
-      loss.weight = weight_.const_data_ptr();
-    }
-    loss.ignore_index = step_.ignore_index;
-    loss.label_smoothing = step_.label_smoothing;
-    loss.scale = step_.mean ? 1 / count : 1;
-    return loss;
+  struct Learning {
+    const TrainedParameter* parameter;  // or nullptr
+    Update update;
+    Optimizer ready;
+    double steps;  // that were done
+  };
+  std::vector<Learning> updates_;
+};
+
+// Steps on batches of one size: run() does one.
+class BatchStep {
+ public:
+  BatchStep(const Training& training, const Updates& updates, int64_t M)
+      : training_(training),
+        updates_(updates),
+        M_(M),
+        K_(training.input.size(1)),
+        N_(training.layers.back().weight.value->size(0)),
+        dtype_(dtype_of(training.input)),
+        kernels_(variant().step_kernels(dtype_)) {
+    c10::SmallVector<int64_t, 9> widths{K_};
+    for (const TrainedLayer& layer : training.layers) widths.push_back(layer.weight.value->size(0));
+    plan_ = make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads(), dot_mode_of(dtype_));
+    if (plan_.path == StepPath::blocks) prepare_rows();
+    if (plan_.path == StepPath::panels) prepare_panels();
   }
 
-  // The sum of the weights of the target's classes, which are checked.
-  double classes_weight(const Loss& loss) const {
-    at::Tensor weights;
-    if (step_.loss_weight) weights = step_.loss_weight->to(at::kDouble).contiguous();
-    const double* const w = step_.loss_weight ? weights.const_data_ptr<double>() : nullptr;
-    double total = 0;
-    for (int64_t m = 0; m < M_; ++m) {
-      const int64_t c = loss.classes[m * loss.classes_stride];
-      if (c == step_.ignore_index) continue;
-      if (c < 0 || c >= N_) check_classes(step_);  // throws
-      total += w ? w[c] : 1;
+  int64_t rows() const { return M_; }
+
+  // Returns the sum of the losses, not scaled.
+  double run(const ConstMatrix& x, const Loss& loss) {
+    return plan_.path == StepPath::blocks   ? by_rows(x, loss)
+           : plan_.path == StepPath::panels ? by_panels(x, loss)
+                                            : by_layers(x, loss);
+  }
+
+ private:
+  void prepare_rows() {
+    const auto take = [&](size_t l, bool bias, const TrainedParameter& p) {
+      const int64_t begin = sums_size_;
+      if (!updates_.of(l, bias)) return int64_t(-1);
+      sums_size_ += p.value->numel();
+      return begin;
+    };
+    for (size_t l = 0; l < training_.layers.size(); ++l) {
+      const TrainedLayer& layer = training_.layers[l];
+      const at::Tensor& w = *layer.weight.value;
+      const int64_t dw = take(l, false, layer.weight), db = take(l, true, layer.bias);
+      views_.push_back(
+          {w.size(1), w.size(0), {w.const_data_ptr(), w.size(1)}, data(layer.bias), &layer.activation, dw, db});
     }
-    return total;
+    if (plan_.pieces > 1) {
+      const DType accumulator = dtype_ == DType::float64 ? dtype_ : DType::float32;
+      memory_ = empty_cached({plan_.pieces * sums_size_}, scalar_type(accumulator));
+    }
+    scratch_bytes_ = ceil_div(kernels_.scratch_bytes(problem({}, {})), kCacheLine) * kCacheLine;
   }
-
-  at::Tensor result(double loss) const {
-    const at::Tensor result = at::empty({}, step_.input.options());
-    if (dtype_ == DType::float32)
-      *result.mutable_data_ptr<float>() = static_cast<float>(loss);
-    else
-      result.fill_(loss);
-    return result;
+  StepProblem problem(const ConstMatrix& x, const Loss& loss) const {
+    return {x, {views_.data(), views_.size()}, training_.lowest_learning, sums_size_, loss};
   }
-
-  static std::optional<Update> update(const StepParameter& p) {
-    if (!p.sgd) return std::nullopt;
-    return Update{p.value->mutable_data_ptr(), p.momentum_buffer ? p.momentum_buffer->mutable_data_ptr() : nullptr,
-                  &*p.sgd};
-  }
-  static const void* data(const StepParameter& p) { return p.value ? p.value->const_data_ptr() : nullptr; }
 
   // Each thread takes some rows, block by block through all layers, and has sums of its own, added up in order.
-  double by_blocks(int64_t pieces) {
-    const at::Tensor& input = step_.input;
-    const at::Tensor x = input.stride(1) == 1 || input.size(1) == 1 ? input : input.contiguous();
-    c10::SmallVector<StepLayerView, 8> layers;
-    int64_t size = 0;
-    const auto take = [&size](const StepParameter& p) {
-      const int64_t begin = size;
-      if (p.sgd) size += p.value->numel();
-      return p.sgd ? begin : -1;
-    };
-    for (const StepLayer& layer : step_.layers) {
-      const at::Tensor& w = *layer.weight.value;
-      layers.push_back({w.size(1),
-                        w.size(0),
-                        {w.const_data_ptr(), w.size(1)},
-                        data(layer.bias),
-                        layer.activation,
-                        take(layer.weight),
-                        take(layer.bias)});
-    }
-    const StepProblem problem{
-        {x.const_data_ptr(), x.stride(0)}, {layers.data(), layers.size()}, step_.lowest_learning, size, loss_};
-    const int64_t bytes = size * accumulator_size(dtype_);  // of the sums of a piece
-    const DType accumulator = dtype_ == DType::float64 ? dtype_ : DType::float32;
-    const at::Tensor shared = pieces > 1 ? empty_cached({pieces * size}, scalar_type(accumulator)) : at::Tensor();
-    char* sums = pieces > 1 ? static_cast<char*>(shared.mutable_data_ptr()) : nullptr;
-    const int64_t scratch_bytes = ceil_div(kernels_.scratch_bytes(problem), kCacheLine) * kCacheLine;
+  double by_rows(const ConstMatrix& x, const Loss& loss) {
+    const int64_t pieces = plan_.pieces, bytes = sums_size_ * accumulator_size(dtype_);  // of the sums of a piece
+    const StepProblem p = problem(x, loss);
+    char* sums = pieces > 1 ? static_cast<char*>(memory_.mutable_data_ptr()) : nullptr;
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
-      char* const own = static_cast<char*>(scratch(scratch_bytes + (pieces > 1 ? 0 : bytes)));
-      if (pieces == 1) sums = own + scratch_bytes;
-      return kernels_.rows(problem, piece(i, pieces, M_), sums + i * bytes, own, valid);
+      char* const own = static_cast<char*>(scratch(scratch_bytes_ + (pieces > 1 ? 0 : bytes)));
+      if (pieces == 1) sums = own + scratch_bytes_;
+      return kernels_.rows(p, piece(i, pieces, M_), sums + i * bytes, own, valid);
     });
-    const auto finish = [&](const StepParameter& p, int64_t begin) {
-      if (const auto u = update(p))
-        at::parallel_for(0, p.value->numel(), ceil_div(kElementsPerThread, pieces), [&](int64_t from, int64_t to) {
-          kernels_.update(*u, sums + begin * accumulator_size(dtype_), pieces, size, {from, to});
-        });
+    const auto finish = [&](const Update* update, const TrainedParameter& parameter, int64_t begin) {
+      if (!update) return;
+      const auto piece = [&](int64_t from, int64_t to) {
+        kernels_.update(*update, sums + begin * accumulator_size(dtype_), pieces, sums_size_, {from, to});
+      };
+      const int64_t size = parameter.value->numel(), each = ceil_div(kElementsPerThread, pieces);
+      size <= each ? piece(0, size) : at::parallel_for(0, size, each, piece);
     };
-    for (size_t l = step_.lowest_learning; l < layers.size(); ++l) {
-      finish(step_.layers[l].weight, layers[l].dw);
-      finish(step_.layers[l].bias, layers[l].db);
+    for (size_t l = training_.lowest_learning; l < views_.size(); ++l) {
+      finish(updates_.of(l, false), training_.layers[l].weight, views_[l].dw);
+      finish(updates_.of(l, true), training_.layers[l].bias, views_[l].db);
     }
     return total;
   }
 
-  // The layers with memory for their panels, of which `width` rows each.
-  struct PanelLayers {
-    at::Tensor memory;
-    c10::SmallVector<PanelLayer, 8> layers;
-  };
-  PanelLayers panel_layers(const ConstMatrix& x, int64_t K, int64_t width) const {
-    const auto dtype = step_.input.scalar_type();
-    int64_t widest = K, features = K;
-    for (const StepLayer& layer : step_.layers) {
+  // Memory for the layers' panels.
+  void prepare_panels() {
+    panel_width_ = variant().panel_kernels(dtype_)->width();
+    int64_t widest = K_, features = K_;
+    for (const TrainedLayer& layer : training_.layers) {
       const int64_t N = layer.weight.value->size(0);
+      const bool keeps_z = &layer != &training_.layers.back() && needs_of(layer.activation) == Needs::preactivation;
       widest = std::max(widest, N);
-      features += N;
+      features += keeps_z ? 2 * N : N;
     }
-    const int64_t rows = ceil_div(M_, width) * width, size = item_size(dtype_);
-    PanelLayers result{empty_cached({rows * (features + 2 * widest)}, dtype), {}};
-    char* free = static_cast<char*>(result.memory.mutable_data_ptr());
+    const int64_t rows = ceil_div(M_, panel_width_) * panel_width_, size = item_size(dtype_);
+    memory_ = empty_cached({rows * (features + 2 * widest)}, training_.input.scalar_type());
+    char* free = static_cast<char*>(memory_.mutable_data_ptr());
     const auto take = [&](int64_t F) { return std::exchange(free, free + rows * F * size); };
-    char *const input = take(K), *const gradients[] = {take(widest), take(widest)};
-    for (size_t l = 0; l < step_.layers.size(); ++l) {
-      const StepLayer& layer = step_.layers[l];
+    char *const input = take(K_), *const gradients[] = {take(widest), take(widest)};
+    for (size_t l = 0; l < training_.layers.size(); ++l) {
+      const TrainedLayer& layer = training_.layers[l];
       const at::Tensor& w = *layer.weight.value;
-      const bool top = l + 1 == step_.layers.size();  // its activation goes with the loss
+      const bool top = l + 1 == training_.layers.size();  // its activation goes with the loss
+      const PanelLayer* const below = l > 0 ? &panels_[l - 1] : nullptr;
       PanelLayer p{};
       p.M = M_;
       p.K = w.size(1);
       p.N = w.size(0);
       p.w = {w.const_data_ptr(), p.K};
       p.bias = data(layer.bias);
-      p.activation = top ? activation_index(Identity::name) : layer.activation;
-      p.activation_below = l > 0 ? step_.layers[l - 1].activation : 0;
-      p.x = l > 0 ? result.layers[l - 1].y : input;
-      if (l == 0) p.rows_of_x = x;
+      p.activation = top ? &identity_ : &layer.activation;
+      p.activation_below = below ? &training_.layers[l - 1].activation : nullptr;
+      p.x = below ? below->y : input;
       p.y = take(p.N);
+      p.z = needs_of(*p.activation) == Needs::preactivation ? take(p.N) : nullptr;
       p.dz = gradients[l % 2];
-      p.dz_below = l > step_.lowest_learning ? gradients[(l + 1) % 2] : nullptr;
-      result.layers.push_back(p);
+      p.saved_below = below && below->z ? below->z : p.x;
+      p.dz_below = l > training_.lowest_learning ? gradients[(l + 1) % 2] : nullptr;
+      p.update_w = updates_.of(l, false);
+      p.update_b = updates_.of(l, true);
+      panels_.push_back(p);
     }
-    return result;
   }
 
   // Layer by layer. Forward is split over rows of W, backward over columns of W: the thread that read a block of
   // columns for dx updates it in place. The lowest layer that learns has no dx, so its dW is split over rows and x is
   // used unpacked.
-  double by_panels() {
+  double by_panels(const ConstMatrix& x, const Loss& loss) {
     const PanelKernels& kernels = *variant().panel_kernels(dtype_);
-    const int64_t width = kernels.width(), panels = ceil_div(M_, width);
+    const int64_t panels = ceil_div(M_, panel_width_);
     const auto pieces_of = [](int64_t work, int64_t of_a_thread, int64_t most) {
       return std::clamp<int64_t>(work / of_a_thread, 1, std::max<int64_t>(1, std::min(most, threads())));
     };
     const auto rows_piece = [&](int64_t i, int64_t n) {
-      return Range{i * panels / n * width, std::min(M_, (i + 1) * panels / n * width)};
+      return Range{i * panels / n * panel_width_, std::min(M_, (i + 1) * panels / n * panel_width_)};
     };
 
-    const at::Tensor x = step_.input.stride(1) == 1 ? step_.input : step_.input.contiguous();
-    const int64_t K = x.size(1);
-    const ConstMatrix rows_of_x{x.const_data_ptr(), x.stride(0)};
-    PanelLayers memory_and_layers = panel_layers(rows_of_x, K, width);
-    auto& layers = memory_and_layers.layers;
-
-    const int64_t input_pieces = pieces_of(M_ * K, kElementsPerThread, panels);
-    for_pieces(input_pieces, [&](int64_t i) {
-      kernels.input(rows_of_x, rows_piece(i, input_pieces), K, const_cast<void*>(layers[0].x));
-    });
-    for (const PanelLayer& l : layers) {
+    panels_[0].rows_of_x = x;
+    const int64_t input_pieces = pieces_of(M_ * K_, kElementsPerThread, panels);
+    for_pieces(input_pieces,
+               [&](int64_t i) { kernels.input(x, rows_piece(i, input_pieces), K_, const_cast<void*>(panels_[0].x)); });
+    for (const PanelLayer& l : panels_) {
       const Grid grid = cut(l.N, M_, pieces_of(M_ * l.K * l.N, kMultiplyAddsPerThread, threads()), kPanelPacking);
       for_pieces(grid.size(), [&](int64_t i) {
         const Range rows = rows_piece(i / grid.rows, grid.columns);
@@ -228,14 +239,11 @@ class CpuStep {
     }
     const int64_t loss_pieces = pieces_of(M_ * N_, kElementsPerThread, panels);
     const double total = sum_losses(loss_pieces, [&](int64_t i, bool& valid) {
-      return kernels.loss(loss_, layers.back(), step_.layers.back().activation, rows_piece(i, loss_pieces),
+      return kernels.loss(loss, panels_.back(), training_.layers.back().activation, rows_piece(i, loss_pieces),
                           scratch(kScratchBytes), valid);
     });
-    for (size_t l = layers.size(); l-- > step_.lowest_learning;) {
-      PanelLayer& layer = layers[l];
-      const auto update_w = update(step_.layers[l].weight), update_b = update(step_.layers[l].bias);
-      layer.update_w = update_w ? &*update_w : nullptr;
-      layer.update_b = update_b ? &*update_b : nullptr;
+    for (size_t l = panels_.size(); l-- > training_.lowest_learning;) {
+      const PanelLayer& layer = panels_[l];
       const bool by_rows = !layer.dz_below && layer.N > layer.K / 2;
       const int64_t pieces =
           pieces_of(2 * M_ * layer.K * layer.N, kMultiplyAddsPerThread, (by_rows ? layer.N : layer.K) / kPanelColumns);
@@ -249,68 +257,175 @@ class CpuStep {
   }
 
   // The kernels of linear_act, one layer after the other; the update goes with the last write of dW.
-  double by_layers() {
-    const auto dtype = step_.input.scalar_type();
-    const at::Tensor x = step_.input.contiguous();
-    const size_t L = step_.layers.size();
-    c10::SmallVector<at::Tensor, 9> rows{x};  // what each layer reads, and the output
+  double by_layers(const ConstMatrix& input, const Loss& loss) {
+    const auto dtype = training_.input.scalar_type();
+    const size_t L = training_.layers.size();
     const auto matrix = [](const at::Tensor& t) { return ConstMatrix{t.const_data_ptr(), t.size(1)}; };
-    for (const StepLayer& layer : step_.layers) {
-      const at::Tensor &w = *layer.weight.value, in = rows.back();
-      rows.push_back(empty_cached({M_, w.size(0)}, dtype));
-      if (M_ == 0 || w.size(0) == 0) continue;
-      forward_layer({M_,
-                     w.size(1),
-                     w.size(0),
-                     matrix(in),
-                     matrix(w),
-                     data(layer.bias),
-                     {rows.back().mutable_data_ptr(), w.size(0)}},
-                    dtype_, layer.activation);
+    const auto out = [](const at::Tensor& t) {
+      return t.defined() ? Matrix{t.mutable_data_ptr(), t.size(1)} : Matrix{};
+    };
+    c10::SmallVector<at::Tensor, 8> ys, zs;
+    const auto x = [&](size_t l) { return l > 0 ? matrix(ys[l - 1]) : input; };
+    for (size_t l = 0; l < L; ++l) {
+      const TrainedLayer& layer = training_.layers[l];
+      const at::Tensor& w = *layer.weight.value;
+      const bool needs_z = needs_of(layer.activation) == Needs::preactivation;
+      ys.push_back(empty_cached({M_, w.size(0)}, dtype));
+      zs.push_back(needs_z ? empty_cached({M_, w.size(0)}, dtype) : at::Tensor());
+      if (ys[l].numel() > 0)
+        forward_layer(
+            {M_, w.size(1), w.size(0), x(l), matrix(w), data(layer.bias), out(ys[l]), out(zs[l]), &layer.activation},
+            dtype_);
     }
     at::Tensor dy = empty_cached({M_, N_}, dtype);
     const int64_t pieces = std::clamp<int64_t>(M_ * N_ / kElementsPerThread, 1, threads());
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
-      return kernels_.loss(loss_, piece(i, pieces, M_), N_, rows[L].const_data_ptr(), dy.mutable_data_ptr(),
-                           scratch(3 * kLossRows * N_ * accumulator_size(dtype_)), valid);
+      return kernels_.loss(loss, piece(i, pieces, M_), N_, ys.back().const_data_ptr(), dy.mutable_data_ptr(),
+                           scratch((3 * kLossRows + 1) * N_ * accumulator_size(dtype_)), valid);
     });
-    for (size_t l = L; l-- > step_.lowest_learning;) {
-      const StepLayer& layer = step_.layers[l];
+    for (size_t l = L; l-- > training_.lowest_learning;) {
+      const TrainedLayer& layer = training_.layers[l];
       const at::Tensor& w = *layer.weight.value;
       const int64_t K = w.size(1), N = w.size(0);
-      const auto update_w = K ? update(layer.weight) : std::nullopt, update_b = update(layer.bias);
       at::Tensor dx;
-      if (l > step_.lowest_learning) dx = empty_cached({M_, K}, dtype);
-      Backward b{M_,
-                 K,
-                 N,
-                 matrix(dy),
-                 matrix(rows[l + 1]),
-                 matrix(rows[l]),
-                 matrix(w),
-                 {dx.defined() ? dx.mutable_data_ptr() : nullptr, K},
-                 nullptr,
-                 nullptr};
-      b.update_w = update_w ? &*update_w : nullptr;
-      b.update_b = update_b ? &*update_b : nullptr;
-      backward_layer(b, dtype_, layer.activation);
+      if (l > training_.lowest_learning) dx = empty_cached({M_, K}, dtype);
+      Backward b{M_,      K,       N,       matrix(dy),       matrix(zs[l].defined() ? zs[l] : ys[l]), x(l), matrix(w),
+                 out(dx), nullptr, nullptr, &layer.activation};
+      b.update_w = K > 0 ? updates_.of(l, false) : nullptr;
+      b.update_b = updates_.of(l, true);
+      backward_layer(b, dtype_);
       dy = dx;
     }
     return total;
   }
 
-  const Step& step_;
-  const int64_t M_, N_;
+  const Training& training_;
+  const Updates& updates_;
+  const int64_t M_, K_, N_;
   const DType dtype_;
   const StepKernels& kernels_;
-  at::Tensor rows_of_target_, weight_;
-  Loss loss_;
+  const Activation identity_ = choose(Activations{}, index_of(Identity::name, Activations{}), nullptr);
+  StepPlan plan_;
+  at::Tensor memory_;  // by rows the sums of several threads, by panels the panels
+  c10::SmallVector<StepLayerView, 8> views_;
+  int64_t sums_size_ = 0;  // accumulators of all gradients
+  size_t scratch_bytes_ = 0;
+  c10::SmallVector<PanelLayer, 8> panels_;
+  int64_t panel_width_ = 0;
 };
 
-at::Tensor step(const Step& step) { return is_contiguous(step) ? CpuStep(step).run() : step_native(step); }
+// Some rows of input and target as the kernels take them.
+class Rows {
+ public:
+  Rows(const Training& training, const at::Tensor& input, const at::Tensor& target)
+      : training_(training), N_(training.layers.back().weight.value->size(0)), x_(unit_stride(input)) {
+    loss_.function = &training.loss;
+    loss_.ignore_index = ignore_index_of(training.loss);
+    if (training.target_is_classes) {
+      target_ = target;
+      loss_.classes = target.const_data_ptr<int64_t>();
+      loss_.classes_stride = target.stride(0);
+    } else {
+      target_ = unit_stride(target);
+      loss_.target = {target_.const_data_ptr(), target_.stride(0)};
+    }
+    if (training.loss_weight) {
+      weight_ = training.loss_weight->reshape(-1).expand({N_}).contiguous();
+      loss_.weight = weight_.const_data_ptr();
+    }
+    item_ = static_cast<int64_t>(input.element_size());
+  }
+
+  ConstMatrix x(int64_t begin) const {
+    return {static_cast<const char*>(x_.const_data_ptr()) + begin * x_.stride(0) * item_, x_.stride(0)};
+  }
+  // The loss of rows [begin, begin + M). The mean is over elements, rows, or the weights of their classes.
+  Loss loss(int64_t begin, int64_t M) const {
+    Loss loss = loss_;
+    double count = static_cast<double>(M);
+    if (loss.classes) {
+      loss.classes += begin * loss.classes_stride;
+      count = weight_of_classes(loss, M);
+    } else {
+      loss.target.data = static_cast<const char*>(loss.target.data) + begin * loss.target.stride * item_;
+      if (!is_of_rows_loss(training_.loss)) count *= static_cast<double>(N_);
+    }
+    loss.scale = training_.mean ? 1 / count : 1;
+    return loss;
+  }
+
+ private:
+  static at::Tensor unit_stride(const at::Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous(); }
+
+  // The sum of the weights of the target's classes, which are checked.
+  double weight_of_classes(const Loss& loss, int64_t M) const {
+    at::Tensor weights;
+    if (training_.loss_weight) weights = weight_.to(at::kDouble);
+    const double* const w = training_.loss_weight ? weights.const_data_ptr<double>() : nullptr;
+    double total = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t c = loss.classes[m * loss.classes_stride];
+      if (c == loss.ignore_index) continue;
+      if (c < 0 || c >= N_) check_classes(training_);  // throws
+      total += w ? w[c] : 1;
+    }
+    return total;
+  }
+
+  const Training& training_;
+  const int64_t N_;
+  at::Tensor x_, target_, weight_;
+  Loss loss_;
+  int64_t item_;
+};
+
+void put(const at::Tensor& losses, int64_t i, double loss) {
+  if (losses.scalar_type() == at::kFloat)
+    losses.mutable_data_ptr<float>()[i] = static_cast<float>(loss);
+  else
+    losses.view(-1)[i].fill_(loss);
+}
+
+at::Tensor train(const Training& training) {
+  bool on_cpu = is_contiguous(training);
+  for_learning(training, [&](const TrainedParameter& p) { on_cpu = on_cpu && (!p.step || p.step->is_cpu()); });
+  if (!on_cpu) return train_native(training);
+  const int64_t rows = training.rows(), most = std::max<int64_t>(1, rows);
+  const int64_t batch = training.batch_size ? std::min(*training.batch_size, most) : most;
+  const int64_t steps = training.batch_size ? ceil_div(rows, batch) : 1;
+  at::Tensor losses =
+      training.batch_size ? at::empty({steps}, training.input.options()) : at::empty({}, training.input.options());
+  if (steps == 0) return losses;
+
+  Updates updates(training);
+  std::optional<BatchStep> step;
+  const auto run = [&](const Rows& source, int64_t begin, int64_t M, int64_t i) {
+    if (!step || step->rows() != M) step.emplace(training, updates, M);
+    const Loss loss = source.loss(begin, M);
+    updates.begin_step();
+    put(losses, i, step->run(source.x(begin), loss) * loss.scale);
+    updates.end_step();
+  };
+
+  const int64_t row_bytes = std::max<int64_t>(1, training.input.size(1) * training.input.element_size());
+  const int64_t chunk = training.order ? std::max<int64_t>(1, kGatheredBytes / row_bytes / batch) * batch : most;
+  for (int64_t first = 0, i = 0; i < steps; first += chunk) {
+    const int64_t size = std::min(chunk, rows - first);
+    const auto part = [&](const at::Tensor& t) {
+      return training.order ? at::index_select(t, 0, training.order->narrow(0, first, size)) : t;
+    };
+    const Rows source(training, part(training.input), part(training.target));
+    int64_t begin = 0;
+    do {
+      run(source, begin, std::min(batch, size - begin), i++);
+      begin += batch;
+    } while (begin < size);
+  }
+  return losses;
+}
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) { m.impl("mlp_sgd_step_", checked_step<step>); }
+TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) { m.impl("mlp_train_step_", train_kernel<train>); }
 
 }  // namespace mlp_ext::cpu

@@ -17,7 +17,7 @@ constexpr size_t kMaxStates = 3;  // tensors of an optimizer for each parameter,
 
 // What begin_step computed, beside V.
 template <class V, class Number>
-MLP_EXT_HOST_DEVICE inline __attribute__((always_inline)) auto beside(const Number& number) {
+MLP_EXT_HOST_DEVICE auto beside(const Number& number) {
   if constexpr (std::is_same_v<Number, double>)
     return Constant<V>(number);
   else
