@@ -380,5 +380,21 @@ inline Vec<T> log1p(Vec<T> x) {
   return x;
 }
 
+template <class T>
+inline Vec<T> expm1(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::expm1(x.v[i]);
+  return x;
+}
+template <class T>
+inline Vec<T> erf(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::erf(x.v[i]);
+  return x;
+}
+template <class T>
+inline Vec<T> sqrt(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::sqrt(x.v[i]);
+  return x;
+}
+
 }  // namespace
 }  // namespace mlp_ext::cpu
