@@ -187,9 +187,9 @@ def _site(place: _Place, level: str) -> Site:
     obstacle = _obstacle(place)
     if level == "stack" and not obstacle:
         obstacle = f"in a {type_name(parent)}, not exactly a torch.nn.Sequential"
-    activation = activation_of(follower) if chains(place.parent) else None
+    known = activation_of(follower) if chains(place.parent) else None
     status: Status = "not fused" if obstacle else "would fuse"
-    return Site(name, activation.name if activation else None, status, obstacle)
+    return Site(name, known.name if known else None, status, obstacle)
 
 
 def _obstacle(place: _Place) -> str:

@@ -86,7 +86,7 @@ class LinearAct(nn.Linear):
     torch_module: ClassVar[type[nn.Module] | None]
     variants: ClassVar[Mapping[str, Mapping[str, object]]]
     options: ClassVar[tuple[str, ...]]  # those that change what is computed
-    __constants__: ClassVar[list[str]] = [*nn.Linear.__constants__, "replaced"]
+    __constants__ = [*nn.Linear.__constants__, "replaced"]  # noqa: RUF012
     by_module: ClassVar[dict[type, type[LinearAct]]] = {}  # nn.ReLU: LinearReLU, ...
 
     # Of a layer that fuse made: the activation it replaces, which has the options. In a tuple, so
