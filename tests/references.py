@@ -1,6 +1,6 @@
 """What results are compared with: native torch in float64, and native's own error as yardstick."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,25 @@ Function = Callable[..., Tensor]  # called as linear_act
 Results = dict[str, Tensor]
 
 
+def activated(z: Tensor, activation: str, parameters: Sequence[float] = ()) -> Tensor:
+    """PyTorch's own activation of that name."""
+    if activation == "identity":
+        return z
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    function = getattr(torch, activation, None) or getattr(F, activation)
+    found: Tensor = function(z, *parameters)
+    return found
+
+
 def native(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu"
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    parameters: Sequence[float] = (),
 ) -> Tensor:
-    z = F.linear(input, weight, bias)
-    return z if activation == "identity" else getattr(torch, activation)(z)
+    return activated(F.linear(input, weight, bias), activation, parameters)
 
 
 def alone(t: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ def test_named_functions_are_linear_act() -> None:
         assert torch.equal(
             mlp_ext.linear_sigmoid(x, w, bias), mlp_ext.linear_act(x, w, bias, "sigmoid")
         )
+        assert torch.equal(mlp_ext.linear_tanh(x, w, bias), mlp_ext.linear_act(x, w, bias, "tanh"))
     by_name = mlp_ext.linear_act(input=x, weight=w, bias=b, activation="tanh")
     assert torch.equal(by_name, mlp_ext.linear_act(x, w, b, "tanh"))
     assert torch.equal(mlp_ext.linear_relu(x, w), mlp_ext.linear_relu(x, w, bias=None))

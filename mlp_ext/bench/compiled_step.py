@@ -93,7 +93,7 @@ def compiled_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim
     used = [name for name in ("lr", "betas", "alpha", "eps", "weight_decay") if name in group]
 
     def call(input: Tensor, target: Tensor) -> Tensor:
-        options = {name: group[name] for name in used}
+        options: Group = {name: group[name] for name in used}
         return compiled(parameters, states, t, input, target, options)
 
     return call
