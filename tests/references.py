@@ -1,6 +1,7 @@
 """What results are compared with: native torch in float64, and native's own error as yardstick."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +62,12 @@ def assert_matches_native(
     activation: str,
     grad_output: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda output: output,
+    parameters: Sequence[float] = (),
 ) -> None:
     """linear_act is as accurate as native: its output, and with a grad_output every gradient.
 
     reduce: what follows, as in a loss; then grad_output is the gradient of its result.
+    parameters: of the activation; none: the defaults.
     """
 
     def evaluated(function: Function, activation: str, cast: Callable[[Tensor], Tensor]) -> Results:
@@ -72,9 +75,10 @@ def assert_matches_native(
         dy = grad_output if grad_output is None else cast(grad_output)
         return results(lambda **kwargs: reduce(function(**kwargs)), casts, activation, dy)
 
-    found = evaluated(mlp_ext.linear_act, activation, lambda t: t)
-    expected = evaluated(native, activation, alone)
-    reference = evaluated(native, activation, lambda t: t.double())
+    ours, natives = (partial(f, parameters=parameters) for f in (mlp_ext.linear_act, native))
+    found = evaluated(ours, activation, lambda t: t)
+    expected = evaluated(natives, activation, alone)
+    reference = evaluated(natives, activation, lambda t: t.double())
     terms = evaluated(native, "identity", lambda t: t.double().abs())
     assert found.keys() == expected.keys()
     for name in expected:

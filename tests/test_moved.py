@@ -25,19 +25,19 @@ def test_import_of_a_module_that_moved(name: str) -> None:
 
 
 def test_name_of_a_module_that_moved() -> None:
-    with pytest.raises(ImportError, match="^mlp_ext.loop has moved: use mlp_ext.commands.loop$"):
+    with pytest.raises(ImportError, match=r"^mlp_ext.loop has moved: use mlp_ext.commands.loop$"):
         from mlp_ext.loop import make_mlp  # noqa: F401
-    with pytest.raises(ImportError, match="^mlp_ext.data has moved: use mlp_ext.commands.data$"):
+    with pytest.raises(ImportError, match=r"^mlp_ext.data has moved: use mlp_ext.commands.data$"):
         from mlp_ext import data  # noqa: F401
 
 
 def test_pickle_that_names_a_module_that_moved() -> None:
-    with pytest.raises(ImportError, match="^mlp_ext.data has moved: use mlp_ext.commands.data$"):
+    with pytest.raises(ImportError, match=r"^mlp_ext.data has moved: use mlp_ext.commands.data$"):
         pickle.loads(b"cmlp_ext.data\nDataset\n.")
 
 
 def test_modules_that_never_were_are_not_found() -> None:
-    with pytest.raises(ModuleNotFoundError, match="No module named 'mlp_ext.nonsense'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'mlp_ext.nonsense'"):
         importlib.import_module("mlp_ext.nonsense")
 
 
@@ -49,7 +49,7 @@ def test_class_of_the_compiled_module_that_was_renamed(name: str) -> None:
 
 
 def test_operator_that_was_replaced() -> None:
-    with pytest.raises(Exception, match="mlp_train_step_"):
+    with pytest.raises(Exception, match=r"mlp_train_step_"):
         torch.ops.mlp_ext.mlp_sgd_step_()
 
 
