@@ -41,7 +41,8 @@ def timed(
     suite = request.module.SUITE
 
     def run(mode: str) -> None:
-        setting = Setting(suite, mode, activation, dtype, threads=torch.get_num_threads())
+        optimizer, threads = SUITES[suite].optimizer, torch.get_num_threads()
+        setting = Setting(suite, mode, activation, optimizer, dtype, threads=threads)
         if obstacle := PROVIDERS[suite][provider].obstacle(setting):
             pytest.skip(f"{provider}: {obstacle}")
         start = set_up(case, setting)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 if find_spec("numpy") is None:  # torch's first import would warn, and nothing here needs NumPy
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
-from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid
+from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid, linear_tanh
 from mlp_ext.fuse import fuse, fusion_report, unfuse
 from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation
 from mlp_ext.nn import __all__ as _layers
@@ -26,6 +26,7 @@ __all__ = [
     "linear_act",
     "linear_relu",
     "linear_sigmoid",
+    "linear_tanh",
     "unfuse",
     *_layers,
 ]

@@ -8,13 +8,16 @@ their arguments and say it better; a call that succeeds runs nothing of this.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mlp_ext.ops import PARAMETERS
+
 CAUGHT = (TypeError, ValueError, IndexError, RuntimeError)  # what the operators raise
 
-_OPERATOR = re.compile(r"(linear_act|mlp|_?mlp_sgd_steps?_): ")
+_OPERATOR = re.compile(r"(linear_act|mlp(_train_step_)?): ")
 _CASTS = {
     torch.float32: "float()",
     torch.float64: "double()",
@@ -55,6 +58,7 @@ def explain_function(
     weight: object,
     bias: object,
     activation: object = "",
+    parameters: object = (),
 ) -> None:
     """Raises `error` of linear_act in words of the function `name`; returns if it needs none."""
     check_tensor(name, "input", input)
@@ -63,6 +67,7 @@ def explain_function(
         check_tensor(name, "bias", bias)
     if not isinstance(activation, str):
         raise TypeError(f"{name}: activation must be a str, got {kind(activation)}") from None
+    _check_parameters(name, activation, parameters)
     assert isinstance(input, Tensor) and isinstance(weight, Tensor)
     if input.dtype == weight.dtype or not _is_floating(weight) or _is_autocast(input):
         return rename(error, name)
@@ -71,6 +76,22 @@ def explain_function(
     else:
         what = f"input must be float32, float64, bfloat16 or float16, got {_dtype(input)};"
     raise TypeError(f"{name}: {what} pass input.{_cast(weight.dtype)}") from None
+
+
+def _check_parameters(name: str, activation: str, parameters: object) -> None:
+    """That `parameters` are the numbers that an activation takes, or none."""
+    if not isinstance(parameters, Sequence) or isinstance(parameters, str):
+        what = f"parameters must be a list of numbers, got {kind(parameters)}"
+        number = isinstance(parameters, (int, float))
+        raise TypeError(f"{name}: {what}{f'; pass [{parameters}]' if number else ''}") from None
+    for value in parameters:
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: parameters must be numbers, got {kind(value)}") from None
+    names = PARAMETERS.get(activation)
+    if names is not None and len(parameters) not in (0, len(names)):
+        takes = f"[{', '.join(names)}]" if names else "none"
+        what = f"parameters of {activation} must be {takes}, got {len(parameters)}"
+        raise ValueError(f"{name}: {what} number{'s' * (len(parameters) > 1)}") from None
 
 
 def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> None:
@@ -100,27 +121,31 @@ def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> No
 def check_target(name: str, loss: str, input: Tensor, target: object, weight: Tensor) -> None:
     """Raises what is wrong with the target of `loss` for a model whose last weight is `weight`.
 
-    loss: a name in csrc/losses.h. input: [M, K], one that check_input lets pass.
+    loss: a name in csrc/math/losses.h. input: [M, K], one that check_input lets pass.
     """
     check_tensor(name, "target", target)
     assert isinstance(target, Tensor)
     M, N, shape = len(input), len(weight), list(target.shape)
-    if loss == "cross_entropy" and shape[1:] != [N]:
-        squeeze = "squeeze(1)" if shape == [M, 1] else ""
-        if target.dtype is not torch.int64:
-            what = f"target must be classes [M={M}] of int64, or probabilities [M={M}, N={N}]"
-            got = f"got {shape} of {_dtype(target)}"
-            cast = "target.long()" + (squeeze and "." + squeeze)
-            raise TypeError(f"{name}: {what}, {got}; pass {cast}") from None
-        if shape != [M]:
-            advice = squeeze and "; pass target." + squeeze
-            what = f"target must be classes [M={M}], got {shape}{advice}"
-            raise RuntimeError(f"{name}: {what}") from None
-    elif loss == "cross_entropy" and target.dtype is torch.int64:
-        advice = "pass target.argmax(1), or as probabilities target." + _cast(weight.dtype)
-        what = f"target must be classes [M={M}], got {shape}; {advice}"
+    of_classes = loss == "nll" or (
+        loss == "cross_entropy" and (target.dtype is torch.int64 or shape[1:] != [N])
+    )
+    if of_classes and target.dtype is not torch.int64:
+        what = f"target must be classes [M={M}] of int64"
+        what += f", or probabilities [M={M}, N={N}]" * (loss == "cross_entropy")
+        cast = "target.argmax(1)" if shape == [M, N] else "target.long()"
+        cast += ".squeeze(1)" * (shape == [M, 1] != [M, N])
+        raise TypeError(f"{name}: {what}, got {shape} of {_dtype(target)}; pass {cast}") from None
+    if of_classes and shape != [M]:
+        advice = ""
+        if shape == [M, N]:
+            advice = "; pass target.argmax(1)"
+            if loss == "cross_entropy":
+                advice += ", or as probabilities target." + _cast(weight.dtype)
+        elif shape == [M, 1]:
+            advice = "; pass target.squeeze(1)"
+        what = f"target must be classes [M={M}], got {shape}{advice}"
         raise RuntimeError(f"{name}: {what}") from None
-    elif shape != [M, N]:
+    if not of_classes and shape != [M, N]:
         advice = ""
         if shape == [M * N]:
             how = f"view({M}, {N})" if 1 not in (M, N) else f"unsqueeze({1 if N == 1 else 0})"
@@ -128,7 +153,7 @@ def check_target(name: str, loss: str, input: Tensor, target: object, weight: Te
         what = f"target must be [M={M}, N={N}] as the output, got {shape}{advice}"
         raise RuntimeError(f"{name}: {what}") from None
     _check_device(name, "target", target, weight)
-    if target.dtype is not torch.int64 or loss != "cross_entropy":
+    if not of_classes:
         _check_dtype(name, "target", target, weight)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,24 +10,29 @@ from torch import Tensor
 from mlp_ext.errors import CAUGHT, explain_function
 from mlp_ext.ops import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "linear_act", "linear_relu", "linear_sigmoid"]
+__all__ = ["ACTIVATIONS", "linear_act", "linear_relu", "linear_sigmoid", "linear_tanh"]
 
 _linear_act: Callable[..., Tensor] = torch.ops.mlp_ext.linear_act.default
 
 
 def linear_act(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu"
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    parameters: Sequence[float] = (),
 ) -> Tensor:
     r"""``activation(input @ weight.T + bias)`` as one operator.
 
-    .. math:: y = \sigma(x W^T + b), \quad dz = \sigma'(dy, y), \quad
+    .. math:: y = \sigma(x W^T + b), \quad dz = \sigma'(dy, saved), \quad
               dx = dz\,W, \quad dW = dz^T x, \quad db = \textstyle\sum_m dz_m
 
     Equals ``torch.relu(F.linear(input, weight, bias))`` and its like, in values and in every
-    derivative. Backward (Rumelhart, Hinton and Williams, Nature 1986) reads the output, not z, and
-    computes only what requires a gradient. 16-bit types are accumulated in float32 and rounded
-    once. Under autocast it behaves as ``F.linear``. Second derivatives, forward-mode derivatives,
-    ``torch.func`` and devices without kernels here take native operations of the same meaning.
+    derivative. Backward (Rumelhart, Hinton and Williams, Nature 1986) reads the output y, or
+    z = x W^T + b where the derivative needs it, and computes only what requires a gradient. 16-bit
+    types are accumulated in float32 and rounded once. Under autocast it behaves as ``F.linear``.
+    Second derivatives, forward-mode derivatives, ``torch.func`` and devices without kernels here
+    take native operations of the same meaning.
 
     Args:
         input: ``[*, K]``, any number of leading dimensions, also none; float32, float64, bfloat16
@@ -35,20 +40,23 @@ def linear_act(
         weight: ``[N, K]``, of the same dtype and device.
         bias: ``[N]`` or None.
         activation: a name in :data:`mlp_ext.ACTIVATIONS`.
+        parameters: those of the activation, all of them, in the order of PyTorch's function:
+            ``[negative_slope]`` of leaky_relu, ``[alpha]`` of elu, ``[beta, threshold]`` of
+            softplus, ``[min_val, max_val]`` of hardtanh. None: PyTorch's defaults.
 
     Returns:
         ``[*, N]``, of the dtype of ``input``.
 
     Raises:
-        ValueError: ``activation`` is unknown.
+        ValueError: ``activation`` is unknown, or has another number of parameters.
         TypeError: an argument is no tensor, a dtype is not supported, or the dtypes differ.
         RuntimeError: shapes do not fit, or devices differ. Each message names the argument, what
             was expected and what came.
     """
     try:
-        return _linear_act(input, weight, bias, activation)
+        return _linear_act(input, weight, bias, activation, parameters)
     except CAUGHT as error:
-        explain_function(error, "linear_act", input, weight, bias, activation)
+        explain_function(error, "linear_act", input, weight, bias, activation, parameters)
         raise
 
 
@@ -58,11 +66,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     relu(z) = max(z, 0) (Nair and Hinton, ICML 2010); as in torch, relu(NaN) is NaN and the
     derivative at 0 is 0.
     """
-    try:
-        return _linear_act(input, weight, bias, "relu")
-    except CAUGHT as error:
-        explain_function(error, "linear_relu", input, weight, bias)
-        raise
+    return _named("relu", input, weight, bias)
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,8 +74,20 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
     sigmoid(z) = 1 / (1 + exp(-z)); as in torch, it saturates to exactly 0 and 1.
     """
+    return _named("sigmoid", input, weight, bias)
+
+
+def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``tanh(input @ weight.T + bias)``; shapes, dtypes and errors as :func:`linear_act`.
+
+    As in torch, it saturates to exactly -1 and 1.
+    """
+    return _named("tanh", input, weight, bias)
+
+
+def _named(activation: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     try:
-        return _linear_act(input, weight, bias, "sigmoid")
+        return _linear_act(input, weight, bias, activation)
     except CAUGHT as error:
-        explain_function(error, "linear_sigmoid", input, weight, bias)
+        explain_function(error, f"linear_{activation}", input, weight, bias)
         raise

@@ -2,14 +2,16 @@
 
 Level "layers": in every nn.Sequential, at any depth, a fused layer takes the Linear's place and a
 FusedActivation, which is an nn.Identity, the activation's. So indices and state_dict keys stay;
-Parameters are the same objects, so an optimizer made before stays valid. The first modules are kept
-untouched, still good for whoever else holds them, and unfuse puts those very objects back.
+Parameters are the same objects, so an optimizer made before stays valid. The original modules are
+kept untouched, for whoever else holds them, and unfuse puts those very objects back. A fused layer
+reads the options of the activation that it replaced at each call, so a change of one, also through
+the FusedActivation (model[1].negative_slope = 0.3), takes effect in the next call.
 
 A pair is left alone wherever fusing could change what the model computes or lose what its modules
-carry: `_obstacle` is the list, and fusion_report tells it. An activation used in several places is
-no obstacle: it holds nothing. Two things no analysis can see: code that calls one layer of a
-Sequential by its index now gets the activation too, and layers must not be replaced or sliced off
-while the model is fused, since the two modules of a pair belong together.
+carry: `_obstacle` is the list, and fusion_report prints it. An activation used in several places is
+no obstacle. Two things no analysis can see: code that calls one layer of a Sequential by its index
+now gets the activation too, and layers must not be replaced or sliced off while the model is fused,
+since the two modules of a pair belong together.
 
 Level "stack": every nn.Sequential, at any depth, that holds a Linear which can run in a stack is
 from then on an mlp_ext.Sequential. It stays the same object with the same children, so all the
@@ -28,7 +30,14 @@ from typing import Literal, NamedTuple, TypeVar, cast
 
 from torch import nn
 
-from mlp_ext.nn import FusedActivation, LinearAct, find_addition, find_special, type_name
+from mlp_ext.nn import (
+    FusedActivation,
+    LinearAct,
+    activation_of,
+    find_addition,
+    find_special,
+    type_name,
+)
 from mlp_ext.sequential import FusedSequential, Sequential, find_obstacle, find_steps
 
 LEVELS = ("layers", "stack")
@@ -166,8 +175,7 @@ def _site(place: _Place, level: str) -> Site:
     name, layer, follower, parent = place[:4]
     if isinstance(layer, LinearAct):
         if _was_fused(place):
-            lost = find_addition(layer, "in_features", "out_features")
-            lost = lost or find_addition(cast(nn.Module, follower), "pair")
+            lost = find_addition(layer) or find_addition(cast(nn.Module, follower))
             reason = f"{lost}, which unfuse would lose" if lost else ""
         else:
             reason = f"written as {type(layer).__name__}, which unfuse keeps"
@@ -179,9 +187,9 @@ def _site(place: _Place, level: str) -> Site:
     obstacle = _obstacle(place)
     if level == "stack" and not obstacle:
         obstacle = f"in a {type_name(parent)}, not exactly a torch.nn.Sequential"
-    fused_class = LinearAct.by_module.get(type(follower)) if chains(place.parent) else None
-    activation = fused_class.activation if fused_class else None
-    return Site(name, activation, "not fused" if obstacle else "would fuse", obstacle)
+    known = activation_of(follower) if chains(place.parent) else None
+    status: Status = "not fused" if obstacle else "would fuse"
+    return Site(name, known.name if known else None, status, obstacle)
 
 
 def _obstacle(place: _Place) -> str:
@@ -197,11 +205,13 @@ def _obstacle(place: _Place) -> str:
         return "last in its Sequential"
     if type(follower) not in LinearAct.by_module:
         return f"followed by {type(follower).__name__}"
+    if not activation_of(follower):
+        return f"followed by {follower}, whose options are not supported"
     if place.uses > 1:
         return f"used in {place.uses} places"
-    if addition := find_addition(layer, "in_features", "out_features"):
+    if addition := find_addition(layer):
         return addition
-    if addition := find_addition(follower, "inplace"):
+    if addition := find_addition(follower):
         return f"its {type(follower).__name__} {addition}"
     return find_special(layer)
 
@@ -227,10 +237,10 @@ def _stackable(module: nn.Module | None) -> bool:
 def _stack_activation(place: _Place) -> str | None:
     """The activation that a run applies after this layer."""
     names = [*cast(nn.Module, place.parent)._modules]
-    where = names.index(place.keys[0])
-    for places, activations in find_steps([*cast(nn.Module, place.parent)._modules.values()]):
-        if activations and where in places:
-            return activations[places.index(where)]
+    index = names.index(place.keys[0])
+    for indices, activations in find_steps([*cast(nn.Module, place.parent)._modules.values()]):
+        if activations and index in indices:
+            return activations[indices.index(index)].name
     return None
 
 
@@ -244,6 +254,7 @@ def _fused(place: _Place) -> tuple[nn.Module, nn.Module]:
     # One dict for both, so that a Parameter replaced in one, as load_state_dict(assign=True) and
     # to_empty() do, is replaced in the other.
     layer._parameters = linear._parameters
+    layer.take_options_from(activation)
     return layer, FusedActivation(layer, linear, activation)
 
 

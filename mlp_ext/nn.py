@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,51 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mlp_ext.errors import CAUGHT, check_input, rename
 from mlp_ext.functional import _linear_act
-from mlp_ext.ops import ACTIVATIONS
+from mlp_ext.ops import ACTIVATIONS, PARAMETERS
 
 Layer = TypeVar("Layer", bound="LinearAct")
+T = TypeVar("T")
+
+
+class Activation(NamedTuple):
+    """An activation as the operators take it."""
+
+    name: str  # one of ACTIVATIONS
+    parameters: tuple[float, ...] = ()
+
+
+def activation_of(module: object) -> Activation | None:
+    """The activation that a module of torch.nn computes, its options read now; None if no layer is
+    declared for exactly its type, or an option is not a number.
+
+    activation_of(nn.LeakyReLU(0.3)) is ("leaky_relu", (0.3,)), that of nn.ReLU6() is
+    ("hardtanh", (0.0, 6.0)).
+    """
+    layer = LinearAct.by_module.get(type(module))
+    return layer.read_from(module) if layer else None
+
+
+def option_names(module: type[nn.Module]) -> tuple[str, ...]:
+    """The options of a module of torch.nn, also those that change no value, as inplace."""
+    return tuple(getattr(module, "__constants__", ()))
+
+
+# Makes a module of torch.nn for each activation, with the default options.
+MODULES: dict[str, Callable[[], nn.Module]] = {"identity": nn.Identity}
+
+
+class _FromActivation(Generic[T]):
+    """An attribute of a layer that follows from its activation; of the class: with the defaults."""
+
+    def __init__(self, part: Callable[[Activation], T]) -> None:
+        self.part = part
+
+    def __get__(self, layer: LinearAct | None, owner: type[LinearAct]) -> T:
+        return self.part(layer.read() if layer is not None else owner.default)
+
+    def __set__(self, layer: LinearAct, value: object) -> None:
+        options = ", ".join(layer.options) or "no options"
+        raise AttributeError(f"the activation of a {type(layer).__name__} follows from {options}")
 
 
 class LinearAct(nn.Linear):
@@ -24,40 +68,130 @@ class LinearAct(nn.Linear):
 
         class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
 
+    The options of that module are keyword arguments and attributes of the layer:
+    LinearLeakyReLU(10, 5, negative_slope=0.2).negative_slope is 0.2. Setting such an attribute
+    takes effect in the next call. An option that selects another activation is declared by
+    variants: the names of the activations, and the options that select each.
+
     Shape: input [*, in_features], output [*, out_features], * any dimensions, also none;
     weight [out_features, in_features], bias [out_features] or None.
     Dtypes: float32, float64, bfloat16, float16; input, weight and bias alike, under autocast as
     nn.Linear. An input of another shape, dtype or device raises before anything is computed.
     """
 
-    activation: ClassVar[str]  # one of ACTIVATIONS
+    activation = _FromActivation(lambda activation: activation.name)
+    activation_parameters = _FromActivation(lambda activation: activation.parameters)
+
+    default: ClassVar[Activation]  # with the options' defaults
+    torch_module: ClassVar[type[nn.Module] | None]
+    variants: ClassVar[Mapping[str, Mapping[str, object]]]
+    options: ClassVar[tuple[str, ...]]  # those that change what is computed
+    __constants__ = [*nn.Linear.__constants__, "replaced"]  # noqa: RUF012
     by_module: ClassVar[dict[type, type[LinearAct]]] = {}  # nn.ReLU: LinearReLU, ...
 
+    # Of a layer that fuse made: the activation it replaces, which has the options. In a tuple, so
+    # that it is no child.
+    replaced: tuple[nn.Module, ...] = ()
+
     def __init_subclass__(
-        cls, activation: str | None = None, module: type[nn.Module] | None = None, **kwargs: Any
+        cls,
+        activation: str | None = None,
+        module: type[nn.Module] | None = None,
+        variants: Mapping[str, Mapping[str, object]] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
         if activation is None:  # a subclass of a layer keeps its activation
             return
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{cls.__name__}: activation must be one of {', '.join(ACTIVATIONS)}, "
-                f"got {activation!r}"
-            )
-        cls.activation = activation
-        if module is not None:
-            LinearAct.by_module[module] = cls
+        cls.torch_module, cls.variants = module, variants or {activation: {}}
+        for name in (activation, *cls.variants):
+            if name not in ACTIVATIONS:
+                raise ValueError(
+                    f"{cls.__name__}: activation must be one of {', '.join(ACTIVATIONS)}, "
+                    f"got {name!r}"
+                )
+        if module is None:
+            cls.default = Activation(activation, tuple(PARAMETERS[activation].values()))
+            cls.options = ()
+            return
+        selecting = (option for options in cls.variants.values() for option in options)
+        cls.options = tuple(dict.fromkeys((*PARAMETERS[activation], *selecting)))
+        cls.__constants__ = [*cls.__constants__, *option_names(module)]
+        default = cls.read_from(module())
+        assert default is not None
+        cls.default = default
+        LinearAct.by_module[module] = cls
+        for name, options in cls.variants.items():
+            MODULES.setdefault(name, partial(module, **options))
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if not (options or self.options):
+            return
+        try:
+            activation = (self.torch_module or nn.Module)(**options)
+        except TypeError as error:
+            what = str(error).rpartition("__init__() ")[2]
+            raise TypeError(f"{type(self).__name__}: {what}") from None
+        if self.options:
+            for option in option_names(type(activation)):
+                setattr(self, option, getattr(activation, option))
+            self.read()
+
+    def take_options_from(self, activation: nn.Module) -> None:
+        """For fuse: from now on the options are those that `activation` has at each call."""
+        if self.options:
+            self.replaced = (activation,)
+            for option in option_names(type(activation)):
+                delattr(self, option)
+
+    def read(self) -> Activation:
+        """The activation with the options as they are now."""
+        if not self.options:
+            return self.default
+        source = self.replaced[0] if self.replaced else self
+        if found := self.read_from(source):
+            return found
+        values = ", ".join(f"{name}={getattr(source, name, None)!r}" for name in self.options)
+        raise ValueError(f"{type(self).__name__}: {values} is not supported")
+
+    @classmethod
+    def read_from(cls, source: object) -> Activation | None:
+        """The activation with the options that are attributes of `source`; None if not known."""
+        for name, selecting in cls.variants.items():
+            if all(getattr(source, option, None) == value for option, value in selecting.items()):
+                values = [getattr(source, parameter, None) for parameter in PARAMETERS[name]]
+                numbers = [float(value) for value in values if isinstance(value, (int, float))]
+                if len(numbers) == len(values):
+                    return Activation(name, tuple(numbers))
+        return None
 
     def forward(self, input: Tensor) -> Tensor:
         try:
-            return _linear_act(input, self.weight, self.bias, self.activation)
+            name, parameters = self.read() if self.options else self.default
+            return _linear_act(input, self.weight, self.bias, name, parameters)
         except CAUGHT as error:
             check_input(type(self).__name__, input, self.weight)
             rename(error, type(self).__name__)
             raise
 
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        if self.options and self.torch_module:
+            source: Any = self.replaced[0] if self.replaced else self
+            parts.append(self.torch_module.extra_repr(source))
+        return ", ".join(filter(None, parts))
+
     @classmethod
-    def from_linear(cls: type[Layer], linear: nn.Linear) -> Layer:
+    def from_linear(cls: type[Layer], linear: nn.Linear, **options: Any) -> Layer:
         """The layer over the Parameters of `linear`: the same objects, no copy, same training flag.
 
         Raises TypeError unless `linear` is exactly an nn.Linear, since a subclass may compute
@@ -68,10 +202,10 @@ class LinearAct(nn.Linear):
                 f"{cls.__name__}.from_linear: linear must be exactly a torch.nn.Linear, "
                 f"got {type_name(linear)}"
             )
-        if addition := find_addition(linear, "in_features", "out_features"):
+        if addition := find_addition(linear):
             raise ValueError(f"{cls.__name__}.from_linear: linear {addition}, which would be lost")
         has_bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta")
+        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", **options)
         layer._parameters.update(linear._parameters)
         layer.training = linear.training
         return layer
@@ -101,11 +235,109 @@ class LinearTanh(LinearAct, activation="tanh", module=nn.Tanh):
     """
 
 
+class LinearLeakyReLU(LinearAct, activation="leaky_relu", module=nn.LeakyReLU):
+    """y = leaky_relu(x W^T + b), z where z > 0, else negative_slope z (Maas et al., ICML 2013).
+
+    Arguments and state_dict of torch.nn.Linear, and negative_slope=0.01; shapes, dtypes and errors
+    of :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearELU(LinearAct, activation="elu", module=nn.ELU):
+    """y = elu(x W^T + b), z where z > 0, else alpha (e^z - 1) (Clevert et al., ICLR 2016).
+
+    Arguments and state_dict of torch.nn.Linear, and alpha=1.0; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearSELU(LinearAct, activation="selu", module=nn.SELU):
+    """y = selu(x W^T + b), 1.0507 elu(z) with alpha = 1.6733 (Klambauer et al., NeurIPS 2017).
+
+    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearSiLU(LinearAct, activation="silu", module=nn.SiLU):
+    """y = silu(x W^T + b), silu(z) = z sigmoid(z) (Elfwing et al., Neural Networks 2018).
+
+    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearGELU(
+    LinearAct,
+    activation="gelu",
+    module=nn.GELU,
+    variants={"gelu": {"approximate": "none"}, "gelu_tanh": {"approximate": "tanh"}},
+):
+    """y = gelu(x W^T + b), gelu(z) = z (1 + erf(z / sqrt 2)) / 2 (Hendrycks and Gimpel, 2016).
+
+    With approximate="tanh": z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2. Arguments and
+    state_dict of torch.nn.Linear, and approximate="none"; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearSoftplus(LinearAct, activation="softplus", module=nn.Softplus):
+    """y = softplus(x W^T + b), log(1 + e^(beta z)) / beta, z where beta z > threshold (Dugas et
+    al., NeurIPS 2000).
+
+    Arguments and state_dict of torch.nn.Linear, and beta=1.0, threshold=20.0; shapes, dtypes and
+    errors of :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearHardtanh(LinearAct, activation="hardtanh", module=nn.Hardtanh):
+    """y = hardtanh(x W^T + b), min(max(z, min_val), max_val) (Collobert, 2004).
+
+    Arguments and state_dict of torch.nn.Linear, and min_val=-1.0, max_val=1.0; shapes, dtypes and
+    errors of :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearReLU6(LinearAct, activation="hardtanh", module=nn.ReLU6):
+    """y = relu6(x W^T + b), relu6(z) = min(max(z, 0), 6) (Krizhevsky, 2010).
+
+    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
+
+
+class LinearMish(LinearAct, activation="mish", module=nn.Mish):
+    """y = mish(x W^T + b), mish(z) = z tanh(log(1 + e^z)) (Misra, BMVC 2020).
+
+    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
+    :func:`mlp_ext.linear_act`.
+    """
+
+
 __all__ = [
+    "LinearELU",
+    "LinearGELU",
+    "LinearHardtanh",
+    "LinearLeakyReLU",
+    "LinearMish",
     "LinearReLU",
+    "LinearReLU6",
+    "LinearSELU",
+    "LinearSiLU",
     "LinearSigmoid",
+    "LinearSoftplus",
     "LinearTanh",
 ]  # public: the layers, listed for type checkers
+
+
+def option_items(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
+    """For guards: what the options of a layer or an activation are read from: dict, key, value."""
+    source, kind = module, LinearAct.by_module.get(type(module))
+    if isinstance(module, LinearAct):
+        source, kind = module.replaced[0] if module.replaced else module, type(module)
+    for name in kind.options if kind else ():
+        if name in vars(source):
+            yield vars(source), name, vars(source)[name]
 
 
 def type_name(value: object) -> str:
@@ -130,17 +362,18 @@ def _own_attributes(module: nn.Module) -> list[str]:
     return [name for name in vars(module) if name not in _MODULE_ATTRIBUTES]
 
 
-def find_addition(module: nn.Module, *own: str) -> str:
+def find_addition(module: nn.Module) -> str:
     """What was added to `module` since it was made, as "has forward hooks"; "" if nothing was.
 
-    `own` names the plain attributes that its class gives it. Found are hooks of every kind, hence
-    also pruning and the older weight_norm and spectral_norm; whatever was set on the instance, as a
-    forward of its own, the call of Module.compile or a qconfig; parameters, buffers and children.
+    Found are hooks of every kind, hence also pruning and the older weight_norm and spectral_norm;
+    attributes set on the instance that its class does not name in __constants__, such as a forward
+    of its own, the call of Module.compile or a qconfig; parameters, buffers and children.
     """
     for name in _HOOKS:
         if vars(module)[name]:
             return f"has {name.strip('_').replace('_', ' ')}"
-    attributes = [name for name in _own_attributes(module) if name not in own]
+    made_with = option_names(type(module))
+    attributes = [name for name in _own_attributes(module) if name not in made_with]
     parameters = [name for name in module._parameters if name not in ("weight", "bias")]
     for name in (*attributes, *parameters, *module._buffers, *module._modules):
         return f"has an attribute of its own, {name!r}"
@@ -166,12 +399,29 @@ def find_special(layer: nn.Module) -> str:
 
 
 class FusedActivation(nn.Identity):
-    """Holds the place of an activation that the fused layer before it computes."""
+    """Holds the place of an activation that the fused layer before it computes.
+
+    The options of the activation are read and set through it, as model[1].negative_slope = 0.3, and
+    take effect in the next call.
+    """
+
+    __constants__: ClassVar[list[str]] = ["pair"]
 
     def __init__(self, layer: LinearAct, linear: nn.Linear, activation: nn.Module) -> None:
         super().__init__()
         # In a tuple, so that none is a child: no state_dict keys, no visits by apply() or train().
         self.pair = (layer, linear, activation)
+
+    def __getattr__(self, name: str) -> Any:
+        if "pair" in vars(self) and name in option_names(type(self.pair[2])):
+            return getattr(self.pair[2], name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "pair" in vars(self) and name in option_names(type(self.pair[2])):
+            setattr(self.pair[2], name, value)
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return repr(self.pair[2])

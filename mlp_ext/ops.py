@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mlp_ext import moved
+
 _HERE = Path(__file__).parent
 _BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 _IN_PLACE = "pip install --no-build-isolation -e ."
@@ -78,7 +80,11 @@ except (ImportError, RuntimeError) as error:
         f"`{_BUILD}` in the source tree to rebuild it"
     ) from None
 
-ACTIVATIONS: tuple[str, ...] = tuple(_C.activations())
+moved.explain(_C)
+
+# Of each activation the parameters and their defaults, in the order of the operators.
+PARAMETERS: dict[str, dict[str, float]] = _C.activations()
+ACTIVATIONS: tuple[str, ...] = tuple(PARAMETERS)
 
 
 def build_info() -> dict[str, Any]:

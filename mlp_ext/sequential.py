@@ -12,7 +12,16 @@ from torch.nn.modules import module as torch_module
 
 from mlp_ext import _C
 from mlp_ext.errors import CAUGHT, check_input, rename
-from mlp_ext.nn import FusedActivation, LinearAct, find_addition, find_special, type_name
+from mlp_ext.nn import (
+    Activation,
+    FusedActivation,
+    LinearAct,
+    activation_of,
+    find_addition,
+    find_special,
+    option_items,
+    type_name,
+)
 
 _mlp: Callable[..., Tensor] = torch.ops.mlp_ext.mlp.default
 
@@ -23,13 +32,13 @@ class Sequential(nn.Sequential):
     .. math:: y_0 = x, \quad y_l = \sigma_l(y_{l-1} W_l^T + b_l)
 
     Everything but forward is nn.Sequential's: children, state_dict, repr, indices and slices. A run
-    goes on as long as the children are nn.Linear, each alone or with nn.ReLU, nn.Sigmoid or nn.Tanh
-    after it, or layers of mlp_ext, as LinearReLU. It is one call of ``torch.ops.mlp_ext.mlp`` and
-    one autograd node, with backpropagation (Rumelhart, Hinton and Williams, Nature 1986) written
-    out; values and derivatives are those of the children called in turn. Any other child is called
-    as it is, and so is one that was given a hook, a parametrization, an attribute of its own or a
-    special parameter; all of them are where a module was registered a hook for all modules. What is
-    changed later, a child or a hook, holds from the next call on.
+    consists of nn.Linear, each alone or followed by an activation of torch.nn that has a layer in
+    mlp_ext (ReLU, GELU, ...), and of those layers (LinearReLU, LinearGELU, ...). It is one call of
+    ``torch.ops.mlp_ext.mlp`` and one autograd node, with backpropagation (Rumelhart, Hinton and
+    Williams, Nature 1986) written out; values and derivatives are those of the children called in
+    turn. Any other child is called as it is, and so is a child with a hook, a parametrization, an
+    attribute of its own or a special parameter; with a hook for all modules, every child is. A
+    change made later, to a child, an option of an activation or a hook, holds from the next call.
 
     Shape: input [*, K] where the first layer is Linear(K, N), * any dimensions, also none; output
     [*, N] of the last layer.
@@ -43,14 +52,14 @@ class Sequential(nn.Sequential):
         if torch.compiler.is_compiling():
             return _traced(self, input)
         plan = self.__dict__.get("_plan")
-        if plan is None or not plan.watch.holds():
+        if plan is None or not plan.guards.holds():
             plan = self.__dict__["_plan"] = _Plan(self)
         call: Any = None
         try:
             for call in plan.calls:
                 input = call(input)
         except CAUGHT as error:
-            if isinstance(call, _C.Run):  # other children speak for themselves
+            if isinstance(call, _C.MlpCall):  # other children speak for themselves
                 check_input("Sequential", input, call.weights[0])
                 rename(error, "Sequential")
             raise
@@ -68,54 +77,61 @@ class FusedSequential(Sequential):
 
 
 class Step(NamedTuple):
-    """A run, by the places of its layers among the children; or one child to call as it is."""
+    """A run, by the indices of its layers among the children; or one child to call as it is."""
 
-    places: tuple[int, ...]
-    activations: tuple[str, ...]  # () for a child to call
+    indices: tuple[int, ...]
+    activations: tuple[Activation, ...]  # () for a child to call
+
+
+_IDENTITY = Activation("identity")
 
 
 def find_steps(children: Sequence[nn.Module | None]) -> list[Step]:
-    """How a Sequential goes about these children."""
+    """The runs and calls of a Sequential with these children."""
     steps: list[Step] = []
     if any(_HOOKS_OF_ALL):
-        return [Step((place,), ()) for place in range(len(children))]
-    open_run = False  # whether the last step is a run that may go on
-    for place, child in enumerate(children):
-        activation = "" if find_obstacle(child) else _activation(child)
-        places, activations = steps[-1] if open_run else ((), ())
+        return [Step((index,), ()) for index in range(len(children))]
+    open_run = False  # whether the last step is a run that the next child may continue
+    for index, child in enumerate(children):
+        activation = None if find_obstacle(child) else _activation(child)
+        indices, activations = steps[-1] if open_run else ((), ())
         if _is_layer(child) and activation:
-            steps[len(steps) - open_run :] = [Step((*places, place), (*activations, activation))]
+            steps[len(steps) - open_run :] = [Step((*indices, index), (*activations, activation))]
             open_run = True
-        elif open_run and activation == "identity":
+        elif open_run and activation == _IDENTITY:
             pass
-        elif open_run and activation and activations[-1] == "identity":
-            steps[-1] = Step(places, (*activations[:-1], activation))
+        elif open_run and activation and activations[-1] == _IDENTITY:
+            steps[-1] = Step(indices, (*activations[:-1], activation))
         else:
-            steps.append(Step((place,), ()))
+            steps.append(Step((index,), ()))
             open_run = False
     return steps
 
 
 def find_obstacle(child: nn.Module | None) -> str:
-    """Why this Linear or activation is called as it is; "" if nothing speaks against a run."""
+    """Why this Linear or activation is called as it is; "" if it can be part of a run."""
     if child is None or not _activation(child):
         return f"is a {type_name(child)}, not exactly a torch.nn.Linear"
-    own = ("in_features", "out_features") if _is_layer(child) else ("inplace", "pair")
-    return find_addition(child, *own) or find_special(child)
+    return find_addition(child) or find_special(child)
 
 
 def _is_layer(child: nn.Module | None) -> bool:
     return type(child) is nn.Linear or type(child) in LinearAct.by_module.values()
 
 
-def _activation(child: nn.Module | None) -> str:
-    """What a child adds to a run; "" if it is neither a layer nor an activation that is known."""
+def _activation(child: nn.Module | None) -> Activation | None:
+    """What a child adds to a run; None if it is neither a layer nor a known activation."""
     if isinstance(child, LinearAct):
-        return child.activation if _is_layer(child) else ""
+        return child.read() if _is_layer(child) else None
     if type(child) in (nn.Linear, nn.Identity, FusedActivation):
-        return "identity"
-    layer = LinearAct.by_module.get(type(child))
-    return layer.activation if layer else ""
+        return _IDENTITY
+    return activation_of(child)
+
+
+def _flattened(activations: Sequence[Activation]) -> tuple[list[str], list[float]]:
+    """Names and parameters as the operator mlp takes them."""
+    parameters = [number for activation in activations for number in activation.parameters]
+    return [activation.name for activation in activations], parameters
 
 
 # The calls of all modules pass through these.
@@ -128,20 +144,21 @@ _HOOKS_OF_ALL: tuple[dict[int, Any], ...] = (
 
 
 class _Plan:
-    """The calls of a Sequential, and a watch over whatever find_steps looked at for them."""
+    """The calls of a Sequential, and guards over everything that find_steps read for them."""
 
     def __init__(self, model: Sequential) -> None:
         modules: dict[str, Any] = model._modules
         children = [*modules.values()]
         self.calls: list[Callable[[Any], Any]] = []
         weights = []  # of one dtype in a run
-        for places, activations in find_steps(children):
-            layers: list[Any] = [children[place] for place in places]
+        for indices, activations in find_steps(children):
+            layers: list[Any] = [children[index] for index in indices]
             if activations:
                 ws = [_held(layer, "weight") for layer in layers]
                 bs = [_held(layer, "bias") for layer in layers]
-                function = partial(_call_mlp, ws, bs, activations)
-                self.calls.append(_C.Run(ws, bs, activations, function))
+                names, parameters = _flattened(activations)
+                function = partial(_call_mlp, ws, bs, names, parameters)
+                self.calls.append(_C.MlpCall(ws, bs, names, parameters, function))
                 weights.append(ws[0])
             else:
                 self.calls.append(layers[0])
@@ -156,9 +173,10 @@ class _Plan:
         attributes = [vars(child) for child in known]
         owned = [(a, name, d) for a in attributes for name, d in a.items() if isinstance(d, dict)]
         items += [(vars(model), "_modules", modules), *owned]
+        items += [item for child in children if child is not None for item in option_items(child)]
         dicts: list[dict[Any, Any]] = [*parts, *_HOOKS_OF_ALL, *attributes]
         dicts += [d for _, _, d in owned]
-        self.watch = _C.Guards(items, [(d, len(d)) for d in dicts], types, weights)
+        self.guards = _C.Guards(items, [(d, len(d)) for d in dicts], types, weights)
 
 
 def _held(layer: nn.Module, name: str) -> Any:
@@ -167,18 +185,18 @@ def _held(layer: nn.Module, name: str) -> Any:
     return held[name] if name in held else getattr(layer, name)
 
 
-def _call_mlp(weights: Any, biases: Any, activations: Any, input: Any) -> Any:
-    return _mlp(input, weights, biases, activations)
+def _call_mlp(weights: Any, biases: Any, activations: Any, parameters: Any, input: Any) -> Any:
+    return _mlp(input, weights, biases, activations, parameters)
 
 
 def _traced(model: Sequential, input: Any) -> Any:
-    """Forward for torch.compile and torch.export, which keep their own watch over the modules."""
+    """Forward for torch.compile and torch.export, which have their own guards over the modules."""
     children = [*model._modules.values()]
-    for places, activations in find_steps(children):
-        layers = [children[place] for place in places]
+    for indices, activations in find_steps(children):
+        layers = [children[index] for index in indices]
         if activations:
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-            input = _mlp(input, weights, biases, activations)
+            input = _mlp(input, weights, biases, *_flattened(activations))
         else:
             input = layers[0](input)
     return input

@@ -1,6 +1,7 @@
 """What results are compared with: native torch in float64, and native's own error as yardstick."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,25 @@ Function = Callable[..., Tensor]  # called as linear_act
 Results = dict[str, Tensor]
 
 
+def activated(z: Tensor, activation: str, parameters: Sequence[float] = ()) -> Tensor:
+    """PyTorch's own activation of that name."""
+    if activation == "identity":
+        return z
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    function = getattr(torch, activation, None) or getattr(F, activation)
+    found: Tensor = function(z, *parameters)
+    return found
+
+
 def native(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu"
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    parameters: Sequence[float] = (),
 ) -> Tensor:
-    z = F.linear(input, weight, bias)
-    return z if activation == "identity" else getattr(torch, activation)(z)
+    return activated(F.linear(input, weight, bias), activation, parameters)
 
 
 def alone(t: Tensor) -> Tensor:
@@ -47,10 +62,12 @@ def assert_matches_native(
     activation: str,
     grad_output: Tensor | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda output: output,
+    parameters: Sequence[float] = (),
 ) -> None:
     """linear_act is as accurate as native: its output, and with a grad_output every gradient.
 
     reduce: what follows, as in a loss; then grad_output is the gradient of its result.
+    parameters: of the activation; none: the defaults.
     """
 
     def evaluated(function: Function, activation: str, cast: Callable[[Tensor], Tensor]) -> Results:
@@ -58,9 +75,10 @@ def assert_matches_native(
         dy = grad_output if grad_output is None else cast(grad_output)
         return results(lambda **kwargs: reduce(function(**kwargs)), casts, activation, dy)
 
-    found = evaluated(mlp_ext.linear_act, activation, lambda t: t)
-    expected = evaluated(native, activation, alone)
-    reference = evaluated(native, activation, lambda t: t.double())
+    ours, natives = (partial(f, parameters=parameters) for f in (mlp_ext.linear_act, native))
+    found = evaluated(ours, activation, lambda t: t)
+    expected = evaluated(natives, activation, alone)
+    reference = evaluated(natives, activation, lambda t: t.double())
     terms = evaluated(native, "identity", lambda t: t.double().abs())
     assert found.keys() == expected.keys()
     for name in expected:

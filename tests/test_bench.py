@@ -19,12 +19,13 @@ from torch.nn import functional as F
 import mlp_ext
 from mlp_ext import _C
 from mlp_ext.bench import machine, plot, runner
-from mlp_ext.bench.cases import LARGEST, SUITES, Layer, Net, Setting, parse, parse_all
+from mlp_ext.bench.cases import FLOATS, LARGEST, SUITES, Layer, Net, Setting, parse, parse_all
+from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.machine import Peak
 from mlp_ext.bench.providers import PROVIDERS, Provider
 from mlp_ext.bench.rows import COLUMNS, Row, by_provider, geometric_mean, read_csv, write_csv
+from mlp_ext.bench.training import OPTIMIZERS, make_mlp, sgd_step
 from mlp_ext.bench.work import Work, set_up
-from mlp_ext.commands import arguments
 from mlp_ext.commands.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 TINY = {"layers": "10x10x5", "train": "10-5-1@10"}
 FULL = Setting("layers", "full")
-SETTINGS = [Setting(suite, mode) for suite in SUITES for mode in SUITES[suite].modes]
+STEP = Setting("train", "step", optimizer="sgd")
+SETTINGS = [*(Setting("layers", mode) for mode in SUITES["layers"].modes), STEP]
 
 
 def run(args: str, *files: str) -> int:
@@ -174,7 +176,7 @@ def test_fit_makes_as_many_steps_as_it_is_divided_by(monkeypatch: pytest.MonkeyP
         return lambda x, y, epochs=1: asked.append(epochs) or torch.zeros(())
 
     for case in (Net((10, 5, 1), 10), Net((64, 64), 4096), Net((1024, 1024, 1024), 4096)):
-        work = set_up(case, Setting("train", "step"))(Provider(fit, has_epochs=True))
+        work = set_up(case, STEP)(Provider(fit, has_epochs=True))
         work.prepare(0)()
         work.results()
         assert asked == [work.steps, 1]
@@ -244,7 +246,7 @@ def applicable(setting: Setting) -> Iterator[tuple[str, Provider]]:
             yield name, provider
 
 
-@pytest.mark.parametrize("dtype", arguments.DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.suite}-{s.mode}")
 def test_every_provider_computes_what_native_does(
@@ -256,11 +258,42 @@ def test_every_provider_computes_what_native_does(
     runner.check({name: start(p) for name, p in applicable(setting)}, case, setting)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_provider_steps_as_native_does(optimizer: str) -> None:
+    setting = replace(STEP, optimizer=optimizer, dtype="float64")
+    case = Net((10, 5, 1), 10)
+    start = set_up(case, setting)
+    works = {name: start(provider) for name, provider in applicable(setting)}
+    runner.check(works, case, setting)
+    for turn in range(3):
+        for work in works.values():
+            work.prepare(turn)()
+    assert ("native_fused" in works) is (optimizer != "rmsprop")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_compiled_step_updates_as_the_optimizer(
+    optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.rand(7, 2, dtype=torch.float64)
+
+    def trained(make: Callable[..., Callable[..., Tensor]]) -> list[Tensor]:
+        model = make_mlp([4, 3, 2]).double()
+        options = OPTIMIZERS[optimizer](model.parameters(), lr=0.05)
+        step = make(model, torch.nn.MSELoss(), options)
+        losses = [step(x, y).detach() for _ in range(5)]
+        return [torch.stack(losses), *model.state_dict().values()]
+
+    torch.testing.assert_close(trained(compiled_step), trained(sgd_step))
+
+
 def test_forward_has_its_peers_and_relu_its_own() -> None:
     names = {
         mode: {n for n, _ in applicable(Setting("layers", mode))} for mode in ("forward", "full")
     }
     assert names["full"] == {"native", "native_inplace", "fused"}
+    assert "mkldnn" not in dict(applicable(Setting("layers", "forward", "softplus")))
     assert names["forward"] - {"mkldnn"} == names["full"]
     assert "native_inplace" not in dict(applicable(replace(FULL, activation="tanh")))
     assert "mkldnn" not in dict(applicable(Setting("layers", "forward", dtype="float64")))
@@ -330,7 +363,9 @@ def test_wrong_update_is_caught(
 
     monkeypatch.setitem(PROVIDERS["train"], "wrong", Provider(twice_the_rate))
     assert run("--suite train --cases 10-5-1@10 --providers wrong") == 1
-    assert "wrong is wrong in step relu float32 10-5-1@10: its change" in capsys.readouterr().err
+    assert (
+        "wrong is wrong in step relu sgd float32 10-5-1@10: its change" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(
@@ -344,7 +379,7 @@ def test_compiled_backward_can_be_repeated(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.skipif(
-    bool(PROVIDERS["train"]["compile-step"].obstacle(Setting("train", "step"))),
+    bool(PROVIDERS["train"]["compile-step"].obstacle(STEP)),
     reason="torch.compile has no compiler",
 )
 def test_compiled_step_is_a_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,8 +417,8 @@ def test_rows_are_the_same_in_csv_and_json(
 
 
 API_COLUMNS = (
-    "suite, case, mode, activation, dtype, device, device_name, threads, provider, median_s, "
-    "q20_s, q80_s, ratio_to_native, torch, mlp_ext, commit, timestamp"
+    "suite, case, mode, activation, optimizer, dtype, device, device_name, threads, provider, "
+    "median_s, q20_s, q80_s, ratio_to_native, torch, mlp_ext, commit, timestamp"
 )
 
 
@@ -395,7 +430,7 @@ def test_table_has_a_line_for_each_case(capsys: pytest.CaptureFixture[str]) -> N
     assert run("--suite train --cases 10-5-1@10,3-2@4 --providers fused") == 0
     out, err = capsys.readouterr()
     title, _, heading, *lines = out.splitlines()
-    assert title == f"train step relu float32 on {machine.device_name('cpu')}, 1 thread"
+    assert title == f"train step relu sgd float32 on {machine.device_name('cpu')}, 1 thread"
     assert heading.split() == ["native", "fused"]
     number, ratio = r"\d[\d.e+]* [um]?s", r"\d+\.\d\dx"
     for case, line in zip(("10-5-1@10", "3-2@4"), lines, strict=False):
@@ -510,7 +545,9 @@ ERRORS = [
     ("--providers jax", "argument --providers: layers has native, native_inplace, compile, "),
     ("--providers fused,", "argument --providers: layers has "),
     ("--suite train --providers mkldnn", "argument --providers: train has native, cudagraph"),
-    ("--activation silu", "argument --activation: invalid choice: 'silu'"),
+    ("--activation swish", "argument --activation: invalid choice: 'swish'"),
+    ("--suite train --optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
+    ("--optimizer adam", "argument --optimizer: layers has none, use --suite train"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ("--dtype tf32", "argument --dtype: tf32 is for --device cuda"),
     ("--device tpu", "argument --device: invalid choice: 'tpu'"),
@@ -597,7 +634,9 @@ def test_bar_on_a_terminal(
 def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
-    options = "suite mode cases providers activation dtype device threads rounds json csv plot"
+    options = (
+        "suite mode cases providers activation optimizer dtype device threads rounds json csv plot"
+    )
     assert all(f"--{option} " in out for option in options.split())
     assert "%%" not in out
 
@@ -667,6 +706,18 @@ def rows() -> list[Row]:
 def test_csv_is_read_as_it_was_written(rows: list[Row], tmp_path: Path) -> None:
     write_csv(rows, tmp_path / "rows.csv")
     assert read_csv(tmp_path / "rows.csv") == rows
+
+
+def test_csv_of_before_the_column_optimizer_is_read(rows: list[Row], tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for suite, optimizer in (("layers", ""), ("train", "sgd")):
+        expected = [replace(row, suite=suite, optimizer=optimizer) for row in rows]
+        write_csv(expected, path)
+        head, *lines = [line.split(",") for line in path.read_text().splitlines()]
+        column = head.index("optimizer")
+        older = [",".join(cells[:column] + cells[column + 1 :]) for cells in (head, *lines)]
+        path.write_text("\n".join(older) + "\n")
+        assert read_csv(path) == expected
 
 
 def test_bars_are_the_ratios_by_provider(rows: list[Row]) -> None:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mlp_ext
 
+FUNCTIONS = ["linear_act", "linear_relu", "linear_sigmoid", "linear_tanh"]
 ERRORS = (RuntimeError, ValueError, TypeError)
 
 Make = Callable[..., Tensor]
@@ -53,8 +54,24 @@ BAD: dict[str, tuple[Change, list[str]]] = {
     "input_empty_width": (lambda t: {"input": t(0, 9)}, ["K=9", "[0, 9]", "got [5, 10]"]),
     "input_leading": (lambda t: {"input": t(2, 3, 4, 9)}, ["K=9", "[2, 3, 4, 9]", "got [5, 10]"]),
     "activation_unknown": (
-        lambda t: {"activation": "gelu"},
-        ["activation must be one of", *mlp_ext.ACTIVATIONS, "got 'gelu'"],
+        lambda t: {"activation": "swish"},
+        ["activation must be one of", *mlp_ext.ACTIVATIONS, "got 'swish'"],
+    ),
+    "parameters_missing": (
+        lambda t: {"activation": "softplus", "parameters": [1.0]},
+        ["parameters of softplus must be [beta, threshold], got 1 number"],
+    ),
+    "parameters_of_none": (
+        lambda t: {"parameters": [0.1, 0.2]},
+        ["parameters of relu must be none, got 2 numbers"],
+    ),
+    "parameters_number": (
+        lambda t: {"activation": "leaky_relu", "parameters": 0.2},
+        ["parameters must be a list of numbers, got 0.2; pass [0.2]"],
+    ),
+    "parameters_names": (
+        lambda t: {"activation": "elu", "parameters": ["alpha"]},
+        ["parameters must be numbers, got 'alpha'"],
     ),
     "activation_capitals": (
         lambda t: {"activation": "ReLU"},
@@ -156,7 +173,9 @@ def test_shapes_are_checked_under_vmap_too() -> None:
         torch.func.vmap(lambda x: mlp_ext.linear_act(x, cpu(5, 10), cpu(4)))(cpu(7, 10))
 
 
-@pytest.mark.parametrize("function", [mlp_ext.linear_relu, mlp_ext.linear_sigmoid])
+@pytest.mark.parametrize(
+    "function", [mlp_ext.linear_relu, mlp_ext.linear_sigmoid, mlp_ext.linear_tanh]
+)
 def test_named_functions_check_as_well(function: Callable[..., Tensor]) -> None:
     with pytest.raises(ERRORS, match=rf"^{function.__name__}: bias must be"):
         function(cpu(64, 10), cpu(5, 10), cpu(4))
@@ -215,7 +234,7 @@ def test_a_model_names_its_input(case: str, kind: str) -> None:
     ("function", "argument"),
     [
         ("linear_act", "activation"),
-        *product(["linear_act", "linear_relu", "linear_sigmoid"], ["input", "weight", "bias"]),
+        *product(FUNCTIONS, ["input", "weight", "bias"]),
     ],
 )
 def test_a_function_tells_types_not_data(function: str, argument: str) -> None:
@@ -225,7 +244,7 @@ def test_a_function_tells_types_not_data(function: str, argument: str) -> None:
         getattr(mlp_ext, function)(**good | {argument: ROWS})
 
 
-@pytest.mark.parametrize("function", ["linear_act", "linear_relu", "linear_sigmoid"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
@@ -280,7 +299,7 @@ def backward_arguments() -> Arguments:
 
 
 def bad_backward() -> Iterator[tuple[Arguments, str]]:
-    yield {"activation": "gelu"}, "activation"
+    yield {"activation": "swish"}, "activation"
     yield {"output": None}, "output"
     yield {"input": None}, "input"
     yield {"weight": None}, "weight"

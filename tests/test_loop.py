@@ -7,9 +7,11 @@ import torch
 from samples import load
 from torch import Tensor, nn
 
+import mlp_ext
 from mlp_ext.commands.data import Dataset
-from mlp_ext.commands.loop import LAYERS, Run, Step, accuracy, make_mlp, sgd_step, train
-from mlp_ext.nn import LinearReLU, LinearSigmoid
+from mlp_ext.commands.loop import LAYERS, Step, TrainingRun, accuracy, make_mlp, sgd_step, train
+from mlp_ext.nn import Activation, LinearReLU, LinearSigmoid, activation_of
+from mlp_ext.ops import PARAMETERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +24,9 @@ TOLERANCES = {
 }
 
 
-def finish(kinds: list[str], model: nn.Sequential, data: Dataset, epochs: int, **rest) -> list[Run]:
+def finish(
+    kinds: list[str], model: nn.Sequential, data: Dataset, epochs: int, **rest
+) -> list[TrainingRun]:
     *_, runs = train(kinds, model, data, epochs=epochs, **rest)
     return runs
 
@@ -34,7 +38,7 @@ def counting_rows(n: int, device: str = "cpu") -> Dataset:
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[str, list[int]]]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[str, list[int]]]]:
     """Adds a kind of layer, in one row, that notes in a common list the batches it is given."""
     seen: list[tuple[str, list[int]]] = []
 
@@ -111,8 +115,8 @@ def test_the_model_given_stays_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_kinds_see_the_same_batches_and_take_turns(watch) -> None:
-    seen, *_ = [watch(kind) for kind in "abc"]
+def test_kinds_see_the_same_batches_and_take_turns(watched) -> None:
+    seen, *_ = [watched(kind) for kind in "abc"]
     finish(["a", "b", "c"], make_mlp([1, 2, 1]), counting_rows(10), epochs=4, batch_size=4)
     seen = seen[3:]  # after the warm-up of each
     by_kind = {kind: [rows for k, rows in seen if k == kind] for kind in "abc"}
@@ -121,8 +125,8 @@ def test_kinds_see_the_same_batches_and_take_turns(watch) -> None:
     assert "".join(kind for kind, _ in seen[::3]) == "abcbcacababc"
 
 
-def test_an_epoch_is_every_row_once_in_new_order(watch) -> None:
-    seen = watch("a")
+def test_an_epoch_is_every_row_once_in_new_order(watched) -> None:
+    seen = watched("a")
     finish(["a"], make_mlp([1, 2, 1]), counting_rows(10), epochs=3, batch_size=4)
     batches = [rows for _, rows in seen[1:]]
     assert [len(rows) for rows in batches] == [4, 4, 2] * 3
@@ -132,8 +136,8 @@ def test_an_epoch_is_every_row_once_in_new_order(watch) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [10, 11])
-def test_one_batch_stays_in_order(watch, batch_size: int) -> None:
-    seen = watch("a")
+def test_one_batch_stays_in_order(watched, batch_size: int) -> None:
+    seen = watched("a")
     finish(["a"], make_mlp([1, 2, 1]), counting_rows(10), epochs=2, batch_size=batch_size)
     assert [rows for _, rows in seen] == [list(range(10))] * 3
 
@@ -188,6 +192,14 @@ def test_mlp_is_linear_relu_linear_sigmoid() -> None:
     assert not torch.equal(model[0].weight, make_mlp([7, 5, 4, 3], seed=3)[0].weight)
 
 
+@pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+def test_mlp_has_the_activation_and_the_last_module(activation: str) -> None:
+    model = make_mlp([7, 5, 3], activation=activation, last=nn.Identity)
+    expected = Activation(activation, tuple(PARAMETERS[activation].values()))
+    assert (activation_of(model[1]) or Activation("identity")) == expected
+    assert type(model[-1]) is nn.Identity
+
+
 def test_mlp_needs_two_widths() -> None:
     with pytest.raises(ValueError, match=r"widths must name input and output, got \[3\]"):
         make_mlp([3])
@@ -200,3 +212,5 @@ def test_accuracy_counts_classes_found() -> None:
     many = torch.tensor([[0.1, 0.2, 0.0], [0.9, 0.8, 0.7]])  # class 1, class 0
     assert accuracy(same, many, torch.tensor([[0.0, 1, 0], [0, 0, 1]])) == 0.5
     assert torch.tensor(accuracy(same, two[:0], two[:0])).isnan()
+    logits = two - 0.5
+    assert accuracy(same, logits, torch.tensor([[0.0], [1], [1], [1]]), "bce_with_logits") == 0.75

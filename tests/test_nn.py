@@ -19,7 +19,8 @@ F64 = {"dtype": torch.float64}
 
 
 def test_layers_are_public() -> None:
-    assert {nn.ReLU, nn.Sigmoid, nn.Tanh} <= LinearAct.by_module.keys()
+    names = "ReLU Sigmoid Tanh LeakyReLU ELU SELU SiLU GELU Softplus Hardtanh ReLU6 Mish"
+    assert LinearAct.by_module.keys() >= {getattr(nn, name) for name in names.split()}
     for layer in LinearAct.by_module.values():
         assert getattr(mlp_ext, layer.__name__) is layer
         assert layer.__name__ in mlp_ext.__all__
@@ -54,7 +55,9 @@ def test_layer_starts_as_linear_does(layer_class: type[LinearAct], module: type[
     layer = layer_class(7, 5)
     assert isinstance(layer, nn.Linear)
     assert torch.equal(layer.weight, linear.weight) and torch.equal(layer.bias, linear.bias)
-    assert repr(layer) == repr(linear).replace("Linear", layer_class.__name__)
+    options = module().extra_repr()
+    expected = repr(linear).replace("Linear", layer_class.__name__)
+    assert repr(layer) == expected.replace(")", f", {options})" if options else ")")
 
 
 def test_layer_state_dict_is_linears_in_both_directions() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from references import activated
 from torch import Tensor, nn
 
 import mlp_ext
@@ -116,8 +117,7 @@ def test_extremal_values_under_every_transform(
     weight = torch.ones(1, 1, dtype=dtype)
 
     def native(x: Tensor) -> Tensor:
-        z = F.linear(x, weight)
-        return z if activation == "identity" else getattr(torch, activation)(z)
+        return activated(F.linear(x, weight), activation)
 
     def fused(x: Tensor) -> Tensor:
         if stack:

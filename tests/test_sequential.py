@@ -76,7 +76,7 @@ SPLITS: dict[str, tuple[Callable[[], list[nn.Module]], list[int]]] = {
     ),
     "dropout": (lambda: [nn.Linear(10, 5), nn.ReLU(), nn.Dropout(0.0), nn.Linear(5, 4)], [1, 1]),
     "batch norm": (lambda: [nn.Linear(10, 5), nn.BatchNorm1d(5), nn.ReLU()], [1]),
-    "unknown activation": (lambda: [nn.Linear(10, 5), nn.GELU(), nn.Linear(5, 4)], [1, 1]),
+    "unknown activation": (lambda: [nn.Linear(10, 5), nn.Softsign(), nn.Linear(5, 4)], [1, 1]),
     "own layers": (
         lambda: [
             mlp_ext.LinearReLU(10, 5),
@@ -246,7 +246,7 @@ EDITS: dict[str, Callable[[nn.Sequential], Any]] = {
     "set": lambda m: m.__setitem__(1, nn.Tanh()),
     "set linear": lambda m: m.__setitem__(2, nn.Linear(5, 4)),
     "append": lambda m: m.append(nn.Linear(3, 2)),
-    "insert": lambda m: m.insert(1, nn.Softplus()),
+    "insert": lambda m: m.insert(1, nn.Softsign()),
     "extend": lambda m: m.extend([nn.Linear(3, 3), nn.Tanh()]),
     "delete": lambda m: m.__delitem__(1),
     "pop": lambda m: m.pop(-1),

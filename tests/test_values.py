@@ -24,6 +24,7 @@ import mlp_ext
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
+CANCELLING = ("gelu", "gelu_tanh")  # z times 1 - 1, nearly, where z is far below 0: as in torch
 SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0]
 
 
@@ -84,8 +85,10 @@ def test_activation_is_accurate_over_its_range(activation: str, dtype: torch.dty
     output = mlp_ext.linear_act(z[:, None], z.new_ones(1, 1), None, activation)[:, 0]
     reference = native(z.double()[:, None], z.new_ones(1, 1).double(), None, activation)[:, 0]
     limits = torch.finfo(dtype)
-    rtol, atol = 4 * limits.eps, 4 * limits.tiny
-    torch.testing.assert_close(output.double(), reference, rtol=rtol, atol=atol)
+    error, allowed = (output.double() - reference).abs(), 4 * limits.eps * reference.abs()
+    if activation in CANCELLING:
+        allowed += 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * z.double().abs()
+    assert (error <= allowed + 4 * limits.tiny).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (2, 64, 32), (1, 4096, 1), (64, 64, 1)])
@@ -112,7 +115,11 @@ def test_half_precision_is_rounded_once(activation: str, dtype: torch.dtype) -> 
     arranged, limits = operands(ODD, dtype), torch.finfo(dtype)
     exact = native(**{name: t.double() for name, t in arranged.items()}, activation=activation)
     error = mlp_ext.linear_act(**arranged, activation=activation).double() - exact
-    assert (error.abs() <= 0.501 * limits.eps * exact.abs().clamp(min=limits.tiny)).all()
+    allowed = 0.501 * limits.eps * exact.abs().clamp(min=limits.tiny)
+    if activation in CANCELLING:
+        z = native(**{name: t.double() for name, t in arranged.items()}, activation="identity")
+        allowed += 4 * torch.finfo(torch.float32).eps * z.abs()
+    assert (error.abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,6 +172,7 @@ def test_named_functions_are_linear_act() -> None:
         assert torch.equal(
             mlp_ext.linear_sigmoid(x, w, bias), mlp_ext.linear_act(x, w, bias, "sigmoid")
         )
+        assert torch.equal(mlp_ext.linear_tanh(x, w, bias), mlp_ext.linear_act(x, w, bias, "tanh"))
     by_name = mlp_ext.linear_act(input=x, weight=w, bias=b, activation="tanh")
     assert torch.equal(by_name, mlp_ext.linear_act(x, w, b, "tanh"))
     assert torch.equal(mlp_ext.linear_relu(x, w), mlp_ext.linear_relu(x, w, bias=None))

@@ -1,4 +1,5 @@
 """Benchmarks: cases and providers as tables, a runner that takes the providers in turn.
 
-cases, providers -> work -> runner -> rows -> plot, command: each uses only those before it.
+cases, rows, training -> providers -> work -> runner; rows -> plot: each uses only those before it.
+Only plot, as a command of its own, uses mlp_ext.commands.
 """

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mlp_ext.commands import arguments
+from mlp_ext.nn import DTYPES as TORCH_DTYPES
 
 LARGEST = 2**31 - 1  # of a size
 
@@ -26,9 +26,9 @@ class Layer(NamedTuple):
         return f"{self.M}x{self.K}x{self.N}"
 
     def operations(self, mode: str) -> int:
-        """Floating-point operations of the products in one call."""
-        products = {"forward": 1, "backward": 2, "full": 3}[mode]  # y; dx and dW
-        return products * 2 * self.M * self.K * self.N
+        """Floating-point operations of the GEMMs in one call."""
+        gemms = {"forward": 1, "backward": 2, "full": 3}[mode]  # y; dx and dW
+        return gemms * 2 * self.M * self.K * self.N
 
     def elements(self, mode: str) -> int:
         """Elements that one call reads and writes at least: each operand and result once."""
@@ -47,7 +47,7 @@ class Net(NamedTuple):
         return f"{'-'.join(map(str, self.widths))}@{self.batch}"
 
     def operations(self, mode: str) -> int:
-        """Floating-point operations of the products in one step; the input has no gradient."""
+        """Floating-point operations of the GEMMs in one step; the input has no gradient."""
         sizes = [k * n for k, n in pairwise(self.widths)]
         return 2 * self.batch * (3 * sum(sizes) - sizes[0])
 
@@ -61,7 +61,8 @@ class Net(NamedTuple):
 Case = Layer | Net
 
 
-DTYPES = (*arguments.DTYPES, "tf32")  # tf32: float32 where torch may round operands of products
+FLOATS = tuple(str(dtype).removeprefix("torch.") for dtype in TORCH_DTYPES)
+DTYPES = (*FLOATS, "tf32")  # tf32: float32, and torch may round the operands of products
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,16 @@ class Setting:
     suite: str  # of SUITES
     mode: str  # of the suite's modes
     activation: str = "relu"  # of ACTIVATIONS; in train between the layers, with sigmoid at the end
+    optimizer: str = ""  # of OPTIMIZERS; in train only
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """For people: without the device, as "step relu adam float32"."""
+        parts = (self.mode, self.activation, self.optimizer, self.dtype)
+        return " ".join(filter(None, parts))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -84,6 +92,7 @@ class Setting:
 
 class Suite(NamedTuple):
     modes: tuple[str, ...]  # the first is the default
+    optimizer: str  # the default
     form: str  # of a case, for people
     cases: tuple[Case, ...]  # those published, of the CPU
     cuda_cases: tuple[Case, ...]  # those of a GPU
@@ -116,6 +125,7 @@ SWEEP = {  # M: KxN
 SUITES = {
     "layers": Suite(
         modes=("full", "forward", "backward"),
+        optimizer="",
         form="MxKxN, as 64x784x256",
         cases=(
             Layer(10, 10, 5),
@@ -150,6 +160,7 @@ SUITES = {
     ),
     "train": Suite(
         modes=("step",),
+        optimizer="sgd",
         form="WIDTHS@BATCH, as 784-256-10@64",
         cases=(
             Net((10, 5, 1), 10),

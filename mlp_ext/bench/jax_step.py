@@ -7,11 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Modules with their default options, and their names in jax.nn.
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.SELU: "selu",
+    nn.SiLU: "silu",
+    nn.Softplus: "softplus",
+    nn.Hardtanh: "hard_tanh",
+    nn.Mish: "mish",
+}
+
 
 class JaxStep:
     """Forward, MSELoss, backward and SGD of a Sequential, on JAX's own copies of the parameters.
 
-    It takes as many threads as JAX likes.
+    The number of threads is JAX's choice.
     """
 
     _parameters: list[Any]
@@ -21,20 +36,13 @@ class JaxStep:
     ) -> None:
         import jax
 
-        activations = {
-            nn.Identity: lambda z: z,
-            nn.ReLU: jax.nn.relu,
-            nn.Sigmoid: jax.nn.sigmoid,
-            nn.Tanh: jax.numpy.tanh,
-        }
-
         def loss(parameters: list[Any], input: Any, target: Any) -> Any:
             rest, y = iter(parameters), input
             for module in model:
                 if isinstance(module, nn.Linear):
                     y = y @ next(rest).T + next(rest)
                 else:
-                    y = activations[type(module)](y)
+                    y = getattr(jax.nn, ACTIVATIONS[type(module)])(y)
             return ((y - target) ** 2).mean()
 
         def step(parameters: list[Any], input: Any, target: Any, lr: float) -> Any:
@@ -44,7 +52,7 @@ class JaxStep:
         self._step = jax.jit(step, donate_argnums=0)
         self._array = jax.numpy.array
         self._model, self._group = model, optimizer.param_groups[0]
-        self._data: dict[Tensor, Any] = {}  # as JAX has it, converted once
+        self._data: dict[Tensor, Any] = {}  # as arrays of JAX, converted once
         self.load()
 
     def __call__(self, input: Tensor, target: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""What a result must say about where it was measured, and the limits of the processor there."""
+"""The machine that a result was measured on, and the limits of its processor."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mlp_ext.bench.cases import Setting
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
 PEAK_SECONDS = 0.2  # of one measurement; the best of several counts
 COPIED_BYTES = 2**28  # by one copy, read and written: more than any cache holds
-CUDA_PRODUCT = 8192  # rows, columns and depth of the product that measures a GPU
+CUDA_GEMM = 8192  # M, K and N of the GEMM that measures a GPU
 
 
 class Peak(NamedTuple):
     """The limits of a processor with a number of threads, in float32, or of a GPU in a dtype."""
 
-    flops: float  # multiply-adds per second, each counted as two: in registers, or torch's product
+    flops: float  # multiply-adds per second, each counted as two: in registers, or in torch's GEMM
     bandwidth: float  # bytes read and bytes written per second by a copy
 
 
@@ -35,7 +35,7 @@ def measure_peak(setting: Setting) -> Peak:
     copied = COPIED_BYTES * (8 if cuda else 1)
     source = torch.ones(copied // 8, device=setting.device)
     target = torch.zeros_like(source)
-    a = torch.randn(CUDA_PRODUCT if cuda else 0, CUDA_PRODUCT, device=setting.device)
+    a = torch.randn(CUDA_GEMM if cuda else 0, CUDA_GEMM, device=setting.device)
     a = a.to(setting.torch_dtype)
     b, product = a.clone(), torch.empty_like(a)
 
@@ -47,14 +47,14 @@ def measure_peak(setting: Setting) -> Peak:
     with torch_set(setting):
         if cuda:
             fastest = min(seconds(lambda: torch.mm(a, b.t(), out=product)) for _ in range(10))
-            flops = 2 * CUDA_PRODUCT**3 / fastest
+            flops = 2 * CUDA_GEMM**3 / fastest
         else:
             flops = max(_C.peak_flops(PEAK_SECONDS, setting.threads) for _ in range(5))
         return Peak(flops, copied / min(seconds(lambda: target.copy_(source)) for _ in range(10)))
 
 
 def now(setting: Setting) -> float:
-    """Seconds, once all that was started on the device is done."""
+    """Seconds, after all work on the device is done."""
     if setting.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -95,9 +95,9 @@ def _processor() -> str:
 
 @cache
 def commit(package: Path = Path(__file__).parents[1]) -> str:
-    """The git commit that `package` lies in, short; a + after it where a source has changed since.
+    """The short hash of the commit that `package` is at, with a + if a source has changed since.
 
-    "unknown" for a package that is not under git itself, though it may lie in a repository.
+    "unknown" for a package that is not under git itself, even inside a repository.
     """
 
     def git(*args: str) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlp_ext.bench.rows import Row, by_provider, geometric_mean, read_csv
-from mlp_ext.commands import arguments
+from mlp_ext.bench.rows import Row, by_provider, geometric_mean, read_csv, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +18,7 @@ COLOURS = {  # told apart also without red or green; others take what is left
     "mkldnn": "#cc79a7",
     "compile-max-autotune": "#f0e442",
     "compile-step": "#d55e00",
+    "native_fused": "#999999",
     "stack": "#56b4e9",
     "step": "#009e73",
     "fit": "#000000",
@@ -31,9 +31,9 @@ LOGARITHMIC_FROM = 20  # times as fast: on a linear axis the others would vanish
 def ratio_bars(rows: Iterable[Row]) -> Figure:
     """Bars of each provider's ratio to native, a group for each case; above 1 is faster.
 
-    A panel for each suite, mode, activation, dtype, device and number of threads among `rows`.
-    Beside a bar its ratio, and its share of peak where that is known. Raises ValueError where
-    there is nothing but native.
+    A panel for each suite, mode, activation, optimizer, dtype, device and number of threads among
+    `rows`. Beside a bar its ratio, and its share of peak where that is known. Raises ValueError
+    where there is nothing but native.
     """
     from matplotlib.figure import Figure
 
@@ -54,8 +54,9 @@ def ratio_bars(rows: Iterable[Row]) -> Figure:
 
 def _title(row: Row) -> str:
     threads = f", {row.threads} thread{'s' * (row.threads > 1)}" if row.device == "cpu" else ""
+    what = filter(None, (row.suite, row.mode, row.activation, row.optimizer, row.dtype))
     return (
-        f"{row.suite}, {row.mode}, {row.activation}, {row.dtype}: times as fast as native torch\n"
+        f"{', '.join(what)}: times as fast as native torch\n"
         f"{row.device_name}{threads}, torch {row.torch}"
     )
 
@@ -101,6 +102,8 @@ def _label(row: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the rows of CSV files again; exits with status 2 and one line after a user's error."""
+    from mlp_ext.commands import arguments  # the floor above, for this command alone
+
     parser = arguments.Parser(prog="python -m mlp_ext.bench.plot", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="what mlp-ext bench --csv wrote")
     parser.add_argument("picture", type=arguments.file, help="the file to draw")
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.check_picture(args.picture, parser.error, "picture")
     try:
         figure = ratio_bars([row for path in args.csv for row in read_csv(path)])
-        with arguments.replacing(args.picture) as part:
+        with replacing(args.picture) as part:
             figure.savefig(part)
     except (OSError, ValueError) as error:
         parser.error(str(error))

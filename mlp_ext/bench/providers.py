@@ -14,9 +14,12 @@ from torch.nn import functional as F
 
 from mlp_ext import _C
 from mlp_ext.bench.cases import Case, Layer, Setting
+from mlp_ext.bench.compiled_step import compiled_step
+from mlp_ext.bench.jax_step import ACTIVATIONS as JAX_ACTIVATIONS
 from mlp_ext.bench.jax_step import JaxStep
-from mlp_ext.commands import loop
+from mlp_ext.bench.training import LAYERS, Step, sgd_step
 from mlp_ext.functional import linear_act
+from mlp_ext.nn import MODULES
 from mlp_ext.step_graph import StepGraph
 from mlp_ext.train_step import TrainStep
 
@@ -24,9 +27,12 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # [M, K], [N, K], [N] -> 
 
 
 def _native(setting: Setting) -> Function:
-    if setting.activation == "identity":
+    name = setting.activation
+    if name == "identity":
         return F.linear
-    activation: Callable[[Tensor], Tensor] = getattr(torch, setting.activation)
+    if name == "gelu_tanh":
+        return lambda input, weight, bias: F.gelu(F.linear(input, weight, bias), approximate="tanh")
+    activation: Callable[[Tensor], Tensor] = getattr(torch, name, None) or getattr(F, name)
     return lambda input, weight, bias: activation(F.linear(input, weight, bias))
 
 
@@ -47,10 +53,24 @@ def _compile(setting: Setting, mode: str = "default") -> Function:
     return function
 
 
+# What oneDNN takes: name, scalars, algorithm.
+MKLDNN: dict[str, tuple[str, list[float], str | None]] = {
+    "identity": ("none", [], None),
+    "relu": ("relu", [], None),
+    "sigmoid": ("sigmoid", [], None),
+    "tanh": ("tanh", [], None),
+    "leaky_relu": ("leaky_relu", [0.01], None),
+    "silu": ("swish", [], None),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "hardtanh": ("hardtanh", [-1.0, 1.0], None),
+}
+
+
 def _mkldnn(setting: Setting) -> Function:
     operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-    name = "none" if setting.activation == "identity" else setting.activation
-    return lambda input, weight, bias: operator(input, weight, bias, name, [], None)
+    activation = MKLDNN[setting.activation]
+    return lambda input, weight, bias: operator(input, weight, bias, *activation)
 
 
 def _fused(setting: Setting) -> Function:
@@ -74,36 +94,13 @@ def _addmm_activation(setting: Setting) -> Function:
     return lambda input, weight, bias: torch._addmm_activation(bias, input, weight.t())
 
 
-def _compiled_model(model: nn.Module, *rest: Any) -> loop.Step:
-    return loop.sgd_step(cast(nn.Module, torch.compile(model)), *rest)
+def _compiled_model(model: nn.Module, *rest: Any) -> Step:
+    return sgd_step(cast(nn.Module, torch.compile(model)), *rest)
 
 
-def _compiled_step(
-    model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
-) -> loop.Step:
-    """The whole step as one graph, which updates the parameters in place."""
-    names = [name for name, _ in model.named_parameters()]
-    parameters = [p.detach() for p in model.parameters()]  # over the same memory
-
-    def loss(parameters: list[Tensor], input: Tensor, target: Tensor) -> Tensor:
-        named = dict(zip(names, parameters, strict=True))
-        found: Tensor = criterion(torch.func.functional_call(model, named, (input,)), target)
-        return found
-
-    def step(parameters: list[Tensor], input: Tensor, target: Tensor, lr: float) -> Tensor:
-        gradients, value = torch.func.grad_and_value(loss)(parameters, input, target)
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.sub_(gradient, alpha=lr)
-        return cast(Tensor, value)
-
-    compiled = torch.compile(step, dynamic=False)
-    group = optimizer.param_groups[0]
-    return lambda input, target: compiled(parameters, input, target, group["lr"])
-
-
-def _captured_step(*parts: Any) -> loop.Step:
+def _captured_step(*parts: Any) -> Step:
     """The eager step as a CUDA graph."""
-    return StepGraph(loop.sgd_step(*parts), lambda: parts[2].param_groups[0]["lr"])
+    return StepGraph(sgd_step(*parts), lambda: parts[2].param_groups[0]["lr"])
 
 
 def _fit(*parts: Any) -> Callable[..., Tensor]:
@@ -118,6 +115,24 @@ def _relu_only(setting: Setting) -> str:
 
 def _on_cuda(setting: Setting) -> str:
     return "" if setting.device == "cuda" else "on cuda only"
+
+
+def _fused_optimizer_here(setting: Setting) -> str:
+    on_cpu, optimizer = setting.device == "cpu", setting.optimizer
+    if optimizer == "rmsprop" or (optimizer == "adagrad" and not on_cpu):
+        return f"torch has no fused {optimizer} on {setting.device}"
+    if optimizer == "sgd" and on_cpu and setting.torch_dtype.itemsize == 2:
+        return f"torch's fused sgd does not update {setting.dtype} on the CPU"  # seen with 2.13
+    return ""
+
+
+def _capturable_here(setting: Setting) -> str:
+    capturable = "" if setting.optimizer != "adagrad" else "adagrad cannot be captured"
+    return _on_cuda(setting) or capturable
+
+
+def _capturable(setting: Setting) -> dict[str, Any]:
+    return {} if setting.optimizer == "sgd" else {"capturable": True}
 
 
 def _cublaslt_here(setting: Setting) -> str:
@@ -135,6 +150,8 @@ def _compiler_here(setting: Setting) -> str:
 def _onednn_here(setting: Setting) -> str:
     if setting.mode != "forward" or setting.device != "cpu":
         return "forward on the CPU only"
+    if setting.activation not in MKLDNN:
+        return f"has no {setting.activation}"
     operators = torch.ops.mkldnn
     supported: dict[str, Callable[[], bool]] = {
         "float32": torch.backends.mkldnn.is_available,
@@ -148,15 +165,20 @@ def _onednn_here(setting: Setting) -> str:
 def _jax_here(setting: Setting) -> str:
     if (setting.device, setting.dtype) != ("cpu", "float32"):
         return "float32 on the CPU only"
+    if setting.optimizer != "sgd":
+        return "for sgd only"
+    if type(MODULES[setting.activation]()) not in JAX_ACTIVATIONS:
+        return f"not written for {setting.activation}"
     return "" if find_spec("jax") else "needs jax"
 
 
 class Provider(NamedTuple):
-    """`make` is called with a Setting in layers, and as a row of loop.LAYERS in train."""
+    """`make` is called with a Setting in layers, and as a row of training.LAYERS in train."""
 
     make: Callable[..., Any]
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
     captured: bool = False  # in layers: the call is captured in a CUDA graph and replayed
+    options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # in train: of the optimizer
     has_epochs: bool = False  # in train: a call may make several steps; its time is divided by them
     path: str | None = None  # of csrc/cuda/plan.h, instead of the plan's; for what is captured
     takes: Callable[[Case, Setting], bool] = lambda case, setting: True
@@ -179,21 +201,25 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         },
     },
     "train": {
-        "native": Provider(loop.LAYERS["native"]),
-        "cudagraph": Provider(_captured_step, _on_cuda),
+        "native": Provider(LAYERS["native"]),
+        "native_fused": Provider(
+            LAYERS["native"], _fused_optimizer_here, options=lambda setting: {"fused": True}
+        ),
+        "cudagraph": Provider(_captured_step, _capturable_here, options=_capturable),
         "compile": Provider(_compiled_model, _compiler_here),
-        "compile-step": Provider(_compiled_step, _compiler_here),
-        "fused": Provider(loop.LAYERS["fused"]),
-        "stack": Provider(loop.LAYERS["stack"]),
-        "step": Provider(loop.LAYERS["step"]),
+        "compile-step": Provider(compiled_step, _compiler_here),
+        "fused": Provider(LAYERS["fused"]),
+        "stack": Provider(LAYERS["stack"]),
+        "step": Provider(LAYERS["step"]),
         "fit": Provider(_fit, has_epochs=True),
         "jax": Provider(JaxStep, _jax_here),
     },
 }
 DEFAULT = {  # by device; of these, those of the suite
-    "cpu": ("native", "compile", "compile-step", "fused", "stack", "step", "fit"),
+    "cpu": ("native", "native_fused", "compile", "compile-step", "fused", "stack", "step", "fit"),
     "cuda": (
         "native",
+        "native_fused",
         "cudagraph",
         "compile",
         "compile-step",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import exp, fsum, log
 from pathlib import Path
 from typing import Any
-
-from mlp_ext.commands.arguments import replacing
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Row:
     case: str
     mode: str
     activation: str
+    optimizer: str  # "" in layers
     dtype: str
     device: str
     device_name: str
@@ -32,17 +33,30 @@ class Row:
     mlp_ext: str
     commit: str
     timestamp: str  # UTC, ISO 8601
-    gflops: float  # operations of the products / median_s, in 10^9 per second
+    gflops: float  # operations of the GEMMs / median_s, in 10^9 per second
     share_of_peak: float | None  # as benchmarks/README.md says; None where not measured
 
 
 COLUMNS = [field.name for field in fields(Row)]
+_DEFAULT_OPTIMIZER = {"layers": "", "train": "sgd"}  # where there is no column for it
 _READ: dict[str, Any] = {
     "str": str,
     "int": int,
     "float": float,
     "float | None": lambda text: float(text) if text else None,
 }
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which replaces it once the body has written it."""
+    path = path.resolve()
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
@@ -54,14 +68,23 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows that write_csv wrote. Raises OSError, and ValueError for any other file."""
+    """The rows that write_csv wrote, also before there was a column `optimizer`.
+
+    Raises OSError, and ValueError for any other file.
+    """
     with path.open(newline="") as file:
         table = csv.DictReader(file, strict=True)
-        if table.fieldnames != COLUMNS:
+        older = [name for name in COLUMNS if name != "optimizer"]
+        if table.fieldnames not in (COLUMNS, older):
             raise ValueError(f"{path} does not have the columns {', '.join(COLUMNS)}")
         try:
             types = {field.name: _READ[str(field.type)] for field in fields(Row)}
-            return [Row(**{name: types[name](row[name]) for name in COLUMNS}) for row in table]
+            return [
+                Row(**{name: types[name](row[name]) for name in COLUMNS})
+                for row in (
+                    {"optimizer": _DEFAULT_OPTIMIZER.get(row["suite"])} | row for row in table
+                )
+            ]
         except (TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {table.line_num}: {error}") from None
 

@@ -67,8 +67,8 @@ def _seconds(
 
 
 def check(works: Mapping[str, Work], case: Case, setting: Setting) -> None:
-    """Compares what each provider computes with the first, native; raises WrongResult."""
-    place = f"in {setting.mode} {setting.activation} {setting.dtype} {case}"
+    """Compares the results of each provider with those of the first, native; raises WrongResult."""
+    place = f"in {setting.name} {case}"
     expected: dict[str, Tensor] = {}
     for name, work in works.items():
         try:
@@ -181,7 +181,7 @@ def _share_of_peak(case: Case, setting: Setting, seconds: float, peak: Peak | No
 
 
 def _forget() -> None:
-    """Frees what a case held, compiled code too, lest the next one's shapes be taken as varying."""
+    """Frees the memory of a case and its compiled code, so that the next shapes are static too."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from mlp_ext import _C
 from mlp_ext.bench.cases import Case, Layer, Net, Setting
 from mlp_ext.bench.providers import Function, Provider
-from mlp_ext.commands.loop import make_mlp
-from mlp_ext.nn import LinearAct
+from mlp_ext.bench.training import OPTIMIZERS, make_mlp
 
 Call = Callable[[], Tensor]
 SETS = 4  # of random inputs, fewer where they are large
 SET_BYTES = 2**28  # in all
 LEARNING_RATE = 0.01
+# Options of the optimizer while results are compared: a long stride, so that the change stands out
+# from the rounding of the weights; eps, so that it is proportional to the gradient, whose sign may
+# be that of a rounding error.
+CHECKED = {"lr": 1e4 * LEARNING_RATE, "eps": 1.0, "weight_decay": 0.0}
 CALL_OPERATIONS = 2e9  # where a call may make several steps, so many that they come to this
 
 
@@ -146,11 +149,8 @@ MODES = {"full": _full, "forward": _forward, "backward": _backward}
 
 
 def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[Provider], Work]:
-    hidden = {fused.activation: module for module, fused in LinearAct.by_module.items()}
-    activation = hidden.get(setting.activation, nn.Identity)
-    model = nn.Sequential(
-        *(activation() if isinstance(m, nn.ReLU) else m for m in make_mlp(case.widths))
-    ).to(setting.device, getattr(torch, setting.dtype))
+    model = make_mlp(case.widths, activation=setting.activation)
+    model = model.to(setting.device, setting.torch_dtype)
     sets = [
         (draw(case.batch, case.widths[0]), draw(case.batch, case.widths[-1]).sigmoid_())
         for _ in range(SETS)
@@ -161,7 +161,8 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
     def start(provider: Provider) -> Work:
         copy = deepcopy(model)
         parameters: list[Tensor] = list(copy.parameters())
-        optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE)
+        options = provider.options(setting)
+        optimizer = OPTIMIZERS[setting.optimizer](parameters, lr=LEARNING_RATE, **options)
         step = provider.make(copy, nn.MSELoss(), optimizer)
         epochs = {"epochs": several} if provider.has_epochs else {}
 
@@ -171,18 +172,27 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
         def results() -> dict[str, Tensor]:
             """All changes as one, since 16-bit rounding leaves little of some; they are undone."""
             before = [p.detach().clone() for p in parameters]
-            # A long stride, so that the change stands out from the rounding of the weights.
-            optimizer.param_groups[0]["lr"] = 1e4 * LEARNING_RATE
+            states = [(t, t.clone()) for t in _states(optimizer)]
+            (group,) = optimizer.param_groups
+            usual = {name: group[name] for name in CHECKED if name in group}
+            group.update({name: CHECKED[name] for name in usual})
             loss = torch.tensor(float(step(*sets[0])), dtype=torch.float64)
             getattr(step, "save", lambda: None)()  # of a peer with parameters of its own
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE
+            group.update(usual)
             after = [p.detach().clone() for p in parameters]
             changes = [(a - b).flatten() for a, b in zip(after, before, strict=True)]
             with torch.no_grad():
                 torch._foreach_copy_(parameters, before)
+                found = {id(t): old for t, old in states}
+                for t in _states(optimizer):
+                    t.copy_(found[id(t)]) if id(t) in found else t.zero_()
             getattr(step, "load", lambda: None)()
             return {"loss": loss, "change of the weights": torch.cat(changes)}
 
         return Work(prepare, results, *epochs.values())
 
     return start
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if t is not None]

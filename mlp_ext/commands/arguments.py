@@ -1,9 +1,8 @@
-"""What the commands' arguments share: their types, their checks, and files written whole."""
+"""What the commands' arguments share: their types and their checks."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,8 @@ import torch
 from mlp_ext.commands import plots
 
 Number = TypeVar("Number", int, float)
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
-Fail = Callable[[str], NoReturn]  # tells a user's error in one line and exits with status 2
+Fail = Callable[[str], NoReturn]  # prints a user's error in one line and exits with status 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +43,7 @@ count = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 21474836
 
 
 def file(text: str) -> Path:
-    """An argparse type: a file that can be written, tried now, before anything is computed."""
+    """An argparse type: a file that can be written, checked before anything is computed."""
     path = Path(text)
     try:
         if path.exists() and not path.is_file():
@@ -80,15 +78,3 @@ def advising(fail: Fail) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         fail(f'{package} is not installed; try: pip install "mlp_ext[demo]"')
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place when all is written."""
-    path = path.resolve()
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

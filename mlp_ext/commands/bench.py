@@ -15,8 +15,9 @@ from mlp_ext.bench import plot
 from mlp_ext.bench.cases import DTYPES, SUITES, Case, Setting, parse_all
 from mlp_ext.bench.machine import Peak, device_name, measure_peak
 from mlp_ext.bench.providers import DEFAULT, PROVIDERS
-from mlp_ext.bench.rows import Row, by_provider, geometric_mean, write_csv, write_json
+from mlp_ext.bench.rows import Row, by_provider, geometric_mean, replacing, write_csv, write_json
 from mlp_ext.bench.runner import WrongResult, measure
+from mlp_ext.bench.training import OPTIMIZERS
 from mlp_ext.commands import arguments
 from mlp_ext.commands.arguments import count, file
 from mlp_ext.ops import ACTIVATIONS
@@ -26,7 +27,7 @@ EPILOG = (
     "call with its 20 % and 80 % quantiles, and the median over the rounds of native's time over "
     "this one's: above 1 is faster. full is forward and backward with the gradient of the input, "
     "forward requires no gradient, backward is backward alone; step is forward, MSELoss, "
-    "zero_grad, backward and SGD."
+    "zero_grad, backward and the update."
 )
 
 
@@ -55,6 +56,7 @@ def add_bench(commands: Any) -> None:
     )
     add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {default})")
     add("--activation", choices=ACTIVATIONS, default="relu", help="in train the hidden one")
+    add("--optimizer", choices=[*OPTIMIZERS], help="of train (default: sgd)")
     add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
@@ -78,8 +80,11 @@ def _bench(args: argparse.Namespace) -> None:
     mode = args.mode or SUITES[suite].modes[0]
     if mode not in SUITES[suite].modes:
         args.fail(f"argument --mode: {suite} has {', '.join(SUITES[suite].modes)}, got '{mode}'")
+    if args.optimizer and not SUITES[suite].optimizer:
+        args.fail(f"argument --optimizer: {suite} has none, use --suite train")
+    optimizer = args.optimizer or SUITES[suite].optimizer
     threads = args.threads or torch.get_num_threads()
-    setting = Setting(suite, mode, args.activation, args.dtype, args.device, threads)
+    setting = Setting(suite, mode, args.activation, optimizer, args.dtype, args.device, threads)
     wanted = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
     if args.peak and not any(wanted):
         _print_peak(measure_peak(setting), setting)
@@ -102,14 +107,14 @@ def _bench(args: argparse.Namespace) -> None:
         if args.json:
             write_json(rows, args.json)
         if args.plot:
-            with arguments.replacing(args.plot) as path:
+            with replacing(args.plot) as path:
                 plot.ratio_bars(rows).savefig(path)
     except OSError as error:
         args.fail(str(error))
 
 
 def _providers(args: argparse.Namespace, setting: Setting) -> list[str]:
-    """native, then those asked for; says which of them do not apply."""
+    """native, then the chosen ones; prints which of them do not apply, and why."""
     known = PROVIDERS[setting.suite]
     found = ["native"]
     for name in args.providers or [n for n in DEFAULT[setting.device] if n in known]:
@@ -131,7 +136,7 @@ def _run(
 ) -> list[Row]:
     """Measures and prints; exits with status 1 where a provider computes something else."""
     place = f"{device_name(setting.device)}, {_threads(setting.threads)}"
-    print(f"{setting.suite} {setting.mode} {setting.activation} {setting.dtype} on {place}")
+    print(f"{setting.suite} {setting.name} on {place}")
     print("median time of a call, times as fast as native" + ", share of peak" * bool(peak))
     first = max(len("geometric mean"), *(len(str(case)) for case in cases))
     other = max(24 if peak else 16, first, *map(len, providers))

@@ -1,0 +1,89 @@
+"""What is trained, by the demo and by the benchmarks: networks, losses, optimizers, kinds of steps.
+
+Another one of each is a row of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mlp_ext.fuse import fuse
+from mlp_ext.nn import MODULES
+from mlp_ext.train_step import TrainStep
+
+Step = Callable[[Tensor, Tensor], Tensor]  # input [M, K], target [M, N] -> loss []
+
+
+class Loss(NamedTuple):
+    criterion: Callable[[], nn.Module]
+    last: Callable[[], nn.Module] = nn.Sigmoid  # after the last layer; Identity: it gives logits
+
+
+LOSSES: dict[str, Loss] = {  # whose targets are in [0, 1], or probabilities of classes
+    "mse": Loss(nn.MSELoss),
+    "bce": Loss(nn.BCELoss),
+    "bce_with_logits": Loss(nn.BCEWithLogitsLoss, nn.Identity),
+    "l1": Loss(nn.L1Loss),
+    "smooth_l1": Loss(nn.SmoothL1Loss),
+    "huber": Loss(nn.HuberLoss),
+    "cross_entropy": Loss(nn.CrossEntropyLoss, nn.Identity),
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+def sgd_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """The training step as everyone writes it."""
+
+    def step(input: Tensor, target: Tensor) -> Tensor:
+        # forward
+        loss: Tensor = criterion(model(input), target)
+        # backward
+        optimizer.zero_grad()
+        loss.backward()
+        # update
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+# How a model of torch.nn, its loss and its optimizer become a training step, which works on the
+# model's own Parameters.
+LAYERS: dict[str, Callable[[nn.Sequential, nn.Module, torch.optim.Optimizer], Step]] = {
+    "native": sgd_step,
+    "fused": lambda model, *rest: sgd_step(fuse(model, level="layers"), *rest),
+    "stack": lambda model, *rest: sgd_step(fuse(model, level="stack"), *rest),
+    "step": TrainStep,
+}
+
+
+def make_mlp(
+    widths: Sequence[int],
+    seed: int = 0,
+    activation: str = "relu",
+    last: Callable[[], nn.Module] = nn.Sigmoid,
+) -> nn.Sequential:
+    """Linear layers of these widths, input first, with `activation` between and `last` at the end.
+
+    activation: a name in mlp_ext.ACTIVATIONS; its options have their defaults. float32 on the CPU,
+    the same initial weights for the same seed; torch's own random state is left unchanged. Raises
+    ValueError for fewer than two widths.
+    """
+    if len(widths) < 2:
+        raise ValueError(f"make_mlp: widths must name input and output, got {list(widths)}")
+    make = MODULES[activation]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers = [m for k, n in pairwise(widths) for m in (nn.Linear(k, n), make())]
+    return nn.Sequential(*layers[:-1], last())

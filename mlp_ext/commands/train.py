@@ -1,0 +1,192 @@
+"""The command `mlp-ext train`: the training loop on real data, its table and its files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+import torch
+
+from mlp_ext.bench.cases import FLOATS
+from mlp_ext.bench.rows import replacing
+from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, make_mlp
+from mlp_ext.commands import arguments, plots
+from mlp_ext.commands.arguments import count, number
+from mlp_ext.commands.data import DATASETS, Dataset, load
+from mlp_ext.commands.loop import TrainingRun, accuracy, train
+from mlp_ext.ops import ACTIVATIONS, build_info
+
+OPTIONS = (  # that the JSON file records
+    "layers",
+    "data",
+    "hidden",
+    "activation",
+    "loss",
+    "optimizer",
+    "epochs",
+    "lr",
+    "batch_size",
+    "seed",
+    "device",
+    "dtype",
+)
+COLUMNS = {  # of the table at the end: a name in _result, and its format
+    "ms_per_epoch": ".3f",
+    "speed_up": ".2f",
+    "largest_difference": ".2g",
+    "accuracy": ".1%",
+    "held_out": ".1%",
+}
+BAR_AFTER = 2.0  # seconds of training that make a run long enough for a progress bar
+
+
+def add_train(commands: Any) -> None:
+    """Adds the command to the subparsers of `mlp-ext`."""
+    parser = commands.add_parser(
+        "train",
+        help="train a multi-layer perceptron",
+        description="Train Linear, activation, ..., Linear, and a Sigmoid unless the loss takes "
+        "logits.",
+        epilog="--layers all trains the same initial weights on the same batches with every kind "
+        "of layer in turn. ms per epoch: in the training steps alone; speed up: native's time over "
+        "this one's; both the median over the epochs. largest difference: of a loss from native's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=_train, fail=parser.error)
+    add = parser.add_argument
+    add("--layers", choices=[*LAYERS, "all"], default="native", help="what the model is made of")
+    add("--data", choices=[*DATASETS], default="seed", help="the data set")
+    add("--hidden", type=_widths, default="5", metavar="N[,N...]", help="hidden widths")
+    add("--activation", choices=ACTIVATIONS, default="relu", help="between the layers")
+    add("--loss", choices=[*LOSSES], default="mse", help="the loss")
+    add("--optimizer", choices=[*OPTIMIZERS], default="sgd", help="the optimizer")
+    add("--epochs", type=count, default=50, metavar="N", help="passes over the data")
+    add("--lr", type=_rate, default=0.01, metavar="X", help="learning rate")
+    add("--batch-size", type=count, default=10, metavar="N", help="rows of one step")
+    add("--seed", type=_seed, default=0, metavar="N", help="of weights, rows and shuffling")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
+    add("--dtype", choices=FLOATS, default="float32", help="of weights and data")
+    add("--plot", type=arguments.file, metavar="FILE.png", help="draw the losses")
+    add("--json", type=arguments.file, metavar="FILE", help="write settings, versions and results")
+
+
+_seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+_rate = number(float, lambda x: 0 < x < float("inf"), "a positive number")
+
+
+def _widths(text: str) -> list[int]:
+    return [count(width) for width in text.split(",")]
+
+
+def _train(args: argparse.Namespace) -> None:
+    arguments.check_device(args.device, args.fail)
+    arguments.check_picture(args.plot, args.fail)
+    dtype = getattr(torch, args.dtype)
+    with arguments.advising(args.fail):
+        data = load(args.data, args.seed, dtype, args.device)
+
+    if args.loss == "cross_entropy" and data.y.shape[1] == 1:
+        what = f"{args.data} has one output, a probability; use bce_with_logits"
+        args.fail(f"argument --loss: cross_entropy needs an output for each class, and {what}")
+    widths = [data.x.shape[1], *args.hidden, data.y.shape[1]]
+    try:
+        model = make_mlp(widths, args.seed, args.activation, LOSSES[args.loss].last)
+        model = model.to(args.device, dtype)
+    except RuntimeError as error:  # no memory for it
+        args.fail(f"argument --hidden: {str(error).splitlines()[0]}")
+
+    place = args.device if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    title = (
+        f"{args.data}: {len(data.x)} rows, {'-'.join(map(str, widths))} {args.activation}, "
+        f"{args.loss}, {args.optimizer}, lr {args.lr:g}, batches of {args.batch_size}, "
+        f"{args.dtype} on {place}"
+    )
+    print(title, flush=True)
+    kinds = list(LAYERS) if args.layers == "all" else [args.layers]
+    names = ("epochs", "lr", "batch_size", "seed", "loss", "optimizer")
+    settings = {name: getattr(args, name) for name in names}
+    runs = _follow(train(kinds, model, data, **settings), args.epochs)
+
+    native = runs[0] if len(runs) > 1 else None
+    results = {run.kind: _result(run, native, data, args.loss) for run in runs}
+    print(*_table(results), sep="\n", flush=True)
+    try:
+        if args.json:
+            _write_json(args, results)
+        if args.plot:
+            with replacing(args.plot) as path:
+                losses = {run.kind: run.losses for run in runs}
+                plots.loss_curves(losses, title).savefig(path)
+    except OSError as error:
+        args.fail(str(error))
+
+
+def _follow(epochs: Iterator[list[TrainingRun]], total: int) -> list[TrainingRun]:
+    """Print a line after each epoch; below, in a long run on a terminal, a progress bar."""
+    may_have_bar = sys.stderr.isatty() and find_spec("tqdm")
+    bar: Any = None
+    started = time.monotonic()
+    runs: list[TrainingRun] = []
+    try:
+        for epoch, runs in enumerate(epochs):
+            names = [run.kind for run in runs] if len(runs) > 1 else ["loss"]
+            losses = (f"{n}: {run.losses[-1]:.4f}" for n, run in zip(names, runs, strict=True))
+            with bar.external_write_mode() if bar else nullcontext():
+                print(f"epoch: {epoch}", *losses, flush=True)
+            if bar:
+                bar.update()
+            elif may_have_bar and time.monotonic() - started > BAR_AFTER:
+                from tqdm import tqdm
+
+                bar = tqdm(total=total, initial=epoch + 1, unit="epoch", leave=False)
+    finally:
+        if bar:
+            bar.close()
+    return runs
+
+
+def _result(
+    run: TrainingRun, native: TrainingRun | None, data: Dataset, loss: str
+) -> dict[str, Any]:
+    """The results of a run, compared with `native` if that is given."""
+    result: dict[str, Any] = {"ms_per_epoch": 1e3 * median(run.seconds)}
+    if native:
+        ratios = [n / s for n, s in zip(native.seconds, run.seconds, strict=True)]
+        losses = torch.tensor([run.losses, native.losses], dtype=torch.float64)
+        result["speed_up"] = median(ratios)
+        result["largest_difference"] = (losses[0] - losses[1]).abs().max().item()
+    if data.classes:
+        result["accuracy"] = accuracy(run.model, data.x, data.y, loss)
+        result["held_out"] = accuracy(run.model, data.x_test, data.y_test, loss)
+    return {**result, "losses": run.losses, "seconds": run.seconds}
+
+
+def _table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A row for each kind of layer, with those COLUMNS that the results have."""
+    known = [name for name in COLUMNS if name in next(iter(results.values()))]
+    rows = [["", *(name.replace("_", " ") for name in known)]]
+    for kind, result in results.items():
+        rows.append([kind, *(format(result[name], COLUMNS[name]) for name in known)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
+
+
+def _write_json(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    record = {
+        "args": {name: getattr(args, name) for name in OPTIONS},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "build": build_info(),
+        "results": results,
+    }
+    # JSON has no NaN and no infinity: null.
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    with replacing(args.json) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n")
