@@ -4,7 +4,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-def activations() -> list[str]: ...
+def activations() -> dict[str, dict[str, float]]: ...
+def losses() -> dict[str, dict[str, float]]: ...
+def optimizers() -> dict[str, dict[str, float]]: ...
 def build_info() -> dict[str, Any]: ...
 def cuda_plan(
     M: int,
@@ -52,12 +54,13 @@ class Guards:
     ) -> None: ...
     def holds(self) -> bool: ...
 
-class Run:
+class MlpCall:
     def __init__(
         self,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         activations: Sequence[str],
+        parameters: Sequence[float],
         function: Callable[[Any], Any],
     ) -> None: ...
     @property
@@ -72,13 +75,15 @@ class Trainer:
         parameters: Sequence[Tensor],
         groups: Sequence[int],
         activations: Sequence[str],
+        activation_parameters: Sequence[float],
         loss: str,
         reduction: str,
         loss_weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
+        loss_parameters: Sequence[float],
         optimizer: torch.optim.Optimizer,
-        watch: Guards,
+        optimizer_name: str,
+        optimizer_defaults: dict[str, float],
+        guards: Guards,
     ) -> None: ...
     def is_current(self) -> bool: ...
     def step(self, input: Tensor, target: Tensor, graph: _Graph | None = ...) -> Tensor | None: ...
