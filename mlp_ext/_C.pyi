@@ -75,13 +75,15 @@ class Trainer:
         parameters: Sequence[Tensor],
         groups: Sequence[int],
         activations: Sequence[str],
+        activation_parameters: Sequence[float],
         loss: str,
         reduction: str,
         loss_weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
+        loss_parameters: Sequence[float],
         optimizer: torch.optim.Optimizer,
-        watch: Guards,
+        optimizer_name: str,
+        optimizer_defaults: dict[str, float],
+        guards: Guards,
     ) -> None: ...
     def is_current(self) -> bool: ...
     def step(self, input: Tensor, target: Tensor, graph: _Graph | None = ...) -> Tensor | None: ...

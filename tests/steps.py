@@ -1,4 +1,4 @@
-"""Training steps to compare with eager: networks, losses with targets, options of SGD."""
+"""Training steps to compare with eager: networks, losses with targets, optimizers with options."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -39,9 +39,12 @@ def _probabilities(rows: int, N: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, N, dtype=torch.float64).softmax(1).to(dtype)
 
 
+def _weights(N: int, dtype: torch.dtype) -> Tensor:
+    return torch.linspace(0.5, 1.5, N, dtype=dtype)
+
+
 def _weighted(N: int, dtype: torch.dtype, **options: Any) -> nn.Module:
-    weight = torch.linspace(0.5, 1.5, N, dtype=dtype)
-    return nn.CrossEntropyLoss(weight, label_smoothing=0.1, **options)
+    return nn.CrossEntropyLoss(_weights(N, dtype), label_smoothing=0.1, **options)
 
 
 class Loss(NamedTuple):
@@ -61,8 +64,18 @@ LOSSES = {
     ),
     "probabilities": Loss(lambda N, dtype, **r: nn.CrossEntropyLoss(**r), _probabilities),
     "probabilities-weight-smoothing": Loss(_weighted, _probabilities),
+    "bce-logits-weight": Loss(
+        lambda N, dtype, **r: nn.BCEWithLogitsLoss(pos_weight=_weights(N, dtype), **r), _uniform
+    ),
+    "l1": Loss(lambda N, dtype, **r: nn.L1Loss(**r), _uniform),
+    "smooth-l1": Loss(lambda N, dtype, **r: nn.SmoothL1Loss(beta=0.3, **r), _uniform),
+    "huber": Loss(lambda N, dtype, **r: nn.HuberLoss(delta=0.2, **r), _uniform, nn.Sigmoid),
+    "nll": Loss(lambda N, dtype, **r: nn.NLLLoss(**r), _classes, nn.Sigmoid),
+    "nll-weight": Loss(
+        lambda N, dtype, **r: nn.NLLLoss(_weights(N, dtype), ignore_index=0, **r), _classes, nn.Tanh
+    ),
 }
-OPTIONS: dict[str, dict[str, Any]] = {
+SGD_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "decay": {"weight_decay": 0.1},
     "momentum": {"momentum": 0.9},
@@ -78,6 +91,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tensor-lr": {"lr": torch.tensor(0.5), "momentum": 0.9},
     "foreach": {"foreach": True, "momentum": 0.9},
     "fused": {"fused": True, "nesterov": True, "momentum": 0.9},
+}
+# In float32 eager Adam would round what it computes from it, in any dtype.
+LR = torch.tensor(0.01, dtype=torch.float64)
+# The lr of SGD is for gradients of size 1; the others do not depend on their size.
+OPTIONS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    **{name: (torch.optim.SGD, options) for name, options in SGD_OPTIONS.items()},
+    "adam": (torch.optim.Adam, {}),
+    "adam-betas": (torch.optim.Adam, {"betas": (0.7, 0.9), "eps": 1e-3, "lr": LR}),
+    "adam-decay": (torch.optim.Adam, {"weight_decay": 0.1, "maximize": True}),
+    "adam-decoupled": (torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "adam-amsgrad": (torch.optim.Adam, {"amsgrad": True, "betas": (0.5, 0.6)}),
+    "adam-foreach": (torch.optim.Adam, {"foreach": True}),
+    "adam-fused": (torch.optim.Adam, {"fused": True}),
+    "adamw": (torch.optim.AdamW, {"amsgrad": True}),
+    "adamw-maximize": (torch.optim.AdamW, {"weight_decay": 0.3, "maximize": True}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "rmsprop-momentum": (torch.optim.RMSprop, {"momentum": 0.5, "alpha": 0.8, "eps": 1e-3}),
+    "rmsprop-centered": (
+        torch.optim.RMSprop,
+        {"centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps": 1e-3},
+    ),
+    "rmsprop-maximize": (torch.optim.RMSprop, {"centered": True, "maximize": True, "eps": 1e-3}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "adagrad-decay": (
+        torch.optim.Adagrad,
+        {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1, "eps": 1e-5},
+    ),
+    "adagrad-maximize": (torch.optim.Adagrad, {"maximize": True, "lr": LR}),
+    "adagrad-fused": (torch.optim.Adagrad, {"fused": True}),
 }
 
 
@@ -96,7 +138,7 @@ class Training(NamedTuple):
 
     model: nn.Sequential
     criterion: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     input: Tensor
     target: Tensor
 
@@ -104,19 +146,22 @@ class Training(NamedTuple):
         """A copy in which all that is real is of `dtype`."""
         model, criterion, optimizer, x, y = deepcopy(self)
         y = y.to(dtype) if y.is_floating_point() else y
-        return Training(model.to(dtype), criterion.to(dtype), optimizer, x.to(dtype), y)
+        model.to(dtype)
+        optimizer.load_state_dict(optimizer.state_dict())  # also of `dtype`
+        return Training(model, criterion.to(dtype), optimizer, x.to(dtype), y)
 
     def run(self, make: Make, steps: int) -> Results:
-        """Losses of each step, and parameters and momentum after them, by name."""
+        """Losses of each step, and what state() has after them, by name."""
         step = make(self.model, self.criterion, self.optimizer)
         losses = [step(self.input, self.target) for _ in range(steps)]
         return {"losses": torch.stack(losses), **self.state()}
 
     def state(self) -> Results:
+        """The parameters, and what the optimizer keeps for each."""
         found = {name: p.detach() for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
-            if (buffer := self.optimizer.state.get(p, {}).get("momentum_buffer")) is not None:
-                found[f"momentum of {name}"] = buffer
+            for kind, state in self.optimizer.state.get(p, {}).items():
+                found[f"{kind} of {name}"] = state
         return {name: t.clone() for name, t in found.items()}
 
 
@@ -127,11 +172,13 @@ def training(
     criterion, target, last = LOSSES[loss]
     model = make_net(widths, last).to(dtype)
     N = widths[-1]
-    scale = 1 / (10 + widths[0])  # so that no training is chaotic
-    if reduction == "sum":
-        scale /= rows * N
-    chosen = {"lr": 1.0, **OPTIONS[options]}
-    optimizer = torch.optim.SGD(model.parameters(), **{**chosen, "lr": chosen["lr"] * scale})
+    kind, chosen = OPTIONS[options]
+    if kind is torch.optim.SGD:
+        scale = 1 / (10 + widths[0])  # so that no training is chaotic
+        if reduction == "sum":
+            scale /= rows * N
+        chosen = {**chosen, "lr": chosen.get("lr", 1.0) * scale}
+    optimizer = kind(model.parameters(), **{"lr": 0.01, **chosen})
     input = torch.randn(rows, widths[0], dtype=dtype)
     return Training(
         model, criterion(N, dtype, reduction=reduction), optimizer, input, target(rows, N, dtype)
@@ -156,11 +203,16 @@ def assert_steps_match_eager(training: Training, steps: int, make: Make = TrainS
     return found
 
 
-# As the operator takes them: the last activation, the target, loss_weight.
-SMALL_LOSSES: dict[str, tuple[str, Callable[..., Tensor], Tensor | None]] = {
-    "mse": ("sigmoid", _uniform, None),
-    "bce": ("sigmoid", _uniform, None),
-    "bce_with_logits": ("identity", _uniform, None),
-    "cross_entropy-classes": ("identity", _classes, torch.tensor([0.5, 2.0])),
-    "cross_entropy-probabilities": ("tanh", _probabilities, torch.tensor([0.5, 2.0])),
+# As the operator takes them: the last activation, the target, loss_weight, loss_parameters.
+SmallLoss = tuple[str, Callable[..., Tensor], Tensor | None, list[float]]
+SMALL_LOSSES: dict[str, SmallLoss] = {
+    "mse": ("sigmoid", _uniform, None, []),
+    "bce": ("sigmoid", _uniform, None, []),
+    "bce_with_logits": ("identity", _uniform, torch.tensor([0.5, 2.0]), []),
+    "l1": ("tanh", _uniform, None, []),
+    "smooth_l1": ("gelu", _uniform, None, [0.5]),
+    "huber": ("identity", _uniform, None, [0.5]),
+    "cross_entropy-classes": ("identity", _classes, torch.tensor([0.5, 2.0]), [-100, 0.1]),
+    "cross_entropy-probabilities": ("tanh", _probabilities, torch.tensor([0.5, 2.0]), [-100, 0.1]),
+    "nll": ("silu", _classes, torch.tensor([0.5, 2.0]), [-100]),
 }

@@ -1,0 +1,292 @@
+"""Reads model, criterion and optimizer into a Trainer: what TrainStep accepts and refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.optim import optimizer as optim_optimizer
+
+from mlp_ext import _C
+from mlp_ext.fuse import chains
+from mlp_ext.nn import (
+    DTYPES,
+    MODULE_CODE,
+    Activation,
+    FusedActivation,
+    LinearAct,
+    activation_of,
+    option_items,
+    type_name,
+)
+from mlp_ext.sequential import Sequential
+
+# Of each criterion its name in csrc/math/losses.h, and the buffer that is its loss_weight.
+LOSSES: dict[type[nn.Module], tuple[str, str | None]] = {
+    nn.MSELoss: ("mse", None),
+    nn.BCELoss: ("bce", None),
+    nn.BCEWithLogitsLoss: ("bce_with_logits", "pos_weight"),
+    nn.L1Loss: ("l1", None),
+    nn.SmoothL1Loss: ("smooth_l1", None),
+    nn.HuberLoss: ("huber", None),
+    nn.CrossEntropyLoss: ("cross_entropy", "weight"),
+    nn.NLLLoss: ("nll", "weight"),
+}
+# Of each optimizer its name in csrc/math/optimizers.h, and numbers for which an older torch, whose
+# class has no such setting, means other than the default there.
+OPTIMIZERS: dict[type[torch.optim.Optimizer], tuple[str, dict[str, float]]] = {
+    torch.optim.SGD: ("sgd", {}),
+    torch.optim.Adam: ("adam", {}),
+    torch.optim.AdamW: ("adam", {"decoupled_weight_decay": 1.0}),
+    torch.optim.RMSprop: ("rmsprop", {}),
+    torch.optim.Adagrad: ("adagrad", {}),
+}
+LINEARS: list[type[nn.Module]] = [nn.Linear, *LinearAct.by_module.values()]
+INSTEAD = "use the eager loop, with mlp_ext.fuse(model)"
+
+
+def _refuse(error: type[Exception], what: str, instead: str = INSTEAD) -> NoReturn:
+    raise error(f"TrainStep: {what}; {instead}")
+
+
+@dataclass
+class _Layer:
+    path: str
+    parameters: list[nn.Parameter]  # weight, and bias if it has one
+    activation: Activation | None
+
+
+@dataclass
+class _Reading:
+    """What was read so far, and the guards on it."""
+
+    layers: list[_Layer] = field(default_factory=list)
+    items: list[tuple[Any, Any, object]] = field(default_factory=list)
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    types: list[tuple[object, type]] = field(default_factory=list)
+
+    def guard(self, container: dict[Any, Any] | list[Any], keys: Iterable[Any]) -> None:
+        self.items += [(container, key, container[key]) for key in keys]
+
+    def guard_size(self, container: dict[Any, Any] | list[Any]) -> None:
+        self.sizes.append((container, len(container)))
+
+
+def read(
+    model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[_C.Trainer, list[int]]:
+    """The Trainer, and the widths of the model, input first."""
+    reading = _Reading()
+    _read_module("model", model, reading)
+    if not reading.layers:
+        _refuse(TypeError, "model has no Linear")
+    loss = _read_criterion(criterion, reading)
+    parameters = [p for layer in reading.layers for p in layer.parameters]
+    groups = _read_optimizer(optimizer, parameters, reading)
+    activations = [layer.activation or Activation("identity") for layer in reading.layers]
+    trainer = _C.Trainer(
+        parameters,
+        groups,
+        [activation.name for activation in activations],
+        [number for activation in activations for number in activation.parameters],
+        *loss,
+        optimizer,
+        *OPTIMIZERS[type(optimizer)],
+        _C.Guards(reading.items, reading.sizes, reading.types),
+    )
+    weights = [layer.parameters[0] for layer in reading.layers]
+    return trainer, [weights[0].shape[-1], *(weight.shape[0] for weight in weights)]
+
+
+def read_layers(model: nn.Module) -> list[_Layer]:
+    reading = _Reading()
+    _read_module("model", model, reading)
+    return reading.layers
+
+
+# Of a module or an optimizer: what is called beside its own code, and what replaces that code.
+_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_GLOBAL_HOOKS: dict[str, Any] = {
+    "forward pre": nn_module._global_forward_pre_hooks,
+    "forward": nn_module._global_forward_hooks,
+    "backward pre": nn_module._global_backward_pre_hooks,
+    "backward": nn_module._global_backward_hooks,
+    "optimizer pre": optim_optimizer._global_optimizer_pre_hooks,
+    "optimizer post": optim_optimizer._global_optimizer_post_hooks,
+}
+
+
+def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Reading) -> None:
+    """That `thing` runs as its class says."""
+    own = vars(thing)
+    reading.types.append((thing, type(thing)))
+    for name in hooks:
+        if own[name]:
+            _refuse(ValueError, f"{path} has {name.strip('_').replace('_', ' ')}")
+        reading.guard_size(own[name])
+    for name in MODULE_CODE if isinstance(thing, nn.Module) else ("step",):
+        # A scheduler wraps optimizer.step, only to see whether it is called.
+        if name in own and not hasattr(own[name], "_wrapped_by_lr_sched"):
+            _refuse(ValueError, f"{path} has a {name} of its own")
+    reading.guard_size(own)
+    # A dict of children, Parameters or hooks may be replaced by another, as del model[0] does.
+    reading.guard(own, [name for name, value in own.items() if isinstance(value, dict)])
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether it calls its children one after the other."""
+    return chains(module) or chains(module, Sequential)
+
+
+def _read_module(path: str, module: nn.Module, reading: _Reading) -> None:
+    kind, layers = type(module), reading.layers
+    is_activation = kind in LinearAct.by_module
+    holds_place = kind in (nn.Identity, FusedActivation)
+    chain = isinstance(module, nn.Module) and _is_chain(module)
+    if not (chain or kind in LINEARS or is_activation or holds_place):
+        _refuse_module(path, module)
+    _check_code(path, module, _MODULE_HOOKS, reading)
+    reading.items += option_items(module)
+    if chain:
+        reading.guard(module._modules, module._modules)
+        reading.guard_size(module._modules)
+        for key, child in module._modules.items():
+            _read_module(f"{path}.{key}", child, reading)  # type: ignore[arg-type]
+    elif kind in LINEARS:
+        activation = module.read() if isinstance(module, LinearAct) else None
+        layers.append(_Layer(path, _read_parameters(path, module, reading), activation))
+    elif is_activation and not layers:
+        _refuse(ValueError, f"{path}, a {kind.__name__}, comes before any Linear")
+    elif is_activation and layers[-1].activation:
+        what = f"{path}, a {kind.__name__}, follows another activation"
+        _refuse(ValueError, what, "put an nn.Linear between them, or " + INSTEAD)
+    elif is_activation:
+        layers[-1].activation = activation_of(module)
+        if not layers[-1].activation:
+            _refuse(ValueError, f"{path}, {module}, has an option that is not supported")
+
+
+def _refuse_class(path: str, part: object, arguments: str = "") -> None:
+    if isinstance(part, type):
+        what = f"{path} is the class {part.__name__}, not an instance of it"
+        _refuse(TypeError, what, f"pass {part.__name__}({arguments})")
+
+
+def _refuse_module(path: str, module: nn.Module) -> NoReturn:
+    taken = [nn.Sequential, *LINEARS, *LinearAct.by_module, nn.Identity]
+    names = ", ".join(kind.__name__ for kind in taken)
+    _refuse_class(path, module)
+    what = f"{path} is a {type_name(module)}, not exactly one of {names}"
+    if isinstance(module, nn.Module):
+        for inner in ("_orig_mod", "module"):  # of torch.compile; of DataParallel and others
+            if inner in dict(module.named_children()):
+                _refuse(TypeError, what, f"pass its .{inner}, or {INSTEAD}")
+    _refuse(TypeError, what)
+
+
+def _read_parameters(path: str, layer: nn.Module, reading: _Reading) -> list[nn.Parameter]:
+    found: list[nn.Parameter] = []
+    for name in ("weight", "bias"):
+        p = layer._parameters.get(name)
+        if p is None and name == "bias":
+            continue
+        where = f"{path}.{name}"
+        if type(p) is not nn.Parameter:
+            _refuse(TypeError, f"{where} is a {type_name(p)}, not exactly an nn.Parameter")
+        if p.layout is not torch.strided or p.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in DTYPES)
+            what = f"{where} is {p.dtype}, {p.layout}, not torch.strided of {allowed}"
+            _refuse(ValueError, what)
+        for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks):
+            if hooks:
+                _refuse(ValueError, f"{where} has hooks")
+            if hooks is not None:
+                reading.guard_size(hooks)
+        first = next((q for other in reading.layers for q in other.parameters), p)
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            what = f"{where} is {p.dtype} on {p.device}, others {first.dtype} on {first.device}"
+            _refuse(ValueError, what, "move them with model.to()")
+        for other in reading.layers:
+            if any(p is q or p.data_ptr() == q.data_ptr() != 0 for q in other.parameters):
+                _refuse(ValueError, f"{where} is shared with {other.path}")
+        found.append(p)
+    reading.guard(layer._parameters, layer._parameters)
+    reading.guard_size(layer._parameters)
+    return found
+
+
+def _read_criterion(
+    criterion: nn.Module, reading: _Reading
+) -> tuple[str, str, Tensor | None, list[float]]:
+    """The arguments of Trainer from loss to loss_parameters."""
+    _refuse_class("criterion", criterion)
+    if type(criterion) not in LOSSES:
+        names = ", ".join(f"nn.{kind.__name__}" for kind in LOSSES)
+        what = f"criterion is a {type_name(criterion)}, not exactly one of {names}"
+        _refuse(TypeError, what, "use one of these, or the eager loop")
+    _check_code("criterion", criterion, _MODULE_HOOKS, reading)
+    if criterion.reduction not in ("mean", "sum"):
+        what = f"criterion has the reduction {criterion.reduction!r}"
+        _refuse(ValueError, what, "use mean or sum, or the eager loop")
+    loss, weight = LOSSES[type(criterion)]
+    for name, value in criterion._buffers.items():
+        if value is not None and name != weight:
+            what = f"criterion has a {name}, which is not supported for {type(criterion).__name__}"
+            _refuse(ValueError, what, f"leave out {name}, or use the eager loop")
+    own, parameters = vars(criterion), list(_C.losses()[loss])
+    reading.guard(own, ["reduction", *parameters])
+    reading.guard(criterion._buffers, criterion._buffers)
+    for name in parameters:
+        if not isinstance(own[name], (int, float)):
+            _refuse(TypeError, f"criterion has the {name} {own[name]!r}", "make it a number")
+    buffer = criterion._buffers.get(weight) if weight else None
+    return loss, own["reduction"], buffer, [float(own[name]) for name in parameters]
+
+
+def _read_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], reading: _Reading
+) -> list[int]:
+    """Of each parameter the index of its group, or -1."""
+    _refuse_class("optimizer", optimizer, "model.parameters(), lr=...")
+    if type(optimizer) not in OPTIMIZERS:
+        names = ", ".join(f"torch.optim.{kind.__name__}" for kind in OPTIMIZERS)
+        what = f"optimizer is a {type_name(optimizer)}, not exactly one of {names}"
+        inner = getattr(optimizer, "optimizer", None)  # as Lightning's and accelerate's have it
+        if type(inner) in OPTIMIZERS:
+            _refuse(TypeError, what, f"pass its .optimizer, or {INSTEAD}")
+        _refuse(TypeError, what, f"use one of these, or {INSTEAD[4:]}")
+    _check_code("optimizer", optimizer, _OPTIMIZER_HOOKS, reading)
+    for name, hooks in _GLOBAL_HOOKS.items():
+        if hooks:
+            what = f"there are global {name} hooks, as FlopCounterMode sets them"
+            _refuse(ValueError, what, f"remove them, or {INSTEAD}")
+        reading.guard_size(hooks)
+    indices: dict[int, int] = {}
+    groups = optimizer.param_groups
+    if not isinstance(groups, list):
+        what = f"optimizer.param_groups is a {type_name(groups)}"
+        _refuse(TypeError, what, "make it a list, as torch.optim does")
+    reading.guard(vars(optimizer), ["param_groups"])
+    reading.guard(groups, range(len(groups)))
+    reading.guard_size(groups)
+    for index, group in enumerate(groups):
+        if not isinstance(group["params"], list):
+            what = f"optimizer.param_groups[{index}]['params'] is a {type_name(group['params'])}"
+            _refuse(TypeError, what, "make it a list, as torch.optim does")
+        for option in ("differentiable", "capturable"):
+            if group.get(option):
+                _refuse(ValueError, f"optimizer.param_groups[{index}] is {option}")
+        reading.guard(group, ["params", *({"differentiable", "capturable"} & group.keys())])
+        reading.guard(group["params"], range(len(group["params"])))
+        reading.guard_size(group["params"])
+        indices.update((id(p), index) for p in group["params"])
+    found = [indices.get(id(p), -1) for p in parameters]
+    if max(found) < 0:
+        what = "optimizer has none of the model's parameters"
+        _refuse(ValueError, what, "make it with model.parameters()")
+    return found
