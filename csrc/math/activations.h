@@ -138,7 +138,7 @@ struct ELU {  // y = z where z > 0, else a (exp z - 1),  dz = dy where z > 0, el
   template <class V>
   MLP_EXT_HOST_DEVICE V backward(V dy, V z) const {
     using std::exp;
-    return where(z <= 0, dy * (V(alpha) * exp(z)), dy);
+    return where(V(0) < z, dy, dy * (V(alpha) * exp(z)));
   }
   template <class Tensor>
   Tensor native(const Tensor& z) const {
@@ -193,7 +193,8 @@ struct SiLU {  // y = z s(z),  dz = dy s (1 + z (1 - s)) with s = sigmoid(z)   (
   }
   template <class Tensor>
   Tensor native_backward(const Tensor& dy, const Tensor& z) const {
-    return silu_backward(dy, z);
+    const Tensor s = sigmoid(z);  // silu_backward has no derivative
+    return dy * s * (1 + z * (1 - s));
   }
 };
 
@@ -333,7 +334,8 @@ struct Mish {  // y = z t,  dz = dy (t + z s (1 - t^2)) with t = tanh(softplus(z
   }
   template <class Tensor>
   Tensor native_backward(const Tensor& dy, const Tensor& z) const {
-    return mish_backward(dy, z);
+    const Tensor t = tanh(softplus(z));  // mish_backward has no derivative
+    return dy * (t + z * sigmoid(z) * (1 - t * t));
   }
 };
 
