@@ -193,7 +193,8 @@ struct SiLU {  // y = z s(z),  dz = dy s (1 + z (1 - s)) with s = sigmoid(z)   (
   }
   template <class Tensor>
   Tensor native_backward(const Tensor& dy, const Tensor& z) const {
-    return silu_backward(dy, z);
+    const Tensor s = sigmoid(z);  // PyTorch's silu_backward has no derivative
+    return dy * (s * (1 + z * (1 - s)));
   }
 };
 
@@ -333,7 +334,8 @@ struct Mish {  // y = z t,  dz = dy (t + z s (1 - t^2)) with t = tanh(softplus(z
   }
   template <class Tensor>
   Tensor native_backward(const Tensor& dy, const Tensor& z) const {
-    return mish_backward(dy, z);
+    const Tensor t = tanh(softplus(z)), s = sigmoid(z);  // PyTorch's mish_backward has no derivative
+    return dy * (t + z * s * (1 - t * t));
   }
 };
 
