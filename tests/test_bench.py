@@ -544,7 +544,7 @@ ERRORS = [
     ),  # 2e19 bytes
     ("--providers jax", "argument --providers: layers has native, native_inplace, compile, "),
     ("--providers fused,", "argument --providers: layers has "),
-    ("--suite train --providers mkldnn", "argument --providers: train has native, cudagraph"),
+    ("--suite train --providers mkldnn", "argument --providers: train has native, native_fused, "),
     ("--activation swish", "argument --activation: invalid choice: 'swish'"),
     ("--suite train --optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
     ("--optimizer adam", "argument --optimizer: layers has none, use --suite train"),
