@@ -11,6 +11,9 @@ from torch import Tensor, nn
 import mlp_ext
 
 Function = Callable[..., Tensor]  # called as linear_act
+# One or two of each kind: applied in registers or to tiles, saving nothing, y or z. Every activation
+# has its values and derivatives in test_activations.py.
+EACH_KIND = ("identity", "relu", "sigmoid", "tanh", "silu")
 Results = dict[str, Tensor]
 
 

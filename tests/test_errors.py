@@ -294,13 +294,14 @@ def backward_arguments() -> Arguments:
         "input": cpu(64, 10),
         "weight": cpu(5, 10),
         "activation": "relu",
+        "parameters": [],
         "output_mask": [True, True, True],
     }
 
 
 def bad_backward() -> Iterator[tuple[Arguments, str]]:
     yield {"activation": "swish"}, "activation"
-    yield {"output": None}, "output"
+    yield {"saved": None}, "saved"
     yield {"input": None}, "input"
     yield {"weight": None}, "weight"
     yield {"grad_output": cpu(64, 4)}, "grad_output"

@@ -197,7 +197,7 @@ def test_only_the_wanted_gradients_are_computed(lowest: str) -> None:
     output, dy = MLP(*arguments), grad_output(arguments)
     with Calls() as calls:
         output.backward(dy)
-    (mask,) = (args[5] for name, args in calls.seen if name == "mlp_ext::_mlp_backward")
+    (mask,) = (args[6] for name, args in calls.seen if name == "mlp_ext::_mlp_backward")
     assert sum(mask) == 1
     twin = learning(arguments, lambda name: name == lowest)
     layers(*twin).backward(dy)
@@ -212,10 +212,10 @@ def test_backward_stops_above_frozen_layers() -> None:
     mask[4] = True
     # Nothing of the lower layers is given, so it could not go on.
     given = ([None, None, None, dy], None, [None] * 4, [None, None, *outputs[2:]])
-    (found,) = BACKWARD(*given, arguments[3], mask)
-    _, expected, _ = layer(dy, outputs[3], outputs[2], None, arguments[3][3], [False, True, False])
+    (found,) = BACKWARD(*given, arguments[3], [], mask)
+    _, expected, _ = layer(dy, outputs[3], outputs[2], None, arguments[3][3], [], [False, True, False])
     assert torch.equal(found, expected)
-    assert BACKWARD(*given, arguments[3], [False] * 9) == []
+    assert BACKWARD(*given, arguments[3], [], [False] * 9) == []
 
 
 def subsets() -> Iterator[frozenset[str]]:
@@ -324,7 +324,7 @@ def test_backward_operator_has_derivatives() -> None:
     x, ws = x.requires_grad_(), [w.requires_grad_() for w in ws]
 
     def function(dy: Tensor, x: Tensor, *ws: Tensor) -> tuple[Tensor, ...]:
-        return tuple(BACKWARD([None, dy], x, list(ws), outputs, activations, [True] * 5))
+        return tuple(BACKWARD([None, dy], x, list(ws), outputs, activations, [], [True] * 5))
 
     assert torch.autograd.gradcheck(function, (dy, x, *ws), fast_mode=True)
 
@@ -381,7 +381,7 @@ def test_opcheck_of_backward(mask: list[bool]) -> None:
     x, ws, bs, activations = stack("tutorial")
     outputs = FORWARD(x, ws, bs, activations)
     dys = [None, grad_output((x, ws, bs, activations))]
-    torch.library.opcheck(BACKWARD, (dys, x, ws, outputs, activations, mask))
+    torch.library.opcheck(BACKWARD, (dys, x, ws, outputs, activations, [], mask))
 
 
 def test_compile_with_a_dynamic_batch_compiles_once() -> None:
@@ -520,18 +520,18 @@ def test_bad_lists_of_the_backward_operator_are_named(place: int) -> None:
     x, ws, bs, activations = stack("tutorial")
     outputs, dy = FORWARD(x, ws, bs, activations), t(10, 1)
     names = ["grad_outputs", "weights", "outputs", "activations", "output_mask"]
-    lists: list[Any] = [[None, dy], ws, outputs, activations, [True] * 5]
+    lists: list[Any] = [[None, dy], ws, outputs, activations, [], [True] * 5]
     lists[place] = lists[place][:-1]
-    dys, ws, outputs, activations, mask = lists
+    dys, ws, outputs, activations, [], mask = lists
     named = names[place] if names[place] != "activations" else "grad_outputs"
     with pytest.raises(ERRORS, match=rf"^_mlp_backward: {named} must have"):
-        BACKWARD(dys, x, ws, outputs, activations, mask)
+        BACKWARD(dys, x, ws, outputs, activations, [], mask)
 
 
 def test_backward_operator_needs_the_last_gradient_and_fitting_ones() -> None:
     x, ws, bs, activations = stack("tutorial")
     outputs = FORWARD(x, ws, bs, activations)
-    rest = (x, ws, outputs, activations, [True] * 5)
+    rest = (x, ws, outputs, activations, [], [True] * 5)
     with pytest.raises(ERRORS, match=r"^_mlp_backward: grad_outputs\[1\], .* must be given"):
         BACKWARD([t(10, 5), None], *rest)
     with pytest.raises(ERRORS, match=r"^_mlp_backward: grad_outputs\[0\] must be \[10, 5\]"):

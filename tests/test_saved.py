@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from references import Function, native
+from references import EACH_KIND, Function, native
 from shapes import ODD, Operands, leaves
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SUBSETS = [mask for mask in product([True, False], repeat=3) if any(mask)]
 
 close = torch.testing.assert_close
-activations = pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+activations = pytest.mark.parametrize("activation", EACH_KIND)
 
 
 def gradients(output: Tensor, tensors: Operands) -> list[Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from references import activated
+from references import EACH_KIND, activated
 from torch import Tensor, nn
 
 import mlp_ext
@@ -109,7 +109,7 @@ TRANSFORMS: dict[str, Callable[[Map, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", EXTREMES, ids=str)
-@pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+@pytest.mark.parametrize("activation", EACH_KIND)
 @pytest.mark.parametrize("stack", [False, True], ids=["layer", "stack"])
 def test_extremal_values_under_every_transform(
     activation: str, dtype: torch.dtype, transform: str, stack: bool

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import Function, Net, native, twins
+from references import EACH_KIND, Function, Net, native, twins
 from shapes import leaves
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,7 +16,7 @@ import mlp_ext
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 close = torch.testing.assert_close
-activations = pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+activations = pytest.mark.parametrize("activation", EACH_KIND)
 
 
 def x_w_b() -> tuple[Tensor, Tensor, Tensor]:

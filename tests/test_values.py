@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from references import assert_matches_native, native
+from references import EACH_KIND, assert_matches_native, native
 from shapes import (
     DTYPES,
     LARGE_SHAPES,
@@ -29,7 +29,7 @@ SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0]
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+@pytest.mark.parametrize("activation", EACH_KIND)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_match_native(shape: Shape, dtype: torch.dtype, activation: str, bias: bool) -> None:
@@ -43,7 +43,7 @@ def test_values_do_not_depend_on_layout(layout: str, operand: str, shape: Shape)
     for dtype in DTYPES:
         arranged = operands(shape, dtype)
         arranged[operand] = LAYOUTS[layout](arranged[operand])
-        for activation in mlp_ext.ACTIVATIONS:
+        for activation in EACH_KIND:
             assert_matches_native(arranged, activation)
 
 
@@ -54,7 +54,7 @@ def test_special_values_match_native(dtype: torch.dtype, operand: str, shape: Sh
     for value in SPECIAL:
         arranged = operands(shape, dtype)
         arranged[operand].flatten()[-3] = value
-        for activation in mlp_ext.ACTIVATIONS:
+        for activation in EACH_KIND:
             assert_matches_native(arranged, activation)
 
 
@@ -78,7 +78,7 @@ def test_activations_keep_their_limits(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+@pytest.mark.parametrize("activation", EACH_KIND)
 def test_activation_is_accurate_over_its_range(activation: str, dtype: torch.dtype) -> None:
     """Relative accuracy, so that the small outputs of a sigmoid or tanh are held to it as well."""
     z = torch.linspace(-20, 20, 4001, dtype=torch.float64).to(dtype)
@@ -109,7 +109,7 @@ def test_long_sums_are_accumulated_in_float32_or_better(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+@pytest.mark.parametrize("activation", EACH_KIND)
 def test_half_precision_is_rounded_once(activation: str, dtype: torch.dtype) -> None:
     """Bias and activation are applied before the result is rounded, to within half a unit."""
     arranged, limits = operands(ODD, dtype), torch.finfo(dtype)

@@ -206,7 +206,7 @@ TORCH_LIBRARY(mlp_ext, m) {
   m.def("linear_act(Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters=[]) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
-      "_linear_act_forward(Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters) -> "
+      "_linear_act_forward(Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters=[]) -> "
       "(Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def(

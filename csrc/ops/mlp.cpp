@@ -182,7 +182,7 @@ TORCH_LIBRARY_FRAGMENT(mlp_ext, m) {
       "Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "_mlp_forward(Tensor input, Tensor[] weights, Tensor?[] biases, str[] activations, float[] parameters) -> "
+      "_mlp_forward(Tensor input, Tensor[] weights, Tensor?[] biases, str[] activations, float[] parameters=[]) -> "
       "Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def(
