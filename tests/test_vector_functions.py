@@ -1,6 +1,5 @@
 """The functions of csrc/cpu/simd/vec-inl.h keep the accuracy that they state, on each processor."""
 
-import math
 import subprocess
 from pathlib import Path
 

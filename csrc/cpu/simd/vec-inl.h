@@ -313,13 +313,6 @@ inline Vec<T> polynomial(Vec<T> x, T c, Higher... higher) {  // c + x (...), the
   return polynomial(x, higher...) * x + c;
 }
 
-// x = n ln 2 + r
-template <class T>
-struct Reduced {
-  typename Vec<T>::Bits n;
-  Vec<T> r;
-};
-
 template <class T>
 struct ExpConstants;
 template <>
@@ -337,17 +330,20 @@ struct ExpConstants<double> {
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
 
-// n = round(x / ln 2) is in the low bits of `shifted`, which is C::round + x / ln 2.
+// x = n ln 2 + r with |r| <= ln 2 / 2
 template <class T>
-inline Vec<T> shifted_quotient(Vec<T> x) {
-  return x * Vec<T>(T(1.44269504088896340736)) + ExpConstants<T>::round;
-}
+struct Reduced {
+  typename Vec<T>::Bits n;
+  Vec<T> r;
+};
 template <class T>
-inline Reduced<T> reduce(Vec<T> x, Vec<T> shifted) {
+inline Reduced<T> reduce(Vec<T> x) {
   using C = ExpConstants<T>;
-  using Bits = typename Vec<T>::Bits;
-  const Vec<T> n = shifted - C::round;
-  return {bit_cast<Bits>(shifted.v) - bit_cast<Bits>(Vec<T>(C::round).v), x - n * C::ln2_high - n * C::ln2_low};
+  using V = Vec<T>;
+  using Bits = typename V::Bits;
+  const V shifted = x * V(T(1.44269504088896340736)) + C::round;  // n in the low bits
+  const V n = shifted - C::round;
+  return {bit_cast<Bits>(shifted.v) - bit_cast<Bits>(V(C::round).v), x - n * C::ln2_high - n * C::ln2_low};
 }
 
 template <class T>
@@ -356,7 +352,7 @@ inline Vec<T> power_of_2(typename Vec<T>::Bits n) {
   return Vec<T>(bit_cast<typename Vec<T>::Native>((n + C::bias) << C::mantissa_bits));
 }
 
-inline Vec<float> expm1_reduced(Vec<float> r) {  // exp(r) - 1 on |r| <= 0.5
+inline Vec<float> expm1_reduced(Vec<float> r) {  // exp(r) - 1
   Vec<float> p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -369,9 +365,9 @@ inline Vec<float> exp_reduced(Vec<float> r) { return expm1_reduced(r) + 1; }
 
 // A minimax polynomial, since 2 p / (q - p) of exp_reduced is up to 3.3 ULP from exp(r) - 1.
 inline Vec<double> expm1_reduced(Vec<double> r) {
-  return polynomial(r, 0.5, 0.16666666666667043, 0.041666666666666706, 0.008333333333115835, 0.0013888888888838305,
-                    0.0001984127024503795, 2.4801587444247487e-05, 2.7556993765988116e-06, 2.7557165053280784e-07,
-                    2.5170825436266177e-08, 2.0947265752289673e-09) *
+  return polynomial(r, 0.5, 0.16666666666666677, 0.041666666666666664, 0.008333333333321763, 0.0013888888888886214,
+                    0.00019841269886081215, 2.480158731737065e-05, 2.755724401760971e-06, 2.75572836505668e-07,
+                    2.5109174085467473e-08, 2.091063361947768e-09) *
              (r * r) +
          r;
 }
@@ -394,7 +390,7 @@ inline Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
   x = where(x < Vec<T>(C::low), Vec<T>(C::low), x);
   x = where(Vec<T>(C::high) < x, Vec<T>(C::high), x);
-  const auto [n, r] = reduce(x, shifted_quotient(x));
+  const auto [n, r] = reduce(x);
   const auto half = n >> 1;  // 2^n as two factors, so that neither under- nor overflows
   return exp_reduced(r) * power_of_2<T>(half) * power_of_2<T>(n - half);
 }
@@ -406,9 +402,7 @@ inline Vec<T> expm1(Vec<T> x) {
   const Vec<T> given = x;
   x = where(x < Vec<T>(C::minus_one), Vec<T>(C::minus_one), x);
   x = where(Vec<T>(C::high) < x, Vec<T>(C::high), x);
-  // With n = 0 up to |x| = 0.5: r is then x itself, and nothing cancels where 2^n exp(r) - 1 is small.
-  const auto near_0 = typename Vec<T>::Mask{(x <= T(0.5)).bits & (T(-0.5) <= x).bits};
-  const auto [n, r] = reduce(x, where(near_0, Vec<T>(C::round), shifted_quotient(x)));
+  const auto [n, r] = reduce(x);
   const auto half = n >> 1;
   const Vec<T> inverse = power_of_2<T>(-half) * power_of_2<T>(half - n);  // 2^-n
   const Vec<T> y = (expm1_reduced(r) + (1 - inverse)) * power_of_2<T>(half) * power_of_2<T>(n - half);
