@@ -1,5 +1,5 @@
 // Vec<T>: a processor register of float or double, as GCC and Clang vector extensions, so that one source serves every
-// instruction set; loads and stores that convert 16-bit types; exp and tanh.
+// instruction set; loads and stores that convert 16-bit types; sqrt, exp, expm1, tanh, erf, log and log1p.
 // Wants MLP_EXT_VECTOR_BYTES: 16, 32 (AVX2, FMA, F16C) or 64 (AVX-512 F, BW, VL, DQ).
 #pragma once
 
@@ -283,7 +283,43 @@ inline void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
   }
 }
 
-// ---- functions: range reduction and polynomials of the Cephes library (S. Moshier) ----
+// ---- functions: sqrt ----
+
+// sqrt(x), rounded as std::sqrt is.
+#if MLP_EXT_VECTOR_BYTES == 64
+inline Vec<float> sqrt(Vec<float> x) { return Vec<float>((Vec<float>::Native)_mm512_maskz_sqrt_ps(-1, (__m512)x.v)); }
+inline Vec<double> sqrt(Vec<double> x) {
+  return Vec<double>((Vec<double>::Native)_mm512_maskz_sqrt_pd(-1, (__m512d)x.v));
+}
+#elif MLP_EXT_VECTOR_BYTES == 32
+inline Vec<float> sqrt(Vec<float> x) { return Vec<float>((Vec<float>::Native)_mm256_sqrt_ps((__m256)x.v)); }
+inline Vec<double> sqrt(Vec<double> x) { return Vec<double>((Vec<double>::Native)_mm256_sqrt_pd((__m256d)x.v)); }
+#else
+template <class T>
+inline Vec<T> sqrt(Vec<T> x) {
+  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::sqrt(x.v[i]);
+  return x;
+}
+#endif
+
+// ---- exp, expm1, tanh: range reduction and approximations of the Cephes library (S. Moshier) ----
+
+template <class T>
+inline Vec<T> polynomial(Vec<T>, T c) {
+  return c;
+}
+template <class T, class... Higher>
+inline Vec<T> polynomial(Vec<T> x, T c, Higher... higher) {  // c + x (...), the constant first
+  return polynomial(x, higher...) * x + c;
+}
+
+// y, which has the sign of x except where it is 0. (GCC 12 makes scalar code of one more comparison with x.)
+template <class T>
+inline Vec<T> signed_as(Vec<T> x, Vec<T> y) {
+  using Bits = typename Vec<T>::Bits;
+  const Bits sign = bit_cast<Bits>(x.v) & bit_cast<Bits>(Vec<T>(T(-0.)).v);
+  return Vec<T>(bit_cast<typename Vec<T>::Native>(bit_cast<Bits>(y.v) | sign));
+}
 
 template <class T>
 struct ExpConstants;
@@ -291,23 +327,57 @@ template <>
 struct ExpConstants<float> {
   static constexpr float low = -104.f, high = 89.f, round = 0x1.8p23f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float minus_one = -20.f;  // expm1 rounds to -1 below
   static constexpr int mantissa_bits = 23, bias = 127;
 };
 template <>
 struct ExpConstants<double> {
   static constexpr double low = -746., high = 710., round = 0x1.8p52;
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double minus_one = -40.;
   static constexpr int mantissa_bits = 52, bias = 1023;
 };
 
-inline Vec<float> exp_reduced(Vec<float> r) {  // exp(r) on |r| <= ln 2 / 2
+// x = n ln 2 + r with |r| <= ln 2 / 2
+template <class T>
+struct Reduced {
+  typename Vec<T>::Bits n;
+  Vec<T> r;
+};
+template <class T>
+inline Reduced<T> reduce(Vec<T> x) {
+  using C = ExpConstants<T>;
+  using V = Vec<T>;
+  using Bits = typename V::Bits;
+  const V shifted = x * V(T(1.44269504088896340736)) + C::round;  // n in the low bits
+  const V n = shifted - C::round;
+  return {bit_cast<Bits>(shifted.v) - bit_cast<Bits>(V(C::round).v), x - n * C::ln2_high - n * C::ln2_low};
+}
+
+template <class T>
+inline Vec<T> power_of_2(typename Vec<T>::Bits n) {
+  using C = ExpConstants<T>;
+  return Vec<T>(bit_cast<typename Vec<T>::Native>((n + C::bias) << C::mantissa_bits));
+}
+
+inline Vec<float> expm1_reduced(Vec<float> r) {  // exp(r) - 1
   Vec<float> p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return p * (r * r) + r + 1;
+  return p * (r * r) + r;
+}
+inline Vec<float> exp_reduced(Vec<float> r) { return expm1_reduced(r) + 1; }
+
+// A minimax polynomial, since 2 p / (q - p) of exp_reduced is up to 3.3 ULP from exp(r) - 1.
+inline Vec<double> expm1_reduced(Vec<double> r) {
+  return polynomial(r, 0.5, 0.16666666666666677, 0.041666666666666664, 0.008333333333321763, 0.0013888888888886214,
+                    0.00019841269886081215, 2.480158731737065e-05, 2.755724401760971e-06, 2.75572836505668e-07,
+                    2.5109174085467473e-08, 2.091063361947768e-09) *
+             (r * r) +
+         r;
 }
 
 inline Vec<double> exp_reduced(Vec<double> r) {
@@ -326,17 +396,25 @@ inline Vec<double> exp_reduced(Vec<double> r) {
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
-  using V = Vec<T>;
-  using Bits = typename V::Bits;
-  x = where(x < V(C::low), V(C::low), x);
-  x = where(V(C::high) < x, V(C::high), x);
-  const V shifted = x * V(T(1.44269504088896340736)) + C::round;  // n in the low bits
-  const V n = shifted - C::round;
-  const V r = x - n * C::ln2_high - n * C::ln2_low;
-  const Bits i = bit_cast<Bits>(shifted.v) - bit_cast<Bits>(V(C::round).v);
-  const Bits half = i >> 1;  // 2^n as two factors, so that neither under- nor overflows
-  const auto power = [](Bits e) { return V(bit_cast<typename V::Native>((e + C::bias) << C::mantissa_bits)); };
-  return exp_reduced(r) * power(half) * power(i - half);
+  x = where(x < Vec<T>(C::low), Vec<T>(C::low), x);
+  x = where(Vec<T>(C::high) < x, Vec<T>(C::high), x);
+  const auto [n, r] = reduce(x);
+  const auto half = n >> 1;  // 2^n as two factors, so that neither under- nor overflows
+  return exp_reduced(r) * power_of_2<T>(half) * power_of_2<T>(n - half);
+}
+
+// exp(x) - 1 over the whole range: max 2 ULP, exactly -1 and infinity beyond, NaN for NaN, -0 for -0.
+template <class T>
+inline Vec<T> expm1(Vec<T> x) {
+  using C = ExpConstants<T>;
+  const Vec<T> given = x;
+  x = where(x < Vec<T>(C::minus_one), Vec<T>(C::minus_one), x);
+  x = where(Vec<T>(C::high) < x, Vec<T>(C::high), x);
+  const auto [n, r] = reduce(x);
+  const auto half = n >> 1;
+  const Vec<T> inverse = power_of_2<T>(-half) * power_of_2<T>(half - n);  // 2^-n
+  const Vec<T> y = (expm1_reduced(r) + (1 - inverse)) * power_of_2<T>(half) * power_of_2<T>(n - half);
+  return signed_as(given, y);
 }
 
 inline Vec<float> tanh_small(Vec<float> x) {  // |x| < 0.625
@@ -360,7 +438,7 @@ inline Vec<double> tanh_small(Vec<double> x) {
   return x * s * (p / q) + x;
 }
 
-// tanh(x): within 2 ULP, exactly +-1 beyond, NaN for NaN, -0 for -0.
+// tanh(x): within 2 ULP, exactly +-1 beyond, NaN for NaN, 0 for -0.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> magnitude = where(x < 0, -x, x);
@@ -368,16 +446,105 @@ inline Vec<T> tanh(Vec<T> x) {
   return where(magnitude < T(0.625), tanh_small(x), where(x < 0, -large, large));
 }
 
-// Of losses alone, lane by lane.
+// ---- erf, log, log1p: minimax polynomials, found by Remez's algorithm ----
+
+inline Vec<float> erf_small(Vec<float> x) {  // |x| <= 1: x + x P(x^2)
+  return x * polynomial(x * x, 0.128379166f, -0.376126289f, 0.112836182f, -0.0268551186f, 0.00519071752f,
+                        -0.000803060888f, 7.9198413e-05f) +
+         x;
+}
+inline Vec<double> erf_small(Vec<double> x) {
+  return x * polynomial(x * x, 0.12837916709551256, -0.3761263890318334, 0.11283791670936535, -0.02686617064186817,
+                        0.00522397759582442, -0.0008548325434942274, 0.00012055278848086931, -1.492443168338523e-05,
+                        1.6443709709722242e-06, -1.6180487350618821e-07, 1.3601135084270905e-08,
+                        -7.578217406247188e-10) +
+         x;
+}
+
+// log(1 - erf(x)) on [1, limit], as exactly as 1 - exp() of it needs; from the limit on, erf rounds to 1.
+inline Vec<float> log_erfc(Vec<float> x) {
+  constexpr float limit = 4;
+  return polynomial(where(Vec<float>(limit) < x, Vec<float>(limit), x), -0.000353722658f, -1.12704003f, -0.638225675f,
+                    -0.10303735f, 0.0218053069f, -0.00293960446f, 0.000185573706f);
+}
+inline Vec<double> log_erfc(Vec<double> x) {
+  constexpr double limit = 6;
+  return polynomial(where(Vec<double>(limit) < x, Vec<double>(limit), x), -1.0817706051575695e-06, -1.1283685491109507,
+                    -0.6366682551876709, -0.10263592863162552, 0.018862377386170127, 0.0005878883828554855,
+                    -0.002102438185233161, 0.0009226386957248553, -0.0002321875327112131, 2.8682620496887928e-05,
+                    3.3750006741664593e-06, -2.6106372143177777e-06, 6.75366584540678e-07, -1.064322980880818e-07,
+                    1.0726218784612118e-08, -6.410672733843165e-10, 1.740318834806437e-11);
+}
+
+// erf(x) over the whole range: max 2 ULP, exactly +-1 beyond, NaN for NaN, -0 for -0.
+template <class T>
+inline Vec<T> erf(Vec<T> x) {
+  const Vec<T> magnitude = where(x < 0, -x, x);
+  const Vec<T> large = 1 - exp(log_erfc(magnitude));
+  return where(magnitude < 1, erf_small(x), where(x < 0, -large, large));
+}
+
+// (log((1 + s) / (1 - s)) - 2 s) / s^3 by s^2, for |s| <= 3 - sqrt 8
+inline Vec<float> log_tail(Vec<float> s2) { return polynomial(s2, 0.666667759f, 0.399775684f, 0.298714489f); }
+inline Vec<double> log_tail(Vec<double> s2) {
+  return polynomial(s2, 0.6666666666666735, 0.3999999999940935, 0.28571428743687116, 0.22222198428892137,
+                    0.18183572360251735, 0.1531383200920681, 0.14798260529062057);
+}
+
+template <class T>
+struct LogConstants;
+template <>
+struct LogConstants<float> {
+  static constexpr float ln2_high = 0x1.62e3p-1f, ln2_low = 0x1.2fefa4p-17f;  // n ln2_high is exact
+  static constexpr float smallest_normal = 0x1p-126f;
+  static constexpr int subnormal_shift = 25;
+};
+template <>
+struct LogConstants<double> {
+  static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double smallest_normal = 0x1p-1022;
+  static constexpr int subnormal_shift = 54;
+};
+
+// log(x 2^-shift) + c for normal x > 0 and a small c. x = 2^n (1 + f) with 1 + f in [sqrt 1/2, sqrt 2), and
+// log(1 + f) = f - f^2 / 2 + s (f^2 / 2 + s^2 log_tail(s^2)) with s = f / (2 + f).
+template <class T>
+inline Vec<T> log_plus(Vec<T> x, Vec<T> shift, Vec<T> c) {
+  using C = LogConstants<T>;
+  using E = ExpConstants<T>;
+  using V = Vec<T>;
+  using Bits = typename V::Bits;
+  const Bits bits = bit_cast<Bits>(x.v), root_half = bit_cast<Bits>(V(T(0.70710678118654752440)).v);
+  const Bits exponent = (bits - root_half) >> E::mantissa_bits;
+  const V f = V(bit_cast<typename V::Native>(bits - (exponent << E::mantissa_bits))) - 1;
+  const V n = V(bit_cast<typename V::Native>(bit_cast<Bits>(V(E::round).v) + exponent)) - E::round - shift;
+  const V s = f / (f + 2), s2 = s * s, half = T(0.5) * f * f;
+  return n * C::ln2_high - ((half - (s * (half + s2 * log_tail(s2)) + (n * C::ln2_low + c))) - f);
+}
+
+// y inside the domain, else as std::log at x: -infinity at `pole`, NaN below it, infinity and NaN for themselves.
+template <class T>
+inline Vec<T> log_limits(Vec<T> x, T pole, Vec<T> y) {
+  y = where(x <= pole, where(x < pole, Vec<T>(T(NAN)), Vec<T>(-T(INFINITY))), y);
+  return where(x < T(INFINITY), y, x);
+}
+
+// log(x) over the whole range, subnormals too: max 1 ULP, -infinity at +-0, NaN below and for NaN.
 template <class T>
 inline Vec<T> log(Vec<T> x) {
-  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::log(x.v[i]);
-  return x;
+  constexpr int shift = LogConstants<T>::subnormal_shift;
+  const auto is_subnormal = x < LogConstants<T>::smallest_normal;
+  const Vec<T> normal = where(is_subnormal, x * T(int64_t(1) << shift), x);
+  return log_limits(x, T(0), log_plus<T>(normal, where(is_subnormal, T(shift), 0), 0));
 }
+
+// log(1 + x) over the whole range: max 2 ULP, -infinity at -1, NaN below and for NaN, -0 for -0.
 template <class T>
 inline Vec<T> log1p(Vec<T> x) {
-  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::log1p(x.v[i]);
-  return x;
+  const Vec<T> u = x + 1;
+  const Vec<T> rounded_off = where(x < 1, x - (u - 1), 1 - (u - x));  // 1 + x = u + rounded_off
+  const Vec<T> y = log_limits(x, T(-1), log_plus<T>(u, 0, rounded_off / u));
+  return signed_as(x, y);
 }
 
 template <class T>

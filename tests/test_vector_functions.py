@@ -1,0 +1,40 @@
+"""The functions of csrc/cpu/simd/vec-inl.h keep the accuracy that they state, on each processor."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_kernels import CSRC, compiler
+
+TARGETS = {"DEFAULT": "generic", "AVX2": "avx2", "AVX512": "avx512"}
+MAX_ULP = {"exp": 2, "expm1": 2, "tanh": 2, "erf": 2, "log": 1, "log1p": 2, "sqrt": 0.5}
+
+
+def targets() -> list[str]:
+    """Those that this processor runs."""
+    names = list(TARGETS)
+    capability = torch.backends.cpu.get_cpu_capability()
+    count = names.index(capability) + 1 if capability in names else 1
+    return list(TARGETS.values())[:count]
+
+
+@pytest.mark.parametrize("target", targets())
+def test_errors_stay_within_those_stated(target: str, tmp_path: Path) -> None:
+    """Beside libm in a wider type; special values, signs of zero, overflow and subnormals too."""
+    flags = ["-std=c++20", "-O1", "-ffp-contract=fast", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    source = Path(__file__).parent / "vector_functions.cpp"
+    program = tmp_path / target
+    define = f'-DTARGET="cpu/targets/{target}.h"'
+    compiler(*flags, f"-I{CSRC}", define, source, "-o", program)
+    done = subprocess.run([program], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {(name, dtype) for name, dtype, *_ in lines} == {
+        (name, dtype) for name in MAX_ULP for dtype in ("float", "double")
+    }
+    wrong = [
+        f"{name} {dtype}: {ulp} ULP at {x}"
+        for name, dtype, ulp, x in lines
+        if float(ulp) > MAX_ULP[name]
+    ]
+    assert not wrong, wrong
