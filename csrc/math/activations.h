@@ -1,9 +1,9 @@
 // The activations: forward above backward, the formula on top.
 //
-// One functor serves float and double, the CPU's vectors and CUDA threads: V needs + - * /, < <=, where(), and the
-// functions that the formula names. As a composite of PyTorch's operations it also serves at::Tensor: where PyTorch has
-// the activation itself, `native` and `native_backward` call it (found by argument-dependent lookup), since a formula
-// may be NaN at extreme values where PyTorch's operation and its derivatives are not.
+// One functor serves float and double, the CPU's vectors and CUDA threads: V needs + - * /, < <=, | of comparisons,
+// where(), and the functions that the formula names. As a composite of PyTorch's operations it also serves at::Tensor:
+// where PyTorch has the activation itself, `native` and `native_backward` call it (found by argument-dependent lookup),
+// since a formula may be NaN at extreme values where PyTorch's operation and its derivatives are not.
 #pragma once
 
 #include <algorithm>
@@ -296,7 +296,7 @@ struct Hardtanh {  // y = min(max(z, low), high), NaN stays,  dz = dy where low 
   }
   template <class V>
   MLP_EXT_HOST_DEVICE V backward(V dy, V y) const {
-    return where(y <= V(min_val), 0, where(V(max_val) <= y, 0, dy));
+    return where((y <= V(min_val)) | (V(max_val) <= y), 0, dy);
   }
   template <class Tensor>
   Tensor native(const Tensor& z) const {

@@ -49,6 +49,7 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
   friend Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
   friend Mask operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+  friend Mask operator|(Mask a, Mask b) { return {a.bits | b.bits}; }
   friend Vec where(Mask m, Vec a, Vec b) { return Vec(m.bits ? a.v : b.v); }
 };
 
@@ -545,22 +546,6 @@ inline Vec<T> log1p(Vec<T> x) {
   const Vec<T> rounded_off = where(x < 1, x - (u - 1), 1 - (u - x));  // 1 + x = u + rounded_off
   const Vec<T> y = log_limits(x, T(-1), log_plus<T>(u, 0, rounded_off / u));
   return signed_as(x, y);
-}
-
-template <class T>
-inline Vec<T> expm1(Vec<T> x) {
-  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::expm1(x.v[i]);
-  return x;
-}
-template <class T>
-inline Vec<T> erf(Vec<T> x) {
-  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::erf(x.v[i]);
-  return x;
-}
-template <class T>
-inline Vec<T> sqrt(Vec<T> x) {
-  for (int i = 0; i < Vec<T>::lanes; ++i) x.v[i] = std::sqrt(x.v[i]);
-  return x;
 }
 
 }  // namespace
