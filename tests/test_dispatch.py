@@ -79,9 +79,9 @@ def test_opcheck_forward_with_frozen_operands(live: tuple[bool, ...], dtype: tor
 def test_opcheck_backward(activation: str, mask: tuple[bool, ...]) -> None:
     for shape in (ONE_ROW, SMALL, THREE_LEADING):
         x, w, _ = operands(shape).values()
-        output = None if activation == "identity" else native(x, w, None, activation)
-        arguments = (grad_output(shape), output, x if mask[1] else None, w if mask[0] else None)
-        torch.library.opcheck(BACKWARD, (*arguments, activation, mask))
+        saved = None if activation == "identity" else native(x, w, None, activation)
+        arguments = (grad_output(shape), saved, x if mask[1] else None, w if mask[0] else None)
+        torch.library.opcheck(BACKWARD, (*arguments, activation, [], mask))
 
 
 # ---- torch.compile and export ----
