@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 import mlp_ext
 
+# Where z is NaN, PyTorch's derivatives of the others differ between its vectors and their tails:
+# elu's is dy or NaN, hardtanh's is dy or 0.
+SAME_AT_NAN = [a for a in mlp_ext.ACTIVATIONS if a not in ("elu", "selu", "hardtanh")]
+
 Function = Callable[..., Tensor]  # called as linear_act
 Results = dict[str, Tensor]
 
