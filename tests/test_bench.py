@@ -26,6 +26,7 @@ from mlp_ext.bench.providers import PROVIDERS, Provider
 from mlp_ext.bench.rows import COLUMNS, Row, by_provider, geometric_mean, read_csv, write_csv
 from mlp_ext.bench.training import OPTIMIZERS, make_mlp, sgd_step
 from mlp_ext.bench.work import Work, set_up
+from mlp_ext.commands import bench as bench_command
 from mlp_ext.commands.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -432,7 +433,7 @@ def test_table_has_a_line_for_each_case(capsys: pytest.CaptureFixture[str]) -> N
     title, _, heading, *lines = out.splitlines()
     assert title == f"train step relu sgd float32 on {machine.device_name('cpu')}, 1 thread"
     assert heading.split() == ["native", "fused"]
-    number, ratio = r"\d[\d.e+]* [um]?s", r"\d+\.\d\dx"
+    number, ratio = r"\d[\d.e+]* [mun]?s", r"\d+\.\d\dx"
     for case, line in zip(("10-5-1@10", "3-2@4"), lines, strict=False):
         assert re.fullmatch(f"{case} +{number} +{number} +{ratio}", line)
     assert re.fullmatch(f"geometric mean +{ratio}", lines[2])
@@ -641,6 +642,13 @@ def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "%%" not in out
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.0, "2 s"), (3.14e-3, "3.14 ms"), (1e-6, "1 us"), (3.5e-7, "350 ns")]
+)
+def test_time_has_a_unit(seconds: float, text: str) -> None:
+    assert bench_command._time(seconds) == text
+
+
 # --- Where it was measured ---
 
 
@@ -791,7 +799,7 @@ def test_drawing_again_has_errors_of_one_line(
 def test_benchmarks_run_under_their_names() -> None:
     pytest.importorskip("pytest_benchmark")
     options = ["--benchmark-only", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-v"]
-    chosen = ["-k", "fused and relu and (10x10x5 or 10-5-1)"]
+    chosen = ["-k", "fused and relu and not native_fused and (10x10x5 or 10-5-1)"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/"]
     env = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(

@@ -133,7 +133,7 @@ def test_every_loss_optimizer_and_activation_trains_alike_with_all_layers(
 def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     path = tmp_path / "run.json"
-    args = "train --layers all --data digits --hidden 8,6 --epochs 3 --lr 0.5 --batch-size 50"
+    args = "train --layers all --data digits --hidden 8,6 --epochs 3 --lr 0.01 --batch-size 50"
     args += " --activation tanh --loss cross_entropy --optimizer adamw"
     assert main([*args.split(), "--seed", "4", "--dtype", "float64", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
@@ -145,7 +145,7 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         "loss": "cross_entropy",
         "optimizer": "adamw",
         "epochs": 3,
-        "lr": 0.5,
+        "lr": 0.01,
         "batch_size": 50,
         "seed": 4,
         "device": "cpu",
@@ -162,7 +162,7 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         for line, loss in zip(printed, result["losses"], strict=True):
             assert f"{kind}: {loss:.4f}" in line
         differences = [abs(a - b) for a, b in zip(result["losses"], native["losses"], strict=True)]
-        assert result["largest_difference"] == max(differences) < 1e-11
+        assert result["largest_difference"] == max(differences) < 1e-9
         assert 0 <= result["accuracy"] <= 1
         assert 0 <= result["held_out"] <= 1
         assert result["ms_per_epoch"] == 1e3 * sorted(result["seconds"])[1]

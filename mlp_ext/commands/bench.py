@@ -194,7 +194,8 @@ def _cell(row: Row) -> str:
 
 
 def _time(seconds: float) -> str:
-    scale, unit = next((s, u) for s, u in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * s >= 1)
+    units = ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
+    scale, unit = next((s, u) for s, u in units if seconds * s >= 1)
     return f"{seconds * scale:.3g} {unit}"
 
 
