@@ -74,6 +74,14 @@ def test_batches_are_the_eager_loops(order: str, batch_size: int | None, reducti
     assert ours["losses"].shape == (4,)
 
 
+@pytest.mark.parametrize("options", ["adam-amsgrad", "rmsprop-centered", "adagrad-decay"])
+@pytest.mark.parametrize("batch_size", [None, 32])
+def test_every_optimizer_counts_its_steps(batch_size: int | None, options: str) -> None:
+    part = training("3-17-5@100", "huber", options, torch.float64)
+    eager, ours = both(part, epochs=6, batch_size=batch_size, shuffle=batch_size is not None)
+    torch.testing.assert_close(ours, eager)
+
+
 def test_rows_of_many_bytes_are_shuffled_in_parts() -> None:
     """Batches of 70 rows, of which 8 MiB hold several and not all."""
     part = training("3-17-5@100", "mse", "plain", torch.float64)
@@ -196,8 +204,9 @@ def test_largest_batch_size_is_one_batch(shuffle: bool) -> None:
         trainer.fit(*part[3:], 3, 0, shuffle, None, None)
 
 
-def test_error_on_the_way_leaves_the_last_finished_step() -> None:
-    part = training("3-17-5@100", "classes", "momentum", torch.float64)
+@pytest.mark.parametrize("options", ["dampening", "adam"])
+def test_error_on_the_way_leaves_the_last_finished_step(options: str) -> None:
+    part = training("3-17-5@100", "classes", options, torch.float64)
     part.target[60] = 5  # no such class
     expected = part.to(torch.float64)
     TrainStep(*expected[:3]).fit(expected.input[:60], expected.target[:60], 1, batch_size=20)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mlp_ext
 from mlp_ext import _C, TrainStep
 from mlp_ext.commands.loop import Step, sgd_step
+from mlp_ext.nn import LinearAct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +113,15 @@ def test_saturated_bce_has_torchs_clamping(dtype: torch.dtype) -> None:
 
     found = assert_steps_match_eager(saturated(), 3)
     assert 10 < found["losses"][0] <= 100
+
+
+@pytest.mark.parametrize("activation", LinearAct.by_module)
+def test_every_activation_is_taken(activation: type[nn.Module]) -> None:
+    layers = [nn.Linear(3, 6), activation(), LinearAct.by_module[activation](6, 5)]
+    model = nn.Sequential(*layers).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    x, y = torch.randn(9, 3).double(), torch.rand(9, 5).double()
+    assert_steps_match_eager(Training(model, nn.MSELoss(), optimizer, x, y), 5)
 
 
 @pytest.mark.filterwarnings("ignore:fuse changed nothing")
@@ -437,19 +447,44 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_changes_are_followed(change: str) -> None:
-    part = training(SMALL, "classes", "plain", torch.float64)
+def follows(part: Training, change) -> None:
+    """A step before, and three after the change, are eager's."""
     found = []
     for make in (sgd_step, TrainStep):
         copy = part.to(torch.float64)
         step = make(*copy[:3])
         losses = [step(*copy[3:])]
-        CHANGES[change](copy)
+        change(copy)
         losses += [step(*copy[3:]) for _ in range(3)]
         found.append({"losses": torch.stack(losses), **copy.state()})
     torch.testing.assert_close(*found)
     assert found[0]["losses"][1] != found[0]["losses"][0]
+
+
+NUMBERS = {
+    "smooth-l1": lambda part: setattr(part.criterion, "beta", 0.0),
+    "huber": lambda part: setattr(part.criterion, "delta", 0.05),
+    "nll-weight": lambda part: setattr(part.criterion, "ignore_index", 1),
+    "bce-logits-weight": lambda part: setattr(
+        part.criterion, "pos_weight", torch.tensor([3.0]).double()
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", NUMBERS)
+def test_numbers_of_the_loss_are_followed(loss: str) -> None:
+    follows(training(SMALL, loss, "adam", torch.float64), NUMBERS[loss])
+
+
+def test_options_of_an_activation_are_followed() -> None:
+    part = training(SMALL, "mse", "adam", torch.float64)
+    part.model[1] = nn.LeakyReLU(0.3)
+    follows(part, lambda part: setattr(part.model[1], "negative_slope", -0.5))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_followed(change: str) -> None:
+    follows(training(SMALL, "classes", "plain", torch.float64), CHANGES[change])
 
 
 # --- Values ---

@@ -107,6 +107,14 @@ def text_as_lr(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.param_groups[0]["lr"] = "0.1"
 
 
+def number_as_step(model: nn.Sequential, optimizer: torch.optim.Adam) -> None:
+    optimizer.state[model[0].weight]["step"] = 1
+
+
+def number_as_betas(model: nn.Sequential, optimizer: torch.optim.Adam) -> None:
+    optimizer.param_groups[0]["betas"] = 0.9
+
+
 def tuple_of_groups(model: nn.Sequential, optimizer: torch.optim.SGD) -> None:
     optimizer.param_groups = tuple(optimizer.param_groups)
 
@@ -123,15 +131,20 @@ def tuple_of_parameters(model: nn.Sequential, optimizer: torch.optim.SGD) -> Non
         (listed_state, "optimizer.state must be a dict, got list"),
         (number_as_state, "entry in optimizer.state must be a dict, got int"),
         (text_as_lr, "optimizer.param_groups has lr = str; it must be a number"),
+        (number_as_step, "a step in optimizer.state must be a tensor, got int"),
+        (number_as_betas, "optimizer.param_groups has betas = float; it must be a tuple of num"),
         (tuple_of_groups, "param_groups is a builtins.tuple; make it a list"),
         (tuple_of_parameters, r"param_groups\[0\]\['params'\] is a builtins.tuple"),
     ],
 )
 def test_what_cannot_be_updated_changes_nothing(
-    breaks: Callable[[nn.Sequential, torch.optim.SGD], None], message: str
+    breaks: Callable[[nn.Sequential, torch.optim.Optimizer], None], message: str
 ) -> None:
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if breaks in (number_as_step, number_as_betas):
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
     breaks(model, optimizer)
     before = deepcopy(model.state_dict())

@@ -12,14 +12,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mlp_ext
 from mlp_ext import TrainStep
+from mlp_ext.nn import LinearAct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOOP = "use the eager loop, with mlp_ext.fuse(model)"
-TAKEN = (
-    "not exactly one of Sequential, Linear, LinearReLU, LinearSigmoid, LinearTanh, ReLU, Sigmoid, "
-    f"Tanh, Identity; {LOOP}"
-)
+LAYERS = ", ".join(kind.__name__ for kind in LinearAct.by_module.values())
+ACTIVATIONS = ", ".join(kind.__name__ for kind in LinearAct.by_module)
+TAKEN = f"not exactly one of Sequential, Linear, {LAYERS}, {ACTIVATIONS}, Identity; {LOOP}"
 OWN = __name__
 
 
@@ -116,9 +116,14 @@ MODELS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         f"model.0 is a torch.nn.modules.flatten.Flatten, {TAKEN}",
     ),
     "other activation": (
-        lambda: sequential(nn.GELU()),
+        lambda: sequential(nn.Softsign()),
         TypeError,
-        f"model.1 is a torch.nn.modules.activation.GELU, {TAKEN}",
+        f"model.1 is a torch.nn.modules.activation.Softsign, {TAKEN}",
+    ),
+    "option of an activation": (
+        lambda: sequential(nn.ELU(alpha="1")),
+        ValueError,
+        f"model.1, ELU(alpha=1), has an option that is not supported; {LOOP}",
     ),
     "own linear": (lambda: MyLinear(4, 4), TypeError, f"model is a {OWN}.MyLinear, {TAKEN}"),
     "own sequential": (
@@ -253,9 +258,16 @@ def test_model_is_refused(name: str) -> None:
     fails(error, message, make(), nn.MSELoss(), optimizer)
 
 
-LOSSES = "not exactly one of nn.MSELoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.CrossEntropyLoss; use"
+LOSSES = (
+    "not exactly one of nn.MSELoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.L1Loss, nn.SmoothL1Loss, "
+    "nn.HuberLoss, nn.CrossEntropyLoss, nn.NLLLoss; use one of these, or the eager loop"
+)
 CRITERIA: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "other": (nn.L1Loss, TypeError, f"criterion is a torch.nn.modules.loss.L1Loss, {LOSSES}"),
+    "other": (
+        nn.KLDivLoss,
+        TypeError,
+        f"criterion is a torch.nn.modules.loss.KLDivLoss, {LOSSES}",
+    ),
     "own": (MyLoss, TypeError, f"criterion is a {OWN}.MyLoss, {LOSSES}"),
     "function": (
         lambda: nn.functional.mse_loss,
@@ -270,17 +282,17 @@ CRITERIA: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "bce weight": (
         lambda: nn.BCELoss(torch.ones(4)),
         ValueError,
-        "criterion has a weight, which is supported for nn.CrossEntropyLoss alone; leave out w",
+        "criterion has a weight, which is not supported for BCELoss; leave out weight, or use",
     ),
     "logits weight": (
         lambda: nn.BCEWithLogitsLoss(torch.ones(4)),
         ValueError,
-        "criterion has a weight, which",
+        "criterion has a weight, which is not supported for BCEWithLogitsLoss; leave out weight",
     ),
-    "pos_weight": (
-        lambda: nn.BCEWithLogitsLoss(pos_weight=torch.ones(4)),
-        ValueError,
-        "criterion has a pos_weight, which is supported for nn.CrossEntropyLoss alone; leave out",
+    "smoothing": (
+        lambda: nn.CrossEntropyLoss(label_smoothing="1"),
+        TypeError,
+        "criterion has the label_smoothing '1'; make it a number",
     ),
     "class": (
         lambda: nn.MSELoss,
@@ -326,29 +338,32 @@ class Wrapped(torch.optim.Optimizer):
         self.optimizer = kind(parameters)
 
 
+TAKEN_OPTIMIZERS = (
+    "not exactly one of torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, "
+    "torch.optim.Adagrad"
+)
 OPTIMIZERS = {
     "wrapped": (
         Wrapped,
         TypeError,
-        f"optimizer is a {OWN}.Wrapped, not exactly a torch.optim.SGD; pass its .optimizer, or use",
+        f"optimizer is a {OWN}.Wrapped, {TAKEN_OPTIMIZERS}; pass its .optimizer, or {LOOP}",
     ),
-    "wrapped adam": (
-        lambda parameters: Wrapped(parameters, torch.optim.Adam),
+    "wrapped other": (
+        lambda parameters: Wrapped(parameters, torch.optim.Adadelta),
         TypeError,
-        f"optimizer is a {OWN}.Wrapped, not exactly a torch.optim.SGD; use torch.optim.SGD, or",
+        f"optimizer is a {OWN}.Wrapped, {TAKEN_OPTIMIZERS}; use one of these, or {LOOP[4:]}",
     ),
     "class": (
         lambda parameters: torch.optim.SGD,
         TypeError,
         "optimizer is the class SGD, not an instance of it; pass SGD(model.parameters(), lr=...)",
     ),
-    "adam": (
-        torch.optim.Adam,
+    "other": (
+        torch.optim.Adadelta,
         TypeError,
-        "optimizer is a torch.optim.adam.Adam, not exactly a torch.optim.SGD; "
-        "use torch.optim.SGD, or the eager loop, with mlp_ext.fuse(model)",
+        f"optimizer is a torch.optim.adadelta.Adadelta, {TAKEN_OPTIMIZERS}; use one of these, or",
     ),
-    "own": (MySGD, TypeError, f"optimizer is a {OWN}.MySGD, not exactly a torch.optim.SGD; use"),
+    "own": (MySGD, TypeError, f"optimizer is a {OWN}.MySGD, {TAKEN_OPTIMIZERS}; use"),
     "pre hook": (
         hooked_optimizer("register_step_pre_hook"),
         ValueError,
@@ -364,6 +379,16 @@ OPTIMIZERS = {
         lambda parameters: torch.optim.SGD(parameters, differentiable=True),
         ValueError,
         f"optimizer.param_groups[0] is differentiable; {LOOP}",
+    ),
+    "differentiable adam": (
+        lambda parameters: torch.optim.AdamW(parameters, differentiable=True),
+        ValueError,
+        f"optimizer.param_groups[0] is differentiable; {LOOP}",
+    ),
+    "capturable": (
+        lambda parameters: torch.optim.RMSprop(parameters, capturable=True),
+        ValueError,
+        f"optimizer.param_groups[0] is capturable; {LOOP}",
     ),
     "of another model": (
         lambda parameters: torch.optim.SGD(sequential().parameters()),
@@ -647,22 +672,35 @@ def test_no_data_in_a_message(call: str, part: Training) -> None:
         assert len(str(caught.value)) < 100
 
 
+@pytest.mark.parametrize("options", ["momentum", "adam"])
 @pytest.mark.parametrize("fit", [False, True], ids=["step", "fit"])
-def test_momentum_of_another_dtype_says_how_to_move_it(fit: bool) -> None:
-    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+def test_state_of_another_dtype_says_how_to_move_it(fit: bool, options: str) -> None:
+    part = training("10-5-1@10", "mse", options, torch.float32)
     TrainStep(*part[:3])(*part[3:])
     part.model.double()
     data = part.input.double(), part.target.double()
     step = TrainStep(*part[:3])
     call = step.fit if fit else step
     message = (
-        "TrainStep: a momentum buffer must be float64 to match input, got float32; "
+        "TrainStep: an optimizer state must be float64 to match input, got float32; "
         "call optimizer.load_state_dict(optimizer.state_dict())"
     )
     with pytest.raises(TypeError, match="^" + re.escape(message)):
         call(*data)
     part.optimizer.load_state_dict(part.optimizer.state_dict())
     call(*data)
+
+
+def test_option_that_needs_a_new_state_is_an_error() -> None:
+    """Where eager raises KeyError."""
+    part = training("10-5-1@10", "mse", "adam", torch.float32)
+    step = TrainStep(*part[:3])
+    step(*part[3:])
+    part.optimizer.param_groups[0]["amsgrad"] = True
+    before = part.state()
+    with pytest.raises(ValueError, match=r"^TrainStep: optimizer.state has no max_exp_avg_sq"):
+        step(*part[3:])
+    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
 
 
 def test_nothing_that_learns_is_an_error(part: Training) -> None:
@@ -683,6 +721,15 @@ def test_what_is_no_probability_is_an_error_of_bce(which: str) -> None:
     with pytest.raises(RuntimeError, match="bce needs outputs and targets between 0 and 1"):
         TrainStep(*part[:3])(*part[3:])
     torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+
+
+def test_failed_first_step_leaves_no_state() -> None:
+    part = training("3-17-5@100", "nll", "adam", torch.float32)
+    part.target[99] = 5
+    for call in (TrainStep(*part[:3]), TrainStep(*part[:3]).fit):
+        with pytest.raises(IndexError, match="target must be classes from 0 to 4"):
+            call(*part[3:])
+    assert not part.optimizer.state
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, -100 + 1])

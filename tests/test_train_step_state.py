@@ -247,13 +247,28 @@ def test_graphs_know_whether_algorithms_must_be_deterministic() -> None:
     assert keys[0] != keys[1] and keys[0] == keys[2]
 
 
+def test_steps_through_graphs_are_counted() -> None:
+    """A captured step counts on copies of the optimizer's counts; set anew, these are followed."""
+    part = training("10-5-1@10", "mse", "adam", torch.float32)
+    plain = part.to(torch.float32)
+    step, trainer = TrainStep(*plain[:3]), TrainStep(*part[:3])._trainer
+    trainer = getattr(trainer, "_trainer", trainer)
+    for i in range(6):
+        if i == 4:
+            for state in (*part.optimizer.state.values(), *plain.optimizer.state.values()):
+                state["step"].fill_(20.0)
+        step(*plain[3:])
+        trainer.step(*part[3:], lambda step, key, *data: step(*data))
+        torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
+
+
 def test_dispatch_modes_see_the_operator() -> None:
     part = training("10-5-1@10", "mse", "momentum", torch.float32)
     step = TrainStep(*part[:3])
     step(*part[3:])
     with Operators() as operators:
         step(*part[3:])
-    assert operators.seen == ["mlp_ext.mlp_sgd_step_.default"]
+    assert operators.seen == ["mlp_ext.mlp_train_step_.default"]
 
 
 def test_state_belongs_to_its_thread() -> None:

@@ -19,6 +19,16 @@ py::object interned(const std::string& text) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text.c_str()));
 }
 
+// Names that are looked up at each step. Never freed: the interpreter may end before.
+struct Keys {
+  const py::handle groups = PyUnicode_InternFromString("param_groups"), state = PyUnicode_InternFromString("state"),
+                   step = PyUnicode_InternFromString("step"), defaults = PyUnicode_InternFromString("defaults");
+};
+const Keys& keys() {
+  static const Keys keys;
+  return keys;
+}
+
 // dict[key], or null.
 py::handle find(py::handle dict, py::handle key) {
   PyObject* const found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
@@ -26,9 +36,9 @@ py::handle find(py::handle dict, py::handle key) {
   return found;
 }
 
-py::handle item(py::handle dict, const char* key) {
-  PyObject* const found = PyDict_GetItemString(dict.ptr(), key);
-  if (!found) throw py::key_error(key);
+py::handle item(py::handle dict, py::handle key) {
+  const py::handle found = find(dict, key);
+  if (!found) throw py::key_error(py::cast<std::string>(key));
   return found;
 }
 
@@ -40,6 +50,7 @@ void check_dict(py::handle object, const char* name) {
 std::string text(py::handle name) { return py::cast<std::string>(name); }
 
 double number(py::handle value, py::handle name) {  // a float, a bool, or a tensor of one element
+  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
   const double found = PyFloat_AsDouble(value.ptr());
   if (found == -1 && PyErr_Occurred()) {
@@ -59,19 +70,10 @@ Tensor state_of(py::handle entry, py::handle name) {
   return THPVariable_Unpack(found.ptr());
 }
 
-bool is_true(py::handle dict, const char* key) {
-  PyObject* const found = PyDict_GetItemString(dict.ptr(), key);
-  return found && PyObject_IsTrue(found) == 1;
-}
-
-const py::object& step_name() {
-  static const py::object& name = *new py::object(interned("step"));  // never freed
-  return name;
-}
-
 // As torch.optim makes it: fused kernels want it beside the parameter.
 Tensor new_step(const Tensor& parameter, py::handle group) {
-  if (is_true(group, "fused")) return at::zeros({}, parameter.options().dtype(at::kFloat));
+  PyObject* const fused = PyDict_GetItemString(group.ptr(), "fused");
+  if (fused && PyObject_IsTrue(fused) == 1) return at::zeros({}, parameter.options().dtype(at::kFloat));
   const bool wide = c10::get_default_dtype_as_scalartype() == at::kDouble;
   return at::zeros({}, at::device(at::kCPU).dtype(wide ? at::kDouble : at::kFloat));
 }
@@ -94,7 +96,7 @@ OptimizerReader::OptimizerReader(const py::object& optimizer, std::string name,
       index_(index_of(name_, Optimizers{})),
       optimizer_(optimizer.attr("__dict__")) {
   for (const Tensor& p : parameters_) python_parameters_.push_back(py::cast(p));
-  const py::handle own_defaults = item(optimizer_, "defaults");
+  const py::handle own_defaults = item(optimizer_, keys().defaults);
   visit(Optimizers{}, index_, [&](auto functor) {
     for (const Parameter& parameter : decltype(functor)::parameters) {
       const std::string full(parameter.name);
@@ -120,7 +122,7 @@ OptimizerState OptimizerReader::read() const {
 
 template <class Functor>
 void OptimizerReader::read_as(OptimizerState& now) const {
-  const py::handle groups = item(optimizer_, "param_groups");
+  const py::handle groups = item(optimizer_, keys().groups), states = item(optimizer_, keys().state);
   py::handle group;
   std::array<double, Functor::parameters.size()> numbers{};
   int64_t read = -1;
@@ -133,7 +135,10 @@ void OptimizerReader::read_as(OptimizerState& now) const {
     }
     now.learning.push_back(static_cast<int64_t>(i));
     now.hyperparameters.append(numbers.begin(), numbers.end());
-    read_parameter<Functor>(i, group, numbers.data(), now);
+    const Functor optimizer = make<Functor>(numbers.data());
+    bool has_states = Functor::counts_steps;
+    for (size_t s = 0; s < Functor::states.size(); ++s) has_states = has_states || optimizer.has_state(s);
+    if (has_states) read_states(i, optimizer, group, states, now);
   }
 }
 
@@ -155,26 +160,29 @@ void OptimizerReader::read_group(py::handle group, double* numbers) const {
 // The states that the parameter has with these numbers, in order. As torch.optim, which makes them all at once; only
 // those of an optimizer that does not count its steps come and go.
 template <class Functor>
-void OptimizerReader::read_parameter(size_t i, py::handle group, const double* numbers, OptimizerState& now) const {
-  const Functor optimizer = make<Functor>(numbers);
-  const py::object entry = entry_of(i);
+void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle group, py::handle states,
+                                  OptimizerState& now) const {
+  check_dict(states, "optimizer.state");
+  const py::handle entry = find(states, python_parameters_[i]);
+  if (entry) check_dict(entry, "each parameter's entry in optimizer.state");
   const bool may_create = !Functor::counts_steps || !entry || PyDict_Size(entry.ptr()) == 0;
-  const auto add = [&](auto& list, const py::object& name, const auto& make_state) {
+  const auto add = [&](auto& list, py::handle name, const auto& make_state) {
     Tensor tensor = state_of(entry, name);
     if (!tensor.defined()) {
       TORCH_CHECK_VALUE(may_create, "TrainStep: optimizer.state has no ", text(name), " of a parameter that it has ",
                         "other states of, as after an option was changed; make a new optimizer");
       tensor = make_state();
-      now.created.push_back({i, name, tensor});
+      now.created.push_back({i, py::reinterpret_borrow<py::object>(name), tensor});
     }
     list.push_back(std::move(tensor));
   };
-  if (Functor::counts_steps) add(now.steps, step_name(), [&] { return new_step(parameters_[i], group); });
+  if (Functor::counts_steps) add(now.steps, keys().step, [&] { return new_step(parameters_[i], group); });
   for (size_t s = 0; s < Functor::states.size(); ++s) {
     if (!optimizer.has_state(s)) continue;
     const size_t before = now.created.size();
     add(now.states, state_names_[s], [&] {
-      const py::handle value = PyDict_GetItemString(item(optimizer_, "defaults").ptr(), "initial_accumulator_value");
+      const py::handle value =
+          PyDict_GetItemString(item(optimizer_, keys().defaults).ptr(), "initial_accumulator_value");
       return at::full_like(parameters_[i], value ? number(value, state_names_[s]) : 0);
     });
     constexpr size_t dampening = index_of_parameter<Functor>("dampening");  // not in the first step
@@ -185,28 +193,19 @@ void OptimizerReader::read_parameter(size_t i, py::handle group, const double* n
   }
 }
 
-// optimizer.state[parameter], null if there is none.
-py::object OptimizerReader::entry_of(size_t parameter) const {
-  const py::handle state = item(optimizer_, "state");
-  check_dict(state, "optimizer.state");
-  const py::handle entry = find(state, python_parameters_[parameter]);
-  if (entry) check_dict(entry, "each parameter's entry in optimizer.state");
-  return py::reinterpret_borrow<py::object>(entry);
-}
-
 void OptimizerReader::finish_step(OptimizerState& now) const {
   keep_created(now);
   for (const auto& [index, value] : now.later) now.hyperparameters[index] = value;
   now.later.clear();
   // torch's schedulers replace optimizer.step by one that notes its first call here, and warn where it is missing.
-  if (PyDict_GetItemString(optimizer_.ptr(), "step")) optimizer_["_opt_called"] = py::bool_(true);
+  if (find(optimizer_, keys().step)) optimizer_["_opt_called"] = py::bool_(true);
 }
 
 // In the order of the groups, as optimizer.step() would have.
 void OptimizerReader::keep_created(OptimizerState& now) const {
   if (now.created.empty()) return;
-  const py::object state = py::reinterpret_borrow<py::object>(item(optimizer_, "state"));
-  for (const py::handle group : item(optimizer_, "param_groups"))
+  const py::object state = py::reinterpret_borrow<py::object>(item(optimizer_, keys().state));
+  for (const py::handle group : item(optimizer_, keys().groups))
     for (const py::handle parameter : group["params"])
       for (const auto& [i, name, tensor] : now.created) {
         if (!parameter.is(python_parameters_[i])) continue;

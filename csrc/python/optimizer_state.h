@@ -55,9 +55,9 @@ class OptimizerReader {
   template <class Functor>
   void read_as(OptimizerState& now) const;
   template <class Functor>
-  void read_parameter(size_t i, pybind11::handle group, const double* numbers, OptimizerState& now) const;
+  void read_states(size_t i, const Functor& optimizer, pybind11::handle group, pybind11::handle states,
+                   OptimizerState& now) const;
   void read_group(pybind11::handle group, double* numbers) const;
-  pybind11::object entry_of(size_t parameter) const;
   void keep_created(OptimizerState& now) const;
 
   const std::vector<at::Tensor>& parameters_;

@@ -15,11 +15,11 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <chrono>
-#include <cmath>
 #include <functional>
 #include <utility>
 
 #include "ops/train.h"
+#include "python/device_steps.h"
 #include "python/guards.h"
 #include "python/optimizer_state.h"
 
@@ -38,51 +38,6 @@ constexpr int64_t kStepsPerCall = 4096;
 // so input has at most so many bytes: where the steps are one launch, and on the CPU, where a call takes about 2 us.
 constexpr int64_t kRepeatedBytes = int64_t(1) << 20, kRepeatedBytesOnCpu = int64_t(16) << 10;
 constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input that are gathered at a time; of an order
-
-// Copies of the optimizer's counts of steps beside the parameters: a captured step reads and advances them there.
-class DeviceSteps {
- public:
-  // Those of the parameters that learn, as the optimizer's are now. Until advance() they may differ from these.
-  c10::SmallVector<Tensor, 16> copies(const OptimizerState& now, const std::vector<Tensor>& parameters) {
-    copies_.resize(parameters.size());
-    c10::SmallVector<Tensor, 16> found;
-    for (size_t k = 0; k < now.steps.size(); ++k) {
-      const Tensor &step = now.steps[k], &parameter = parameters[now.learning[k]];
-      if (!step.is_cpu()) {  // as fused has it
-        found.push_back(step);
-        continue;
-      }
-      Copy& copy = copies_[now.learning[k]];
-      if (!copy.tensor.defined() || copy.tensor.device() != parameter.device())
-        copy = {at::empty({}, parameter.options().dtype(at::kFloat)), NAN};
-      const double count = step.item<double>();
-      if (copy.count != count) copy.tensor.fill_(count);
-      copy.count = NAN;
-      found.push_back(copy.tensor);
-    }
-    return found;
-  }
-
-  // After a step on the copies: the optimizer's own.
-  void advance(const OptimizerState& now) {
-    for (size_t k = 0; k < now.steps.size(); ++k) {
-      const Tensor& step = now.steps[k];
-      if (!step.is_cpu()) continue;
-      if (step.scalar_type() == at::kFloat)
-        *step.mutable_data_ptr<float>() += 1;
-      else
-        *step.mutable_data_ptr<double>() += 1;
-      copies_[now.learning[k]].count = step.item<double>();
-    }
-  }
-
- private:
-  struct Copy {
-    Tensor tensor;
-    double count = NAN;  // that it has; NaN: unknown
-  };
-  std::vector<Copy> copies_;  // of each parameter
-};
 
 // What fit is given beside the rows.
 struct Epochs {
