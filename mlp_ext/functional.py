@@ -20,7 +20,7 @@ def linear_act(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str = "relu",
-    parameters: Sequence[float] = (),
+    parameters: Sequence[float] | None = None,
 ) -> Tensor:
     r"""``activation(input @ weight.T + bias)`` as one operator.
 

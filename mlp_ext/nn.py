@@ -177,7 +177,7 @@ class LinearAct(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         try:
             name, parameters = self.read() if self.options else self.default
-            return _linear_act(input, self.weight, self.bias, name, parameters)
+            return _linear_act(input, self.weight, self.bias, name, parameters or None)
         except CAUGHT as error:
             check_input(type(self).__name__, input, self.weight)
             rename(error, type(self).__name__)

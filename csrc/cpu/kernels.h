@@ -93,8 +93,10 @@ struct Loss {
 struct PointwiseKernels {
   // y = act(z) for z of T and y of S, [rows, columns] each. past_caches: y may be written past the caches.
   void (*act)(const Activation&, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches);
-  // dz = act'(dy, saved) for dy and saved of S and dz of T, which may be dy.
-  void (*grad_z)(const Activation&, ConstMatrix dy, ConstMatrix saved, Matrix dz, int64_t rows, int64_t columns);
+  // dz = act'(dy, saved) for dy and saved of S and dz of T, which may be dy. Adds the sum over the rows, up to
+  // kShortRows of them, to db [columns] of T where it is given.
+  void (*grad_z)(const Activation&, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
+                 int64_t columns);
   // Of the rows of outputs y [rows, N] of T, without gaps: the gradient dy, times the scale; returns the sum of the
   // losses, not scaled; clears `valid` where there must be probabilities and are not. scratch: [rows + 1, N] of T.
   double (*loss)(const Loss&, Range rows, int64_t N, const void* y, void* dy, void* scratch, bool& valid);

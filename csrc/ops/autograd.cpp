@@ -47,8 +47,7 @@ struct LinearAct {
       y = linear_act_below_autograd(input, weight, bias, activation, parameters);
     variable_list results{y};
     if (z.defined()) results.push_back(z);
-    record(kDerivative, {Names({std::string(activation)}), parameters.vec()}, {input, weight, bias.value_or(Tensor())},
-           results,
+    record(kDerivative, {std::string(activation), parameters.vec()}, {input, weight, bias.value_or(Tensor())}, results,
            {needs == Needs::nothing ? Tensor() : results.back(), weight.requires_grad() ? input : Tensor(),
             input.requires_grad() ? weight : Tensor()});
     return outputs;
@@ -68,7 +67,7 @@ struct LinearAct {
         if (t.defined()) sum = sum.defined() ? sum + t : t;
       }
     };
-    add(grads[0], name_at(settings.activations, 0), settings.parameters);
+    add(grads[0], settings.activations.toStringView(), settings.parameters);
     if (grads.size() > 1) add(grads[1], Identity::name, {});
     return result;
   }
@@ -175,13 +174,13 @@ struct Mlp {
   // From the topmost layer that is handed a gradient: the last one, and another only in second derivatives.
   static variable_list backward(const variable_list& grads, const variable_list& saved, const Settings& settings,
                                 const std::vector<bool>& wanted) {
-    const auto layers = layer_activations(settings.activations, settings.parameters);
+    Names activations = settings.activations.to<Names>();
+    const auto layers = layer_activations(activations, settings.parameters);
     const size_t L = layers.size();
     size_t top = L;
     while (top > 0 && !grads[top - 1].defined() && !grads[layers[top - 1].saved].defined()) --top;
 
     variable_list result(wanted.size());
-    Names activations = settings.activations;
     std::vector<double> parameters = settings.parameters;
     if (top < L) {
       activations = activations.copy();
@@ -288,7 +287,7 @@ Tensor mlp_autocast(const Tensor& input, at::TensorList weights, const OptionalT
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) {
-  m.impl("linear_act", linear_act_autograd);
+  m.impl("linear_act", with_optional_parameters<linear_act_autograd>);
   m.impl("_linear_act_forward", linear_act_forward_autograd);
   m.impl("_linear_act_backward", linear_act_backward_autograd);
   m.impl("mlp", mlp_autograd);
@@ -300,11 +299,11 @@ TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) {
 TORCH_LIBRARY_IMPL(mlp_ext, Batched, m) { m.impl("_mlp_backward", mlp_backward_loop); }
 
 TORCH_LIBRARY_IMPL(mlp_ext, AutocastCPU, m) {
-  m.impl("linear_act", linear_act_autocast<c10::kCPU>);
+  m.impl("linear_act", with_optional_parameters<linear_act_autocast<c10::kCPU>>);
   m.impl("mlp", mlp_autocast<c10::kCPU>);
 }
 TORCH_LIBRARY_IMPL(mlp_ext, AutocastCUDA, m) {
-  m.impl("linear_act", linear_act_autocast<c10::kCUDA>);
+  m.impl("linear_act", with_optional_parameters<linear_act_autocast<c10::kCUDA>>);
   m.impl("mlp", mlp_autocast<c10::kCUDA>);
 }
 

@@ -112,7 +112,7 @@ Activation check_linear_act_backward(const at::Tensor& grad_output, const std::o
 at::Tensor linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       std::string_view activation, at::ArrayRef<double> parameters) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mlp_ext::linear_act", "").typed<decltype(linear_act)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("mlp_ext::linear_act", "").typed<LinearActSignature>();
   return op.call(input, weight, bias, activation, parameters);
 }
 
@@ -203,7 +203,7 @@ Gradients linear_act_backward_meta(const at::Tensor& grad_output, const std::opt
 }  // namespace
 
 TORCH_LIBRARY(mlp_ext, m) {
-  m.def("linear_act(Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters=[]) -> Tensor",
+  m.def("linear_act(Tensor input, Tensor weight, Tensor? bias, str activation, float[]? parameters=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "_linear_act_forward(Tensor input, Tensor weight, Tensor? bias, str activation, float[] parameters=[]) -> "
@@ -216,20 +216,20 @@ TORCH_LIBRARY(mlp_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(mlp_ext, CompositeExplicitAutograd, m) {
-  m.impl("linear_act", linear_act_native);
+  m.impl("linear_act", with_optional_parameters<linear_act_native>);
   m.impl("_linear_act_forward", linear_act_forward_native);
   m.impl("_linear_act_backward", linear_act_backward_native);
 }
 
 TORCH_LIBRARY_IMPL(mlp_ext, Meta, m) {
-  m.impl("linear_act", linear_act_meta);
+  m.impl("linear_act", with_optional_parameters<linear_act_meta>);
   m.impl("_linear_act_forward", linear_act_forward_meta);
   m.impl("_linear_act_backward", linear_act_backward_meta);
 }
 
 // Under vmap the native operations bring their own batching rules.
 TORCH_LIBRARY_IMPL(mlp_ext, FuncTorchBatched, m) {
-  m.impl("linear_act", linear_act_native);
+  m.impl("linear_act", with_optional_parameters<linear_act_native>);
   m.impl("_linear_act_forward", linear_act_forward_native);
   m.impl("_linear_act_backward", linear_act_backward_native);
 }

@@ -19,6 +19,18 @@ using Outputs = std::tuple<at::Tensor, at::Tensor>;  // y [*, N], z [*, N]
 // M of [*, columns].
 inline int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
 
+using LinearActSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                                      std::string_view, std::optional<at::ArrayRef<double>>);
+// A kernel of linear_act from a function that takes its parameters without the option of none: from Python an empty
+// list would cost a tenth of a small layer's call.
+template <at::Tensor (*f)(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                          at::ArrayRef<double>)>
+at::Tensor with_optional_parameters(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, std::string_view activation,
+                                    std::optional<at::ArrayRef<double>> parameters) {
+  return f(input, weight, bias, activation, parameters.value_or(at::ArrayRef<double>()));
+}
+
 // y = act(x W^T + b), through the dispatcher.
 at::Tensor linear_act(const at::Tensor& input,                // [*, K]
                       const at::Tensor& weight,               // [N, K]

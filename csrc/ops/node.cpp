@@ -43,7 +43,7 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
   // Compiled autograd: what the node's part of the compiled graph depends on, and how it is written there.
   void compiled_args(CompiledNodeArgs& args) const override {
     args.collect(std::string(derivative_.name));
-    args.collect(c10::IValue(settings_.activations));
+    args.collect(settings_.activations);
     args.collect(settings_.parameters);
     args.collect(saved_, true);  // all are unpacked as outputs of this node are
   }
@@ -52,7 +52,7 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
     swap.before(saved_);
     compiled::PackedArgs packed;
     packed.pack(saved());
-    packed.pack(c10::IValue(settings_.activations));
+    packed.pack(settings_.activations);
     packed.pack(c10::IValue(settings_.parameters));
     packed.pack(wanted());
     std::vector<at::TypePtr> types;
@@ -61,7 +61,7 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
     const auto backward = [d = derivative_](const variable_list& grads, const std::vector<c10::IValue>& values) {
       compiled::PackedArgs packed(values);
       const auto saved = packed.unpack<variable_list>();
-      const auto activations = packed.unpack<c10::IValue>().to<Names>();
+      const auto activations = packed.unpack<c10::IValue>();
       const auto parameters = packed.unpack<c10::IValue>().toDoubleVector();
       return d.backward(grads, saved, {activations, parameters}, packed.unpack<std::vector<bool>>());
     };

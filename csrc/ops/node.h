@@ -13,7 +13,7 @@ namespace mlp_ext {
 
 // What an operator's backward depends on beside tensors.
 struct Settings {
-  Names activations;
+  c10::IValue activations;         // a name, or Names
   std::vector<double> parameters;  // of the activations
 };
 

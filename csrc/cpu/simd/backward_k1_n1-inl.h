@@ -10,20 +10,24 @@
 namespace mlp_ext::cpu {
 namespace {
 
-// K = 1: lanes run along N. scratch: [2, N] of double, [7, N] of T.
+constexpr int64_t kGradZInL1 = 1024;  // elements of dz that are made at a time
+
+// K = 1: lanes run along N. scratch: [2, N] of double, [7, N] and kGradZInL1 of T.
 template <class S, class T = Accumulator<S>>
 void backward_k1(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
   using V = Vec<T>;
   double *const dw_total = static_cast<double*>(scratch), *const db_total = dw_total + b.N;  // [N] each
   T *const w = reinterpret_cast<T*>(db_total + b.N), *const dw_piece = w + b.N, *const db_piece = dw_piece + b.N,
-           *const dz = db_piece + b.N;  // of up to four rows
+           *const dz = db_piece + b.N;
+  const int64_t rows_of_dz = std::max<int64_t>(4, kGradZInL1 / b.N / 4 * 4);
   std::fill(dw_total, db_total + b.N, 0.0);
   for (int64_t n = 0; n < b.N; ++n) w[n] = b.dx.data ? scalar(at<S>(b.w, n, 0)) : T(0);
   for_row_chunks(samples, [&](Range piece) {
     std::fill(dw_piece, db_piece + b.N, T(0));
     for_rows(piece, [&](auto count, int64_t m) {
       constexpr int P = decltype(count)::value;
-      grad_z_rows<S>(b, {m, m + P}, {0, b.N}, dz, b.N);
+      const int64_t row = (m - piece.begin) % rows_of_dz;
+      if (row == 0) grad_z_rows<S>(b, {m, std::min(m + rows_of_dz, piece.end)}, {0, b.N}, dz, b.N);
       V dx[P], x[P];
       for (int p = 0; dw && p < P; ++p) x[p] = scalar(at<S>(b.x, m + p, 0));
       for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
@@ -31,7 +35,7 @@ void backward_k1(const Backward& b, Range samples, void* dw, void* db, void* scr
         V dw_sum, db_sum;
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) {
-          const V v = load(dz + p * b.N + n, lanes);
+          const V v = load(dz + (row + p) * b.N + n, lanes);
           dx[p] = dx[p] + v * wn;
           dw_sum = dw_sum + v * x[p];
           db_sum = db_sum + v;
@@ -53,7 +57,7 @@ template <class S, class T = Accumulator<S>>
 void grad_z_column(const Backward& b, Range rows, T* dz) {
   const bool no_gaps = b.dy.stride == 1 && (!b.saved.data || b.saved.stride == 1);
   pointwise_of<S>().grad_z(*b.activation, {at<S>(b.dy, rows.begin, 0), b.dy.stride},
-                           {b.saved.data ? at<S>(b.saved, rows.begin, 0) : nullptr, b.saved.stride}, {dz, 1},
+                           {b.saved.data ? at<S>(b.saved, rows.begin, 0) : nullptr, b.saved.stride}, {dz, 1}, nullptr,
                            no_gaps ? 1 : rows.size(), no_gaps ? rows.size() : 1);
 }
 

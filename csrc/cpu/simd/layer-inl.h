@@ -266,25 +266,9 @@ struct LayerOf {
   // dz of some rows and up to kColumnsOfRows columns; db is added to totals, where they are given.
   static constexpr int64_t kColumnsOfRows = kTallRowBytes / sizeof(T);
   static void grad_z_and_db(const Backward& b, Range rows, Range columns, T* dz, int64_t stride, double* totals) {
-    constexpr int64_t in_l1 = 1024;  // elements of dz that are made and then added up
-    alignas(kVectorBytes) T db_block[kColumnsOfRows] = {};
-    const int64_t N = columns.size(), step = std::max<int64_t>(4, in_l1 / std::max<int64_t>(1, N) / 4 * 4);
-    for (int64_t begin = rows.begin; begin < rows.end; begin += step) {
-      const Range some{begin, std::min(begin + step, rows.end)};
-      T* const first = dz + (begin - rows.begin) * stride;
-      grad_z_rows<S>(b, some, columns, first, stride);
-      if (!totals) continue;
-      for_rows(some, [&](auto steps, int64_t m) {
-        const T* const row = first + (m - begin) * stride;
-        for_vectors<T>(N, [&](int64_t n, auto lanes) {
-          V sum;
-#pragma GCC unroll 4
-          for (int p = 0; p < decltype(steps)::value; ++p) sum = sum + load(row + p * stride + n, lanes);
-          store(db_block + n, load(db_block + n, lanes) + sum, lanes);
-        });
-      });
-    }
-    if (totals) add_up(totals, db_block, N);
+    alignas(kVectorBytes) T db[kColumnsOfRows] = {};
+    grad_z_rows<S>(b, rows, columns, dz, stride, totals ? db : nullptr);
+    if (totals) add_up(totals, db, columns.size());
   }
 
   // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
@@ -427,7 +411,7 @@ struct LayerOf {
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
   static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +    // dz, x
                                           kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
-  static constexpr int64_t kOneScratch = kOneBreadth * (7 + 2 * sizeof(double) / sizeof(T));
+  static constexpr int64_t kOneScratch = kOneBreadth * (7 + 2 * sizeof(double) / sizeof(T)) + kGradZInL1;
   static constexpr int64_t kWeightScratch = kPackedA<T> + kPackedB<T> + kBiasesPerPiece * sizeof(double) / sizeof(T);
   static_assert(sizeof(T) * std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
   static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);

@@ -17,7 +17,7 @@ double loss_of_rows(const Loss& loss, const Activation& activation, Range rows, 
   T* const y = scratch;
   of_t.act(activation, {z, 0}, {y, 0}, 1, size, false);
   const double total = pointwise_of<S>().loss(loss, rows, N, y, dz, scratch + size, valid);
-  of_t.grad_z(activation, {dz, 0}, {needs_z(activation) ? z : y, 0}, {dz, 0}, 1, size);
+  of_t.grad_z(activation, {dz, 0}, {needs_z(activation) ? z : y, 0}, {dz, 0}, nullptr, 1, size);
   return total;
 }
 

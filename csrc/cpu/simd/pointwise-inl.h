@@ -27,15 +27,26 @@ void act(const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, in
 }
 
 template <class S, class Act>
-void grad_z(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, int64_t rows, int64_t columns) {
+void grad_z(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db_out, int64_t rows,
+            int64_t columns) {
   using T = Accumulator<S>;
   const auto act = get<Act>(activation);
-  for (int64_t m = 0; m < rows; ++m)
+  T* const db = static_cast<T*>(db_out);
+  for_rows({0, rows}, [&](auto count, int64_t m) {
+    constexpr int P = decltype(count)::value;
     for_vectors<T>(columns, [&](int64_t n, auto lanes) {
-      const Vec<T> grad = load(at<S>(dy, m, n), lanes);
-      const Vec<T> operand = std::is_same_v<Act, Identity> ? grad : load(at<S>(saved, m, n), lanes);
-      store(at<T>(dz, m, n), act.backward(grad, operand), lanes);
+      Vec<T> sum;
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const Vec<T> grad = load(at<S>(dy, m + p, n), lanes);
+        const Vec<T> operand = std::is_same_v<Act, Identity> ? grad : load(at<S>(saved, m + p, n), lanes);
+        const Vec<T> v = act.backward(grad, operand);
+        store(at<T>(dz, m + p, n), v, lanes);
+        sum = sum + v;
+      }
+      if (db) store(db + n, load(db + n, lanes) + sum, lanes);
     });
+  });
 }
 
 // ---- losses, of T ----
@@ -189,10 +200,10 @@ void act_table(const Activation& activation, ConstMatrix z, Matrix y, int64_t ro
   table[activation.index](activation, z, y, rows, columns, past_caches);
 }
 template <class S, class... Act>
-void grad_z_table(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, int64_t rows,
+void grad_z_table(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
                   int64_t columns, TypeList<Act...>) {
   static constexpr std::array table{&grad_z<S, Act>...};
-  table[activation.index](activation, dy, saved, dz, rows, columns);
+  table[activation.index](activation, dy, saved, dz, db, rows, columns);
 }
 template <class S, class... Opt>
 void update_table(const Update& u, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns,
@@ -206,9 +217,8 @@ constexpr PointwiseKernels kPointwise{
     [](const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches) {
       act_table<S>(activation, z, y, rows, columns, past_caches, Activations{});
     },
-    [](const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, int64_t rows, int64_t columns) {
-      grad_z_table<S>(activation, dy, saved, dz, rows, columns, Activations{});
-    },
+    [](const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
+       int64_t columns) { grad_z_table<S>(activation, dy, saved, dz, db, rows, columns, Activations{}); },
     loss<S>,
     [](const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
       update_table<S>(update, begin, stride, gradients, rows, columns, Optimizers{});

@@ -91,7 +91,7 @@ struct PanelSteps {
     BackwardTile from(int64_t i, int64_t j) const { return {activation, place(saved, F, i, j), place(dz, F, i, j), F}; }
     void tile(int64_t i, int64_t j, T* sums, int rows, int columns) const {
       pointwise_of<T>().grad_z(*activation, {sums, width}, {place(saved, F, i, j), width}, {place(dz, F, i, j), width},
-                               rows, columns);
+                               nullptr, rows, columns);
     }
   };
 

@@ -82,8 +82,8 @@ struct BlockGemms {
     T* dz;
     void tile(int64_t i, int64_t j, T* sums, int rows, int columns) const {
       const int64_t at = i * kStride + j;
-      pointwise_of<T>().grad_z(*activation, {sums, Tile<T>::columns}, {saved + at, kStride}, {dz + at, kStride}, rows,
-                               columns);
+      pointwise_of<T>().grad_z(*activation, {sums, Tile<T>::columns}, {saved + at, kStride}, {dz + at, kStride},
+                               nullptr, rows, columns);
     }
   };
   // dW += sums
