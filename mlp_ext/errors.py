@@ -58,7 +58,7 @@ def explain_function(
     weight: object,
     bias: object,
     activation: object = "",
-    parameters: object = (),
+    parameters: object = None,
 ) -> None:
     """Raises `error` of linear_act in words of the function `name`; returns if it needs none."""
     check_tensor(name, "input", input)
@@ -79,7 +79,9 @@ def explain_function(
 
 
 def _check_parameters(name: str, activation: str, parameters: object) -> None:
-    """That `parameters` are the numbers that an activation takes, or none."""
+    """That `parameters` are the numbers that an activation takes, or None."""
+    if parameters is None:
+        return
     if not isinstance(parameters, Sequence) or isinstance(parameters, str):
         what = f"parameters must be a list of numbers, got {kind(parameters)}"
         number = isinstance(parameters, (int, float))

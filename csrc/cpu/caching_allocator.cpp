@@ -49,7 +49,7 @@ struct Block {
 };
 using BlockPtr = std::unique_ptr<Block>;
 
-class Waiting {
+class CachedBlocks {
  public:
   // A block of `bytes` to `bytes` and an eighth; nullptr if none waits.
   BlockPtr take(size_t bytes) {
@@ -100,21 +100,21 @@ class Waiting {
   size_t bytes_ = 0;
 };
 
-Waiting& waiting() {
-  static Waiting* const blocks = new Waiting;  // outlives every tensor
+CachedBlocks& cached_blocks() {
+  static CachedBlocks* const blocks = new CachedBlocks;  // outlives every tensor
   return *blocks;
 }
 
 void free_result(void* context) {
   BlockPtr block(static_cast<Block*>(context));
   c10::profiledCPUMemoryReporter().Delete(block->data);
-  waiting().put(std::move(block));
+  cached_blocks().put(std::move(block));
 }
 
-struct ResultAllocator final : c10::Allocator {
+struct CachingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
     if (n < kLeastBytes) return c10::GetCPUAllocator()->allocate(n);
-    BlockPtr block = waiting().take(n);
+    BlockPtr block = cached_blocks().take(n);
     if (!block) block = std::make_unique<Block>(n);
     void* const data = block->data;
     c10::profiledCPUMemoryReporter().New(data, n);
@@ -126,7 +126,7 @@ struct ResultAllocator final : c10::Allocator {
 }  // namespace
 
 at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype) {
-  static auto* const allocator = new ResultAllocator;
+  static auto* const allocator = new CachingAllocator;
   constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
   const at::Tensor result(at::detail::empty_generic(sizes, allocator, cpu, dtype, std::nullopt));
   const auto& context = at::globalContext();
@@ -134,6 +134,6 @@ at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype) {
   return result;
 }
 
-int64_t cached_bytes() { return static_cast<int64_t>(waiting().bytes()); }
+int64_t cached_bytes() { return static_cast<int64_t>(cached_blocks().bytes()); }
 
 }  // namespace mlp_ext::cpu

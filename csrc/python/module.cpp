@@ -64,9 +64,9 @@ size_t parallel_for_threads() {
 }
 
 cpu::DotMode dot_mode(const std::string& name) {
-  const auto place = std::find(std::begin(cpu::kDotModes), std::end(cpu::kDotModes), name);
-  if (place == std::end(cpu::kDotModes)) throw py::value_error("mode must be fma, bf16_dot or amx, got '" + name + "'");
-  return static_cast<cpu::DotMode>(place - std::begin(cpu::kDotModes));
+  const auto found = std::find(std::begin(cpu::kDotModes), std::end(cpu::kDotModes), name);
+  if (found == std::end(cpu::kDotModes)) throw py::value_error("mode must be fma, bf16_dot or amx, got '" + name + "'");
+  return static_cast<cpu::DotMode>(found - std::begin(cpu::kDotModes));
 }
 
 void check_sizes(std::initializer_list<int64_t> sizes) {

@@ -66,7 +66,7 @@ struct BiasAct {
   }
 };
 
-// The same for tiles of sums and any activation; stores z too where it is asked for.
+// The same for tiles of sums and any activation; stores z too where z is given.
 template <class S>
 struct BiasActTile {
   static constexpr bool whole_depth = false, takes_tiles = true;

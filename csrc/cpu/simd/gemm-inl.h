@@ -207,18 +207,18 @@ inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, St
   if (Finish::whole_depth || (stage.first && stage.last))
     return for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) { finish(i + r, j + c, v, lanes); });
   if constexpr (!Finish::whole_depth) {
-    T* const waiting = partial.at(i, j);
+    T* const sums_so_far = partial.at(i, j);
     const int64_t stride = partial.row_stride;
     if (stage.last)
       for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
-        finish(i + r, j + c, v + load(waiting + r * stride + c, lanes), lanes);
+        finish(i + r, j + c, v + load(sums_so_far + r * stride + c, lanes), lanes);
       });
     else if (stage.first)
       for_sums(sums, rows, width,
-               [&](int r, int c, Vec<T> v, auto lanes) { store(waiting + r * stride + c, v, lanes); });
+               [&](int r, int c, Vec<T> v, auto lanes) { store(sums_so_far + r * stride + c, v, lanes); });
     else
       for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
-        store(waiting + r * stride + c, v + load(waiting + r * stride + c, lanes), lanes);
+        store(sums_so_far + r * stride + c, v + load(sums_so_far + r * stride + c, lanes), lanes);
       });
   }
 }
@@ -232,12 +232,12 @@ template <class T, class Finish>
 __attribute__((noinline)) void pass_on_tile(T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
                                             Partial<T> partial, const Finish& finish) {
   if (!Finish::whole_depth && !(stage.first && stage.last)) {
-    T* const waiting = partial.at(i, j);
+    T* const sums_so_far = partial.at(i, j);
     const int64_t stride = partial.row_stride;
-    T* const to = stage.last ? sums : waiting;
+    T* const to = stage.last ? sums : sums_so_far;
     const int64_t to_stride = stage.last ? Tile<T>::columns : stride;
     for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
-      if (!stage.first) v = v + load(waiting + r * stride + c, lanes);
+      if (!stage.first) v = v + load(sums_so_far + r * stride + c, lanes);
       store(to + r * to_stride + c, v, lanes);
     });
     if (!stage.last) return;
@@ -338,9 +338,10 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
         Prefetcher prefetcher;
         if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a, prefetcher);
         prefetcher.pace(ceil_div(mc, Tile<T>::rows) * ceil_div(nc, Tile<T>::columns));
-        const Partial<T> waiting{partial.at(i0, partial.starts_over ? 0 : j0), partial.row_stride, partial.panel_step};
+        const Partial<T> sums_so_far{partial.at(i0, partial.starts_over ? 0 : j0), partial.row_stride,
+                                     partial.panel_step};
         tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth},
-                                              waiting, finish.from(i0, j0), prefetcher);
+                                              sums_so_far, finish.from(i0, j0), prefetcher);
       }
       k0 += kc;
     } while (k0 < depth);

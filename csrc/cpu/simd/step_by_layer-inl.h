@@ -26,28 +26,28 @@ struct PanelSteps {
 
   // Element (feature f, row m) of panels of F features.
   template <class Pointer>
-  static Pointer place(Pointer panels, int64_t F, int64_t f, int64_t m) {
+  static Pointer element(Pointer panels, int64_t F, int64_t f, int64_t m) {
     return panels + (m / width * F + f) * width + m % width;
   }
   static Panels<T> panels(const void* data, int64_t F, int64_t f, int64_t m) {
-    return {place(static_cast<const T*>(data), F, f, m), width, F * width};
+    return {element(static_cast<const T*>(data), F, f, m), width, F * width};
   }
   static Partial<T> partial(T* data, int64_t F, int64_t f, int64_t m) {
-    return {place(data, F, f, m), width, F * width};
+    return {element(data, F, f, m), width, F * width};
   }
 
-  // y = act(z + b), in registers or by tiles, which store z too where it is asked for. The bias is one for each row.
+  // y = act(z + b), in registers or by tiles, which store z too where z is given. The bias is one for each row.
   template <class Act>
   struct Forward {
     static constexpr bool whole_depth = false;
     const T* bias;  // or nullptr
     T* y;
     int64_t F;
-    Forward from(int64_t i, int64_t j) const { return {bias ? bias + i : bias, place(y, F, i, j), F}; }
+    Forward from(int64_t i, int64_t j) const { return {bias ? bias + i : bias, element(y, F, i, j), F}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V z, Lanes lanes) const {
       if (bias) z = z + V(bias[i]);
-      store(place(y, F, i, j), Act{}.forward(z), lanes);
+      store(element(y, F, i, j), Act{}.forward(z), lanes);
     }
   };
   struct ForwardTile {
@@ -63,9 +63,9 @@ struct PanelSteps {
         for_sums(sums, rows, columns, [&](int r, int c, V v, auto lanes) {
           if (bias) v = v + V(bias[i + r]);
           store(sums + r * width + c, v, lanes);
-          if (z) store(place(z, F, i + r, j) + c, v, lanes);
+          if (z) store(element(z, F, i + r, j) + c, v, lanes);
         });
-      pointwise_of<T>().act(*activation, {sums, width}, {place(y, F, i, j), width}, rows, columns, false);
+      pointwise_of<T>().act(*activation, {sums, width}, {element(y, F, i, j), width}, rows, columns, false);
     }
   };
   // dz = act'(dy, saved) of the layer below, in registers or by tiles.
@@ -75,11 +75,11 @@ struct PanelSteps {
     const T* saved;
     T* dz;
     int64_t F;
-    Backward from(int64_t i, int64_t j) const { return {place(saved, F, i, j), place(dz, F, i, j), F}; }
+    Backward from(int64_t i, int64_t j) const { return {element(saved, F, i, j), element(dz, F, i, j), F}; }
     template <class Lanes>
     void operator()(int64_t i, int64_t j, V dy, Lanes lanes) const {
-      const V operand = std::is_same_v<Act, Identity> ? dy : load(place(saved, F, i, j), lanes);
-      store(place(dz, F, i, j), Act{}.backward(dy, operand), lanes);
+      const V operand = std::is_same_v<Act, Identity> ? dy : load(element(saved, F, i, j), lanes);
+      store(element(dz, F, i, j), Act{}.backward(dy, operand), lanes);
     }
   };
   struct BackwardTile {
@@ -88,16 +88,18 @@ struct PanelSteps {
     const T* saved;
     T* dz;
     int64_t F;
-    BackwardTile from(int64_t i, int64_t j) const { return {activation, place(saved, F, i, j), place(dz, F, i, j), F}; }
+    BackwardTile from(int64_t i, int64_t j) const {
+      return {activation, element(saved, F, i, j), element(dz, F, i, j), F};
+    }
     void tile(int64_t i, int64_t j, T* sums, int rows, int columns) const {
-      pointwise_of<T>().grad_z(*activation, {sums, width}, {place(saved, F, i, j), width}, {place(dz, F, i, j), width},
-                               nullptr, rows, columns);
+      pointwise_of<T>().grad_z(*activation, {sums, width}, {element(saved, F, i, j), width},
+                               {element(dz, F, i, j), width}, nullptr, rows, columns);
     }
   };
 
   static void input(const ConstMatrix& x, Range rows, int64_t K, void* out) {
     for (int64_t m = rows.begin; m < rows.end; m += width)
-      pack_panels_transposed<T>(x, 0, K, m, std::min(width, rows.end - m), place(static_cast<T*>(out), K, 0, m));
+      pack_panels_transposed<T>(x, 0, K, m, std::min(width, rows.end - m), element(static_cast<T*>(out), K, 0, m));
   }
 
   // Rows of W that will be packed next: below those from i on, or else further along.
@@ -139,9 +141,9 @@ struct PanelSteps {
     double total = 0;
     for (int64_t m = rows.begin; m < rows.end; m += width) {
       const Range some{m, std::min(m + width, rows.end)};
-      unpack(place(static_cast<const T*>(l.y), l.N, 0, m), l.N, some.size(), z);
+      unpack(element(static_cast<const T*>(l.y), l.N, 0, m), l.N, some.size(), z);
       total += loss_of_rows<T>(loss, activation, some, l.N, z, dz, rest, valid);
-      pack_panels_transposed<T>({dz, l.N}, 0, l.N, 0, some.size(), place(static_cast<T*>(l.dz), l.N, 0, m));
+      pack_panels_transposed<T>({dz, l.N}, 0, l.N, 0, some.size(), element(static_cast<T*>(l.dz), l.N, 0, m));
     }
     return total;
   }
@@ -215,14 +217,14 @@ struct PanelSteps {
         for (int64_t r = 0; r < count; ++r)
           for_vectors<T>(std::min(width, depth - m), [&](int64_t c, auto lanes) {
             store(packed + r * RowsOfA<T>::row_step + m + c,
-                  load(place(static_cast<const T*>(l.dz), l.N, n + r, m0 + m) + c, lanes), lanes);
+                  load(element(static_cast<const T*>(l.dz), l.N, n + r, m0 + m) + c, lanes), lanes);
           });
     };
     const auto pack_x = [&](int64_t m0, int64_t depth, int64_t j, int64_t count, T* packed) {
       if (l.rows_of_x.data) return pack_panels<T>(l.rows_of_x, m0, depth, columns.begin + j, count, packed);
       for (int64_t c = 0; c < count; c += width)
         for (int64_t m = 0; m < depth; m += width) {
-          const T* const corner = place(static_cast<const T*>(l.x), l.K, columns.begin + j + c, m0 + m);
+          const T* const corner = element(static_cast<const T*>(l.x), l.K, columns.begin + j + c, m0 + m);
           pack_panels_transposed<T>({corner, width}, 0, std::min(width, depth - m), 0, std::min(width, count - c),
                                     packed + c * depth + m * width);
         }
@@ -240,7 +242,7 @@ struct PanelSteps {
       for (int64_t c = 0; c < count; ++c) {
         V sum;
         for (int64_t m = 0; m < l.M; m += width) {
-          const T* const dz = place(static_cast<const T*>(l.dz), l.N, range.begin + i + c, m);
+          const T* const dz = element(static_cast<const T*>(l.dz), l.N, range.begin + i + c, m);
           for_vectors<T>(std::min(width, l.M - m), [&](int64_t k, auto n) { sum = sum + load(dz + k, n); });
         }
         db[c] = sum_lanes(sum);

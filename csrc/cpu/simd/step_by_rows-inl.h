@@ -34,7 +34,7 @@ struct BlockGemms {
   using Block = RowsOfBlock<T, width>;
   static constexpr int64_t kStride = Block::row_step;
 
-  // y = act(z + b), in registers or by tiles, which store z too where it is asked for.
+  // y = act(z + b), in registers or by tiles, which store z too where z is given.
   template <class Act>
   struct Forward {
     static constexpr bool whole_depth = true;
