@@ -10,13 +10,9 @@ from torch import Tensor, nn
 
 import mlp_ext
 
-# Where z is NaN, PyTorch's derivatives of the others differ between its vectors and their tails:
-# elu's is dy or NaN, hardtanh's is dy or 0.
-SAME_AT_NAN = [a for a in mlp_ext.ACTIVATIONS if a not in ("elu", "selu", "hardtanh")]
-
 Function = Callable[..., Tensor]  # called as linear_act
-# One or two of each kind: applied in registers or to tiles, saving nothing, y or z. Every activation
-# has its values and derivatives in test_activations.py.
+# One or two of each kind: applied in registers or to tiles, saving nothing, y or z. The values and
+# derivatives of every activation are in test_activations.py.
 EACH_KIND = ("identity", "relu", "sigmoid", "tanh", "silu")
 Results = dict[str, Tensor]
 

@@ -200,8 +200,11 @@ def test_awkward_values_are_those_of_torch(rows: int, dtype: torch.dtype, case: 
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     # Where f(z) is the difference of close numbers, PyTorch's own error is eps of them.
     for actual, reference, double in zip(found, expected, exact, strict=True):
-        # PyTorch's gelu of inf is NaN in float32 and inf in float64: either is right.
+        # PyTorch's gelu of inf is NaN in float32 and inf in float64: either is right. At NaN its
+        # derivatives of elu, selu and hardtanh differ between vectors and the elements after them.
         known = reference.isnan() == double.isnan()
+        if actual is found[1] and name in ("elu", "selu", "hardtanh"):
+            known &= ~z.isnan()
         assert known.double().mean() > 0.9
         close(
             actual[known], reference[known], rtol=8 * eps, atol=max(4 * eps, tiny), equal_nan=True

@@ -144,7 +144,7 @@ def test_only_the_gradients_asked_for_are_computed(
         with Calls() as calls:
             output.backward(dy)
         (call,) = calls.backward
-        assert list(call[5]) == list(subset)
+        assert list(call[6]) == list(subset)
         assert (call[2] is not None, call[3] is not None) == (subset[1], subset[0])
         expected = results(native, arranged, activation, dy)
         for name, live in zip(NAMES, subset, strict=True):

@@ -213,7 +213,9 @@ def test_backward_stops_above_frozen_layers() -> None:
     # Nothing of the lower layers is given, so it could not go on.
     given = ([None, None, None, dy], None, [None] * 4, [None, None, *outputs[2:]])
     (found,) = BACKWARD(*given, arguments[3], [], mask)
-    _, expected, _ = layer(dy, outputs[3], outputs[2], None, arguments[3][3], [], [False, True, False])
+    _, expected, _ = layer(
+        dy, outputs[3], outputs[2], None, arguments[3][3], [], [False, True, False]
+    )
     assert torch.equal(found, expected)
     assert BACKWARD(*given, arguments[3], [], [False] * 9) == []
 
@@ -448,8 +450,8 @@ BAD: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "mlp: activations must have one for each of the 2 weights, got 3",
     ),
     "activation": (
-        lambda: {"activations": ["relu", "gelu"]},
-        "mlp: activations[1] must be one of identity, relu, sigmoid, tanh, got 'gelu'",
+        lambda: {"activations": ["relu", "swish"]},
+        f"mlp: activations[1] must be one of {', '.join(mlp_ext.ACTIVATIONS)}, got 'swish'",
     ),
     "input_0d": (lambda: {"input": t()}, "mlp: input must be [*, K], got a 0-dimensional tensor"),
     "input_width": (
@@ -520,9 +522,9 @@ def test_bad_lists_of_the_backward_operator_are_named(place: int) -> None:
     x, ws, bs, activations = stack("tutorial")
     outputs, dy = FORWARD(x, ws, bs, activations), t(10, 1)
     names = ["grad_outputs", "weights", "outputs", "activations", "output_mask"]
-    lists: list[Any] = [[None, dy], ws, outputs, activations, [], [True] * 5]
+    lists: list[Any] = [[None, dy], ws, outputs, activations, [True] * 5]
     lists[place] = lists[place][:-1]
-    dys, ws, outputs, activations, [], mask = lists
+    dys, ws, outputs, activations, mask = lists
     named = names[place] if names[place] != "activations" else "grad_outputs"
     with pytest.raises(ERRORS, match=rf"^_mlp_backward: {named} must have"):
         BACKWARD(dys, x, ws, outputs, activations, [], mask)
