@@ -6,7 +6,7 @@ import pytest
 import torch
 from references import EACH_KIND, Function, native
 from shapes import ODD, Operands, leaves
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import mlp_ext
@@ -79,3 +79,32 @@ def test_activation_checkpointing_recomputes_it() -> None:
         mlp_ext.linear_act, *tensors.values(), use_reentrant=False
     )
     close(gradients(output, tensors), gradients(native(**tensors), tensors))
+
+
+@pytest.mark.parametrize("level", [None, "layers", "stack"])
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Mish, nn.Softplus, nn.ReLU], ids=str)
+def test_a_model_keeps_no_more_memory_than_native(
+    activation: type[nn.Module], level: str | None
+) -> None:
+    """Bytes that the graph holds, but for parameters and input."""
+
+    def kept(model: nn.Module) -> int:
+        storages: dict[int, int] = {}
+        own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            output = model(x)
+        output.sum().backward()
+        return sum(bytes for pointer, bytes in storages.items() if pointer not in own)
+
+    x = torch.randn(64, 32)
+    layers = [m for _ in range(3) for m in (nn.Linear(32, 32), activation())]
+    model = nn.Sequential(*layers)
+    native = kept(model)
+    found = kept(mlp_ext.fuse(model, level) if level else mlp_ext.Sequential(*layers))
+    assert 0 < found <= native
