@@ -41,7 +41,7 @@ std::optional<at::Tensor> optional(const at::Tensor* t) { return t ? std::option
 // On CUDA torch's own kernels assert it on the device: to ask here would wait, and could not be captured in a graph.
 bool asserted_on_device(const Training& training) { return training.input.is_cuda(); }
 
-// ---- the losses: an overload for each ----
+// ---- the losses: an overload for each that PyTorch has ----
 
 // What they are computed from. The gradient of a loss is what its backward makes of dy = 1.
 struct Operands {
@@ -53,6 +53,25 @@ struct Operands {
   // The gradient of a mean from that of a sum.
   at::Tensor reduced(const at::Tensor& gradient) const { return training.mean ? gradient / y.numel() : gradient; }
 };
+
+// A loss of elements without an overload: its own formula, element by element.
+template <class Loss>
+LossAndGrad native(const Loss& loss, const Operands& o) {
+  static_assert(!is_of_rows<Loss>, "a loss of rows needs an overload");
+  const auto doubles = [](const at::Tensor& t) { return t.to(at::kCPU, at::kDouble).contiguous(); };
+  const at::Tensor* const weight = o.training.loss_weight;
+  const at::Tensor y = doubles(o.y), t = doubles(o.t), w = doubles((weight ? *weight : o.dy).expand_as(o.y)),
+                   dy = at::empty_like(y);
+  double total = 0;
+  for (int64_t i = 0; i < y.numel(); ++i) {
+    const auto at = [i](const at::Tensor& operand) { return operand.const_data_ptr<double>()[i]; };
+    if (is_of_probabilities<Loss> && !(at(y) >= 0 && at(y) <= 1 && at(t) >= 0 && at(t) <= 1)) throw_not_a_probability();
+    total += loss.forward(at(y), at(t), at(w));
+    dy.mutable_data_ptr<double>()[i] = loss.backward(at(y), at(t), at(w));
+  }
+  if (o.training.mean) total /= static_cast<double>(y.numel());
+  return {at::full_like(o.dy, total), o.reduced(dy.to(o.y.options()))};
+}
 
 LossAndGrad native(const MSE&, const Operands& o) {
   return {at::mse_loss(o.y, o.t, o.reduction), at::mse_loss_backward(o.dy, o.y, o.t, o.reduction)};
