@@ -114,8 +114,10 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) bias_
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (m + r * step >= f.M) break;
+      with_functor(act, [&](const auto& act) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) z[r].at[v] = from_accumulator<S>(act.forward(to_accumulator(z[r].at[v]) + bias[v]));
+        for (int v = 0; v < V; ++v) z[r].at[v] = from_accumulator<S>(act.forward(to_accumulator(z[r].at[v]) + bias[v]));
+      });
       store(f.y.at(m + r * step, column), z[r]);
     }
   }
@@ -147,7 +149,8 @@ Launch grad_z_launch(const GradZProblem<S>& g, const Device& device) {
 }
 
 template <class S, class Act, int V>
-__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) grad_z(const GradZProblem<S> g, const Act act) {
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks)
+    grad_z(const GradZProblem<S> g, const Act act) {
   using T = Accumulator<S>;
   using pointwise::kRows;
   using Source = GradZ<S, Act>;

@@ -42,6 +42,14 @@ struct Backward {
 template <class Act>
 constexpr bool kIsAny = std::is_same_v<Act, AnyActivation>;
 
+// f(functor); of AnyActivation the one that was chosen, so that the choice is made outside of the loops of f.
+template <class Act, class F>
+__device__ void with_functor(const Act& act, const F& f) {
+  if constexpr (kIsAny<Act>)
+    visit(act.chosen, f);
+  else
+    f(act);
+}
 // Whether forward has the code that stores z.
 template <class Act>
 constexpr bool kStoresZ = [] {

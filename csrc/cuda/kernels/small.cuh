@@ -170,7 +170,8 @@ Launch small_backward_launch(const Backward<S>& b) {
 
 // dz = act'(dy, saved);  dx = dz W   (M,N)(N,K);  dW = dz^T x   (N,M)(M,K);  db = sum over rows of dz
 template <class S, class Act>
-__global__ void __launch_bounds__(small::kThreads, small::kBlocks<S>) small_backward(const Backward<S> b, const Act act) {
+__global__ void __launch_bounds__(small::kThreads, small::kBlocks<S>)
+    small_backward(const Backward<S> b, const Act act) {
   using T = Accumulator<S>;
   using small::kEdge;
   constexpr int kDepth = small::kBackwardDepth;

@@ -190,6 +190,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
   const int stage_stride = tall::stage_stride<S>(tiles.depth);
   const Rows<S> stage{shared.take<S>(tiles.rows * stage_stride), stage_stride};
   const bool x_vectors = in_vectors(f.x, f.K), y_vectors = tall::in_groups(f.y, f.N);
+  const bool stores_z = kStoresZ<Act> && f.z.data, z_vectors = stores_z && tall::in_groups(f.z, f.N);
   const auto ask = [&](int64_t m, int k0) {
     if (x_vectors)
       tall::ask<kVector<S>>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
@@ -232,12 +233,16 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
       for (int k = 0; k < tall::kDepth && k0 + k < tiles.K; k += kStep) add_product(sum, a, b, k);
     }
     if (!computes) continue;
-    const auto store = [&](const Rows<S>& out, bool vectors, const auto& result) {
-      tall::store_results(out, m + row, tiles.row_groups, f.M, column * kStep, column_step, f.N, vectors, sum, result);
-    };
-    if constexpr (kStoresZ<Act>)
-      if (f.z.data) store(f.z, tall::in_groups(f.z, f.N), [&](T z, int64_t n) { return z + w[bias + n]; });
-    store(f.y, y_vectors, [&](T z, int64_t n) { return act.forward(z + w[bias + n]); });
+#pragma unroll 1
+    for (int i = stores_z ? 0 : 1; i < 2; ++i) {  // z, then y; two calls would spill registers
+      const bool is_z = i == 0;
+      const Rows<S> out{is_z ? f.z.data : f.y.data, is_z ? f.z.stride : f.y.stride};
+      tall::store_results(out, m + row, tiles.row_groups, f.M, column * kStep, column_step, f.N,
+                          is_z ? z_vectors : y_vectors, sum, [&](T z, int64_t n) {
+                            z += w[bias + n];
+                            return is_z ? z : act.forward(z);
+                          });
+    }
   }
 }
 
@@ -255,8 +260,8 @@ __host__ __device__ int64_t tall_backward_part(const Backward<S>& b) {
   return b.N * b.K + b.N;
 }
 
-// dz = act'(dy, saved);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums of
-// dz. Half of the threads make dx; the others keep dW and db in registers from tile to tile.
+// dz = act'(dy, saved);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums
+// of dz. Half of the threads make dx; the others keep dW and db in registers from tile to tile.
 template <class S, class Act>
 __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
     tall_backward(const Backward<S> b, const Act act, const Pointer<Accumulator<S>> parts) {
@@ -269,7 +274,8 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
   const auto x = shared.take<T>(tiles.rows * tiles.width);       // [rows, width]
   const int dz_stage = tall::stage_stride<S>(tiles.depth), x_stage = tall::stage_stride<S>(tiles.width);
   const Rows<S> dy_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage},
-      saved_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage}, x_rows{shared.take<S>(tiles.rows * x_stage), x_stage};
+      saved_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage},
+      x_rows{shared.take<S>(tiles.rows * x_stage), x_stage};
   const bool dz_vectors = in_vectors(b.dy, b.N) && in_vectors(b.saved, b.N), x_vectors = in_vectors(b.x, b.K),
              dx_vectors = tall::in_groups(b.dx, b.K);
   const auto ask = [&](const Rows<S>& stage, int columns, const Rows<const S>& from, int64_t m, bool vectors,
