@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mlp_ext
+from mlp_ext.nn import Activation
+from mlp_ext.ops import PARAMETERS
 
 MODEL = Path(__file__).parent / "cuda_on_cpu"
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 SHARED = 228 * 1024  # bytes of an H100's multiprocessor
-TENSORS = ("x", "w", "bias", "y", "dy", "dx", "dw", "db", "dz")
+TENSORS = ("x", "w", "bias", "y", "z", "dy", "saved", "dx", "dw", "db", "dz")
+NEED_OUTPUT = ("relu", "sigmoid", "tanh", "leaky_relu", "hardtanh")
 
 
 class Buffer(ctypes.Structure):
@@ -37,6 +40,7 @@ class Buffer(ctypes.Structure):
 class Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+        ("parameters", 2 * ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("M", "K", "N")),
         *((name, Buffer) for name in TENSORS),
         *((name, ctypes.c_int64) for name in ("processors", "shared")),
@@ -96,6 +100,7 @@ class Runner(NamedTuple):
         activation: str,
         inputs: dict[str, Tensor | None],
         outputs: dict[str, Tensor],
+        parameters: Sequence[float] = (),
     ) -> None:
         """Fills the outputs, in each order of the threads with the same bits."""
         found = []
@@ -106,6 +111,7 @@ class Runner(NamedTuple):
             problem = Problem(
                 DTYPES.index(dtype),
                 mlp_ext.ACTIVATIONS.index(activation),
+                (*(parameters or PARAMETERS[activation].values()),),
                 *sizes,
                 *(buffer(tensors.get(name)) for name in TENSORS),
                 self.processors,
@@ -128,16 +134,31 @@ def poisoned(like: Tensor, *sizes: int) -> Tensor:
     return like.new_full(sizes, torch.nan)
 
 
-Forward = Callable[[Runner, Tensor, Tensor, Tensor | None, str], Tensor]
+def needs_z(activation: Activation) -> bool:
+    """Whether backward needs z rather than y."""
+    name, parameters = activation
+    negative_slope = name == "leaky_relu" and min(parameters, default=0) < 0
+    return name not in ("identity", *NEED_OUTPUT) or negative_slope
+
+
+# y, and z or None
+Forward = Callable[
+    [Runner, Tensor, Tensor, Tensor | None, Activation], tuple[Tensor, Tensor | None]
+]
 Backward = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
 def own_forward(family: str) -> Forward:
-    def forward(run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        y = poisoned(x, x.shape[0], w.shape[0])
+    def forward(
+        run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation
+    ) -> tuple[Tensor, Tensor | None]:
+        name, parameters = activation
+        outputs = {"y": poisoned(x, x.shape[0], w.shape[0])}
+        if needs_z(activation):
+            outputs["z"] = poisoned(x, x.shape[0], w.shape[0])
         inputs = {"x": x, "w": w, "bias": bias}
-        run(f"{family}_forward", (*x.shape, w.shape[0]), activation, inputs, {"y": y})
-        return y
+        run(f"{family}_forward", (*x.shape, w.shape[0]), name, inputs, outputs, parameters)
+        return outputs["y"], outputs.get("z")
 
     return forward
 
@@ -146,44 +167,54 @@ def own_backward(family: str) -> Backward:
     def backward(
         run: Runner,
         dy: Tensor,
-        y: Tensor,
+        saved: Tensor | None,
         x: Tensor,
         w: Tensor,
-        activation: str,
+        activation: Activation,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        name, parameters = activation
         outputs = {"dx": poisoned(x, *x.shape), "dw": poisoned(w, *w.shape)}
         outputs["db"] = poisoned(w, w.shape[0])
         wanted = {name: t for (name, t), on in zip(outputs.items(), needs, strict=True) if on}
-        inputs = {"dy": dy, "y": y, "x": x, "w": w}
-        run(f"{family}_backward", (*x.shape, w.shape[0]), activation, inputs, wanted)
+        inputs = {"dy": dy, "saved": saved, "x": x, "w": w}
+        run(f"{family}_backward", (*x.shape, w.shape[0]), name, inputs, wanted, parameters)
         return wanted.get("dx"), wanted.get("dw"), wanted.get("db")
 
     return backward
 
 
 def passes_forward(
-    run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    """The pass after a product, in place; the bias is added in it, or was by the product."""
+    run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation
+) -> tuple[Tensor, Tensor | None]:
+    """The pass after a GEMM: in place, where it also adds the bias, or from z to y."""
+    name, parameters = activation
+    sizes = (*x.shape, w.shape[0])
+    if needs_z(activation):
+        z = F.linear(alone(x), alone(w), bias)
+        y = poisoned(z, *z.shape)
+        run("bias_act", sizes, name, {"z": z}, {"y": y}, parameters)
+        return y, z
     y = F.linear(alone(x), alone(w))
-    run("bias_act", (*x.shape, w.shape[0]), activation, {"bias": bias}, {"y": y})
-    return y
+    run("bias_act", sizes, name, {"bias": bias}, {"y": y}, parameters)
+    return y, None
 
 
 def passes_backward(
     run: Runner,
     dy: Tensor,
-    y: Tensor,
+    saved: Tensor | None,
     x: Tensor,
     w: Tensor,
-    activation: str,
+    activation: Activation,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    name, parameters = activation
     outputs = {"dz": poisoned(dy, *dy.shape)} if needs[0] or needs[1] else {}
     if needs[2]:
         outputs["db"] = poisoned(w, w.shape[0])
-    run("grad_z", (*x.shape, w.shape[0]), activation, {"dy": dy, "y": y}, outputs)
+    inputs = {"dy": dy, "saved": saved}
+    run("grad_z", (*x.shape, w.shape[0]), name, inputs, outputs, parameters)
     dz = outputs.get("dz")
     dx = dz @ alone(w) if needs[0] and dz is not None else None
     return dx, dz.t() @ alone(x) if needs[1] and dz is not None else None, outputs.get("db")
@@ -203,10 +234,11 @@ def linear_act(family: str, run: Runner) -> Callable[..., Tensor]:
     class LinearAct(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+            ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation
         ) -> Tensor:
-            y = forward_kernels(run, input, weight, bias, activation)
-            ctx.save_for_backward(y, input, weight)
+            y, z = forward_kernels(run, input, weight, bias, activation)
+            saved = y if z is None else z
+            ctx.save_for_backward(None if activation.name == "identity" else saved, input, weight)
             ctx.activation = activation
             return y
 
@@ -217,9 +249,14 @@ def linear_act(family: str, run: Runner) -> Callable[..., Tensor]:
             return *grads, None
 
     def function(
-        input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu"
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "relu",
+        parameters: Sequence[float] = (),
     ) -> Tensor:
-        return LinearAct.apply(input, weight, bias, activation)  # type: ignore[no-any-return]
+        chosen = Activation(activation, tuple(parameters))
+        return LinearAct.apply(input, weight, bias, chosen)  # type: ignore[no-any-return]
 
     return function
 

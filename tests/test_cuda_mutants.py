@@ -41,9 +41,10 @@ class Mutant(NamedTuple):
 
 
 def source(header: str) -> str:
-    return (CSRC / "cuda" / header).read_text()
+    return (KERNELS / header).read_text()
 
 
+KERNELS = CSRC / "cuda/kernels"
 FAMILIES = {
     "small.cuh": "small",
     "tall.cuh": "tall",
@@ -153,9 +154,10 @@ def libraries(once: Once) -> Callable[[str], ctypes.CDLL]:
         return text
 
     def compiled(folder: Path, family: str) -> None:
-        (folder / "cuda").mkdir()
+        kernels = folder / KERNELS.relative_to(CSRC)
+        kernels.mkdir(parents=True)
         for header in {m.header for m in MUTANTS}:
-            (folder / "cuda" / header).write_text(mutated(header))
+            (kernels / header).write_text(mutated(header))
         flags = ["-O1", "-DMUTANT", f"-I{folder}"]
         compile_all(folder / "mutants.so", [ENTRIES[family]], *flags)
 

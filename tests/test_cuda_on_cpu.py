@@ -16,8 +16,10 @@ import pytest
 import torch
 from cuda_kernels import FAMILIES, Runner, compile_all, linear_act, load_once
 from once import Once
-from references import assert_matches_native
+from references import EACH_KIND, assert_matches_native
 from shapes import DTYPES, Shape, grad_output, operands
+from test_activations import CASES as ACTIVATION_CASES
+from test_activations import Case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -72,9 +74,21 @@ def test_kernels_match_native(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(mlp_ext, "linear_act", linear_act(family, Runner(kernels)))
-    for activation in mlp_ext.ACTIVATIONS:
+    for activation in EACH_KIND:
         bias = activation != "tanh"  # without one once
         assert_matches_native(operands(shape, dtype, bias), activation, grad_output(shape, dtype))
+
+
+@pytest.mark.parametrize("case", ACTIVATION_CASES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_activation_matches_native(
+    family: str, case: Case, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlp_ext, "linear_act", linear_act(family, Runner(kernels)))
+    name, parameters = case.activation
+    for dtype, shape in ((torch.float32, Shape((21,), 16, 8)), (torch.bfloat16, Shape((9,), 5, 7))):
+        dy = grad_output(shape, dtype)
+        assert_matches_native(operands(shape, dtype), name, dy, parameters=parameters)
 
 
 LOSSES = [
@@ -149,7 +163,7 @@ def test_kernels_follow_special_values(
     for value in (torch.nan, torch.inf, -torch.inf, -0.0, 1e30, -1e30):
         arranged = operands(shape)
         arranged["input"][7, 3] = value
-        for activation in mlp_ext.ACTIVATIONS:
+        for activation in EACH_KIND:
             assert_matches_native(arranged, activation, grad_output(shape))
 
 

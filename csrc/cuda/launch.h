@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/plan.h"
+#include "math/activations.h"
 #include "math/matrix.h"
 #include "math/optimizers.h"
 
@@ -21,25 +22,26 @@ struct Gpu {  // where to launch
 // y = act(x W^T + b)
 struct ForwardProblem {
   DType dtype;
-  size_t activation;  // its place in Activations
+  Activation activation;
   int64_t M, K, N;
   ConstMatrix x;     // [M, K]
   ConstMatrix w;     // [N, K]
   const void* bias;  // [N] or nullptr
   Matrix y;          // [M, N]
+  Matrix z;          // [M, N] or nullptr: x W^T + b, for an activation whose backward needs it
 };
 
-// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+// dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
 struct BackwardProblem {
   DType dtype;
-  size_t activation;
+  Activation activation;
   int64_t M, K, N;
-  ConstMatrix dy, y;  // [M, N]; y unread where the activation saves nothing
-  ConstMatrix x;      // [M, K], for dW
-  ConstMatrix w;      // [N, K], for dx
-  Matrix dx;          // [M, K] or nullptr
-  void* dw;           // [N, K] or nullptr, contiguous
-  void* db;           // [N] or nullptr
+  ConstMatrix dy, saved;  // [M, N]; saved is what the activation needs: y, z, or nullptr for nothing
+  ConstMatrix x;          // [M, K], for dW
+  ConstMatrix w;          // [N, K], for dx
+  Matrix dx;              // [M, K] or nullptr
+  void* dw;               // [N, K] or nullptr, contiguous
+  void* db;               // [N] or nullptr
 };
 
 // dy = L'(y, t) scale;  loss = scale times the sum of L(y, t)
@@ -98,7 +100,7 @@ cudaError_t launch_sgd_steps(const StepsProblem& problem, const Gpu& gpu);
 // begin at such.
 cudaError_t launch_sm90_forward(const ForwardProblem& problem, const Gpu& gpu);
 
-// What surrounds the products of a library: y = act(y) in place;  dz [M, N] and db, each may be nullptr.
+// The passes around a library's GEMMs: y = act(z), in place without z;  dz [M, N] and db, each may be nullptr.
 cudaError_t launch_act(const ForwardProblem& problem, const Gpu& gpu);
 int64_t grad_z_bytes(const BackwardProblem& problem, const Gpu& gpu);
 cudaError_t launch_grad_z(const BackwardProblem& problem, void* dz, void* workspace, const Gpu& gpu);

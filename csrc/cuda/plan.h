@@ -10,6 +10,7 @@
 #include <optional>
 #include <string_view>
 
+#include "math/activations.h"
 #include "math/dtype.h"
 
 namespace mlp_ext::cuda {
@@ -25,12 +26,18 @@ constexpr const char* path_name(Path path) {
   return names[static_cast<int>(path)];
 }
 
+// A kernel is compiled for each of these activations, and once more for AnyActivation, which serves all others.
+using TunedActivations = TypeList<Identity, ReLU, Sigmoid, Tanh>;
+constexpr bool is_tuned(std::string_view activation) {
+  return index_of(activation, TunedActivations{}) < TunedActivations::size;
+}
+
 // What adds bias and activation to the product of the large path.
 enum class Epilogue {
   bias,       // in the product
   relu_bias,  // in the product
   cutlass,    // in the product
-  pass,       // bias_act, in place, after the product
+  pass,       // bias_act after the product: in place, or from z to y
 };
 constexpr const char* epilogue_name(Epilogue epilogue) {
   constexpr const char* names[] = {"bias", "relu_bias", "cutlass", "pass"};
@@ -61,7 +68,7 @@ constexpr double kSmallBackward16 = 1 << 23;      // and backward, against three
 constexpr double kCutlassMultiplyAdds = 1 << 30;  // fewer do not fill the GPU with its tiles
 constexpr int64_t kSmallTiles = 512;              // of 16 x 16 results: two for each block that a GPU holds at once
 constexpr int64_t kSmallDepth = 1024;             // one block adds up K in y, M in dW
-constexpr int64_t kTallWidth = 128;               // K, N: a row of dy, y and x and their tiles in shared memory
+constexpr int64_t kTallWidth = 128;               // K, N: a row of dy, saved and x and their tiles in shared memory
 constexpr int64_t kTallWeightBytes = 16384;       // dW in the registers of half a block
 constexpr int64_t kTallRows16 = 65536;            // on tensor cores: fewer rows are too little to gain by
 constexpr int64_t kTallRows = 12288;              // forward, a tile of 128 rows for most processors
@@ -108,11 +115,11 @@ constexpr EpilogueRow kEpilogues[] = {
      "cuBLASLt has it; in other kernels than these it makes 0 of NaN"},
     {Epilogue::cutlass,
      [](const Case& c) {
-       return c.cutlass && c.arch == 90 && c.aligned && is_16_bit(c) && !library_has_epilogue(c.activation) &&
-              !few_multiply_adds(c, kCutlassMultiplyAdds);
+       return c.cutlass && c.arch == 90 && c.aligned && is_16_bit(c) && is_tuned(c.activation) &&
+              !library_has_epilogue(c.activation) && !few_multiply_adds(c, kCutlassMultiplyAdds);
      },
      "no pass after the product; warp-specialised kernels are for 9.0a and 16-byte rows"},
-    {Epilogue::pass, [](const Case&) { return true; }, "none: one pass in place"},
+    {Epilogue::pass, [](const Case&) { return true; }, "none: one pass"},
 };
 
 // The first row that applies is taken.
@@ -155,7 +162,7 @@ constexpr Row kBackward[] = {
      "one launch instead of activation, two products and column sum"},
     {Path::tall,
      [](const Case& c) { return tall_backward_fits(c) && (!on_tensor_cores(c) || c.M <= 16384 || c.K * c.N <= 1024); },
-     "dy, y and x read once, dx written once; dz never leaves the chip"},
+     "dy, saved and x read once, dx written once; dz never leaves the chip"},
     {Path::large, [](const Case&) { return true; }, "one pass for dz and db instead of two"},
 };
 

@@ -104,13 +104,27 @@ MLP_EXT_HOST_DEVICE T get(const Chosen<List>& chosen) {
   return functor;
 }
 
+// A lambda in its place would be checked by nvcc as host code that device code calls.
+template <class F, class List>
+struct CallWithChosen {
+  const Chosen<List>& chosen;
+  F& f;
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+  template <class T>
+  MLP_EXT_HOST_DEVICE auto operator()(T) const {
+    return f(get<T>(chosen));
+  }
+};
+
 // Calls f with the functor that was chosen.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
 template <class F, class List>
 MLP_EXT_HOST_DEVICE auto visit(const Chosen<List>& chosen, F&& f) {
-  return visit(List{}, chosen.index, [&](auto functor) { return f(get<decltype(functor)>(chosen)); });
+  return visit(List{}, chosen.index, CallWithChosen<F, List>{chosen, f});
 }
 
 // The functor T of as many numbers as it has parameters, which are its first members.

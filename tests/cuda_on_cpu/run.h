@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/problem.cuh"
+#include "cuda/plan.h"
 #include "math/activations.h"
 
 struct Buffer {
@@ -10,9 +11,10 @@ struct Buffer {
   int64_t stride;    // of a matrix
 };
 struct Problem {
-  int32_t dtype, activation;  // float32, float64, bfloat16, float16; its place in Activations
+  int32_t dtype, activation;  // float32, float64, bfloat16, float16; its index in Activations
+  double parameters[mlp_ext::Activations::max_parameters];  // of the activation
   int64_t M, K, N;
-  Buffer x, w, bias, y, dy, dx, dw, db, dz;
+  Buffer x, w, bias, y, z, dy, saved, dx, dw, db, dz;
   int64_t processors, shared;  // of the device
   int32_t order, seed;         // of threads; of everything shuffled
 };
@@ -27,11 +29,12 @@ template <class S>
 Rows<S> rows(const Buffer& b) {
   return {pointer<S>(b), b.stride};
 }
+inline Activation activation_of(const Problem& p) { return choose(Activations{}, p.activation, p.parameters); }
 inline Device device(const Problem& p) { return {static_cast<int>(p.processors), p.shared}; }
 
 template <class S>
 Forward<S> forward_of(const Problem& p) {
-  return {p.M, p.K, p.N, rows<const S>(p.x), rows<const S>(p.w), pointer<const S>(p.bias), rows<S>(p.y)};
+  return {p.M, p.K, p.N, rows<const S>(p.x), rows<const S>(p.w), pointer<const S>(p.bias), rows<S>(p.y), rows<S>(p.z)};
 }
 template <class S>
 Backward<S> backward_of(const Problem& p) {
@@ -39,7 +42,7 @@ Backward<S> backward_of(const Problem& p) {
           p.K,
           p.N,
           rows<const S>(p.dy),
-          rows<const S>(p.y),
+          rows<const S>(p.saved),
           rows<const S>(p.x),
           rows<const S>(p.w),
           rows<S>(p.dx),
@@ -51,14 +54,14 @@ inline std::string launch(const Problem& p, const Launch& launch, const std::fun
   return launch.blocks() ? model::run(launch, static_cast<model::Order>(p.order), p.seed, kernel) : std::string();
 }
 
-// f(S(), Act()) returns "" or a fault.
+// f(S(), act) returns "" or a fault; act is one of TunedActivations, or AnyActivation.
 template <class F>
 const char* with_types(const Problem& p, const F& f) {
   static std::string fault;
 #if defined(MUTANT)  // compiled often, so for one dtype and activation
   fault = f(float(), Sigmoid());
 #else
-  fault = visit_activation(p.activation, [&](auto act) -> std::string {
+  const auto with = [&](auto act) -> std::string {
     switch (p.dtype) {
       case 0:
         return f(float(), act);
@@ -69,6 +72,13 @@ const char* with_types(const Problem& p, const F& f) {
       default:
         return f(Half(), act);
     }
+  };
+  const Activation activation = activation_of(p);
+  fault = visit(activation, [&](auto act) -> std::string {
+    if constexpr (is_tuned(decltype(act)::name))
+      return with(act);
+    else
+      return with(AnyActivation{activation});
   });
 #endif
   return fault.empty() ? nullptr : fault.c_str();

@@ -93,7 +93,7 @@ Launch bias_act_launch(const BiasAct<S>& f, const Device& device) {
 }
 
 template <class S, class Act, int V>
-__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) bias_act(const BiasAct<S> f) {
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) bias_act(const BiasAct<S> f, const Act act) {
   using T = Accumulator<S>;
   using pointwise::kRows;
   const pointwise::Grid grid(f.M, f.N, V);
@@ -114,18 +114,20 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) bias_
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (m + r * step >= f.M) break;
+      with_functor(act, [&](const auto& act) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) z[r].at[v] = from_accumulator<S>(Act::forward(to_accumulator(z[r].at[v]) + bias[v]));
+        for (int v = 0; v < V; ++v) z[r].at[v] = from_accumulator<S>(act.forward(to_accumulator(z[r].at[v]) + bias[v]));
+      });
       store(f.y.at(m + r * step, column), z[r]);
     }
   }
 }
 
-// dz = act'(dy, y);  db = sum over rows of dz
+// dz = act'(dy, saved);  db = sum over rows of dz
 template <class S>
 struct GradZProblem {
   int64_t M, N;
-  Rows<const S> dy, y;           // [M, N]; y unread where the activation saves nothing
+  Rows<const S> dy, saved;       // [M, N]; saved is y, z or nullptr
   Rows<S> dz;                    // [M, N] or nullptr
   Pointer<S> db;                 // [N] or nullptr; the rest is for db alone
   Pointer<Accumulator<S>> sums;  // [parts = blocks_y of the launch, N]
@@ -135,7 +137,7 @@ struct GradZProblem {
 // The V of grad_z<S, Act, V>.
 template <class S>
 int grad_z_vector(const GradZProblem<S>& g) {
-  return in_vectors(g.dy, g.N) && in_vectors(g.y, g.N) && in_vectors(g.dz, g.N) ? kVector<S> : 1;
+  return in_vectors(g.dy, g.N) && in_vectors(g.saved, g.N) && in_vectors(g.dz, g.N) ? kVector<S> : 1;
 }
 
 template <class S>
@@ -147,7 +149,8 @@ Launch grad_z_launch(const GradZProblem<S>& g, const Device& device) {
 }
 
 template <class S, class Act, int V>
-__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) grad_z(const GradZProblem<S> g) {
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks)
+    grad_z(const GradZProblem<S> g, const Act act) {
   using T = Accumulator<S>;
   using pointwise::kRows;
   using Source = GradZ<S, Act>;
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) grad_
   const int64_t column = blockIdx.x * int64_t{grid.width()} + across * V;
   const int64_t rows_end = column < g.N ? g.M : 0;
   const int64_t step = gridDim.y * int64_t{grid.down};
-  const Source source{g.dy, g.y};
+  const Source source{g.dy, g.saved, act};
   T sum[V] = {};
   for (int64_t m = blockIdx.y * int64_t{grid.down} + down; m < rows_end; m += kRows * step) {
     typename Source::template Raw<V> raw[kRows];
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) grad_
       Vector<S, V> dz;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const T value = Source::template value<V>(raw[r], v);
+        const T value = source.template value<V>(raw[r], v);
         sum[v] += value;
         dz.at[v] = from_accumulator<S>(value);
       }

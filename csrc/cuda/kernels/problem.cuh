@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/kernels/device.cuh"
+#include "math/activations.h"
 
 namespace mlp_ext::cuda {
 
@@ -22,19 +23,49 @@ struct Forward {
   Rows<const S> w;        // [N, K]
   Pointer<const S> bias;  // [N] or nullptr
   Rows<S> y;              // [M, N]
+  Rows<S> z;              // [M, N] or nullptr: x W^T + b
 };
 
-// dz = act'(dy, y);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+// dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
 template <class S>
 struct Backward {
   int64_t M, K, N;
-  Rows<const S> dy, y;  // [M, N]; y unread where the activation saves nothing
-  Rows<const S> x;      // [M, K], for dW
-  Rows<const S> w;      // [N, K], for dx
-  Rows<S> dx;           // [M, K] or nullptr
-  Pointer<S> dw;        // [N, K] or nullptr, contiguous
-  Pointer<S> db;        // [N] or nullptr
+  Rows<const S> dy, saved;  // [M, N]; saved is y, z or nullptr
+  Rows<const S> x;          // [M, K], for dW
+  Rows<const S> w;          // [N, K], for dx
+  Rows<S> dx;               // [M, K] or nullptr
+  Pointer<S> dw;            // [N, K] or nullptr, contiguous
+  Pointer<S> db;            // [N] or nullptr
 };
+
+// Kernels are templates of the activation. Of AnyActivation only the run time tells what its backward needs.
+template <class Act>
+constexpr bool kIsAny = std::is_same_v<Act, AnyActivation>;
+
+// f(functor); of AnyActivation the one that was chosen, so that the choice is made outside of the loops of f.
+template <class Act, class F>
+__device__ void with_functor(const Act& act, const F& f) {
+  if constexpr (kIsAny<Act>)
+    visit(act.chosen, f);
+  else
+    f(act);
+}
+// Whether forward has the code that stores z.
+template <class Act>
+constexpr bool kStoresZ = [] {
+  if constexpr (kIsAny<Act>)
+    return true;
+  else
+    return Act{}.needs() == Needs::preactivation;
+}();
+// Whether backward reads `saved`.
+template <class Act, class S>
+__device__ bool reads_saved(const Act& act, const Rows<const S>& saved) {
+  if constexpr (kIsAny<Act>)
+    return static_cast<bool>(saved.data);
+  else
+    return act.needs() != Needs::nothing;
+}
 
 // What a launch is fitted to.
 struct Device {

@@ -11,7 +11,7 @@ namespace small {
 
 constexpr int kThreads = 256;
 constexpr int kEdge = 16;  // of a tile of results
-// In shared memory at a time. Backward fetches dy and y, which takes more registers.
+// In shared memory at a time. Backward fetches dy and saved, which takes more registers.
 constexpr int kForwardDepth = 128, kBackwardDepth = 64;
 constexpr int kPart = 4;                                    // edge of the results of one thread
 constexpr int kAcross = kEdge / kPart;                      // threads along an edge
@@ -69,7 +69,7 @@ struct Operand {
   __device__ void put(int k0, const Raw (&raw)[kElements], const Pointer<T>& tile) const {
     for_elements([&](int i, int row, int k) {
       const bool inside = row < rows && k0 + k < depth;
-      tile[kAlong ? row * kStride + k : k * kStride + row] = inside ? Source::template value<1>(raw[i], 0) : T(0);
+      tile[kAlong ? row * kStride + k : k * kStride + row] = inside ? source.template value<1>(raw[i], 0) : T(0);
     });
   }
   // What thread t of those along an edge reads, and where its i-th result lies.
@@ -133,14 +133,16 @@ Launch small_forward_launch(const Forward<S>& f) {
 
 // y = act(x W^T + b)   (M,K)(K,N)
 template <class S, class Act>
-__global__ void __launch_bounds__(small::kThreads, small::kBlocks<S>) small_forward(const Forward<S> f) {
+__global__ void __launch_bounds__(small::kThreads, small::kBlocks<S>) small_forward(const Forward<S> f, const Act act) {
   using T = Accumulator<S>;
   const int64_t columns = small::tiles(f.N), m = blockIdx.x / columns * small::kEdge,
                 n = blockIdx.x % columns * small::kEdge;
   const small::Operand<T, small::kForwardDepth, true, Plain<S>> x({f.x}, m, f.M, f.K), w({f.w}, n, f.N, f.K);
   small::product<T>(x, w, [&](int64_t m, int64_t n, T z) {
     if (f.bias) z += to_accumulator(f.bias[n]);
-    *f.y.at(m, n) = from_accumulator<S>(Act::forward(z));
+    if constexpr (kStoresZ<Act>)
+      if (f.z.data) *f.z.at(m, n) = from_accumulator<S>(z);
+    *f.y.at(m, n) = from_accumulator<S>(act.forward(z));
   });
 }
 
@@ -166,14 +168,15 @@ Launch small_backward_launch(const Backward<S>& b) {
   return {grid.dx_tiles + grid.dw_tiles, 1, small::kThreads, small::shared<Accumulator<S>, small::kBackwardDepth>()};
 }
 
-// dz = act'(dy, y);  dx = dz W   (M,N)(N,K);  dW = dz^T x   (N,M)(M,K);  db = sum over rows of dz
+// dz = act'(dy, saved);  dx = dz W   (M,N)(N,K);  dW = dz^T x   (N,M)(M,K);  db = sum over rows of dz
 template <class S, class Act>
-__global__ void __launch_bounds__(small::kThreads, small::kBlocks<S>) small_backward(const Backward<S> b) {
+__global__ void __launch_bounds__(small::kThreads, small::kBlocks<S>)
+    small_backward(const Backward<S> b, const Act act) {
   using T = Accumulator<S>;
   using small::kEdge;
   constexpr int kDepth = small::kBackwardDepth;
   const small::BackwardGrid grid(b);
-  const GradZ<S, Act> dz{b.dy, b.y};
+  const GradZ<S, Act> dz{b.dy, b.saved, act};
   int64_t tile = blockIdx.x;
   if (tile < grid.dx_tiles) {
     const int64_t m = tile / grid.dx_columns * kEdge, k = tile % grid.dx_columns * kEdge;

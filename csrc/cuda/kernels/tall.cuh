@@ -81,7 +81,7 @@ __device__ void fill(const Pointer<T>& tile, int stride, int rows, int columns, 
       for (int v = 0; v < V; v += kPiece) {
         Vector<T, kPiece> piece;
 #pragma unroll
-        for (int p = 0; p < kPiece; ++p) piece.at[p] = inside ? Source::template value<V>(raw[i], v + p) : T(0);
+        for (int p = 0; p < kPiece; ++p) piece.at[p] = inside ? source.template value<V>(raw[i], v + p) : T(0);
         store(tile + (r * stride + c + v), piece);
       }
     }
@@ -180,7 +180,7 @@ Launch tall_forward_launch(const Forward<S>& f, const Device& device) {
 
 // y = act(x W^T + b)   (M,K)(K,N)
 template <class S, class Act>
-__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward(const Forward<S> f) {
+__global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward(const Forward<S> f, const Act act) {
   using T = Accumulator<S>;
   constexpr int P = tall::kPart, Q = tall::kColumns<T>;
   const tall::ForwardTiles<Accumulator<S>> tiles(f.K, f.N);
@@ -190,6 +190,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
   const int stage_stride = tall::stage_stride<S>(tiles.depth);
   const Rows<S> stage{shared.take<S>(tiles.rows * stage_stride), stage_stride};
   const bool x_vectors = in_vectors(f.x, f.K), y_vectors = tall::in_groups(f.y, f.N);
+  const bool stores_z = kStoresZ<Act> && f.z.data, z_vectors = stores_z && tall::in_groups(f.z, f.N);
   const auto ask = [&](int64_t m, int k0) {
     if (x_vectors)
       tall::ask<kVector<S>>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
@@ -231,9 +232,17 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
 #pragma unroll 1
       for (int k = 0; k < tall::kDepth && k0 + k < tiles.K; k += kStep) add_product(sum, a, b, k);
     }
-    if (computes)
-      tall::store_results(f.y, m + row, tiles.row_groups, f.M, column * kStep, column_step, f.N, y_vectors, sum,
-                          [&](T z, int64_t n) { return Act::forward(z + w[bias + n]); });
+    if (!computes) continue;
+#pragma unroll 1
+    for (int i = stores_z ? 0 : 1; i < 2; ++i) {  // z, then y; two calls would spill registers
+      const bool is_z = i == 0;
+      const Rows<S> out{is_z ? f.z.data : f.y.data, is_z ? f.z.stride : f.y.stride};
+      tall::store_results(out, m + row, tiles.row_groups, f.M, column * kStep, column_step, f.N,
+                          is_z ? z_vectors : y_vectors, sum, [&](T z, int64_t n) {
+                            z += w[bias + n];
+                            return is_z ? z : act.forward(z);
+                          });
+    }
   }
 }
 
@@ -251,11 +260,11 @@ __host__ __device__ int64_t tall_backward_part(const Backward<S>& b) {
   return b.N * b.K + b.N;
 }
 
-// dz = act'(dy, y);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums of
-// dz. Half of the threads make dx; the others keep dW and db in registers from tile to tile.
+// dz = act'(dy, saved);  dx = dz W   (M,N)(N,K);  and of the block's rows  dW = dz^T x   (N,M)(M,K);  db = column sums
+// of dz. Half of the threads make dx; the others keep dW and db in registers from tile to tile.
 template <class S, class Act>
 __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
-    tall_backward(const Backward<S> b, const Pointer<Accumulator<S>> parts) {
+    tall_backward(const Backward<S> b, const Act act, const Pointer<Accumulator<S>> parts) {
   using T = Accumulator<S>;
   constexpr int P = tall::kPart, Q = tall::kColumns<T>;
   const tall::BackwardTiles<T> tiles(b.K, b.N);
@@ -265,8 +274,9 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
   const auto x = shared.take<T>(tiles.rows * tiles.width);       // [rows, width]
   const int dz_stage = tall::stage_stride<S>(tiles.depth), x_stage = tall::stage_stride<S>(tiles.width);
   const Rows<S> dy_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage},
-      y_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage}, x_rows{shared.take<S>(tiles.rows * x_stage), x_stage};
-  const bool dz_vectors = in_vectors(b.dy, b.N) && in_vectors(b.y, b.N), x_vectors = in_vectors(b.x, b.K),
+      saved_rows{shared.take<S>(tiles.rows * dz_stage), dz_stage},
+      x_rows{shared.take<S>(tiles.rows * x_stage), x_stage};
+  const bool dz_vectors = in_vectors(b.dy, b.N) && in_vectors(b.saved, b.N), x_vectors = in_vectors(b.x, b.K),
              dx_vectors = tall::in_groups(b.dx, b.K);
   const auto ask = [&](const Rows<S>& stage, int columns, const Rows<const S>& from, int64_t m, bool vectors,
                        int64_t end) {
@@ -277,7 +287,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
   };
   const auto ask_all = [&](int64_t m) {
     ask(dy_rows, tiles.depth, b.dy, m, dz_vectors, b.N);
-    if constexpr (Act::saves == Saves::output) ask(y_rows, tiles.depth, b.y, m, dz_vectors, b.N);
+    if (reads_saved(act, b.saved)) ask(saved_rows, tiles.depth, b.saved, m, dz_vectors, b.N);
     if (b.dw) ask(x_rows, tiles.width, b.x, m, x_vectors, b.K);
   };
   const auto take = [](const Pointer<T>& tile, int stride, int rows, int columns, const auto& source, int64_t rows_end,
@@ -301,7 +311,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
   };
   for (int64_t m = first; m < b.M; m += step) {
     wait_copies();
-    const GradZ<S, Act> grad_z{{dy_rows.data, dz_stage}, {y_rows.data, dz_stage}};
+    const GradZ<S, Act> grad_z{{dy_rows.data, dz_stage}, {saved_rows.data, dz_stage}, act};
     take(dz, tiles.dz_stride, tiles.rows, tiles.depth, grad_z, b.M - m, b.N, dz_vectors);
     if (b.dw) take(x, tiles.width, tiles.rows, tiles.width, Plain<S>{{x_rows.data, x_stage}}, b.M - m, b.K, x_vectors);
     __syncthreads();

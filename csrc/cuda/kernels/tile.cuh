@@ -1,10 +1,9 @@
-// DotMode of tiles in shared memory, and what fills the tiles.
+// Products of tiles in shared memory, and what fills the tiles.
 //
 // A tile holds accumulators and is padded with zeros to multiples of kStep, so that products need no bounds.
 #pragma once
 
 #include "cuda/kernels/problem.cuh"
-#include "math/activations.h"
 
 namespace mlp_ext::cuda {
 
@@ -112,7 +111,7 @@ struct Plain {  // a matrix
     return load<V>(m.at(i, j));
   }
   template <int V>
-  __device__ static Accumulator<S> value(const Raw<V>& raw, int v) {
+  __device__ Accumulator<S> value(const Raw<V>& raw, int v) const {
     return to_accumulator(raw.at[v]);
   }
 };
@@ -129,31 +128,28 @@ struct WithOnes {  // a matrix and, right of its columns, a column of ones: the 
     return j < columns ? load<V>(m.at(i, j)) : Raw<V>{{from_accumulator<S>(1)}};
   }
   template <int V>
-  __device__ static Accumulator<S> value(const Raw<V>& raw, int v) {
+  __device__ Accumulator<S> value(const Raw<V>& raw, int v) const {
     return to_accumulator(raw.at[v]);
   }
 };
 
 template <class S, class Act>
-struct GradZ {  // dz = act'(dy, y)
-  Rows<const S> dy, y;
+struct GradZ {  // dz = act'(dy, saved)
+  Rows<const S> dy, saved;
+  Act act;
   template <int V>
   struct Raw {
-    Vector<S, V> dy, y;
+    Vector<S, V> dy, saved;
   };
   template <int V>
   __device__ Raw<V> fetch(int64_t i, int64_t j) const {
     Raw<V> raw{load<V>(dy.at(i, j)), {}};
-    if constexpr (Act::saves == Saves::output) raw.y = load<V>(y.at(i, j));
+    if (reads_saved(act, saved)) raw.saved = load<V>(saved.at(i, j));
     return raw;
   }
   template <int V>
-  __device__ static Accumulator<S> value(const Raw<V>& raw, int v) {
-    const Accumulator<S> dy = to_accumulator(raw.dy.at[v]);
-    if constexpr (Act::saves == Saves::output)
-      return Act::backward(dy, to_accumulator(raw.y.at[v]));
-    else
-      return Act::backward(dy, dy);
+  __device__ Accumulator<S> value(const Raw<V>& raw, int v) const {
+    return act.backward(to_accumulator(raw.dy.at[v]), to_accumulator(raw.saved.at[v]));
   }
 };
 

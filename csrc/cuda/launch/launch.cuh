@@ -22,11 +22,23 @@ auto with_dtype(DType dtype, const F& f) {
   }
 }
 
-// f(S(), Act()) for the dtype and activation of a problem.
+// f(act): one of TunedActivations, or AnyActivation.
+template <class F, class... Tuned>
+auto with_kernel_activation(const Activation& activation, TypeList<Tuned...>, const F& f) {
+  return visit(activation, [&](auto act) {
+    if constexpr ((std::is_same_v<decltype(act), Tuned> || ...))
+      return f(act);
+    else
+      return f(AnyActivation{activation});
+  });
+}
+
+// f(S(), act) for the dtype and activation of a problem.
 template <class Problem, class F>
 auto with_types(const Problem& problem, const F& f) {
-  return visit_activation(problem.activation,
-                          [&](auto act) { return with_dtype(problem.dtype, [&](auto s) { return f(s, act); }); });
+  return with_kernel_activation(problem.activation, TunedActivations{}, [&](auto act) {
+    return with_dtype(problem.dtype, [&](auto s) { return f(s, act); });
+  });
 }
 
 template <class S>
@@ -39,7 +51,7 @@ Rows<S> typed(const Matrix& m) {
 }
 template <class S>
 Forward<S> typed(const ForwardProblem& p) {
-  return {p.M, p.K, p.N, typed<S>(p.x), typed<S>(p.w), static_cast<const S*>(p.bias), typed<S>(p.y)};
+  return {p.M, p.K, p.N, typed<S>(p.x), typed<S>(p.w), static_cast<const S*>(p.bias), typed<S>(p.y), typed<S>(p.z)};
 }
 template <class S>
 Backward<S> typed(const BackwardProblem& p) {
@@ -47,7 +59,7 @@ Backward<S> typed(const BackwardProblem& p) {
           p.K,
           p.N,
           typed<S>(p.dy),
-          typed<S>(p.y),
+          typed<S>(p.saved),
           typed<S>(p.x),
           typed<S>(p.w),
           typed<S>(p.dx),

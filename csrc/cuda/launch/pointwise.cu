@@ -9,10 +9,10 @@ cudaError_t launch_act(const ForwardProblem& problem, const Gpu& gpu) {
   return with_types(problem, [&](auto s, auto act) {
     using S = decltype(s);
     using Act = decltype(act);
-    const auto y = typed<S>(problem.y);
-    const BiasAct<S> f{problem.M, problem.N, {y.data, y.stride}, nullptr, y};
+    const Rows<S> y = typed<S>(problem.y), z = problem.z.data ? typed<S>(problem.z) : y;
+    const BiasAct<S> f{problem.M, problem.N, {z.data, z.stride}, nullptr, y};
     const auto kernel = bias_act_vector(f) == 1 ? bias_act<S, Act, 1> : bias_act<S, Act, kVector<S>>;
-    return launch(kernel, bias_act_launch(f, device(gpu)), gpu, f);
+    return launch(kernel, bias_act_launch(f, device(gpu)), gpu, f, act);
   });
 }
 
@@ -20,7 +20,7 @@ namespace {
 
 template <class S>
 GradZProblem<S> grad_z_problem(const BackwardProblem& p, void* dz) {
-  return {p.M, p.N, typed<S>(p.dy), typed<S>(p.y), {static_cast<S*>(dz), p.N}, static_cast<S*>(p.db)};
+  return {p.M, p.N, typed<S>(p.dy), typed<S>(p.saved), {static_cast<S*>(dz), p.N}, static_cast<S*>(p.db)};
 }
 
 // A workspace has the counters of the strips of columns, then the sums of the parts of the rows.
@@ -51,7 +51,7 @@ cudaError_t launch_grad_z(const BackwardProblem& problem, void* dz, void* worksp
       if (error != cudaSuccess) return error;
     }
     const auto kernel = grad_z_vector(g) == 1 ? grad_z<S, Act, 1> : grad_z<S, Act, kVector<S>>;
-    return launch(kernel, geometry, gpu, g);
+    return launch(kernel, geometry, gpu, g, act);
   });
 }
 

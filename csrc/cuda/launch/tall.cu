@@ -8,7 +8,7 @@ namespace mlp_ext::cuda {
 cudaError_t launch_tall_forward(const ForwardProblem& problem, const Gpu& gpu) {
   return with_types(problem, [&](auto s, auto act) {
     const auto f = typed<decltype(s)>(problem);
-    return launch(tall_forward<decltype(s), decltype(act)>, tall_forward_launch(f, device(gpu)), gpu, f);
+    return launch(tall_forward<decltype(s), decltype(act)>, tall_forward_launch(f, device(gpu)), gpu, f, act);
   });
 }
 
@@ -28,7 +28,7 @@ cudaError_t launch_tall_backward(const BackwardProblem& problem, void* workspace
     const auto b = typed<S>(problem);
     const auto parts = static_cast<Accumulator<S>*>(workspace);
     const Launch rows = tall_backward_launch(b, device(gpu));
-    const auto error = launch(tall_backward<S, decltype(act)>, rows, gpu, b, parts);
+    const auto error = launch(tall_backward<S, decltype(act)>, rows, gpu, b, act, parts);
     return error == cudaSuccess ? launch(sum_parts<S>, sum_parts_launch(b), gpu, parts, rows.blocks(), b) : error;
   });
 }

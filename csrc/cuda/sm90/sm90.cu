@@ -17,7 +17,7 @@ template <class Act>
 struct InEpilogue : Act {};
 template <>
 struct InEpilogue<Sigmoid> {  // with the standard library's functions it took a third of a large product's time
-  CUTLASS_DEVICE static float forward(float z) { return __fdividef(1, 1 + __expf(-z)); }
+  CUTLASS_DEVICE float forward(float z) const { return __fdividef(1, 1 + __expf(-z)); }
 };
 
 template <class Act>
@@ -26,7 +26,7 @@ struct OfFragment {  // an activation as CUTLASS calls it, on a fragment of accu
   struct Functor {
     CUTLASS_DEVICE Fragment operator()(Fragment z) const {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Fragment::kElements; ++i) z[i] = InEpilogue<Act>::forward(z[i]);
+      for (int i = 0; i < Fragment::kElements; ++i) z[i] = InEpilogue<Act>{}.forward(z[i]);
       return z;
     }
   };
@@ -72,9 +72,9 @@ struct Product {
 }  // namespace
 
 cudaError_t launch_sm90_forward(const ForwardProblem& problem, const Gpu& gpu) {
-  return visit_activation(problem.activation, [&](auto act) {
+  return visit(problem.activation, [&](auto act) {
     using Act = decltype(act);
-    if constexpr (library_has_epilogue(Act::name))
+    if constexpr (!is_tuned(Act::name) || library_has_epilogue(Act::name))
       return cudaErrorNotSupported;
     else
       return problem.dtype == DType::bfloat16 ? Product<cutlass::bfloat16_t, Act>::run(problem, gpu)
