@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ KEPT = 4  # graphs, such as those of a full batch and of the last, short one; ea
 # Bytes of input and target that a graph copies, at most. A step on more takes a GPU longer than the
 # host needs to launch it; on an H100 copying 33 MB took 22 of its 500 us.
 COPIED = 8 << 20
+DECIDED = 1024  # numbers of rows whose way is kept
 
 
 def capture(step: Step, input: Tensor, target: Tensor) -> Step:
@@ -103,35 +104,50 @@ class StepGraph:
         return self._graphs(self._step, self._key(), input, target)
 
 
+class _Way(NamedTuple):
+    """How steps run on a GPU."""
+
+    one_launch: bool
+    by_graph: bool
+
+
 class GraphTrainer:
     """A Trainer whose steps go through graphs where they are many launches and a copy is cheap."""
 
     def __init__(self, trainer: _C.Trainer, widths: list[int]) -> None:
         self._trainer, self._widths = trainer, widths
+        self._ways: dict[tuple[int, torch.dtype, torch.device], _Way] = {}
         self.graphs = Graphs()
 
     def step(self, input: Tensor, target: Tensor) -> Tensor | None:
-        return self._trainer.step(input, target, self._graphs_for(input, target))
+        way = self._way(input, target)
+        return self._trainer.step(input, target, self._graphs_for(way))
 
     def fit(
         self, input: Tensor, target: Tensor, epochs: int, batch_size: int, *options: Any
     ) -> list[float] | None:
-        graphs = self._graphs_for(input, target, batch_size)
-        at_once = _is_dense_on_gpu(input) and _is_one_launch(self._widths, input[:batch_size])
-        settings = (epochs, batch_size, *options, graphs, at_once)
+        way = self._way(input, target, batch_size)
+        settings = (epochs, batch_size, *options, self._graphs_for(way), way.one_launch)
         return self._trainer.fit(input, target, *settings)
 
-    def _graphs_for(self, input: Tensor, target: Tensor, rows: int | None = None) -> Graphs | None:
-        """The graphs, where steps with so many rows of these, or all, should go through them."""
+    def _graphs_for(self, way: _Way) -> Graphs | None:
+        capturing = way.by_graph and torch.cuda.is_current_stream_capturing()
+        return self.graphs if way.by_graph and not capturing else None
+
+    def _way(self, input: Tensor, target: Tensor, batch_size: int | None = None) -> _Way:
+        """How steps of batch_size rows, or of all, run. Decided once for each number of rows."""
         if not (_is_dense_on_gpu(input) and _is_dense_on_gpu(target)):
-            return None
-        input, target = input[:rows], target[:rows]
-        pays = (
-            input.nbytes + target.nbytes <= COPIED
-            and not _is_one_launch(self._widths, input)
-            and not torch.cuda.is_current_stream_capturing()
-        )
-        return self.graphs if pays else None
+            return _Way(one_launch=False, by_graph=False)
+        rows = len(input) if batch_size is None else min(batch_size, len(input))
+        key = rows, input.dtype, input.device
+        if way := self._ways.get(key):
+            return way
+        if len(self._ways) == DECIDED:
+            self._ways.clear()
+        copied = (input.nbytes + target.nbytes) * rows // max(1, len(input))
+        one_launch = _is_one_launch(self._widths, *key)
+        way = self._ways[key] = _Way(one_launch, not one_launch and copied <= COPIED)
+        return way
 
 
 def graphed(trainer: _C.Trainer, widths: list[int]) -> _C.Trainer | GraphTrainer:
@@ -143,12 +159,12 @@ def _is_dense_on_gpu(t: object) -> bool:
     return isinstance(t, Tensor) and t.is_cuda and t.layout is torch.strided and t.dim() > 0
 
 
-def _is_one_launch(widths: list[int], input: Tensor) -> bool:
-    device: Any = torch.cuda.get_device_properties(input.device)
-    dtype = str(input.dtype).removeprefix("torch.")
-    arch = 10 * device.major + device.minor
-    shared = device.shared_memory_per_block_optin
-    return _C.cuda_step_plan(widths, len(input), dtype, arch, shared)["path"] == "one_block"
+def _is_one_launch(widths: list[int], rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+    here: Any = torch.cuda.get_device_properties(device)
+    name = str(dtype).removeprefix("torch.")
+    arch = 10 * here.major + here.minor
+    shared = here.shared_memory_per_block_optin
+    return _C.cuda_step_plan(widths, rows, name, arch, shared)["path"] == "one_block"
 
 
 def _layout(t: Tensor) -> tuple[Any, ...]:

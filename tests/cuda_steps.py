@@ -9,45 +9,109 @@ from typing import Any, NamedTuple
 
 import torch
 from cuda_kernels import ORDERS, Buffer, buffer, fault
-from references import assert_as_accurate_as_native
+from references import activated, assert_as_accurate_as_native
 from shapes import DTYPES
 from torch import Tensor, nn
 
 import mlp_ext
+from mlp_ext import _C
+from mlp_ext.nn import Activation
+from mlp_ext.ops import PARAMETERS
 
-MODULES = {"identity": nn.Identity, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
-LOSSES = ("mse", "bce", "bce_with_logits", "cross_entropy")  # csrc/losses.h
-HYPERPARAMETERS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+RELU, SIGMOID, IDENTITY = (Activation(name) for name in ("relu", "sigmoid", "identity"))
+CRITERIA: dict[str, Any] = {
+    "mse": nn.MSELoss,
+    "bce": nn.BCELoss,
+    "bce_with_logits": nn.BCEWithLogitsLoss,
+    "l1": nn.L1Loss,
+    "smooth_l1": nn.SmoothL1Loss,
+    "huber": nn.HuberLoss,
+    "cross_entropy": nn.CrossEntropyLoss,
+    "nll": nn.NLLLoss,
+}
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+STATES = {  # in the order of csrc/math/optimizers.h
+    "sgd": ("momentum_buffer",),
+    "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "rmsprop": ("square_avg", "momentum_buffer", "grad_avg"),
+    "adagrad": ("sum",),
+}
 PLAIN = {"lr": 0.1}
 RICH = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
-OPTIONS = {
-    "plain": PLAIN,
-    "momentum": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
-    "nesterov": RICH,
-    "maximize": {"lr": 0.01, "momentum": 0.5, "maximize": True, "weight_decay": 0.1},
+# Each option of each optimizer.
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("sgd", PLAIN),
+    "sgd-momentum": ("sgd", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
+    "sgd-nesterov": ("sgd", RICH),
+    "sgd-maximize": (
+        "sgd",
+        {"lr": 0.01, "momentum": 0.5, "maximize": True, "weight_decay": 0.1},
+    ),
+    "adam": ("adam", {"lr": 0.02}),
+    "adam-decay": ("adam", {"lr": 0.02, "betas": (0.7, 0.9), "eps": 0.1, "weight_decay": 0.1}),
+    "adam-amsgrad": ("adam", {"lr": 0.02, "betas": (0.5, 0.6), "amsgrad": True}),
+    "adam-decoupled": (
+        "adam",
+        {"lr": 0.02, "weight_decay": 0.3, "decoupled_weight_decay": True, "maximize": True},
+    ),
+    "rmsprop": ("rmsprop", {"lr": 0.02, "alpha": 0.8}),
+    "rmsprop-centered": (
+        "rmsprop",
+        {"lr": 0.02, "centered": True, "momentum": 0.5, "weight_decay": 0.1, "eps": 0.1},
+    ),
+    "rmsprop-maximize": ("rmsprop", {"lr": 0.02, "momentum": 0.5, "maximize": True}),
+    "adagrad": ("adagrad", {"lr": 0.05, "lr_decay": 0.2}),
+    "adagrad-maximize": ("adagrad", {"lr": 0.05, "weight_decay": 0.1, "maximize": True}),
 }
 
 
+NONE: dict[str, float] = {}
+
+
 class Training(NamedTuple):
-    """Of a net with these widths; the momentum buffers are there already, as after a first step."""
+    """Of a net with these widths, whose optimizer did some steps before and has its states."""
 
     widths: tuple[int, ...]
     rows: int
     batch: int
     loss: str = "mse"  # or cross_entropy of probabilities: "cross_entropy-soft"
     reduction: str = "mean"
+    optimizer: str = "sgd"
     options: dict[str, Any] = RICH
     dtype: torch.dtype = torch.float32
     shuffled: bool = True
     weighted: bool = False
-    smoothing: float = 0.0
-    frozen: tuple[int, ...] = ()  # places among the parameters
+    loss_options: dict[str, float] = NONE
+    frozen: tuple[int, ...] = ()  # indices among the parameters
     bias: bool = True
-    hidden: str = "relu"
+    hidden: Activation = RELU
+    last: Activation | None = None  # none: what the loss expects
     special: float = 0.0  # somewhere in the input
+    device_count: torch.dtype | None = (
+        None  # of the counts of steps, on the device; none: on the CPU
+    )
 
     def __str__(self) -> str:
         return f"{'-'.join(map(str, self.widths))}@{self.rows}by{self.batch}"
+
+    @property
+    def loss_name(self) -> str:
+        return self.loss.partition("-")[0]
+
+    @property
+    def activations(self) -> list[Activation]:
+        last = self.last or (SIGMOID if self.loss == "bce" else IDENTITY)
+        return [*[self.hidden] * (len(self.widths) - 2), last]
+
+    @property
+    def loss_parameters(self) -> list[float]:
+        defaults = _C.losses()[self.loss_name]
+        return [self.loss_options.get(name, value) for name, value in defaults.items()]
 
 
 class Data(NamedTuple):
@@ -55,6 +119,9 @@ class Data(NamedTuple):
     target: Tensor
     order: Tensor | None
     weight: Tensor | None
+
+
+State = dict[str, Tensor]  # of a parameter, as optimizer.state[parameter]
 
 
 def data_of(t: Training) -> Data:
@@ -68,32 +135,54 @@ def data_of(t: Training) -> Data:
     target = torch.rand(more, N, generator=drawn).to(t.dtype)
     if t.loss == "cross_entropy-soft":
         target /= target.sum(1, keepdim=True)
-    if t.loss == "cross_entropy":
+    if t.loss in ("cross_entropy", "nll"):
         target = torch.randint(N, (more,), generator=drawn)
-        target[::5] = -100
+        target[::5] = int(t.loss_options.get("ignore_index", -100))
     weight = (0.5 + torch.rand(N, generator=drawn)).to(t.dtype) if t.weighted else None
     return Data(x, target, order, weight)
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, z: Tensor) -> Tensor:
+        return activated(z, *self.activation)
 
 
 def model_of(t: Training) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(2)
         layers: list[nn.Module] = []
-        for k, n in pairwise(t.widths):
-            layers += [nn.Linear(k, n, bias=t.bias), MODULES[t.hidden]()]
-    layers[-1] = nn.Sigmoid() if t.loss == "bce" else nn.Identity()
+        for (k, n), activation in zip(pairwise(t.widths), t.activations, strict=True):
+            layers += [nn.Linear(k, n, bias=t.bias), Activated(activation)]
     model = nn.Sequential(*layers).to(t.dtype)
-    for place, p in enumerate(model.parameters()):
-        p.requires_grad_(place not in t.frozen)
+    for index, p in enumerate(model.parameters()):
+        p.requires_grad_(index not in t.frozen)
     return model
 
 
-def buffers_of(t: Training) -> list[Tensor]:
-    """Of each parameter, whether it learns or not."""
+def states_of(t: Training) -> list[State]:
+    """Of each parameter, as after three steps; without any if it does not learn."""
     drawn = torch.Generator().manual_seed(3)
-    return [
-        (0.1 * torch.randn(p.shape, generator=drawn)).to(t.dtype) for p in model_of(t).parameters()
-    ]
+    needs = {"momentum_buffer": "momentum", "max_exp_avg_sq": "amsgrad", "grad_avg": "centered"}
+
+    def state_of(p: Tensor) -> State:
+        state = {}
+        for kind in STATES[t.optimizer]:
+            if kind in needs and not t.options.get(needs[kind]):
+                continue
+            if "sq" in kind or kind == "sum":
+                value = 0.5 + torch.rand(p.shape, generator=drawn)
+            else:
+                value = 0.1 * torch.randn(p.shape, generator=drawn)
+            state[kind] = value.to(t.dtype)
+        if t.optimizer != "sgd":
+            state["step"] = torch.tensor(3.0, dtype=t.device_count or torch.float32)
+        return state
+
+    return [state_of(p) if p.requires_grad else {} for p in model_of(t).parameters()]
 
 
 def batches(t: Training, data: Data) -> list[tuple[Tensor, Tensor]]:
@@ -101,65 +190,77 @@ def batches(t: Training, data: Data) -> list[tuple[Tensor, Tensor]]:
     return [(data.input[rows], data.target[rows]) for rows in order.split(t.batch)]
 
 
+def learning_rate(t: Training, index: int) -> float:
+    """Each parameter's own."""
+    return float(t.options["lr"]) * (1 + index / 8)
+
+
+def optimizer_of(t: Training, model: nn.Module) -> torch.optim.Optimizer:
+    """With a group for each parameter that learns."""
+    groups: list[Any] = [
+        {"params": [p], "lr": learning_rate(t, index)}
+        for index, p in enumerate(model.parameters())
+        if p.requires_grad
+    ]
+    made: torch.optim.Optimizer = OPTIMIZERS[t.optimizer](groups or [torch.zeros(1)], **t.options)
+    return made
+
+
 Results = dict[str, Tensor]
 
 
 def eager(t: Training, dtype: torch.dtype) -> Results:
-    """Losses, parameters and momentum buffers after the steps of torch, computed in that dtype."""
+    """Losses, parameters and states after the steps of torch, computed in that dtype."""
     data, model = data_of(t), model_of(t).to(dtype)
-    criterion = {
-        "mse": lambda: nn.MSELoss(reduction=t.reduction),
-        "bce": lambda: nn.BCELoss(reduction=t.reduction),
-        "bce_with_logits": lambda: nn.BCEWithLogitsLoss(reduction=t.reduction),
-        "cross_entropy": lambda: nn.CrossEntropyLoss(
-            None if data.weight is None else data.weight.to(dtype),
-            reduction=t.reduction,
-            label_smoothing=t.smoothing,
-        ),
-    }[t.loss.partition("-")[0]]()
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learning or [torch.zeros(1)], **t.options)
-    if t.options.get("momentum"):
-        for p, b in zip(model.parameters(), buffers_of(t), strict=True):
-            if p.requires_grad:
-                optimizer.state[p]["momentum_buffer"] = b.to(dtype)
+    options: dict[str, Any] = {"reduction": t.reduction, **t.loss_options}
+    if data.weight is not None:
+        name = "pos_weight" if t.loss == "bce_with_logits" else "weight"
+        options[name] = data.weight.to(dtype)
+    criterion = CRITERIA[t.loss_name](**options)
+    optimizer = optimizer_of(t, model)
+    states = dict(zip(model.parameters(), states_of(t), strict=True))
+    for p, state in states.items():
+        if state:
+            steps = {"step": state["step"]} if "step" in state else {}
+            optimizer.state[p] = {kind: v.to(dtype) for kind, v in state.items()} | steps
     losses = []
     for x, y in batches(t, data):
         loss = criterion(model(x.to(dtype)), y if y.dtype == torch.int64 else y.to(dtype))
         losses.append(loss.detach())
         optimizer.zero_grad()
-        if learning:
+        if loss.requires_grad:
             loss.backward()
         optimizer.step()
     found = {"losses": torch.stack(losses)}
-    found |= {name: p.detach() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        if p in optimizer.state:
-            found[f"{name}'s momentum buffer"] = optimizer.state[p]["momentum_buffer"]
+        found[name] = p.detach()
+        found |= {f"{name}'s {kind}": optimizer.state[p][kind] for kind in states[p]}
     return found
 
 
-def hyperparameters(t: Training) -> list[float]:
-    return [float(t.options.get(name, 0)) for name in HYPERPARAMETERS]
+def hyperparameters(t: Training, index: int) -> list[float]:
+    """Of the parameter with that index, as the operator takes them."""
+    has = optimizer_of(t, model_of(t)).defaults | {"lr": learning_rate(t, index)}
+
+    def number(name: str, default: float) -> float:
+        key, _, element = name.partition("[")
+        value = has.get(key, default)
+        return float(value[int(element[0])] if element else value)
+
+    return [number(*item) for item in _C.optimizers()[t.optimizer].items()]
 
 
-Run = Callable[[Training, Data, list[Tensor], list[Tensor | None]], Tensor]
+Run = Callable[[Training, Data, list[Tensor], list[State]], Tensor]
 
 
 def found_by(run: Run, t: Training) -> Results:
-    """The same by `run`, which is given the parameters and, of those that learn, their buffers."""
-    data, model = data_of(t), model_of(t)
-    names = [name for name, _ in model.named_parameters()]
+    """The same by `run`, which is given the parameters and their states, and updates them."""
+    data, model, states = data_of(t), model_of(t), states_of(t)
     parameters = [p.detach().clone() for p in model.parameters()]
-    momentum = t.options.get("momentum")
-    buffers = [
-        b if momentum and place not in t.frozen else None for place, b in enumerate(buffers_of(t))
-    ]
-    found = {"losses": run(t, data, parameters, buffers)}
-    found |= dict(zip(names, parameters, strict=True))
-    for name, b in zip(names, buffers, strict=True):
-        if b is not None:
-            found[f"{name}'s momentum buffer"] = b
+    found = {"losses": run(t, data, parameters, states)}
+    for (name, _), p, state in zip(model.named_parameters(), parameters, states, strict=True):
+        found[name] = p
+        found |= {f"{name}'s {kind}": value for kind, value in state.items()}
     return found
 
 
@@ -172,14 +273,49 @@ def assert_trains_as_torch(run: Run, t: Training) -> None:
         assert_as_accurate_as_native(found[name], native[name], reference[name], terms, name)
 
 
+def arguments(t: Training, data: Data, parameters: list[Tensor], states: list[State]) -> Any:
+    """Those of the operator mlp_train_step_, by name."""
+    learning = [index for index in range(len(parameters)) if index not in t.frozen]
+    names = STATES[t.optimizer]
+    return {
+        "input": data.input if data.order is not None else data.input[: t.rows],
+        "target": data.target if data.order is not None else data.target[: t.rows],
+        "parameters": parameters,
+        "states": [state[name] for state in states for name in names if name in state],
+        "steps": [state["step"] for state in states if "step" in state],
+        "activations": [activation.name for activation in t.activations],
+        "activation_parameters": [
+            number
+            for name, numbers in t.activations
+            for number in numbers or PARAMETERS[name].values()
+        ],
+        "loss": t.loss_name,
+        "reduction": t.reduction,
+        "loss_weight": data.weight,
+        "loss_parameters": t.loss_parameters,
+        "optimizer": t.optimizer,
+        "learning": learning,
+        "hyperparameters": [n for index in learning for n in hyperparameters(t, index)],
+        "order": data.order,
+        "batch_size": t.batch,
+    }
+
+
 # ---- the kernel in the CUDA model ----
+
+
+def most_parameters(functors: dict[str, dict[str, float]]) -> int:
+    return max(map(len, functors.values()))
 
 
 class Parameter(ctypes.Structure):
     _fields_ = [
         ("value", Buffer),
-        ("momentum_buffer", Buffer),
-        ("hyperparameters", ctypes.c_double * len(HYPERPARAMETERS)),
+        ("states", Buffer * 3),
+        ("float_count", Buffer),
+        ("double_count", Buffer),
+        ("count", ctypes.c_double),
+        ("hyperparameters", ctypes.c_double * most_parameters(_C.optimizers())),
         ("learns", ctypes.c_int64),
     ]
 
@@ -187,62 +323,71 @@ class Parameter(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("K", "N", "activation")),
+        ("parameters", ctypes.c_double * most_parameters(_C.activations())),
         ("weight", Parameter),
         ("bias", Parameter),
     ]
 
 
-SIZES = ("dtype", "rows", "batch", "input_rows", "loss", "mean", "ignore_index", "layers")
+SIZES = ("dtype", "rows", "batch", "input_rows", "loss", "mean", "optimizer", "layers")
 TENSORS = ("order", "x", "target", "classes", "loss_weight", "losses")
 
 
 class Steps(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*SIZES, "lowest_learning")),
-        ("label_smoothing", ctypes.c_double),
+        ("loss_parameters", ctypes.c_double * most_parameters(_C.losses())),
         *((name, Buffer) for name in TENSORS),
         ("layer", ctypes.POINTER(Layer)),
         ("order_of_threads", ctypes.c_int64),
     ]
 
 
-def layers_of(
-    t: Training, parameters: list[Tensor], buffers: list[Tensor | None]
-) -> ctypes.Array[Layer]:
-    settings = (ctypes.c_double * len(HYPERPARAMETERS))(*hyperparameters(t))
+def index_among(functors: dict[str, Any], name: str) -> int:
+    return [*functors].index(name)
 
-    def parameter(place: int) -> Parameter:
-        learns = place not in t.frozen
-        return Parameter(buffer(parameters[place]), buffer(buffers[place]), settings, learns)
+
+def layers_of(t: Training, parameters: list[Tensor], states: list[State]) -> ctypes.Array[Layer]:
+    def parameter(index: int) -> Parameter:
+        state, p = states[index], Parameter(buffer(parameters[index]))
+        if index in t.frozen:
+            return p
+        p.states = (Buffer * 3)(*(buffer(state.get(name)) for name in STATES[t.optimizer]))
+        p.hyperparameters = (*hyperparameters(t, index),)
+        p.learns = True
+        if "step" in state and t.device_count is None:
+            p.count = state["step"].item()
+        elif "step" in state:
+            name = "float_count" if t.device_count == torch.float32 else "double_count"
+            setattr(p, name, buffer(state["step"]))
+        return p
 
     each = 2 if t.bias else 1
     found = []
-    for layer, (k, n) in enumerate(pairwise(t.widths)):
-        last = "sigmoid" if t.loss == "bce" else "identity"
-        activation = t.hidden if layer < len(t.widths) - 2 else last
-        bias = parameter(each * layer + 1) if t.bias else Parameter()
-        place = mlp_ext.ACTIVATIONS.index(activation)
-        found.append(Layer(k, n, place, parameter(each * layer), bias))
+    layers = zip(pairwise(t.widths), t.activations, strict=True)
+    for index, ((k, n), (name, numbers)) in enumerate(layers):
+        weight = parameter(each * index)
+        bias = parameter(each * index + 1) if t.bias else Parameter()
+        numbers = numbers or (*PARAMETERS[name].values(),)
+        found.append(Layer(k, n, mlp_ext.ACTIVATIONS.index(name), numbers, weight, bias))
     return (Layer * len(found))(*found)
 
 
 def model_of_cuda(library: ctypes.CDLL) -> Run:
     """In each order of the threads with the same bits."""
 
-    def run(
-        t: Training, data: Data, parameters: list[Tensor], buffers: list[Tensor | None]
-    ) -> Tensor:
+    def run(t: Training, data: Data, parameters: list[Tensor], states: list[State]) -> Tensor:
         steps = -(-t.rows // t.batch)
-        kept = [p.clone() for p in parameters], [b if b is None else b.clone() for b in buffers]
+        changed = [*parameters, *(value for state in states for value in state.values())]
+        before = [tensor.clone() for tensor in changed]
         found = []
         for order in ORDERS.values():
-            for now, before in zip([*parameters, *buffers], [*kept[0], *kept[1]], strict=True):
-                if now is not None and before is not None:
-                    now.copy_(before)
+            for now, kept in zip(changed, before, strict=True):
+                now.copy_(kept)
             losses = parameters[0].new_full((steps,), torch.nan)
             classes = data.target if data.target.dtype == torch.int64 else None
             target = data.target if classes is None else None
-            layers = layers_of(t, parameters, buffers)
+            layers = layers_of(t, parameters, states)
             each = 2 if t.bias else 1
             learning = [p // each for p in range(len(parameters)) if p not in t.frozen]
             problem = Steps(
@@ -250,22 +395,25 @@ def model_of_cuda(library: ctypes.CDLL) -> Run:
                 t.rows,
                 t.batch,
                 len(data.input),
-                LOSSES.index(t.loss.partition("-")[0]),
+                index_among(_C.losses(), t.loss_name),
                 t.reduction == "mean",
-                -100,
+                index_among(_C.optimizers(), t.optimizer),
                 len(layers),
                 min(learning, default=len(layers)),
-                t.smoothing,
+                (*t.loss_parameters,),
                 *map(buffer, (data.order, data.input, target, classes, data.weight, losses)),
                 layers,
                 order,
             )
             if classes is not None:
                 problem.classes.stride = 1
-            wrong = fault(library, "sgd_steps", problem)
+            wrong = fault(library, "train_steps", problem)
             assert not wrong, f"{t}: {wrong}"
-            found.append([losses, *(x.clone() for x in [*parameters, *buffers] if x is not None)])
-        bits = [[x.view(torch.uint8) for x in each] for each in found]
+            for state in states:
+                if "step" in state:
+                    state["step"] += steps  # as the caller of the kernel does
+            found.append([losses, *(tensor.clone() for tensor in changed)])
+        bits = [[x.reshape(-1).view(torch.uint8) for x in each] for each in found]
         for other in bits[1:]:
             assert all(map(torch.equal, bits[0], other)), f"{t}: varies"
         return found[0][0]

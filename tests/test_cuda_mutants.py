@@ -16,13 +16,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from cuda_kernels import CSRC, Runner, compile_all, linear_act
-from cuda_steps import Training, assert_trains_as_torch, model_of_cuda
+from cuda_steps import OPTIONS, Training, assert_trains_as_torch, model_of_cuda
 from once import Once
 from references import assert_matches_native
 from shapes import Shape, grad_output, operands
 from torch import Tensor
 
 import mlp_ext
+from mlp_ext.nn import Activation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,6 +116,13 @@ BOUNDS = [
     ("step.cuh", "$m < count$; m += kThreads", "m <= count"),
     ("step.cuh", "$i < rows * layer.N$;", "i <= rows * layer.N"),
     ("step.cuh", "if ($m >= rows$) return 0;", "m > rows"),
+    ("step.cuh", "layer.keeps_z ? $f.on_chip_rows$ : layer.y", "layer.y"),
+    ("step.cuh", "saved = chip.rows[$below.saved$ +", "below.y"),
+    ("step.cuh", "step::begin_step(f, $step$, chip)", "int64_t(0)"),
+    ("step.cuh", "static_cast<double>($done + 1$)", "done"),
+    ("step.cuh", "chip.optimizers[2 * l + $(is_bias ? 1 : 0)$]", "0"),
+    ("step.cuh", "$s < kStates$; ++s)\n        if (p.states[s]) state", "s + 1 < kStates"),
+    ("step.cuh", "$s < kStates$; ++s)\n        if (p.states[s]) p", "s + 1 < kStates"),
     ("step.cuh", "$threadIdx.x < kStepRows$)", "threadIdx.x + 1 < kStepRows"),
     ("step.cuh", "$i < rows * lowest.K$;", "i <= rows * lowest.K"),
     ("step.cuh", "rows, $m0 == 0$, chip", "true"),
@@ -186,6 +194,7 @@ STEPS = [
     Training((3, 17, 5), 66, 33),
     Training((4, 33, 17), 30, 30),
     Training((2, 3), 40, 36, "cross_entropy"),
+    Training((3, 2, 2), 8, 4, "mse", "mean", *OPTIONS["adam-amsgrad"], hidden=Activation("silu")),
 ]
 
 

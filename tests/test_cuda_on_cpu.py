@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -91,23 +92,39 @@ def test_every_activation_matches_native(
         assert_matches_native(operands(shape, dtype), name, dy, parameters=parameters)
 
 
-LOSSES = [
-    F.mse_loss,
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-]  # as ElementLosses of csrc/losses.h
+# Of each loss of elements its name, torch's function, parameters, and whether it has pos_weight.
+LOSSES: list[tuple[str, Callable[..., Tensor], dict[str, float], bool]] = [
+    ("mse", F.mse_loss, {}, False),
+    ("bce", F.binary_cross_entropy, {}, False),
+    ("bce_with_logits", F.binary_cross_entropy_with_logits, {}, False),
+    ("bce_with_logits", F.binary_cross_entropy_with_logits, {}, True),
+    ("l1", F.l1_loss, {}, False),
+    ("smooth_l1", F.smooth_l1_loss, {"beta": 0.3}, False),
+    ("huber", F.huber_loss, {"delta": 0.2}, False),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("place", range(len(LOSSES)), ids=lambda place: LOSSES[place].__name__)
-def test_losses_match_native(place: int, dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
+@pytest.mark.parametrize(("name", "function", "parameters", "weighted"), LOSSES)
+def test_losses_match_native(
+    name: str,
+    function: Callable[..., Tensor],
+    parameters: dict[str, float],
+    weighted: bool,
+    dtype: torch.dtype,
+    kernels: ctypes.CDLL,
+) -> None:
+    index = [*_C.losses()].index(name)
     for M, N in ((1, 1), (64, 32), (33, 257), (300, 40), (1000, 8)):
         y, target = ((torch.rand(M, N) * 0.8 + 0.1).to(dtype) for _ in range(2))
+        weight = (torch.rand(N) + 0.5).to(dtype) if weighted else None
         found = {"dy": torch.full_like(y, torch.nan), "db": torch.full_like(y[0, :1], torch.nan)}
         run = Runner(kernels, processors=4)
-        run("element_loss", (M, place, N), "relu", {"y": y, "x": target}, found)
+        given = {"y": y, "x": target, "w": weight}
+        run("element_loss", (M, index, N), "relu", given, found, (*parameters.values(),))
         exact = y.double().requires_grad_()
-        loss = LOSSES[place](exact, target.double())
+        options = parameters if weight is None else {"pos_weight": weight.double()}
+        loss = function(exact, target.double(), **options)
         loss.backward()
         rtol = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 2**-7)
         torch.testing.assert_close(found["db"][0].double(), loss.detach(), rtol=rtol, atol=0)

@@ -18,6 +18,8 @@ from cuda_steps import (
 from once import Once
 from shapes import DTYPES
 
+from mlp_ext.nn import Activation
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -44,37 +46,83 @@ def test_steps_match_torch(training: Training, dtype: torch.dtype, kernels: ctyp
     assert_trains_as_torch(model_of_cuda(kernels), training._replace(dtype=dtype))
 
 
-SMALL = Training((6, 5, 4), 40, 36, hidden="tanh")
+SMALL = Training((6, 5, 4), 40, 36, hidden=Activation("tanh"))
+# A loss that adds or scales by other numbers than its defaults, too.
+LOSSES: list[tuple[str, dict[str, float], bool]] = [
+    ("mse", {}, False),
+    ("bce", {}, False),
+    ("bce_with_logits", {}, False),
+    ("bce_with_logits", {}, True),
+    ("l1", {}, False),
+    ("smooth_l1", {"beta": 0.3}, False),
+    ("huber", {"delta": 0.2}, False),
+    ("cross_entropy", {}, False),
+    ("cross_entropy", {"label_smoothing": 0.1}, True),
+    ("cross_entropy-soft", {}, True),
+    ("cross_entropy-soft", {"label_smoothing": 0.1}, False),
+    ("nll", {}, False),
+    ("nll", {"ignore_index": 1}, True),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss", ["mse", "bce", "bce_with_logits", "cross_entropy-soft"])
+@pytest.mark.parametrize(("loss", "options", "weighted"), LOSSES)
 def test_losses_match_torch(
-    loss: str, reduction: str, dtype: torch.dtype, kernels: ctypes.CDLL
+    loss: str, options: dict[str, float], weighted: bool, reduction: str, kernels: ctypes.CDLL
 ) -> None:
-    options = OPTIONS["plain"] | {"lr": 0.1 if reduction == "mean" else 0.001}
-    training = SMALL._replace(loss=loss, reduction=reduction, dtype=dtype, options=options)
-    assert_trains_as_torch(model_of_cuda(kernels), training)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("loss", ["cross_entropy", "cross_entropy-soft"])
-def test_cross_entropy_matches_torch(
-    loss: str, reduction: str, weighted: bool, smoothing: float, kernels: ctypes.CDLL
-) -> None:
-    more = {"options": {"lr": 0.01}, "weighted": weighted, "smoothing": smoothing}
-    training = SMALL._replace(loss=loss, reduction=reduction, **more)
-    assert_trains_as_torch(model_of_cuda(kernels), training)
+    chosen = {"lr": 0.02 if reduction == "mean" else 0.0005}
+    training = SMALL._replace(
+        loss=loss, loss_options=options, weighted=weighted, reduction=reduction, options=chosen
+    )
+    for dtype in DTYPES if reduction == "mean" else DTYPES[:1]:
+        assert_trains_as_torch(model_of_cuda(kernels), training._replace(dtype=dtype))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options_of_sgd_match_torch(options: str, kernels: ctypes.CDLL) -> None:
+def test_optimizers_match_torch(options: str, kernels: ctypes.CDLL) -> None:
+    """Two steps, each parameter with its own lr, after three by torch."""
+    name, chosen = OPTIONS[options]
     for dtype in DTYPES:
-        training = SMALL._replace(options=OPTIONS[options], dtype=dtype, hidden="sigmoid")
+        training = SMALL._replace(optimizer=name, options=chosen, dtype=dtype)
         assert_trains_as_torch(model_of_cuda(kernels), training)
+
+
+@pytest.mark.parametrize("options", ["adam-amsgrad", "adagrad"])
+@pytest.mark.parametrize("count", [torch.float32, torch.float64], ids=str)
+def test_counts_of_steps_may_be_on_the_device(
+    count: torch.dtype, options: str, kernels: ctypes.CDLL
+) -> None:
+    name, chosen = OPTIONS[options]
+    training = SMALL._replace(optimizer=name, options=chosen, batch=13, device_count=count)
+    here = found_by(model_of_cuda(kernels), training._replace(device_count=None))
+    there = found_by(model_of_cuda(kernels), training)
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.equal(value.double(), there[name].double()), name
+
+
+ACTIVATIONS = [
+    Activation("identity"),
+    Activation("sigmoid"),
+    Activation("leaky_relu", (0.2,)),
+    Activation("leaky_relu", (-0.5,)),  # needs z
+    Activation("elu", (0.7,)),
+    Activation("silu"),
+    Activation("gelu"),
+    Activation("softplus", (2.0, 1.5)),
+    Activation("hardtanh", (-0.25, 0.5)),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: "-".join(map(str, a)))
+def test_activations_match_torch(activation: Activation, kernels: ctypes.CDLL) -> None:
+    """Hidden and last, before a loss of elements and one of rows, in more rows than fit at once."""
+    training = SMALL._replace(hidden=activation, last=activation, widths=(6, 5, 7, 4))
+    for loss in ("mse", "cross_entropy"):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_trains_as_torch(
+                model_of_cuda(kernels), training._replace(loss=loss, dtype=dtype)
+            )
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (2, 3), (0, 1, 2), (0, 1, 2, 3)], ids=str)
@@ -84,13 +132,14 @@ def test_frozen_parameters_stay(frozen: tuple[int, ...], kernels: ctypes.CDLL) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_steps_at_once_are_as_many_launches(dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
-    training = Training((6, 5, 2), 20, 7, "cross_entropy", dtype=dtype)
+    name, chosen = OPTIONS["adam-amsgrad"]
+    training = Training((6, 5, 2), 20, 7, "cross_entropy", "mean", name, chosen, dtype)
     together = found_by(model_of_cuda(kernels), training)
 
-    def one_by_one(t, data, parameters, buffers):  # type: ignore[no-untyped-def]
+    def one_by_one(t, data, parameters, states):  # type: ignore[no-untyped-def]
         run = model_of_cuda(kernels)
         losses = [
-            run(t._replace(rows=len(rows)), data._replace(order=rows), parameters, buffers)
+            run(t._replace(rows=len(rows)), data._replace(order=rows), parameters, states)
             for rows in data.order.split(t.batch)
         ]
         return torch.cat(losses)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from cuda_steps import OPTIONS, PLAIN, Data, Training, assert_trains_as_torch, model_of
+from cuda_steps import (
+    OPTIONS,
+    Data,
+    State,
+    Training,
+    arguments,
+    assert_trains_as_torch,
+    data_of,
+    model_of,
+    states_of,
+)
 from shapes import DTYPES
-from test_sgd_steps import OP, arguments
 from torch import Tensor, nn
 
 from mlp_ext import _C, TrainStep
 from mlp_ext.commands import loop
+from mlp_ext.nn import Activation
 from mlp_ext.step_graph import WARM_UPS, StepGraph
 
 if not torch.cuda.is_available():
@@ -21,7 +30,7 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.cuda
 
-STEP = torch.ops.mlp_ext.mlp_sgd_step_.default
+OP = torch.ops.mlp_ext.mlp_train_step_.default
 close = torch.testing.assert_close
 
 # In one block; the last ones layer by layer: too many products, too many layers.
@@ -42,16 +51,18 @@ def on_gpu(value: Any) -> Any:
     return value.cuda() if isinstance(value, Tensor) else value
 
 
-def run(t: Training, data: Data, parameters: list[Tensor], buffers: list[Tensor | None]) -> Tensor:
-    there = {name: on_gpu(v) for name, v in arguments(t, data, parameters, buffers).items()}
+def run(t: Training, data: Data, parameters: list[Tensor], states: list[State]) -> Tensor:
+    there = {name: on_gpu(v) for name, v in arguments(t, data, parameters, states).items()}
+    if t.device_count is None:
+        there["steps"] = [step.cpu() for step in there["steps"]]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")  # nothing waits
     losses: Tensor = OP(**there)
     torch.cuda.set_sync_debug_mode("default")
-    kept = [b for b in buffers if b is not None]
-    changed = chain(there["parameters"], there["momentum_buffers"])
-    for here, value in zip([*parameters, *kept], changed, strict=True):
-        here.copy_(value)
+    changed = arguments(t, data, parameters, states)
+    for name in ("parameters", "states", "steps"):
+        for here, value in zip(changed[name], there[name], strict=True):
+            here.copy_(value)
     return losses.cpu()
 
 
@@ -69,27 +80,39 @@ def test_steps_match_torch(training: Training, dtype: torch.dtype) -> None:
     assert_trains_as_torch(run, training._replace(dtype=dtype))
 
 
-SMALL = Training((6, 5, 4), 40, 36, hidden="tanh")
-MANY = Training((64, 300, 4), 240, 200, hidden="tanh")
+TANH = Activation("tanh")
+SMALL = Training((6, 5, 4), 40, 36, hidden=TANH)
+MANY = Training((64, 300, 4), 240, 200, hidden=TANH)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize(
-    "loss", ["mse", "bce", "bce_with_logits", "cross_entropy", "cross_entropy-soft"]
-)
+@pytest.mark.parametrize("loss", [*_C.losses(), "cross_entropy-soft"])
 def test_losses_match_torch(loss: str, reduction: str) -> None:
     for training in (SMALL, MANY):
         options = {"lr": 0.01 if reduction == "mean" else 0.0001}
         training = training._replace(loss=loss, reduction=reduction, options=options)
         assert_trains_as_torch(run, training)
+        if loss in ("bce_with_logits", "cross_entropy", "cross_entropy-soft", "nll"):
+            assert_trains_as_torch(run, training._replace(weighted=True))
         if loss.startswith("cross_entropy"):
-            assert_trains_as_torch(run, training._replace(weighted=True, smoothing=0.1))
+            smoothed = {"label_smoothing": 0.1}
+            assert_trains_as_torch(run, training._replace(loss_options=smoothed))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options_of_sgd_match_torch(options: str) -> None:
+def test_optimizers_match_torch(options: str) -> None:
+    name, chosen = OPTIONS[options]
     for training in (SMALL, MANY):
-        assert_trains_as_torch(run, training._replace(options=OPTIONS[options], frozen=(1,)))
+        for count in (None, torch.float32, torch.float64):
+            training = training._replace(optimizer=name, options=chosen, device_count=count)
+            assert_trains_as_torch(run, training._replace(frozen=(1,)))
+
+
+@pytest.mark.parametrize("name", ["leaky_relu", "gelu", "silu", "softplus"])
+def test_activations_match_torch(name: str) -> None:
+    for training in (SMALL, MANY):
+        activation = Activation(name)
+        assert_trains_as_torch(run, training._replace(hidden=activation, last=activation))
 
 
 # ---- fit ----
@@ -109,8 +132,8 @@ def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
     parameters = [*nets[0].parameters()]
     activations = [*["relu"] * (len(training.widths) - 2), "identity"]
     trainer = _C.Trainer(
-        parameters, [0] * len(parameters), activations, "mse", "mean", None, -100, 0.0,
-        optimizers[0], _C.Guards([], []),
+        parameters, [0] * len(parameters), activations, [], "mse", "mean", None, [],
+        optimizers[0], "sgd", {}, _C.Guards([], []),
     )  # fmt: skip
     drawn = [torch.Generator().manual_seed(5) for _ in nets]
     at_once = training in ONE_BLOCK
@@ -170,29 +193,32 @@ def test_fit_goes_through_the_graphs_of_steps(shuffle: bool) -> None:
 # ---- graphs ----
 
 
+@pytest.mark.parametrize("options", ["sgd", "adam-amsgrad"])
 @pytest.mark.parametrize("loss", ["mse", "bce", "cross_entropy"])
 @pytest.mark.parametrize("training", [SMALL, MANY], ids=["one block", "layers"])
-def test_a_graph_of_steps_is_the_steps(training: Training, loss: str) -> None:
+def test_a_graph_of_steps_is_the_steps(training: Training, loss: str, options: str) -> None:
     """Also cross-entropy by classes, which asks the device for nothing."""
-    training = training._replace(loss=loss, shuffled=False, options=PLAIN)
+    name, chosen = OPTIONS[options]
+    training = training._replace(loss=loss, optimizer=name, options=chosen, shuffled=False)
+    training = training._replace(device_count=torch.float32)  # which a replay reads and advances
     given = []
     for _ in range(2):
-        data = batch_of(training)
         parameters = [p.detach().clone() for p in model_of(training).parameters()]
-        there = arguments(training, data, parameters, [None] * len(parameters))
+        there = arguments(training, data_of(training), parameters, states_of(training))
         for name in ("order", "batch_size"):
             there.pop(name)
         given.append({name: on_gpu(value) for name, value in there.items()})
     graphed = StepGraph(
-        lambda input, target: STEP(**given[0] | {"input": input, "target": target}), lambda: 0
+        lambda input, target: OP(**given[0] | {"input": input, "target": target}), lambda: 0
     )
     for _ in range(WARM_UPS + 5):
         data = batch_of(training)
         x, y = data.input.cuda(), data.target.cuda()
-        expected = STEP(**given[1] | {"input": x, "target": y})
+        expected = OP(**given[1] | {"input": x, "target": y})
         assert torch.equal(graphed(x, y), expected)
-    for a, b in zip(given[0]["parameters"], given[1]["parameters"], strict=True):
-        assert torch.equal(a, b)
+    for name in ("parameters", "states", "steps"):
+        for a, b in zip(given[0][name], given[1][name], strict=True):
+            assert torch.equal(a, b)
 
 
 def batch_of(t: Training) -> Data:

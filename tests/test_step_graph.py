@@ -276,7 +276,7 @@ def on_gpu(*shape: int) -> Tensor:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[GraphTrainer, Recorder]:
-    monkeypatch.setattr(step_graph, "_is_one_launch", lambda widths, input: len(input) < 5)
+    monkeypatch.setattr(step_graph, "_is_one_launch", lambda widths, rows, *_: rows < 5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model = nn.Sequential(nn.Linear(64, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -343,6 +343,27 @@ def test_a_batch_of_fit_may_be_small_where_all_is_big(recorded: Recorded) -> Non
     trainer, run = recorded
     fit(trainer, on_gpu(BIG, 64), BIG // 4)
     assert run.done[:4] == ["warm up"] * 3 + ["capture"]
+
+
+def test_a_number_of_rows_is_decided_once(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _ = recorded
+    asked = []
+
+    def is_one_launch(widths: list[int], *key: Any) -> bool:
+        asked.append(key)
+        return True
+
+    monkeypatch.setattr(step_graph, "_is_one_launch", is_one_launch)
+    for rows in (6, 6, 7, 6, 7):
+        trainer.step(on_gpu(rows, 64), on_gpu(rows, 2))
+    fit(trainer, on_gpu(20, 64), 7)
+    assert asked == [(rows, torch.float32, torch.device("cpu")) for rows in (6, 7)]
+    monkeypatch.setattr(step_graph, "DECIDED", 2)
+    for rows in range(1, 9):
+        trainer.step(on_gpu(rows, 64), on_gpu(rows, 2))
+    assert len(trainer._ways) == 2
 
 
 @pytest.mark.parametrize("input", [torch.rand(9, 64), None, on_gpu()], ids=["cpu", "none", "0-d"])

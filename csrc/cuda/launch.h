@@ -8,6 +8,7 @@
 
 #include "cuda/plan.h"
 #include "math/activations.h"
+#include "math/losses.h"
 #include "math/matrix.h"
 #include "math/optimizers.h"
 
@@ -47,41 +48,43 @@ struct BackwardProblem {
 // dy = L'(y, t) scale;  loss = scale times the sum of L(y, t)
 struct LossProblem {
   DType dtype;
-  size_t loss;  // its place in ElementLosses
+  LossFunction loss;  // of elements
   int64_t M, N;
   ConstMatrix y, target;  // [M, N], not empty
+  const void* weight;     // [N] or nullptr
   Matrix dy;
   double scale;
   void* value;  // []
 };
 
 // Training steps: batch i has the rows of order from i batch on, the last one maybe fewer.
-struct StepParameterProblem {       // contiguous
-  void* value = nullptr;            // nullptr: there is none
-  void* momentum_buffer = nullptr;  // where it learns with momentum
-  Sgd sgd = {};
+struct StepParameterProblem {  // contiguous
+  void* value = nullptr;       // nullptr: there is none
   bool learns = false;
+  Optimizer optimizer = {};
+  void* states[kMaxStates] = {};  // nullptr where the optimizer does not have that state
+  double count = 0;               // of the steps before; on the GPU in one of:
+  const float* float_count = nullptr;
+  const double* double_count = nullptr;
 };
 struct StepLayerProblem {
   int64_t K, N;
-  size_t activation;
+  Activation activation;
   StepParameterProblem weight, bias;  // [N, K], [N]
 };
 struct StepsProblem {
   DType dtype;
   int64_t rows, batch;
-  const int64_t* order;  // [rows], places among the rows of x; nullptr: as they lie
+  const int64_t* order;  // [rows], indices among the rows of x; nullptr: as they lie
   int64_t input_rows;
   ConstMatrix x;  // [input_rows, K]
-  size_t loss;    // its place in Losses
+  LossFunction loss;
   bool mean;
   ConstMatrix target;      // [input_rows, N]; unread with classes
   const int64_t* classes;  // [input_rows] or nullptr
-  int64_t classes_stride;
+  int64_t classes_stride, ignore_index;
   const void* loss_weight;  // [N] or nullptr
-  int64_t ignore_index;
-  double label_smoothing;
-  void* losses;  // [steps]
+  void* losses;             // [steps]
   int64_t layers, lowest_learning;
   StepLayerProblem layer[kStepLayers];
 };
@@ -94,7 +97,7 @@ cudaError_t launch_tall_forward(const ForwardProblem& problem, const Gpu& gpu);
 int64_t tall_backward_bytes(const BackwardProblem& problem, const Gpu& gpu);
 cudaError_t launch_tall_backward(const BackwardProblem& problem, void* workspace, const Gpu& gpu);
 
-cudaError_t launch_sgd_steps(const StepsProblem& problem, const Gpu& gpu);
+cudaError_t launch_train_steps(const StepsProblem& problem, const Gpu& gpu);
 
 // On the tensor cores of compute capability 9.0, bfloat16 or float16. All rows are whole multiples of 16 bytes and
 // begin at such.

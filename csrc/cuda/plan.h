@@ -184,12 +184,13 @@ constexpr Plan make_plan(const Case& c) {
 
 enum class StepPath {
   one_block,  // all of it, and many of them, in one launch: step.cuh
-  layers,     // the layers' kernels and a loss kernel, torch's update
+  layers,     // the layers' kernels and a loss kernel, the update by torch's operations
 };
 constexpr const char* step_path_name(StepPath path) { return path == StepPath::one_block ? "one_block" : "layers"; }
 
 constexpr int kStepLayers = 8;                 // fit the kernel's argument
 constexpr int kStepRows = 32;                  // on chip at a time
+constexpr int64_t kStepOptimizerBytes = 2048;  // on chip
 constexpr double kStepMultiplyAdds = 1 << 18;  // 39 us for 303104, as for a graph of the layers
 
 // On chip, of a row as wide: the bias beside W, a one beside x; odd, so that neighbouring rows begin in other banks.
@@ -210,11 +211,15 @@ constexpr bool few_step_multiply_adds(const StepCase& c) {
     products += static_cast<double>(c.batch) * static_cast<double>(c.widths[l]) * static_cast<double>(c.widths[l + 1]);
   return products <= kStepMultiplyAdds;
 }
-// Weights and their gradients, a few rows of each width, and what rounding the pieces up and sums of warps add.
+// At most: weights and their gradients, some rows of x, y and z of each layer, the optimizers, and what rounding up and
+// the sums of warps add. z is counted whether an activation needs it or not, so that widths alone tell the path.
 constexpr int64_t step_shared_bytes(const StepCase& c) {
-  int64_t elements = kStepRows * step_row_stride(c.widths[c.layers]);
-  for (int64_t l = 0; l < c.layers; ++l) elements += (2 * c.widths[l + 1] + kStepRows) * step_row_stride(c.widths[l]);
-  return elements * accumulator_size(c.dtype) + 256;
+  int64_t elements = kStepRows * step_row_stride(c.widths[0]);
+  for (int64_t l = 0; l < c.layers; ++l) {
+    elements += 2 * c.widths[l + 1] * step_row_stride(c.widths[l]);
+    elements += 2 * kStepRows * step_row_stride(c.widths[l + 1]);
+  }
+  return elements * accumulator_size(c.dtype) + kStepOptimizerBytes + 256;
 }
 constexpr bool step_is_empty(const StepCase& c) {
   int64_t least = c.batch;

@@ -12,7 +12,7 @@
 
 // On the host always inlined, so that no copy that was compiled for one instruction set serves another.
 #if defined(__CUDACC__)
-#define MLP_EXT_HOST_DEVICE __host__ __device__
+#define MLP_EXT_HOST_DEVICE __host__ __device__ inline
 #else
 #define MLP_EXT_HOST_DEVICE __attribute__((always_inline)) inline
 #endif

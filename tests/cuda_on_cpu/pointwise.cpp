@@ -33,15 +33,17 @@ extern "C" const char* grad_z_on_cpu(const Problem* p) {
   });
 }
 
-// dy and, as db, the loss of y and the target x; K is the place of the loss
+// dy and, as db, the loss of y and the target x with loss_weight w; K is the index of the loss
 extern "C" const char* element_loss_on_cpu(const Problem* p) {
   return with_types(*p, [&](auto s, auto) {
     using S = decltype(s);
     using T = Accumulator<S>;
-    ElementLoss<S> f{p->M,
+    ElementLoss<S> f{choose(Losses{}, p->K, p->parameters),
+                     p->M,
                      p->N,
                      rows<const S>(p->y),
                      rows<const S>(p->x),
+                     pointer<const S>(p->w),
                      rows<S>(p->dy),
                      T(1.0 / (p->M * p->N)),
                      pointer<S>(p->db)};
@@ -50,11 +52,7 @@ extern "C" const char* element_loss_on_cpu(const Problem* p) {
     std::vector<unsigned> finished(1);
     f.sums = Pointer<T>(sums.data(), sums.size());
     f.finished = Pointer<unsigned>(finished.data(), 1);
-    const auto run = [&](auto loss) {
-      using L = decltype(loss);
-      const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, L, 1> : element_loss<S, L, kVector<S>>;
-      return launch(*p, geometry, [=] { kernel(f); });
-    };
-    return p->K == 0 ? run(MSE()) : p->K == 1 ? run(BCE()) : run(BCEWithLogits());
+    const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, 1> : element_loss<S, kVector<S>>;
+    return launch(*p, geometry, [=] { kernel(f); });
   });
 }

@@ -2,60 +2,69 @@
 
 #include "run.h"
 
+using namespace mlp_ext;
 using namespace mlp_ext::cuda;
 
 namespace {
 
 struct ParameterBuffers {
-  Buffer value, momentum_buffer;
-  double hyperparameters[mlp_ext::Sgd::size];
+  Buffer value, states[kMaxStates], float_count, double_count;
+  double count, hyperparameters[Optimizers::max_parameters];
   int64_t learns;
 };
 struct LayerBuffers {
   int64_t K, N, activation;
+  double parameters[Activations::max_parameters];
   ParameterBuffers weight, bias;
 };
 struct StepsBuffers {
-  int64_t dtype, rows, batch, input_rows, loss, mean, ignore_index, layers, lowest_learning;
-  double label_smoothing;
+  int64_t dtype, rows, batch, input_rows, loss, mean, optimizer, layers, lowest_learning;
+  double loss_parameters[Losses::max_parameters];
   Buffer order, x, target, classes, loss_weight, losses;
   const LayerBuffers* layer;
   int64_t order_of_threads;
 };
 
 template <class S>
-StepParameter<S> parameter(const ParameterBuffers& p) {
-  const double* const h = p.hyperparameters;
-  return {pointer<S>(p.value),
-          pointer<S>(p.momentum_buffer),
-          {h[0], h[1], h[2], h[3], h[4] != 0, h[5] != 0},
-          p.learns != 0};
+StepParameter<S> parameter(const ParameterBuffers& p, int64_t optimizer) {
+  StepParameter<S> to{pointer<S>(p.value), p.learns != 0, choose(Optimizers{}, optimizer, p.hyperparameters)};
+  for (size_t s = 0; s < kMaxStates; ++s) to.states[s] = pointer<S>(p.states[s]);
+  to.count = p.count;
+  to.float_count = pointer<const float>(p.float_count);
+  to.double_count = pointer<const double>(p.double_count);
+  return to;
 }
 
 template <class S>
 std::string run(const StepsBuffers& p) {
+  const LossFunction loss = choose(Losses{}, p.loss, p.loss_parameters);
   Steps<S> f{p.rows,
              p.batch,
              pointer<const int64_t>(p.order),
              p.input_rows,
              rows<const S>(p.x),
-             {static_cast<int>(p.loss), p.mean != 0, rows<const S>(p.target), pointer<const int64_t>(p.classes),
-              p.classes.stride, pointer<const S>(p.loss_weight), p.ignore_index, p.label_smoothing},
+             {loss, p.mean != 0, rows<const S>(p.target), pointer<const int64_t>(p.classes), p.classes.stride,
+              ignore_index_of(loss), pointer<const S>(p.loss_weight)},
              pointer<S>(p.losses),
              static_cast<int>(p.layers),
              static_cast<int>(p.lowest_learning)};
   int64_t widths[kStepLayers + 1] = {p.layer[0].K};
   for (int l = 0; l < p.layers; ++l) {
     const LayerBuffers& from = p.layer[l];
-    f.layer[l] = {static_cast<int>(from.K), static_cast<int>(from.N), static_cast<int>(from.activation),
-                  parameter<S>(from.weight), parameter<S>(from.bias)};
+    const Activation activation = choose(Activations{}, from.activation, from.parameters);
+    f.layer[l] = {static_cast<int>(from.K),
+                  static_cast<int>(from.N),
+                  activation,
+                  needs_of(activation) == Needs::preactivation,
+                  parameter<S>(from.weight, p.optimizer),
+                  parameter<S>(from.bias, p.optimizer)};
     widths[l + 1] = from.N;
   }
   const Launch geometry = steps_launch(f);
-  constexpr auto dtype = sizeof(S) == 8 ? mlp_ext::DType::float64 : mlp_ext::DType::float32;
+  constexpr auto dtype = sizeof(S) == 8 ? DType::float64 : DType::float32;
   if (geometry.shared > step_shared_bytes({widths, p.layers, p.batch, dtype, 90, 0}))
     return "more shared memory than planned";
-  return model::run(geometry, static_cast<model::Order>(p.order_of_threads), 0, [=] { sgd_steps<S>(f); });
+  return model::run(geometry, static_cast<model::Order>(p.order_of_threads), 0, [=] { train_steps<S>(f); });
 }
 
 std::string run(const StepsBuffers& p) {
@@ -68,7 +77,7 @@ std::string run(const StepsBuffers& p) {
 
 }  // namespace
 
-extern "C" const char* sgd_steps_on_cpu(const StepsBuffers* p) {
+extern "C" const char* train_steps_on_cpu(const StepsBuffers* p) {
   static std::string fault;
   fault = run(*p);
   return fault.empty() ? nullptr : fault.c_str();
@@ -76,10 +85,14 @@ extern "C" const char* sgd_steps_on_cpu(const StepsBuffers* p) {
 
 // For the sanitizers, a K-N-K network in the arrays that the other kernels take.
 extern "C" const char* sgd_step_on_cpu(const Problem* p) {
-  const ParameterBuffers none{};
-  const LayerBuffers layers[] = {{p->K, p->N, p->activation, {p->w, {}, {0.1}, 1}, {p->bias, p->db, {0.1, 0.9}, 1}},
-                                 {p->N, p->K, 0, {p->dw, {}, {0.1}, 1}, none}};
+  const auto sgd = [](const Buffer& value, const Buffer& momentum_buffer, double momentum) {
+    return ParameterBuffers{value, {momentum_buffer}, {}, {}, 0, {0.1, momentum}, 1};
+  };
+  const LayerBuffers layers[] = {
+      {p->K, p->N, p->activation, {}, sgd(p->w, {}, 0), sgd(p->bias, p->db, 0.9)},
+      {p->N, p->K, 0, {}, sgd(p->dw, {}, 0), {}},
+  };
   const StepsBuffers steps{p->dtype, p->M, (p->M + 1) / 2, p->M,  0,  1,  0,    2,      0,
-                           0,        {},   p->x,           p->dx, {}, {}, p->y, layers, p->order};
-  return sgd_steps_on_cpu(&steps);
+                           {},       {},   p->x,           p->dx, {}, {}, p->y, layers, p->order};
+  return train_steps_on_cpu(&steps);
 }

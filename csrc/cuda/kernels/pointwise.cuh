@@ -204,8 +204,10 @@ __global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks)
 // dy = L'(y, t) scale;  loss = scale times the sum of L(y, t) over all elements
 template <class S>
 struct ElementLoss {
+  LossFunction function;  // of elements
   int64_t M, N;
   Rows<const S> y, target;  // [M, N]
+  Pointer<const S> weight;  // [N] or nullptr
   Rows<S> dy;               // [M, N]
   Accumulator<S> scale;
   Pointer<S> loss;               // []
@@ -213,10 +215,11 @@ struct ElementLoss {
   Pointer<unsigned> finished;    // [], 0 before the launch and after it
 };
 
-// The V of element_loss<S, L, V>.
+// The V of element_loss<S, V>.
 template <class S>
 int element_loss_vector(const ElementLoss<S>& f) {
-  return in_vectors(f.y, f.N) && in_vectors(f.target, f.N) && in_vectors(f.dy, f.N) ? kVector<S> : 1;
+  const bool rows_fit = in_vectors(f.y, f.N) && in_vectors(f.target, f.N) && in_vectors(f.dy, f.N);
+  return rows_fit && aligned(f.weight, 16) ? kVector<S> : 1;
 }
 
 template <class S>
@@ -226,28 +229,53 @@ Launch element_loss_launch(const ElementLoss<S>& f, const Device& device) {
   return {grid.strips(), grid.parts(device), pointwise::kThreads, shared_bytes<Accumulator<S>>(pointwise::kThreads)};
 }
 
-template <class S, class L, int V>
-__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) element_loss(const ElementLoss<S> f) {
-  using T = Accumulator<S>;
-  const pointwise::Grid grid(f.M, f.N, V), one_column(f.M, 1, 1);
+namespace pointwise {
+
+// dy of this thread's elements; returns the sum of their losses, not scaled.
+template <int V, class S, class Loss, class T = Accumulator<S>>
+__device__ T add_losses(const ElementLoss<S>& f, const Loss& loss) {
+  const Grid grid(f.M, f.N, V);
   const int64_t column = blockIdx.x * int64_t{grid.width()} + threadIdx.x % grid.across * V;
-  const int64_t rows_end = column < f.N ? f.M : 0, step = gridDim.y * int64_t{grid.down};
-  T sum[1] = {};
-  for (int64_t m = blockIdx.y * int64_t{grid.down} + threadIdx.x / grid.across; m < rows_end; m += step) {
-    const auto y = load<V>(f.y.at(m, column)), target = load<V>(f.target.at(m, column));
+  if (column >= f.N) return 0;
+  T sum = 0, weight[V];
+#pragma unroll
+  for (int v = 0; v < V; ++v) weight[v] = 1;
+  if (f.weight) {
+    const auto raw = load<V>(f.weight + column);
+#pragma unroll
+    for (int v = 0; v < V; ++v) weight[v] = to_accumulator(raw.at[v]);
+  }
+  const int64_t step = gridDim.y * int64_t{grid.down};
+  for (int64_t m = blockIdx.y * int64_t{grid.down} + threadIdx.x / grid.across; m < f.M; m += step) {
+    const auto outputs = load<V>(f.y.at(m, column)), targets = load<V>(f.target.at(m, column));
     Vector<S, V> dy;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const T p = to_accumulator(y.at[v]), t = to_accumulator(target.at[v]);
-      if constexpr (std::is_same_v<L, BCE>) device_assert(0 <= p && p <= 1 && 0 <= t && t <= 1, "a probability");
-      sum[0] += L::forward(p, t);
-      dy.at[v] = from_accumulator<S>(L::backward(p, t) * f.scale);
+      const T y = to_accumulator(outputs.at[v]), t = to_accumulator(targets.at[v]);
+      if constexpr (is_of_probabilities<Loss>) device_assert(0 <= y && y <= 1 && 0 <= t && t <= 1, "a probability");
+      sum += loss.forward(y, t, weight[v]);
+      dy.at[v] = from_accumulator<S>(loss.backward(y, t, weight[v]) * f.scale);
     }
     store(f.dy.at(m, column), dy);
   }
+  return sum;
+}
+
+}  // namespace pointwise
+
+template <class S, int V>
+__global__ void __launch_bounds__(pointwise::kThreads, pointwise::kBlocks) element_loss(const ElementLoss<S> f) {
+  using T = Accumulator<S>;
+  T sum[1] = {visit(f.function, [&](const auto& loss) -> T {
+    if constexpr (is_of_rows<std::remove_cvref_t<decltype(loss)>>)
+      return 0;
+    else
+      return pointwise::add_losses<V>(f, loss);
+  })};
 
   SharedMemory shared;
   const auto sums = shared.take<T>(pointwise::kThreads);
+  const pointwise::Grid one_column(f.M, 1, 1);
   const unsigned blocks = gridDim.x * gridDim.y;
   pointwise::add_rows<1>(one_column, sums, sum, 0, threadIdx.x);
   if (threadIdx.x == 0) f.sums[blockIdx.y * gridDim.x + blockIdx.x] = sum[0];

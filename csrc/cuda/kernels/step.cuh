@@ -4,7 +4,7 @@
 // Rows of a batch go forward, through the loss and backward 32 at a time; gradients are added up over them, and the
 // update follows. On chip all is in the dtype of accumulation, and a parameter as rounded as in memory, so that many
 // steps at once equal as many launches to the bit. dz takes the place of y. A bias is the column K of W, beside a
-// column of ones in x.
+// column of ones in x. The optimizer's states stay in global memory; each element's are read and written by one thread.
 #pragma once
 
 #include "cuda/kernels/problem.cuh"
@@ -15,35 +15,38 @@
 namespace mlp_ext::cuda {
 
 template <class S>
-struct StepParameter {         // and how it is updated
-  Pointer<S> value;            // nullptr: there is none
-  Pointer<S> momentum_buffer;  // where it learns with momentum
-  Sgd sgd;
+struct StepParameter {  // and how it is updated
+  Pointer<S> value;     // nullptr: there is none
   bool learns;
+  Optimizer optimizer;
+  Pointer<S> states[kMaxStates];  // nullptr where the optimizer does not have that state
+  double count;                   // of the steps before this launch; on the GPU in one of:
+  Pointer<const float> float_count;
+  Pointer<const double> double_count;
 };
 template <class S>
 struct StepLayer {
-  int K, N, activation;
+  int K, N;
+  Activation activation;
+  bool keeps_z;                   // its backward needs z rather than y
   StepParameter<S> weight, bias;  // [N, K] and [N], contiguous
-  // On chip, where W, x and y begin, and from row to row of W and x, and of y.
-  int w = 0, x = 0, y = 0, stride = 0, y_stride = 0;
+  // On chip, where W, x, y and what backward needs, y or z, begin, and from row to row of W and x, and of y and z.
+  int w = 0, x = 0, y = 0, saved = 0, stride = 0, y_stride = 0;
 };
 template <class S>
 struct StepLoss {
-  int index;  // its place in Losses
+  LossFunction function;
   bool mean;
   Rows<const S> target;            // as the output; unread with classes
-  Pointer<const int64_t> classes;  // of cross_entropy, or nullptr
-  int64_t classes_stride;
-  Pointer<const S> weight;  // of cross_entropy: [N] or nullptr
-  int64_t ignore_index;
-  double label_smoothing;
+  Pointer<const int64_t> classes;  // or nullptr
+  int64_t classes_stride, ignore_index;
+  Pointer<const S> weight;  // [N] or nullptr
 };
 // Batch i has the rows of order from i batch on; the last one may be short.
 template <class S>
 struct Steps {
   int64_t rows, batch;
-  Pointer<const int64_t> order;  // [rows], places among the input's rows; nullptr: as they lie
+  Pointer<const int64_t> order;  // [rows], indices among the input's rows; nullptr: as they lie
   int64_t input_rows;
   Rows<const S> x;  // [input_rows, K]
   StepLoss<S> loss;
@@ -56,22 +59,30 @@ struct Steps {
 namespace step {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kCrossEntropy = mlp_ext::kCrossEntropy;
+constexpr int kParameters = 2 * kStepLayers;
+
+struct alignas(16) ReadyOptimizer {
+  Optimizer optimizer;  // at the step that runs
+};
+static_assert(kParameters * sizeof(ReadyOptimizer) <= kStepOptimizerBytes);
 
 template <class T>
 struct OnChip {
-  Pointer<T> weights, gradients;  // of each layer [N, K and the bias]
-  Pointer<T> rows;                // of each layer x [kStepRows, K and the ones], and the output; dz takes its place
-  Pointer<T> counts, losses;      // [kWarps]
+  Pointer<T> weights, gradients;       // of each layer [N, K and the bias]
+  Pointer<T> rows;                     // of each layer x [kStepRows, K and the ones], and the output; some layers' z
+  Pointer<T> counts, losses;           // [kWarps]
+  Pointer<ReadyOptimizer> optimizers;  // [kParameters]: of each layer its weight's and its bias's
 };
 
+// Not inlined: a product has up to 32 places that call them, each of which would hold the code of all activations.
+// By value, since a kernel's argument whose address is taken is copied to local memory.
 template <class T>
-__device__ T act_forward(int activation, T z) {
-  return visit_activation(activation, [&](auto act) { return decltype(act)::forward(z); }, Activations());
+__attribute__((noinline)) __device__ T act_forward(Activation activation, T z) {
+  return visit(activation, [&](const auto& act) { return act.forward(z); });
 }
 template <class T>
-__device__ T act_backward(int activation, T dy, T y) {
-  return visit_activation(activation, [&](auto act) { return decltype(act)::backward(dy, y); }, Activations());
+__attribute__((noinline)) __device__ T act_backward(Activation activation, T dy, T saved) {
+  return visit(activation, [&](const auto& act) { return act.backward(dy, saved); });
 }
 
 // sum over the block, before a barrier and after it; always in the same order.
@@ -152,7 +163,9 @@ template <class S, class T>
 __device__ void forward(const StepLayer<S>& layer, int rows, const OnChip<T>& chip) {
   product<T>({chip.rows + layer.x, rows, layer.stride, 1}, {chip.weights + layer.w, layer.N, layer.stride, 1},
              layer.K + (layer.bias.value ? 1 : 0), [&](int m, int n, T z) {
-               chip.rows[layer.y + m * layer.y_stride + n] = act_forward(layer.activation, z);
+               const int at = m * layer.y_stride + n;
+               if (layer.keeps_z) chip.rows[layer.saved + at] = z;
+               chip.rows[layer.y + at] = act_forward(layer.activation, z);
              });
 }
 
@@ -169,11 +182,12 @@ __device__ void add_gradients(const StepLayer<S>& layer, int rows, bool first, c
 
 // dx = dz W   (M,N)(N,K), and dz of the layer below in the place of its y
 template <class S, class T>
-__device__ void backward(const StepLayer<S>& layer, int activation_below, int rows, const OnChip<T>& chip) {
+__device__ void backward(const StepLayer<S>& layer, const StepLayer<S>& below, int rows, const OnChip<T>& chip) {
   product<T>({chip.rows + layer.y, rows, layer.y_stride, 1}, {chip.weights + layer.w, layer.K, 1, layer.stride},
              layer.N, [&](int m, int k, T dy) {
-               const auto y = chip.rows + (layer.x + m * layer.stride + k);
-               *y = act_backward<T>(activation_below, dy, *y);
+               const int at = m * below.y_stride + k;
+               const T saved = chip.rows[below.saved + at];
+               chip.rows[below.y + at] = act_backward(below.activation, dy, saved);
              });
 }
 
@@ -204,59 +218,68 @@ __device__ T weight_of_classes(const Steps<S>& f, int64_t begin, int64_t count) 
   return total;
 }
 
-// Of losses that look at one element: their sum, not scaled, over those of this thread; dz in the place of y.
-template <class L, class S, class T>
-__device__ T elements(const Steps<S>& f, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
+// The loss of single elements: the sum over this thread's, not scaled; dz in the place of y.
+template <class S, class T, class Loss>
+__device__ T elements(const Steps<S>& f, const Loss& loss, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
   const StepLayer<S>& layer = f.layer[f.layers - 1];
   T total = 0;
   for (int i = threadIdx.x; i < rows * layer.N; i += kThreads) {
-    const int m = i / layer.N, n = i % layer.N;
-    const auto place = chip.rows + (layer.y + m * layer.y_stride + n);
-    const T y = *place, t = to_accumulator(*f.loss.target.at(input_row(f, begin + m), n));
-    if constexpr (std::is_same_v<L, BCE>) device_assert(0 <= y && y <= 1 && 0 <= t && t <= 1, "a probability");
-    *place = act_backward<T>(layer.activation, L::backward(y, t) * scale, y);
-    total += L::forward(y, t);
+    const int m = i / layer.N, n = i % layer.N, at = m * layer.y_stride + n;
+    const T y = chip.rows[layer.y + at], t = to_accumulator(*f.loss.target.at(input_row(f, begin + m), n));
+    const T w = f.loss.weight ? to_accumulator(f.loss.weight[n]) : T(1), saved = chip.rows[layer.saved + at];
+    if constexpr (is_of_probabilities<Loss>) device_assert(0 <= y && y <= 1 && 0 <= t && t <= 1, "a probability");
+    chip.rows[layer.y + at] = act_backward(layer.activation, loss.backward(y, t, w) * scale, saved);
+    total += loss.forward(y, t, w);
   }
   return total;
 }
 
-// The same, a row for each of the first threads: the terms of q times log_softmax(z), and Q softmax(z) - q.
+// The Row of math/losses.h; dz takes the place of y.
 template <class S, class T>
-__device__ T cross_entropy(const Steps<S>& f, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
+struct Row {
+  const Steps<S>& f;
+  const StepLayer<S>& layer;
+  const OnChip<T>& chip;
+  int first;                  // from layer.y on
+  int64_t row, class_of_row;  // the row of the target
+
+  __device__ int64_t c() const { return class_of_row; }
+  __device__ T z(int64_t n) const { return chip.rows[layer.y + first + n]; }
+  __device__ T t(int64_t n) const { return to_accumulator(*f.loss.target.at(row, n)); }
+  __device__ T w(int64_t n) const { return f.loss.weight ? to_accumulator(f.loss.weight[n]) : T(1); }
+  __device__ T exp(int64_t n, T most) const { return std::exp(z(n) - most); }
+  __device__ T sum_exp(T most) const {
+    T sum = 0;
+    for (int n = 0; n < layer.N; ++n) sum += exp(n, most);
+    return sum;
+  }
+  __device__ void put(int64_t n, T dy) const {
+    const T saved = chip.rows[layer.saved + first + n];
+    chip.rows[layer.y + first + n] = act_backward(layer.activation, dy, saved);
+  }
+};
+
+// The loss of whole rows, a row for each of the first threads; dz in the place of y.
+template <class S, class T, class Loss>
+__device__ T whole_rows(const Steps<S>& f, const Loss& loss, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
   const int m = threadIdx.x;
   if (m >= rows) return 0;
   const StepLayer<S>& layer = f.layer[f.layers - 1];
-  const auto z = chip.rows + (layer.y + m * layer.y_stride);
-  const int64_t c = f.loss.classes ? class_of(f, begin + m) : 0, row = input_row(f, begin + m);
-  const T smoothing = static_cast<T>(f.loss.label_smoothing), even = smoothing / layer.N;
-  const auto q = [&](int n) {
-    const T weight = f.loss.weight ? to_accumulator(f.loss.weight[n]) : T(1);
-    if (!f.loss.classes) return weight * ((1 - smoothing) * to_accumulator(*f.loss.target.at(row, n)) + even);
-    return (n == c ? weight * (1 - smoothing) : T(0)) + (smoothing == 0 ? T(0) : weight * even);
-  };
-  T most = z[0], sum = 0, all_q = 0, total = 0;
-  for (int n = 1; n < layer.N; ++n) {
-    const T v = z[n];
-    if (v > most || v != v) most = v;
-  }
-  for (int n = 0; n < layer.N; ++n) sum += std::exp(z[n] - most);
-  for (int n = 0; n < layer.N; ++n) {
-    if (f.loss.classes && smoothing == 0 && n != c) continue;  // 0 log 0
-    total -= q(n) * (z[n] - most - std::log(sum));
-    all_q += q(n);
-  }
-  for (int n = 0; n < layer.N; ++n) {
-    const T v = z[n], dy = c < 0 ? T(0) : (std::exp(v - most) / sum * all_q - q(n)) * scale;
-    z[n] = act_backward<T>(layer.activation, dy, v);
-  }
-  return c < 0 ? T(0) : total;
+  const int64_t c = f.loss.classes ? class_of(f, begin + m) : -1;
+  const Row<S, T> row{f, layer, chip, m * layer.y_stride, input_row(f, begin + m), c};
+  if (!f.loss.classes || c >= 0) return loss.template row<T>(row, layer.N, scale);
+  for (int n = 0; n < layer.N; ++n) row.put(n, T(0));  // ignored
+  return 0;
 }
 
 template <class S, class T>
 __device__ T loss(const Steps<S>& f, int64_t begin, int rows, T scale, const OnChip<T>& chip) {
-  if (f.loss.index == kCrossEntropy) return cross_entropy(f, begin, rows, scale, chip);
-  return visit_activation(
-      f.loss.index, [&](auto l) { return elements<decltype(l)>(f, begin, rows, scale, chip); }, ElementLosses());
+  return visit(f.loss.function, [&](const auto& loss) {
+    if constexpr (is_of_rows<std::remove_cvref_t<decltype(loss)>>)
+      return whole_rows(f, loss, begin, rows, scale, chip);
+    else
+      return elements(f, loss, begin, rows, scale, chip);
+  });
 }
 
 // What the sum of the losses is multiplied by: of the mean, one over the elements, the rows or their classes' weights.
@@ -264,21 +287,47 @@ template <class S, class T>
 __device__ T loss_scale(const Steps<S>& f, int64_t count, const OnChip<T>& chip) {
   if (!f.loss.mean) return 1;
   if (f.loss.classes) return 1 / take_sum(chip.counts);
-  const bool by_rows = f.loss.index == kCrossEntropy;
+  const bool by_rows =
+      visit(f.loss.function, [](const auto& loss) { return is_of_rows<std::remove_cvref_t<decltype(loss)>>; });
   return 1 / static_cast<T>(by_rows ? count : count * f.layer[f.layers - 1].N);
 }
 
+// Each optimizer at its next step, `done` steps after the launch's first. One thread for each parameter, since pow of
+// double is slow, and of the last warp, which a small layer leaves idle.
 template <class S, class T>
-__device__ void update(const StepLayer<S>& layer, bool is_bias, bool last, const OnChip<T>& chip) {
+__device__ void begin_step(const Steps<S>& f, int64_t done, const OnChip<T>& chip) {
+  const int i = static_cast<int>(threadIdx.x) - (kThreads - kParameters);
+  if (i < 0 || i >= 2 * f.layers) return;
+  const StepParameter<S>& p = i % 2 ? f.layer[i / 2].bias : f.layer[i / 2].weight;
+  if (!p.learns) return;
+  double count = p.count;
+  if (p.float_count) count = *p.float_count;
+  if (p.double_count) count = *p.double_count;
+  const Optimizer optimizer = p.optimizer;
+  chip.optimizers[i] = ReadyOptimizer{at_step(optimizer, count + static_cast<double>(done + 1))};
+}
+
+template <class S, class T>
+__device__ void update(const Steps<S>& f, int l, bool is_bias, bool last, const OnChip<T>& chip) {
+  const StepLayer<S>& layer = f.layer[l];
   const StepParameter<S>& p = is_bias ? layer.bias : layer.weight;
   if (!p.learns) return;
-  for_elements(layer, is_bias, [&](int i, int at) {
-    T value = chip.weights[at], momentum_buffer = p.momentum_buffer ? to_accumulator(p.momentum_buffer[i]) : T(0);
-    p.sgd.update(value, momentum_buffer, T(chip.gradients[at]));
-    const S rounded = from_accumulator<S>(value);
-    chip.weights[at] = to_accumulator(rounded);
-    if (p.momentum_buffer) p.momentum_buffer[i] = from_accumulator<S>(momentum_buffer);
-    if (last) p.value[i] = rounded;
+  const ReadyOptimizer ready = chip.optimizers[2 * l + (is_bias ? 1 : 0)];
+  visit(ready.optimizer, [&](const auto& optimizer) {
+    constexpr int kStates = std::remove_cvref_t<decltype(optimizer)>::states.size();
+    for_elements(layer, is_bias, [&](int i, int at) {
+      T value = chip.weights[at], state[kMaxStates] = {};
+#pragma unroll
+      for (int s = 0; s < kStates; ++s)
+        if (p.states[s]) state[s] = to_accumulator(p.states[s][i]);
+      optimizer.update(value, state, T(chip.gradients[at]));
+      const S rounded = from_accumulator<S>(value);
+      chip.weights[at] = to_accumulator(rounded);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s)
+        if (p.states[s]) p.states[s][i] = from_accumulator<S>(state[s]);
+      if (last) p.value[i] = rounded;
+    });
   });
 }
 
@@ -299,13 +348,18 @@ Launch steps_launch(Steps<S>& f) {
     layer.y = f.on_chip_rows += kStepRows * layer.stride;
   }
   f.on_chip_rows += kStepRows * f.layer[f.layers - 1].y_stride;
-  const int64_t shared =
-      2 * shared_bytes<T>(f.weights) + shared_bytes<T>(f.on_chip_rows) + 2 * shared_bytes<T>(step::kWarps);
+  for (int l = 0; l < f.layers; ++l) {
+    StepLayer<S>& layer = f.layer[l];
+    layer.saved = layer.keeps_z ? f.on_chip_rows : layer.y;
+    if (layer.keeps_z) f.on_chip_rows += kStepRows * layer.y_stride;
+  }
+  const int64_t shared = 2 * shared_bytes<T>(f.weights) + shared_bytes<T>(f.on_chip_rows) +
+                         2 * shared_bytes<T>(step::kWarps) + shared_bytes<step::ReadyOptimizer>(step::kParameters);
   return {f.rows > 0 ? 1 : 0, 1, step::kThreads, shared};
 }
 
 template <class S>
-__global__ void __launch_bounds__(step::kThreads, 1) sgd_steps(const Steps<S> f) {
+__global__ void __launch_bounds__(step::kThreads, 1) train_steps(const Steps<S> f) {
   using T = Accumulator<S>;
   SharedMemory shared;
   step::OnChip<T> chip;
@@ -314,6 +368,7 @@ __global__ void __launch_bounds__(step::kThreads, 1) sgd_steps(const Steps<S> f)
   chip.rows = shared.take<T>(f.on_chip_rows);
   chip.counts = shared.take<T>(step::kWarps);
   chip.losses = shared.take<T>(step::kWarps);
+  chip.optimizers = shared.take<step::ReadyOptimizer>(step::kParameters);
   for (int l = 0; l < f.layers; ++l) {
     const StepLayer<S>& layer = f.layer[l];
     step::for_elements(layer, false, [&](int i, int at) { chip.weights[at] = to_accumulator(layer.weight.value[i]); });
@@ -334,7 +389,10 @@ __global__ void __launch_bounds__(step::kThreads, 1) sgd_steps(const Steps<S> f)
         chip.rows[m * lowest.stride + k] = to_accumulator(*f.x.at(step::input_row(f, begin + m0 + m), k));
       }
       __syncthreads();
-      if (m0 == 0) scale = step::loss_scale(f, count, chip);
+      if (m0 == 0) {
+        scale = step::loss_scale(f, count, chip);
+        step::begin_step(f, step, chip);
+      }
       for (int l = 0; l < f.layers; ++l) {
         step::forward(f.layer[l], rows, chip);
         __syncthreads();
@@ -346,14 +404,14 @@ __global__ void __launch_bounds__(step::kThreads, 1) sgd_steps(const Steps<S> f)
         step::add_gradients(f.layer[l], rows, m0 == 0, chip);
         __syncthreads();
         if (l == f.lowest_learning) break;
-        step::backward(f.layer[l], f.layer[l - 1].activation, rows, chip);
+        step::backward(f.layer[l], f.layer[l - 1], rows, chip);
         __syncthreads();
       }
     }
     const bool last = begin + f.batch >= f.rows;
     for (int l = f.lowest_learning; l < f.layers; ++l) {
-      step::update(f.layer[l], false, last, chip);
-      step::update(f.layer[l], true, last, chip);
+      step::update(f, l, false, last, chip);
+      step::update(f, l, true, last, chip);
     }
     if (threadIdx.x == 0) f.losses[step] = from_accumulator<S>(step::take_sum(chip.losses) * scale);
   }

@@ -59,10 +59,12 @@ namespace {
 
 template <class S>
 ElementLoss<S> element_loss_of(const LossProblem& p) {
-  return {p.M,
+  return {p.loss,
+          p.M,
           p.N,
           typed<S>(p.y),
           typed<S>(p.target),
+          static_cast<const S*>(p.weight),
           typed<S>(p.dy),
           static_cast<Accumulator<S>>(p.scale),
           static_cast<S*>(p.value)};
@@ -88,12 +90,8 @@ cudaError_t launch_element_loss(const LossProblem& problem, void* workspace, con
     auto f = element_loss_of<S>(problem);
     f.finished = static_cast<unsigned*>(workspace);
     f.sums = reinterpret_cast<Accumulator<S>*>(static_cast<char*>(workspace) + kCounter);
-    const auto run = [&](auto loss) {
-      using L = decltype(loss);
-      const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, L, 1> : element_loss<S, L, kVector<S>>;
-      return launch(kernel, element_loss_launch(f, device(gpu)), gpu, f);
-    };
-    return visit_activation(problem.loss, run, ElementLosses());
+    const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, 1> : element_loss<S, kVector<S>>;
+    return launch(kernel, element_loss_launch(f, device(gpu)), gpu, f);
   });
 }
 

@@ -9,22 +9,28 @@ namespace {
 
 template <class S>
 StepParameter<S> typed(const StepParameterProblem& p) {
-  return {static_cast<S*>(p.value), static_cast<S*>(p.momentum_buffer), p.sgd, p.learns};
+  StepParameter<S> to{static_cast<S*>(p.value), p.learns, p.optimizer};
+  for (size_t s = 0; s < kMaxStates; ++s) to.states[s] = static_cast<S*>(p.states[s]);
+  to.count = p.count;
+  to.float_count = p.float_count;
+  to.double_count = p.double_count;
+  return to;
 }
 template <class S>
 StepLayer<S> typed(const StepLayerProblem& l) {
-  return {static_cast<int>(l.K), static_cast<int>(l.N), static_cast<int>(l.activation), typed<S>(l.weight),
-          typed<S>(l.bias)};
+  return {static_cast<int>(l.K), static_cast<int>(l.N), l.activation, needs_of(l.activation) == Needs::preactivation,
+          typed<S>(l.weight),    typed<S>(l.bias)};
 }
 template <class S>
 Steps<S> typed(const StepsProblem& p) {
+  static_assert(sizeof(Steps<S>) <= 4096, "what a kernel's arguments may have on every GPU");
   Steps<S> f{p.rows,
              p.batch,
              p.order,
              p.input_rows,
              cuda::typed<S>(p.x),
-             {static_cast<int>(p.loss), p.mean, cuda::typed<S>(p.target), p.classes, p.classes_stride,
-              static_cast<const S*>(p.loss_weight), p.ignore_index, p.label_smoothing},
+             {p.loss, p.mean, cuda::typed<S>(p.target), p.classes, p.classes_stride, p.ignore_index,
+              static_cast<const S*>(p.loss_weight)},
              static_cast<S*>(p.losses),
              static_cast<int>(p.layers),
              static_cast<int>(p.lowest_learning)};
@@ -34,11 +40,11 @@ Steps<S> typed(const StepsProblem& p) {
 
 }  // namespace
 
-cudaError_t launch_sgd_steps(const StepsProblem& problem, const Gpu& gpu) {
+cudaError_t launch_train_steps(const StepsProblem& problem, const Gpu& gpu) {
   return with_dtype(problem.dtype, [&](auto s) {
     auto f = typed<decltype(s)>(problem);
     const Launch geometry = steps_launch(f);
-    return launch(sgd_steps<decltype(s)>, geometry, gpu, f);
+    return launch(train_steps<decltype(s)>, geometry, gpu, f);
   });
 }
 
