@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from references import assert_matches_native, native, results
+from references import EACH_KIND, assert_matches_native, native, results
 from shapes import DTYPES, LAYOUTS, Operands, Shape, grad_output, operands
+from test_activations import CASES as ACTIVATION_CASES
+from test_activations import Case
 from torch import Tensor
 
 import mlp_ext
@@ -28,7 +30,7 @@ NAMES = ["input", "weight", "bias"]
 close = torch.testing.assert_close
 each_path = pytest.mark.parametrize("shape", PATHS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_activation = pytest.mark.parametrize("activation", mlp_ext.ACTIVATIONS)
+each_activation = pytest.mark.parametrize("activation", EACH_KIND)
 
 
 @pytest.fixture
@@ -72,6 +74,26 @@ def test_each_path_matches_native(shape: Shape, dtype: torch.dtype, activation: 
     assert_matches_native(operands(shape, dtype, bias=False), activation, grad_output(shape, dtype))
 
 
+@pytest.mark.parametrize("case", ACTIVATION_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_path
+def test_every_activation_matches_native(shape: Shape, dtype: torch.dtype, case: Case) -> None:
+    name, parameters = case.activation
+    dy = grad_output(shape, dtype)
+    assert_matches_native(operands(shape, dtype), name, dy, parameters=parameters)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])  # whose backward needs y, z
+@each_dtype
+@each_path
+def test_forward_also_returns_z(shape: Shape, dtype: torch.dtype, activation: str) -> None:
+    given = operands(shape, dtype)
+    y, z = torch.ops.mlp_ext._linear_act_forward(*given.values(), activation, [])
+    exact = {name: t.double() for name, t in given.items()}
+    close(z, native(**exact, activation="identity").to(dtype))
+    close(y, native(**exact, activation=activation).to(dtype))
+
+
 @each_activation
 @each_dtype
 @each_path
@@ -94,7 +116,7 @@ def test_special_values_match_native(
     arranged: dict[str, Any] = operands(shape, dtype) | {"grad_output": grad_output(shape, dtype)}
     arranged[tensor].flatten()[-3] = value
     dy = arranged.pop("grad_output")
-    for activation in mlp_ext.ACTIVATIONS:
+    for activation in EACH_KIND:
         assert_matches_native(arranged, activation, dy)
 
 

@@ -25,7 +25,7 @@ def plan(
     ("shape", "dtype", "forward", "backward"),
     [
         ((10, 10, 5), "float32", "small", "small"),
-        ((256, 256, 256), "float32", "small", "small"),  # 2^24 products
+        ((256, 256, 256), "float32", "small", "small"),  # 2^24 multiply-adds
         ((257, 256, 256), "float32", "large", "large"),
         ((32, 512, 1024), "float32", "small", "large"),  # in the depth of dx one block is slower
         ((31, 513, 512), "float32", "large", "small"),  # and in that of y, for few rows
@@ -42,7 +42,7 @@ def plan(
         ((65536, 129, 16), "float32", "large", "large"),
         ((65536, 64, 64), "float64", "native", "large"),
         ((65536, 32, 64), "float64", "tall", "tall"),
-        ((512, 64, 64), "bfloat16", "small", "small"),  # 2^21 products
+        ((512, 64, 64), "bfloat16", "small", "small"),  # 2^21 multiply-adds
         ((513, 64, 64), "bfloat16", "large", "small"),
         ((16384, 64, 64), "bfloat16", "large", "tall"),
         ((16385, 64, 64), "bfloat16", "large", "large"),  # beyond, the tensor cores win
@@ -94,6 +94,8 @@ def test_plan_follows_the_tf32_switch() -> None:
         ("sigmoid", "bfloat16", 100, {}, "pass"),  # 9.0a runs on 9.0 alone
         ("sigmoid", "bfloat16", 90, {"aligned": False}, "pass"),
         ("sigmoid", "bfloat16", 90, {"cutlass": False}, "pass"),
+        ("silu", "bfloat16", 90, {}, "pass"),  # CUTLASS's kernels are for the tuned activations
+        ("leaky_relu", "float16", 90, {}, "pass"),
     ],
 )
 def test_plan_names_the_epilogue_of_a_large_product(
@@ -103,7 +105,7 @@ def test_plan_names_the_epilogue_of_a_large_product(
     assert (chosen["forward"], chosen["epilogue"]) == ("large", epilogue)
 
 
-def test_plan_has_no_epilogue_of_cutlass_for_few_products() -> None:
+def test_plan_has_no_epilogue_of_cutlass_for_few_multiply_adds() -> None:
     assert plan(1024, 1024, 1024, "bfloat16", "sigmoid")["epilogue"] == "pass"
     assert plan(1025, 1024, 1024, "bfloat16", "sigmoid")["epilogue"] == "cutlass"
 

@@ -18,7 +18,7 @@ namespace mlp_ext::cuda {
 enum class Path {
   small,   // own kernels, one launch each way: small.cuh
   tall,    // own kernels, W on chip, rows streamed once: tall.cuh
-  large,   // products of a library; around them grad_z and, without an epilogue, bias_act: pointwise.cuh
+  large,   // a library's GEMMs; around them grad_z and, without an epilogue, bias_act: pointwise.cuh
   native,  // torch's operations
 };
 constexpr const char* path_name(Path path) {
@@ -89,7 +89,7 @@ constexpr int64_t tall_backward_shared(const Case& c) {
   return accumulator_size(c.dtype) * (K * N + rows * (N + 4) + rows * K) + item_size(c.dtype) * rows * (2 * N + K);
 }
 constexpr bool tall_backward_fits(const Case& c) { return narrow(c) && tall_backward_shared(c) <= c.shared; }
-// Whether products run on tensor cores, where K N / (K + N) products for each element moved are too few to fill them.
+// Whether GEMMs run on tensor cores, where K N / (K + N) multiply-adds per element moved are too few to fill them.
 constexpr bool on_tensor_cores(const Case& c) { return is_16_bit(c) || c.tf32; }
 
 template <class R, int n, class C>

@@ -16,7 +16,7 @@
 
 namespace mlp_ext::cuda {
 
-// The tensors' device is the current one; the products called below have the operands' dtype, whatever autocast says.
+// The tensors' device is the current one; the GEMMs called below have the operands' dtype, whatever autocast says.
 struct Guard {
   explicit Guard(const at::Tensor& t) : device(t.device()) {}
   c10::cuda::CUDAGuard device;

@@ -1,9 +1,9 @@
-// CUDA's execution model on one core of the CPU, for the kernels' own source (csrc/cuda/*.cuh): the threads of a block
-// are fibers that run from barrier to barrier in a chosen order, blocks come in a shuffled order, and every access is
-// checked: bounds, alignment and races, that is, two threads at one place, one of them writing, with nothing in between
-// that orders them: a barrier within a block, __syncwarp within a warp; from block to block a fence, an atomic and a
-// fence, each ordered after the one before by barriers. A thread that misses a barrier that others wait at, or waits at
-// another one, is a fault; so is one that misses an operation of its warp whose mask names it.
+// CUDA's execution model on one core of the CPU, for the kernels' own source (csrc/cuda/kernels/*.cuh): the threads of
+// a block are fibers that run from barrier to barrier in a chosen order, blocks come in a shuffled order, and every
+// access is checked: bounds, alignment and races, that is, two threads at one place, one of them writing, with nothing
+// in between that orders them: a barrier within a block, __syncwarp within a warp; from block to block a fence, an
+// atomic and a fence, each ordered after the one before by barriers. A thread that misses a barrier that others wait
+// at, or waits at another one, is a fault; so is one that misses an operation of its warp whose mask names it.
 #pragma once
 
 #include <ucontext.h>

@@ -1,4 +1,4 @@
-// The passes around the products of large layers: each reads and writes every element once, 16 bytes at a time where
+// The passes around the GEMMs of large layers: each reads and writes every element once, 16 bytes at a time where
 // the rows allow it.
 #pragma once
 

@@ -36,9 +36,8 @@ auto with_kernel_activation(const Activation& activation, TypeList<Tuned...>, co
 // f(S(), act) for the dtype and activation of a problem.
 template <class Problem, class F>
 auto with_types(const Problem& problem, const F& f) {
-  return with_kernel_activation(problem.activation, TunedActivations{}, [&](auto act) {
-    return with_dtype(problem.dtype, [&](auto s) { return f(s, act); });
-  });
+  return with_kernel_activation(problem.activation, TunedActivations{},
+                                [&](auto act) { return with_dtype(problem.dtype, [&](auto s) { return f(s, act); }); });
 }
 
 template <class S>
