@@ -74,7 +74,7 @@ struct OnChip {
   Pointer<ReadyOptimizer> optimizers;  // [kParameters]: of each layer its weight's and its bias's
 };
 
-// Not inlined: a product has up to 32 places that call them, each of which would hold the code of all activations.
+// Not inlined: each product has 17 places that call one, and each would hold the code of all activations.
 // By value, since a kernel's argument whose address is taken is copied to local memory.
 template <class T>
 __attribute__((noinline)) __device__ T act_forward(Activation activation, T z) {
