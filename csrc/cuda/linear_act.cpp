@@ -167,7 +167,7 @@ Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mlp_ext, CUDA, m) {
-  m.impl("linear_act", linear_act);
+  m.impl("linear_act", with_optional_parameters<linear_act>);
   m.impl("_linear_act_forward", linear_act_forward);
   m.impl("_linear_act_backward", linear_act_backward);
 }
