@@ -113,7 +113,7 @@ def test_plan_has_no_epilogue_of_cutlass_for_few_multiply_adds() -> None:
 def test_plan_gives_a_reason_for_each_path() -> None:
     chosen = plan(65536, 64, 64)
     assert chosen["forward_reason"].startswith("x read once")
-    assert chosen["backward_reason"].startswith("dy, y and x read once")
+    assert chosen["backward_reason"].startswith("dy, saved and x read once")
 
 
 def test_plan_takes_no_more_shared_memory_than_there_is() -> None:
