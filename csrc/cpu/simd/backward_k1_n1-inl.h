@@ -24,27 +24,30 @@ void backward_k1(const Backward& b, Range samples, void* dw, void* db, void* scr
   for (int64_t n = 0; n < b.N; ++n) w[n] = b.dx.data ? scalar(at<S>(b.w, n, 0)) : T(0);
   for_row_chunks(samples, [&](Range piece) {
     std::fill(dw_piece, db_piece + b.N, T(0));
-    for_rows(piece, [&](auto count, int64_t m) {
-      constexpr int P = decltype(count)::value;
-      const int64_t row = (m - piece.begin) % rows_of_dz;
-      if (row == 0) grad_z_rows<S>(b, {m, std::min(m + rows_of_dz, piece.end)}, {0, b.N}, dz, b.N);
-      V dx[P], x[P];
-      for (int p = 0; dw && p < P; ++p) x[p] = scalar(at<S>(b.x, m + p, 0));
-      for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
-        const V wn = load(w + n, lanes);
-        V dw_sum, db_sum;
+    const auto add_rows = [&](Range rows) {
+      grad_z_rows<S>(b, rows, {0, b.N}, dz, b.N);
+      for_rows(rows, [&](auto count, int64_t m) {
+        constexpr int P = decltype(count)::value;
+        const T* const dz_of_rows = dz + (m - rows.begin) * b.N;
+        V dx[P], x[P];
+        for (int p = 0; dw && p < P; ++p) x[p] = scalar(at<S>(b.x, m + p, 0));
+        for_vectors<T>(b.N, [&](int64_t n, auto lanes) {
+          const V wn = load(w + n, lanes);
+          V dw_sum, db_sum;
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          const V v = load(dz + (row + p) * b.N + n, lanes);
-          dx[p] = dx[p] + v * wn;
-          dw_sum = dw_sum + v * x[p];
-          db_sum = db_sum + v;
-        }
-        store(dw_piece + n, load(dw_piece + n, lanes) + dw_sum, lanes);
-        store(db_piece + n, load(db_piece + n, lanes) + db_sum, lanes);
+          for (int p = 0; p < P; ++p) {
+            const V v = load(dz_of_rows + p * b.N + n, lanes);
+            dx[p] = dx[p] + v * wn;
+            dw_sum = dw_sum + v * x[p];
+            db_sum = db_sum + v;
+          }
+          store(dw_piece + n, load(dw_piece + n, lanes) + dw_sum, lanes);
+          store(db_piece + n, load(db_piece + n, lanes) + db_sum, lanes);
+        });
+        for (int p = 0; b.dx.data && p < P; ++p) store(at<S>(b.dx, m + p, 0), V(sum_lanes(dx[p])), 1);
       });
-      for (int p = 0; b.dx.data && p < P; ++p) store(at<S>(b.dx, m + p, 0), V(sum_lanes(dx[p])), 1);
-    });
+    };
+    for (int64_t m = piece.begin; m < piece.end; m += rows_of_dz) add_rows({m, std::min(m + rows_of_dz, piece.end)});
     add_up(dw_total, dw_piece, b.N);
     add_up(db_total, db_piece, b.N);
   });

@@ -33,7 +33,7 @@ void grad_z_rows(const Backward& b, Range rows, Range columns, T* dz, int64_t st
                            {dz, stride}, db, rows.size(), columns.size());
 }
 
-constexpr size_t kIdentity = index_of(Identity::name, Activations{});
+constexpr size_t kIdentity = index_of(Identity::name, Activations{}), kReLU = index_of(ReLU::name, Activations{});
 using InRegisters = TypeList<Identity, ReLU, Sigmoid, Tanh>;
 
 inline bool needs_z(const Activation& activation) {

@@ -65,16 +65,25 @@ struct BiasAnyAct {
   template <class Lanes>
   void put(int64_t i, int64_t j, V z, Lanes lanes) const {
     if (f.z.data) store(at<S>(f.z, i, j), z, lanes);
+    const size_t index = f.activation->index;
+    if (index == kReLU)
+      z = ReLU{}.forward(z);
+    else if (index != kIdentity)
+      z = act(z);
+    store(at<S>(f.y, i, j), z, lanes);
+  }
+  // Out of line, so that the sums' loops keep their registers.
+  __attribute__((noinline)) V act(V z) const {
     with_act_in_registers(
-        *f.activation, [&](auto act) { store(at<S>(f.y, i, j), act.forward(z), lanes); },
+        *f.activation, [&](auto act) { z = act.forward(z); },
         [&] {
           alignas(kVectorBytes) T sums[V::lanes];
           store(sums, z);
-          pointwise_of<S>().act(*f.activation, {sums, 0}, {at<S>(f.y, i, j), 0}, 1, count(lanes), false);
+          pointwise_of<T>().act(*f.activation, {sums, 0}, {sums, 0}, 1, V::lanes, false);
+          z = load(sums);
         });
+    return z;
   }
-  static int count(AllLanes) { return V::lanes; }
-  static int count(int n) { return n; }
 };
 
 template <class S, class Element = Single<Accumulator<S>>>

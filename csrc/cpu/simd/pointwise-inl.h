@@ -17,7 +17,8 @@ namespace {
 // ---- activations ----
 
 template <class S, class Act>
-void act(const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches) {
+__attribute__((flatten)) void act(const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns,
+                                  bool past_caches) {
   using T = Accumulator<S>;
   const auto act = get<Act>(activation);
   for (int64_t m = 0; m < rows; ++m)
@@ -27,8 +28,8 @@ void act(const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, in
 }
 
 template <class S, class Act>
-void grad_z(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db_out, int64_t rows,
-            int64_t columns) {
+__attribute__((flatten)) void grad_z(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz,
+                                     void* db_out, int64_t rows, int64_t columns) {
   using T = Accumulator<S>;
   const auto act = get<Act>(activation);
   T* const db = static_cast<T*>(db_out);
@@ -72,7 +73,8 @@ bool are_probabilities(Vec<T> v) {
 
 // Of elements y with targets t and weights w, or weights of 1.
 template <class T, class LossOf>
-double element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy, bool& valid) {
+__attribute__((flatten)) double element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy,
+                                             bool& valid) {
   using V = Vec<T>;
   const auto l = get<LossOf>(*loss.function);
   const V scale = static_cast<T>(loss.scale);
@@ -171,7 +173,8 @@ double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* d
 // ---- updates ----
 
 template <class S, class Opt>
-void update(const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
+__attribute__((flatten)) void update(const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients,
+                                     int64_t rows, int64_t columns) {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static_assert(std::size(Update{}.states) == kMaxStates);

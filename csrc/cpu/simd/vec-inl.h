@@ -5,7 +5,8 @@
 
 #include "cpu/kernels.h"
 
-// The compiler stops inlining where a file has many kernels: a call then costs more than most of these functions.
+// The compiler stops inlining where a file has many kernels, and a call costs more than these functions. Loads, stores
+// and transpose() are left to it: always inlined, they cost the dots path a tenth.
 #define MLP_EXT_INLINE __attribute__((always_inline)) inline
 
 namespace mlp_ext::cpu {
@@ -59,56 +60,52 @@ struct Vec {
 // ---- memory: load(p), load(p, n), store(p, v), store(p, v, n); with n, only the first n lanes are touched ----
 
 template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
-MLP_EXT_INLINE Vec<T> load(const T* p) {
+inline Vec<T> load(const T* p) {
   return Vec<T>(typename Vec<T>::Native(*reinterpret_cast<const typename Vec<T>::Memory*>(p)));
 }
 
 template <class T>
-MLP_EXT_INLINE void store(T* p, Vec<T> v) {
+inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename Vec<T>::Memory*>(p) = v.v;
 }
 
 #if MLP_EXT_VECTOR_BYTES == 64
-MLP_EXT_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-MLP_EXT_INLINE Vec<float> load(const float* p, int n) {
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec<float> load(const float* p, int n) {
   return Vec<float>((Vec<float>::Native)_mm512_maskz_loadu_ps(first_lanes(n), p));
 }
-MLP_EXT_INLINE Vec<double> load(const double* p, int n) {
+inline Vec<double> load(const double* p, int n) {
   return Vec<double>((Vec<double>::Native)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(n)), p));
 }
-MLP_EXT_INLINE void store(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v.v); }
-MLP_EXT_INLINE void store(double* p, Vec<double> v, int n) {
+inline void store(float* p, Vec<float> v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v.v); }
+inline void store(double* p, Vec<double> v, int n) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(n)), (__m512d)v.v);
 }
 #elif MLP_EXT_VECTOR_BYTES == 32
 template <class Int>
-MLP_EXT_INLINE __m256i first_lanes(int n) {  // a window into 8 or 4 times -1, then as many 0
+inline __m256i first_lanes(int n) {  // a window into 8 or 4 times -1, then as many 0
   constexpr int lanes = 32 / sizeof(Int);
   alignas(32) static constexpr Int window[16] = {
       -1, -1, -1, -1, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0};
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window + lanes - n));
 }
-MLP_EXT_INLINE Vec<float> load(const float* p, int n) {
+inline Vec<float> load(const float* p, int n) {
   return Vec<float>((Vec<float>::Native)_mm256_maskload_ps(p, first_lanes<int32_t>(n)));
 }
-MLP_EXT_INLINE Vec<double> load(const double* p, int n) {
+inline Vec<double> load(const double* p, int n) {
   return Vec<double>((Vec<double>::Native)_mm256_maskload_pd(p, first_lanes<int64_t>(n)));
 }
-MLP_EXT_INLINE void store(float* p, Vec<float> v, int n) {
-  _mm256_maskstore_ps(p, first_lanes<int32_t>(n), (__m256)v.v);
-}
-MLP_EXT_INLINE void store(double* p, Vec<double> v, int n) {
-  _mm256_maskstore_pd(p, first_lanes<int64_t>(n), (__m256d)v.v);
-}
+inline void store(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, first_lanes<int32_t>(n), (__m256)v.v); }
+inline void store(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, first_lanes<int64_t>(n), (__m256d)v.v); }
 #else
 template <class T, class = std::enable_if_t<std::is_floating_point_v<T>>>
-MLP_EXT_INLINE Vec<T> load(const T* p, int n) {
+inline Vec<T> load(const T* p, int n) {
   Vec<T> v;
   for (int i = 0; i < Vec<T>::lanes; ++i) v.v[i] = i < n ? p[i] : T(0);
   return v;
 }
 template <class T>
-MLP_EXT_INLINE void store(T* p, Vec<T> v, int n) {
+inline void store(T* p, Vec<T> v, int n) {
   for (int i = 0; i < Vec<T>::lanes; ++i)
     if (i < n) p[i] = v.v[i];
 }
@@ -129,11 +126,11 @@ MLP_EXT_INLINE To bit_cast(From from) {
   return to;
 }
 
-MLP_EXT_INLINE Vec<float> to_float(U16 bits, BFloat16) {
+inline Vec<float> to_float(U16 bits, BFloat16) {
   return Vec<float>(bit_cast<Vec<float>::Native>(__builtin_convertvector(bits, U32) << 16));
 }
 
-MLP_EXT_INLINE U16 from_float(Vec<float> x, BFloat16) {
+inline U16 from_float(Vec<float> x, BFloat16) {
   const U32 bits = bit_cast<U32>(x.v);
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U32 nan = U32{} + 0x7fc0;
@@ -141,21 +138,21 @@ MLP_EXT_INLINE U16 from_float(Vec<float> x, BFloat16) {
 }
 
 #if MLP_EXT_VECTOR_BYTES == 64
-MLP_EXT_INLINE Vec<float> to_float(U16 bits, Half) {
+inline Vec<float> to_float(U16 bits, Half) {
   return Vec<float>((Vec<float>::Native)_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits)));
 }
-MLP_EXT_INLINE U16 from_float(Vec<float> x, Half) {
+inline U16 from_float(Vec<float> x, Half) {
   return bit_cast<U16>(_mm512_maskz_cvtps_ph(0xffff, (__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif MLP_EXT_VECTOR_BYTES == 32
-MLP_EXT_INLINE Vec<float> to_float(U16 bits, Half) {
+inline Vec<float> to_float(U16 bits, Half) {
   return Vec<float>((Vec<float>::Native)_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
 }
-MLP_EXT_INLINE U16 from_float(Vec<float> x, Half) {
+inline U16 from_float(Vec<float> x, Half) {
   return bit_cast<U16>(_mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-MLP_EXT_INLINE Vec<float> to_float(U16 bits16, Half) {
+inline Vec<float> to_float(U16 bits16, Half) {
   using F32 = Vec<float>::Native;
   const U32 bits = __builtin_convertvector(bits16, U32);
   const U32 magnitude = (bits & 0x7fff) << 13;
@@ -163,7 +160,7 @@ MLP_EXT_INLINE Vec<float> to_float(U16 bits16, Half) {
   const U32 value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000 : scaled;
   return Vec<float>(bit_cast<F32>(value | ((bits & 0x8000) << 16)));
 }
-MLP_EXT_INLINE U16 from_float(Vec<float> x, Half) {
+inline U16 from_float(Vec<float> x, Half) {
   using F32 = Vec<float>::Native;
   const U32 bits = bit_cast<U32>(x.v);
   const U32 sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
@@ -181,31 +178,31 @@ template <class S>
 using Is16Bit = std::enable_if_t<sizeof(S) == 2>;
 
 template <class S, class = Is16Bit<S>>
-MLP_EXT_INLINE Vec<float> load(const S* p) {
+inline Vec<float> load(const S* p) {
   return to_float(U16(*reinterpret_cast<const U16Memory*>(p)), S{});
 }
 template <class S, class = Is16Bit<S>>
-MLP_EXT_INLINE void store(S* p, Vec<float> v) {
+inline void store(S* p, Vec<float> v) {
   *reinterpret_cast<U16Memory*>(p) = from_float(v, S{});
 }
 #if MLP_EXT_VECTOR_BYTES == 64
 template <class S, class = Is16Bit<S>>
-MLP_EXT_INLINE Vec<float> load(const S* p, int n) {
+inline Vec<float> load(const S* p, int n) {
   return to_float(bit_cast<U16>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), S{});
 }
 template <class S, class = Is16Bit<S>>
-MLP_EXT_INLINE void store(S* p, Vec<float> v, int n) {
+inline void store(S* p, Vec<float> v, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), bit_cast<__m256i>(from_float(v, S{})));
 }
 #else
 template <class S, class = Is16Bit<S>>
-MLP_EXT_INLINE Vec<float> load(const S* p, int n) {
+inline Vec<float> load(const S* p, int n) {
   U16 bits{};
   std::memcpy(&bits, p, 2 * n);
   return to_float(bits, S{});
 }
 template <class S, class = Is16Bit<S>>
-MLP_EXT_INLINE void store(S* p, Vec<float> v, int n) {
+inline void store(S* p, Vec<float> v, int n) {
   const U16 bits = from_float(v, S{});
   std::memcpy(p, &bits, 2 * n);
 }
@@ -214,18 +211,18 @@ MLP_EXT_INLINE void store(S* p, Vec<float> v, int n) {
 // Stands for a count of lanes, where it is all of them and known at compile time.
 struct AllLanes {};
 template <class S>
-MLP_EXT_INLINE auto load(const S* p, AllLanes) {
+inline auto load(const S* p, AllLanes) {
   return load(p);
 }
 template <class S, class V>
-MLP_EXT_INLINE void store(S* p, V v, AllLanes) {
+inline void store(S* p, V v, AllLanes) {
   store(p, v);
 }
 
 // store() that may go past the caches, where whole vectors are aligned: their lines are then not read first. Other
 // threads see it after end_of_streams().
 template <class S, class V>
-MLP_EXT_INLINE void store_result(S* p, V v, AllLanes, bool past_caches) {
+inline void store_result(S* p, V v, AllLanes, bool past_caches) {
 #if MLP_EXT_VECTOR_BYTES >= 32
   const auto bits = [&] {
     if constexpr (sizeof(S) == 2)
@@ -246,10 +243,10 @@ MLP_EXT_INLINE void store_result(S* p, V v, AllLanes, bool past_caches) {
   store(p, v);
 }
 template <class S, class V>
-MLP_EXT_INLINE void store_result(S* p, V v, int n, bool) {
+inline void store_result(S* p, V v, int n, bool) {
   store(p, v, n);
 }
-MLP_EXT_INLINE void end_of_streams() {
+inline void end_of_streams() {
 #if MLP_EXT_VECTOR_BYTES >= 32
   _mm_sfence();
 #endif
@@ -257,7 +254,7 @@ MLP_EXT_INLINE void end_of_streams() {
 
 // Lanes of a and, counting on, of b.
 template <class Native, class Bits>
-MLP_EXT_INLINE Native shuffle(Native a, Native b, Bits lanes) {
+inline Native shuffle(Native a, Native b, Bits lanes) {
 #if defined(__clang__)  // __builtin_shuffle is GCC's
   constexpr int count = sizeof(Native) / sizeof(a[0]);
   Native picked;
@@ -271,7 +268,7 @@ MLP_EXT_INLINE Native shuffle(Native a, Native b, Bits lanes) {
 
 // Rows to columns: for each bit of the lane number, swap the blocks that lie across the diagonal.
 template <class T>
-MLP_EXT_INLINE void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
+inline void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
   constexpr int lanes = Vec<T>::lanes;
 #pragma GCC unroll 4
   for (int bit = 1; bit < lanes; bit *= 2) {

@@ -314,7 +314,7 @@ __device__ void update(const Steps<S>& f, int l, bool is_bias, bool last, const 
   if (!p.learns) return;
   const ReadyOptimizer ready = chip.optimizers[2 * l + (is_bias ? 1 : 0)];
   visit(ready.optimizer, [&](const auto& optimizer) {
-    constexpr int kStates = std::remove_cvref_t<decltype(optimizer)>::states.size();
+    constexpr int kStates = std::tuple_size_v<decltype(std::remove_cvref_t<decltype(optimizer)>::states)>;
     for_elements(layer, is_bias, [&](int i, int at) {
       T value = chip.weights[at], state[kMaxStates] = {};
 #pragma unroll
