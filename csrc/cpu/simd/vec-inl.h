@@ -1,11 +1,11 @@
-// Vec<T>: a processor register of float or double, as GCC and Clang vector extensions, so that one source serves every
-// instruction set; loads and stores that convert 16-bit types; sqrt, exp, expm1, tanh, erf, log and log1p.
-// Wants MLP_EXT_VECTOR_BYTES: 16, 32 (AVX2, FMA, F16C) or 64 (AVX-512 F, BW, VL, DQ).
+// Vec<T>: a vector register of float or double. GCC and Clang vector extensions let one source serve all instruction
+// sets. Also loads and stores that convert 16-bit types, and sqrt, exp, expm1, tanh, erf, log and log1p.
+// Needs MLP_EXT_VECTOR_BYTES: 16, 32 (AVX2, FMA, F16C) or 64 (AVX-512 F, BW, VL, DQ).
 #pragma once
 
 #include "cpu/kernels.h"
 
-// The compiler stops inlining where a file has many kernels: a call then costs more than most of these functions.
+// In files with many kernels the compiler stops inlining, and calls cost more than most of these functions.
 #define MLP_EXT_INLINE __attribute__((always_inline)) inline
 
 namespace mlp_ext::cpu {
@@ -82,7 +82,7 @@ MLP_EXT_INLINE void store(double* p, Vec<double> v, int n) {
 }
 #elif MLP_EXT_VECTOR_BYTES == 32
 template <class Int>
-MLP_EXT_INLINE __m256i first_lanes(int n) {  // a window into 8 or 4 times -1, then as many 0
+MLP_EXT_INLINE __m256i first_lanes(int n) {  // loads from lanes times -1, followed by zeros
   constexpr int lanes = 32 / sizeof(Int);
   alignas(32) static constexpr Int window[16] = {
       -1, -1, -1, -1, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0, lanes == 8 ? -1 : 0};
@@ -211,7 +211,7 @@ MLP_EXT_INLINE void store(S* p, Vec<float> v, int n) {
 }
 #endif
 
-// Stands for a count of lanes, where it is all of them and known at compile time.
+// A lane count known at compile time: the whole vector.
 struct AllLanes {};
 template <class S>
 MLP_EXT_INLINE auto load(const S* p, AllLanes) {
@@ -222,8 +222,8 @@ MLP_EXT_INLINE void store(S* p, V v, AllLanes) {
   store(p, v);
 }
 
-// store() that may go past the caches, where whole vectors are aligned: their lines are then not read first. Other
-// threads see it after end_of_streams().
+// store() that may bypass the caches (non-temporal) for aligned vectors, which saves reading their cache lines. Other
+// threads see the data after end_of_streams().
 template <class S, class V>
 MLP_EXT_INLINE void store_result(S* p, V v, AllLanes, bool past_caches) {
 #if MLP_EXT_VECTOR_BYTES >= 32
@@ -255,7 +255,7 @@ MLP_EXT_INLINE void end_of_streams() {
 #endif
 }
 
-// Lanes of a and, counting on, of b.
+// Picks from the lanes of a, numbered from 0, followed by those of b.
 template <class Native, class Bits>
 MLP_EXT_INLINE Native shuffle(Native a, Native b, Bits lanes) {
 #if defined(__clang__)  // __builtin_shuffle is GCC's
@@ -269,7 +269,7 @@ MLP_EXT_INLINE Native shuffle(Native a, Native b, Bits lanes) {
 #endif
 }
 
-// Rows to columns: for each bit of the lane number, swap the blocks that lie across the diagonal.
+// For each bit of the lane number, swaps the blocks across the diagonal.
 template <class T>
 MLP_EXT_INLINE void transpose(Vec<T> (&rows)[Vec<T>::lanes]) {
   constexpr int lanes = Vec<T>::lanes;
@@ -325,7 +325,7 @@ MLP_EXT_INLINE Vec<T> polynomial(Vec<T> x, T c, Higher... higher) {  // c + x (.
   return polynomial(x, higher...) * x + c;
 }
 
-// y, which has the sign of x except where it is 0. (GCC 12 makes scalar code of one more comparison with x.)
+// Gives y the sign of x; y has it already except at 0. (GCC 12 would compile another comparison with x to scalar code.)
 template <class T>
 MLP_EXT_INLINE Vec<T> signed_as(Vec<T> x, Vec<T> y) {
   using Bits = typename Vec<T>::Bits;
@@ -383,7 +383,7 @@ MLP_EXT_INLINE Vec<float> expm1_reduced(Vec<float> r) {  // exp(r) - 1
 }
 MLP_EXT_INLINE Vec<float> exp_reduced(Vec<float> r) { return expm1_reduced(r) + 1; }
 
-// A minimax polynomial, since 2 p / (q - p) of exp_reduced is up to 3.3 ULP from exp(r) - 1.
+// A minimax polynomial; 2 p / (q - p) as in exp_reduced would be 3.3 ULP off.
 MLP_EXT_INLINE Vec<double> expm1_reduced(Vec<double> r) {
   return polynomial(r, 0.5, 0.16666666666666677, 0.041666666666666664, 0.008333333333321763, 0.0013888888888886214,
                     0.00019841269886081215, 2.480158731737065e-05, 2.755724401760971e-06, 2.75572836505668e-07,
@@ -404,7 +404,7 @@ MLP_EXT_INLINE Vec<double> exp_reduced(Vec<double> r) {
   return 1 + 2 * p / (q - p);
 }
 
-// exp(x) over the whole range: within 2 ULP of the true value, exact 0 and infinity beyond, NaN for NaN.
+// exp(x) over the whole range: max 2 ULP, exactly 0 and infinity beyond, NaN for NaN.
 template <class T>
 MLP_EXT_INLINE Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
@@ -450,7 +450,7 @@ MLP_EXT_INLINE Vec<double> tanh_small(Vec<double> x) {
   return x * s * (p / q) + x;
 }
 
-// tanh(x): within 2 ULP, exactly +-1 beyond, NaN for NaN, 0 for -0.
+// tanh(x) over the whole range: max 2 ULP, exactly +-1 beyond, NaN for NaN, 0 for -0.
 template <class T>
 MLP_EXT_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> magnitude = where(x < 0, -x, x);
@@ -473,7 +473,7 @@ MLP_EXT_INLINE Vec<double> erf_small(Vec<double> x) {
          x;
 }
 
-// log(1 - erf(x)) on [1, limit], as exactly as 1 - exp() of it needs; from the limit on, erf rounds to 1.
+// log(1 - erf(x)) on [1, limit], as exact as 1 - exp() needs it; from the limit on, erf rounds to 1.
 MLP_EXT_INLINE Vec<float> log_erfc(Vec<float> x) {
   constexpr float limit = 4;
   return polynomial(where(Vec<float>(limit) < x, Vec<float>(limit), x), -0.000353722658f, -1.12704003f, -0.638225675f,
@@ -534,7 +534,7 @@ MLP_EXT_INLINE Vec<T> log_plus(Vec<T> x, Vec<T> shift, Vec<T> c) {
   return n * C::ln2_high - ((half - (s * (half + s2 * log_tail(s2)) + (n * C::ln2_low + c))) - f);
 }
 
-// y inside the domain, else as std::log at x: -infinity at `pole`, NaN below it, infinity and NaN for themselves.
+// y inside the domain; -infinity at `pole`, NaN below it; infinity and NaN stay themselves.
 template <class T>
 MLP_EXT_INLINE Vec<T> log_limits(Vec<T> x, T pole, Vec<T> y) {
   y = where(x <= pole, where(x < pole, Vec<T>(T(NAN)), Vec<T>(-T(INFINITY))), y);

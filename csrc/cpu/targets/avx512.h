@@ -1,4 +1,4 @@
-// The target of the kernels for x86-64 with AVX-512 F, BW, VL and DQ. The instructions of BF16 are used where the
+// Kernel target: x86-64 with AVX-512 F, BW, VL and DQ. AVX512_BF16 instructions are used where the
 // processor has them.
 #include <immintrin.h>
 #include "cpu/kernels.h"
