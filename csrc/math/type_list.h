@@ -1,4 +1,4 @@
-// Lists of functors, such as all activations: from a name or an index that is known at run time to the type.
+// Lists of functors, such as all activations, and dispatch from a name or index at run time to the type.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <utility>
 
-// On the host always inlined, so that no copy that was compiled for one instruction set serves another.
+// Always inlined on the host: a copy compiled for one instruction set must not be linked into another.
 #if defined(__CUDACC__)
 #define MLP_EXT_HOST_DEVICE __host__ __device__
 #else
@@ -19,13 +19,13 @@
 
 namespace mlp_ext {
 
-// As torch.where(condition, value, otherwise), for scalars.
+// torch.where(condition, value, otherwise) for scalars.
 template <class V>
 MLP_EXT_HOST_DEVICE V where(bool condition, std::type_identity_t<V> value, V otherwise) {
   return condition ? value : otherwise;
 }
 
-// The type of a constant beside V: V itself. PyTorch's tensors specialise it as double.
+// The type of constants in formulas over V: V itself; for tensors a specialisation makes it double.
 template <class V>
 struct ConstantOf {
   using type = V;
@@ -33,7 +33,7 @@ struct ConstantOf {
 template <class V>
 using Constant = typename ConstantOf<V>::type;
 
-// A number that a functor is made of, named as PyTorch's module or optimizer names it.
+// A hyperparameter of a functor, with PyTorch's name.
 struct Parameter {
   const char* name;
   double value;  // the default
@@ -48,7 +48,7 @@ struct TypeList {
   static constexpr size_t max_bytes = std::max({sizeof(Types)...});
 };
 
-// The index of a name in the list; its size if the name is unknown.
+// The index of a name in the list, or the list's size if the name is unknown.
 template <class... Types>
 constexpr size_t index_of(std::string_view name, TypeList<Types...>) {
   size_t index = 0;
@@ -64,7 +64,7 @@ std::string names_of(TypeList<Types...>) {
   return names;
 }
 
-// Calls f with the functor of that index, its parameters at their defaults. In device code f is of the device, too.
+// Calls f with the functor of that index, with default parameters. In device code f must be a device function.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
@@ -82,7 +82,7 @@ MLP_EXT_HOST_DEVICE auto visit(TypeList<Types...>, size_t index, F&& f) {
 }
 
 // One functor of a list with its parameters, chosen at run time. Trivially copyable, so that kernels take it by value.
-// Each list derives a struct of its own from it, which kernels' interfaces can declare without its definition.
+// Every list derives its own struct, which interfaces of kernels can forward-declare.
 template <class List>
 struct Chosen {
   size_t index = 0;
@@ -96,7 +96,7 @@ struct Chosen {
   }
 };
 
-// The functor that was chosen, which must be a T.
+// The chosen functor, which must be a T.
 template <class T, class List>
 MLP_EXT_HOST_DEVICE T get(const Chosen<List>& chosen) {
   T functor;
@@ -104,7 +104,7 @@ MLP_EXT_HOST_DEVICE T get(const Chosen<List>& chosen) {
   return functor;
 }
 
-// Calls f with the functor that was chosen.
+// Calls f with the chosen functor.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
@@ -113,7 +113,7 @@ MLP_EXT_HOST_DEVICE auto visit(const Chosen<List>& chosen, F&& f) {
   return visit(List{}, chosen.index, [&](auto functor) { return f(get<decltype(functor)>(chosen)); });
 }
 
-// The functor T of as many numbers as it has parameters, which are its first members.
+// Makes a T from its parameters, which are its first members.
 template <class T>
 T make(const double* numbers) {
   struct Number {
