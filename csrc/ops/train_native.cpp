@@ -1,4 +1,4 @@
-// Training steps as a composite of native operations: the reference, and what runs where no kernel of ours does.
+// Training steps as a composite of native operations: the reference, and the fallback for devices without our kernels.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/binary_cross_entropy.h>
 #include <ATen/ops/binary_cross_entropy_backward.h>
@@ -38,19 +38,19 @@ namespace {
 
 std::optional<at::Tensor> optional(const at::Tensor* t) { return t ? std::optional<at::Tensor>(*t) : std::nullopt; }
 
-// On CUDA torch's own kernels assert it on the device: to ask here would wait, and could not be captured in a graph.
+// On CUDA torch's kernels assert this on the device; a check here would synchronise and break graph capture.
 bool asserted_on_device(const Training& training) { return training.input.is_cuda(); }
 
-// ---- the losses: an overload for each ----
+// ---- losses: an overload for each ----
 
-// What they are computed from. The gradient of a loss is what its backward makes of dy = 1.
+// Arguments of a loss. Its gradient is its backward at dy = 1.
 struct Operands {
   const Training& training;
   const at::Tensor &y, &t;
   const int64_t reduction = training.mean ? at::Reduction::Mean : at::Reduction::Sum;
   const at::Tensor dy = at::ones({}, y.options());
 
-  // The gradient of a mean from that of a sum.
+  // From the gradient of the sum to that of the reduction.
   at::Tensor reduced(const at::Tensor& gradient) const { return training.mean ? gradient / y.numel() : gradient; }
 };
 
@@ -76,7 +76,7 @@ LossAndGrad native(const L1&, const Operands& o) {
 }
 
 LossAndGrad native(const SmoothL1& loss, const Operands& o) {
-  if (loss.beta == 0) return native(L1{}, o);  // as torch: the gradient at y = t is 0
+  if (loss.beta == 0) return native(L1{}, o);  // like torch: the gradient at y = t is 0
   return {at::smooth_l1_loss(o.y, o.t, o.reduction, loss.beta),
           at::smooth_l1_loss_backward(o.dy, o.y, o.t, o.reduction, loss.beta)};
 }
@@ -86,7 +86,8 @@ LossAndGrad native(const Huber& loss, const Operands& o) {
           at::huber_loss_backward(o.dy, o.y, o.t, o.reduction, loss.delta)};
 }
 
-// Torch has no backward of its whole. The class weights w, smoothed targets q, and dz = sum(q) softmax(z) - q.
+// Torch has no single backward of cross entropy. With class weights w and smoothed targets q: dz = sum(q) softmax(z) -
+// q.
 LossAndGrad native(const CrossEntropy& loss, const Operands& o) {
   const Training& training = o.training;
   const at::Tensor& z = o.y;
@@ -107,12 +108,12 @@ LossAndGrad native(const CrossEntropy& loss, const Operands& o) {
   }
   const at::Tensor log_p = at::log_softmax(z, 1);
   at::Tensor terms = q * log_p;
-  if (training.target_is_classes) terms = terms.masked_fill(q.eq(0), 0);  // 0 log 0; torch never looks at these
+  if (training.target_is_classes) terms = terms.masked_fill(q.eq(0), 0);  // 0 log 0; torch does not read these
   at::Tensor sum = -terms.sum();
   if (training.mean) {
     sum = sum / count;
     q = q / count;
-    if (training.target_is_classes) q = q.masked_fill(ignored.unsqueeze(1), 0);  // no gradient, though 0 / 0 if all are
+    if (training.target_is_classes) q = q.masked_fill(ignored.unsqueeze(1), 0);  // 0 / 0 if all are ignored
   }
   return {sum, log_p.exp() * q.sum(1, true) - q};
 }
@@ -127,7 +128,7 @@ LossAndGrad native(const NLL&, const Operands& o) {
 
 // ---- the update ----
 
-// The functor whose begin_step takes a tensor; only for those whose begin_step does something.
+// The variant of a functor whose begin_step takes a tensor; only functors that count steps have one.
 template <class Functor>
 struct OfTensors {};
 template <template <class> class Functor>
@@ -135,7 +136,7 @@ struct OfTensors<Functor<double>> {
   using type = Functor<at::Tensor>;
 };
 
-// f(the optimizer, ready for the parameter's next step), by tensors where its count of steps is on a device.
+// Calls f(optimizer) after begin_step for the parameter's next step, with tensors if the step count is on a device.
 template <class F>
 void with_next_step(const TrainedParameter& p, const F& f) {
   visit(*p.optimizer, [&](auto optimizer) {
@@ -151,7 +152,7 @@ void with_next_step(const TrainedParameter& p, const F& f) {
   });
 }
 
-// In float32 at least, each result rounded once.
+// Computes in float32 or float64 and rounds each result once.
 void update(const TrainedParameter& p, const at::Tensor& gradient) {
   const auto dtype = p.value->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor value = p.value->to(dtype), states[kMaxStates];
@@ -172,8 +173,8 @@ LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y) 
 
 at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&)) {
   const size_t L = training.layers.size();
-  std::vector<at::Tensor> outputs{training.input};  // of each layer, after its input
-  std::vector<std::optional<at::Tensor>> saved(L);  // what each activation's backward needs
+  std::vector<at::Tensor> outputs{training.input};  // input, then the output of each layer
+  std::vector<std::optional<at::Tensor>> saved(L);  // y or z for each activation's backward
   for (size_t l = 0; l < L; ++l) {
     const TrainedLayer& layer = training.layers[l];
     const at::Tensor& weight = *layer.weight.value;
