@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: its many kernels in one launch."""
+"""Training steps as CUDA graphs: many kernels in one launch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mlp_ext import _C
 
 Step = Callable[[Tensor, Tensor], Tensor]  # input [M, K], target [M, ...] -> loss []
 
-WARM_UPS = 3  # as torch's notes on CUDA graphs ask
-KEPT = 4  # graphs, such as those of a full batch and of the last, short one; each keeps its memory
-# Bytes of input and target that a graph copies, at most. A step on more takes a GPU longer than the
-# host needs to launch it; on an H100 copying 33 MB took 22 of its 500 us.
+WARM_UPS = 3  # as torch's notes on CUDA graphs recommend
+KEPT = 4  # graphs, e.g. for full batches and for the last, smaller one; each keeps its memory
+# Most bytes of input and target that a graph copies. With more data, a step takes longer on the GPU
+# than the host needs to launch it, so a graph gains nothing.
 COPIED = 8 << 20
 
 
 def capture(step: Step, input: Tensor, target: Tensor) -> Step:
-    """The same step as a graph, on copies of its arguments. Nothing is computed yet."""
+    """Captures the step as a graph on copies of its arguments. Computes nothing yet."""
     inputs, targets = input.clone(), target.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(input.device), torch.cuda.graph(graph):
@@ -37,7 +37,7 @@ def capture(step: Step, input: Tensor, target: Tensor) -> Step:
 
 
 def warm_up(step: Step, input: Tensor, target: Tensor) -> Tensor:
-    """The step on a side stream, as it must have run before it is captured."""
+    """Runs the step on a side stream, as needed before its capture."""
     with torch.cuda.device(input.device):
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
@@ -45,21 +45,20 @@ def warm_up(step: Step, input: Tensor, target: Tensor) -> Tensor:
             with torch.cuda.stream(side):
                 loss = step(input, target)
         finally:
-            here.wait_stream(side)  # also for the parameters, where the step is interrupted
-        loss.record_stream(here)  # whose memory is the side stream's, to take back only after this
+            here.wait_stream(side)  # also if the step is interrupted: parameters were updated
+        loss.record_stream(here)  # its memory belongs to the side stream's pool
         return loss
 
 
 class Graphs:
-    """graphs(step, key, input, target) does step(input, target), from the fifth call with the same
-    key on by replaying a graph of it.
+    """graphs(step, key, input, target) runs step(input, target); from the fifth call with the same
+    key on, it replays a graph.
 
-    step: does a whole training step on the current stream, with no wait for the GPU, and updates
+    step: a whole training step on the current stream, without synchronisation, that updates
         parameters in place.
-    key: what a graph of it depends on beside the shapes and dtypes of its arguments, such as the
-        hyperparameters, which are constants of the captured kernels, and whose memory it updates.
-        Where this changes at every call, as with a scheduler that does a step for each batch, no
-        graph is made.
+    key: everything a graph depends on apart from the shapes and dtypes of its arguments, such as
+        hyperparameters, which are constants in captured kernels, and addresses of parameters. If it
+        changes at every call, as with a per-batch LR scheduler, no graph is captured.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class Graphs:
         warm_up: Callable[[Step, Tensor, Tensor], Tensor] = warm_up,
     ) -> None:
         self._capture, self._warm_up = capture, warm_up
-        self._calls: dict[Hashable, int] = {}  # of each key, the oldest first
+        self._calls: dict[Hashable, int] = {}  # per key, oldest first
         self.kept: dict[Hashable, Step] = {}
-        self._lock = Lock()  # a graph has one input: threads take turns
+        self._lock = Lock()  # a graph has a single input buffer
 
     def __call__(self, step: Step, key: Hashable, input: Tensor, target: Tensor) -> Tensor:
         with self._lock:
@@ -94,7 +93,7 @@ class Graphs:
 
 
 class StepGraph:
-    """step(input, target) through graphs, with key() as their key."""
+    """Runs step(input, target) through Graphs, with key() as the key."""
 
     def __init__(self, step: Step, key: Callable[[], Hashable]) -> None:
         self._step, self._key, self._graphs = step, key, Graphs()
@@ -104,7 +103,7 @@ class StepGraph:
 
 
 class GraphTrainer:
-    """A Trainer whose steps go through graphs where they are many launches and a copy is cheap."""
+    """A Trainer that uses graphs for steps of many launches whose inputs are cheap to copy."""
 
     def __init__(self, trainer: _C.Trainer, widths: list[int]) -> None:
         self._trainer, self._widths = trainer, widths
@@ -122,7 +121,7 @@ class GraphTrainer:
         return self._trainer.fit(input, target, *settings)
 
     def _graphs_for(self, input: Tensor, target: Tensor, rows: int | None = None) -> Graphs | None:
-        """The graphs, where steps with so many rows of these, or all, should go through them."""
+        """The graphs, if steps on `rows` rows (None: all) should use them, else None."""
         if not (_is_dense_on_gpu(input) and _is_dense_on_gpu(target)):
             return None
         input, target = input[:rows], target[:rows]
@@ -135,7 +134,7 @@ class GraphTrainer:
 
 
 def graphed(trainer: _C.Trainer, widths: list[int]) -> _C.Trainer | GraphTrainer:
-    """The trainer, on a GPU by graphs where that pays."""
+    """The trainer, with CUDA graphs if torch has CUDA."""
     return trainer if torch.version.cuda is None else GraphTrainer(trainer, widths)
 
 
