@@ -38,7 +38,7 @@ def activation_of(module: object) -> Activation | None:
 
 
 def option_names(module: type[nn.Module]) -> tuple[str, ...]:
-    """The options of a module of torch.nn, including those that change no value, such as inplace."""
+    """The options of a module of torch.nn, also those that change no value, such as inplace."""
     return tuple(getattr(module, "__constants__", ()))
 
 

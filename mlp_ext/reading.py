@@ -122,7 +122,7 @@ _GLOBAL_HOOKS: dict[str, Any] = {
 
 
 def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Reading) -> None:
-    """Refuses `thing` if hooks or instance attributes change what its class does; else guards it."""
+    """Refuses hooks and instance attributes that change what the class does; guards the rest."""
     own = vars(thing)
     reading.types.append((thing, type(thing)))
     for name in hooks:
