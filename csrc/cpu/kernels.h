@@ -146,8 +146,7 @@ struct StepProblem {
 };
 
 struct StepKernels {
-  // Forward, loss and backward of a narrow network for a range of rows. Sums gradients into `sums`; returns the loss
-  // sum.
+  // Forward, loss and backward of a narrow network for some rows. Sums gradients into `sums`; returns the loss sum.
   size_t (*scratch_bytes)(const StepProblem&);
   double (*rows)(const StepProblem&, Range rows, void* sums, void* scratch, bool& valid);
   // Loss and dy [M, N] of outputs y [M, N]. Scratch: (3 kLossRows + 1) N accumulators.

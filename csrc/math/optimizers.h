@@ -1,6 +1,6 @@
 // Optimizers: update rules with the hyperparameters and states of torch.optim.
 //
-// One functor serves scalars, CPU vectors, CUDA threads and, as a composite of PyTorch's operations, at::Tensor: V
+// One functor serves scalars, CPU vectors, CUDA threads and, as a composite of PyTorch's operations, at::Tensor. V
 // needs
 // + - * /, < <=, where() and sqrt(); constants K are V, or double if V is a tensor. begin_step computes the members
 // after the hyperparameters once per step: in double, or as tensors if the step count is a tensor on a device.

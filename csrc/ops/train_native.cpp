@@ -86,8 +86,7 @@ LossAndGrad native(const Huber& loss, const Operands& o) {
           at::huber_loss_backward(o.dy, o.y, o.t, o.reduction, loss.delta)};
 }
 
-// Torch has no single backward of cross entropy. With class weights w and smoothed targets q: dz = sum(q) softmax(z) -
-// q.
+// Torch has no single backward of cross entropy.  dz = sum(q) softmax(z) - q for smoothed targets q, weighted by w.
 LossAndGrad native(const CrossEntropy& loss, const Operands& o) {
   const Training& training = o.training;
   const at::Tensor& z = o.y;

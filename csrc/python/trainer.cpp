@@ -74,8 +74,8 @@ class Trainer {
     return true;
   }
 
-  // Runs a step and returns the loss; does nothing and returns none unless is_current(). graph: see captured(), or
-  // None.
+  // Runs a step and returns the loss; does nothing and returns none unless is_current(). graph: None or see
+  // captured().
   std::optional<Tensor> step(const py::object& input, const py::object& target, const py::object& graph) {
     if (!is_current()) return std::nullopt;
     const Tensor &x = data(input, "input"), &y = data(target, "target");

@@ -312,9 +312,8 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
 //               is read next
 //   pack_b      (k, depth, j, columns, packed): packs B as panels [depth, Tile::columns]
 //   b           B in place if it need not be packed, else data = nullptr
-//   finish      the epilogue (i, j, vector, lanes) for sums from (i, j) along row i; finish.from(i, j) is the epilogue
-//   of
-//               the block that begins there. A copy, so that its pointers stay in registers although stores may alias.
+//   finish      epilogue (i, j, vector, lanes) for sums from (i, j) along row i; finish.from(i, j) is that of the block
+//               that begins there. A copy, so that its pointers stay in registers although stores may alias.
 //   block_rows  rows of A packed at a time
 template <class Layout, class Element, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,

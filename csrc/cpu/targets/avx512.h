@@ -1,5 +1,4 @@
-// Kernel target: x86-64 with AVX-512 F, BW, VL and DQ. AVX512_BF16 instructions are used where the
-// processor has them.
+// Kernel target: x86-64 with AVX-512 F, BW, VL and DQ. AVX512_BF16 is used if the processor has it.
 #include <immintrin.h>
 #include "cpu/kernels.h"
 
