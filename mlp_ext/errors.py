@@ -1,8 +1,8 @@
-"""What to say when a call failed: which argument is wrong, and what to type instead.
+"""Error messages: which argument is wrong, and what to pass instead.
 
-The operators check their own arguments. Their messages name the operator and blame the weight, and
-torch's argument parser prints a list with all its data. So the public calls catch an error, look at
-their arguments and say it better; a call that succeeds runs nothing of this.
+The operators check their own arguments, but their messages name the operator and the weight, and
+torch's argument parser prints whole lists. So public calls catch an error, inspect their arguments
+and raise a better one. Calls that succeed never run this code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CASTS = {
 
 
 def kind(value: object) -> str:
-    """The type of an argument, or its value where that is short."""
+    """The type of an argument, or its value if that is short."""
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     if isinstance(value, str) and len(value) < 40:
@@ -38,7 +38,7 @@ def kind(value: object) -> str:
 
 
 def rename(error: Exception, name: str) -> None:
-    """Raises `error` anew with `name` in the operator's place; returns if no operator is named."""
+    """Raises `error` with `name` instead of the operator's name; returns if it names none."""
     message = str(error)
     if match := _OPERATOR.match(message):
         raise type(error)(f"{name}: {message[match.end() :]}") from None
@@ -60,7 +60,7 @@ def explain_function(
     activation: object = "",
     parameters: object = None,
 ) -> None:
-    """Raises `error` of linear_act in words of the function `name`; returns if it needs none."""
+    """Raises `error` of linear_act with advice for callers of `name`; returns if there is none."""
     check_tensor(name, "input", input)
     check_tensor(name, "weight", weight)
     if bias is not None:
@@ -79,7 +79,7 @@ def explain_function(
 
 
 def _check_parameters(name: str, activation: str, parameters: object) -> None:
-    """That `parameters` are the numbers that an activation takes, or None."""
+    """Raises unless `parameters` are the activation's, or None."""
     if parameters is None:
         return
     if not isinstance(parameters, Sequence) or isinstance(parameters, str):
@@ -97,9 +97,9 @@ def _check_parameters(name: str, activation: str, parameters: object) -> None:
 
 
 def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> None:
-    """Raises what is wrong with `input` for a model whose first weight is `weight` [N, K].
+    """Raises if `input` does not fit a model whose first weight is `weight` [N, K].
 
-    rows: "M" for a model that takes [M, K] alone, "*" for any leading dimensions.
+    rows: "M" for a model that takes only [M, K], "*" for any leading dimensions.
     """
     check_tensor(name, "input", input)
     assert isinstance(input, Tensor)
@@ -121,9 +121,9 @@ def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> No
 
 
 def check_target(name: str, loss: str, input: Tensor, target: object, weight: Tensor) -> None:
-    """Raises what is wrong with the target of `loss` for a model whose last weight is `weight`.
+    """Raises if `target` does not fit `loss` and a model whose last weight is `weight`.
 
-    loss: a name in csrc/math/losses.h. input: [M, K], one that check_input lets pass.
+    loss: a name in csrc/math/losses.h. input: [M, K], checked by check_input.
     """
     check_tensor(name, "target", target)
     assert isinstance(target, Tensor)

@@ -27,31 +27,31 @@ def linear_act(
     .. math:: y = \sigma(x W^T + b), \quad dz = \sigma'(dy, saved), \quad
               dx = dz\,W, \quad dW = dz^T x, \quad db = \textstyle\sum_m dz_m
 
-    Equals ``torch.relu(F.linear(input, weight, bias))`` and its like, in values and in every
-    derivative. Backward (Rumelhart, Hinton and Williams, Nature 1986) reads the output y, or
-    z = x W^T + b where the derivative needs it, and computes only what requires a gradient. 16-bit
-    types are accumulated in float32 and rounded once. Under autocast it behaves as ``F.linear``.
-    Second derivatives, forward-mode derivatives, ``torch.func`` and devices without kernels here
-    take native operations of the same meaning.
+    Equals ``torch.relu(F.linear(input, weight, bias))`` etc., in values and all derivatives.
+    Backward (Rumelhart, Hinton and Williams, Nature 1986) reads the output y, or z = x W^T + b if
+    the derivative needs it, and computes only what requires a gradient. 16-bit types are
+    accumulated in float32 and rounded once. Under autocast it behaves like ``F.linear``.
+    Second derivatives, forward-mode AD, ``torch.func`` and devices without our kernels use an
+    equivalent composite of native operations.
 
     Args:
-        input: ``[*, K]``, any number of leading dimensions, also none; float32, float64, bfloat16
-            or float16, of any strides.
-        weight: ``[N, K]``, of the same dtype and device.
+        input: ``[*, K]`` with any number of leading dimensions and any strides; float32, float64,
+            bfloat16 or float16.
+        weight: ``[N, K]``, with the same dtype and device.
         bias: ``[N]`` or None.
         activation: a name in :data:`mlp_ext.ACTIVATIONS`.
-        parameters: those of the activation, all of them, in the order of PyTorch's function:
+        parameters: all parameters of the activation, in the order of PyTorch's function:
             ``[negative_slope]`` of leaky_relu, ``[alpha]`` of elu, ``[beta, threshold]`` of
             softplus, ``[min_val, max_val]`` of hardtanh. None: PyTorch's defaults.
 
     Returns:
-        ``[*, N]``, of the dtype of ``input``.
+        ``[*, N]``, with the dtype of ``input``.
 
     Raises:
-        ValueError: ``activation`` is unknown, or has another number of parameters.
-        TypeError: an argument is no tensor, a dtype is not supported, or the dtypes differ.
-        RuntimeError: shapes do not fit, or devices differ. Each message names the argument, what
-            was expected and what came.
+        ValueError: ``activation`` is unknown, or ``parameters`` has the wrong length.
+        TypeError: an argument is not a tensor, a dtype is not supported, or the dtypes differ.
+        RuntimeError: shapes do not match, or devices differ. Each message names the argument, what
+            was expected and what was passed.
     """
     try:
         return _linear_act(input, weight, bias, activation, parameters)
@@ -61,7 +61,7 @@ def linear_act(
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``relu(input @ weight.T + bias)``; shapes, dtypes and errors as :func:`linear_act`.
+    """``relu(input @ weight.T + bias)``; shapes, dtypes and errors as in :func:`linear_act`.
 
     relu(z) = max(z, 0) (Nair and Hinton, ICML 2010); as in torch, relu(NaN) is NaN and the
     derivative at 0 is 0.
@@ -70,7 +70,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``sigmoid(input @ weight.T + bias)``; shapes, dtypes and errors as :func:`linear_act`.
+    """``sigmoid(input @ weight.T + bias)``; shapes, dtypes and errors as in :func:`linear_act`.
 
     sigmoid(z) = 1 / (1 + exp(-z)); as in torch, it saturates to exactly 0 and 1.
     """
@@ -78,7 +78,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``tanh(input @ weight.T + bias)``; shapes, dtypes and errors as :func:`linear_act`.
+    """``tanh(input @ weight.T + bias)``; shapes, dtypes and errors as in :func:`linear_act`.
 
     As in torch, it saturates to exactly -1 and 1.
     """

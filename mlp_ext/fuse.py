@@ -1,22 +1,20 @@
-"""fuse: a model's Sequentials compute with fused layers, or as one stack each. unfuse: back.
+"""fuse replaces a model's layers with fused ones, or its Sequentials with stacks; unfuse undoes it.
 
-Level "layers": in every nn.Sequential, at any depth, a fused layer takes the Linear's place and a
-FusedActivation, which is an nn.Identity, the activation's. So indices and state_dict keys stay;
-Parameters are the same objects, so an optimizer made before stays valid. The original modules are
-kept untouched, for whoever else holds them, and unfuse puts those very objects back. A fused layer
-reads the options of the activation that it replaced at each call, so a change of one, also through
-the FusedActivation (model[1].negative_slope = 0.3), takes effect in the next call.
+Level "layers": in every nn.Sequential, at any depth, the Linear of a (Linear, activation) pair is
+replaced by a fused layer, and the activation by a FusedActivation, an nn.Identity. Indices and
+state_dict keys are unchanged, and Parameters are the same objects, so existing optimizers stay
+valid. The original modules are not modified, and unfuse puts them back. A fused layer reads the
+options of the replaced activation at every call, so that changes, also through the FusedActivation
+(model[1].negative_slope = 0.3), take effect in the next call.
 
-A pair is left alone wherever fusing could change what the model computes or lose what its modules
-carry: `_obstacle` is the list, and fusion_report prints it. An activation used in several places is
-no obstacle. Two things no analysis can see: code that calls one layer of a Sequential by its index
-now gets the activation too, and layers must not be replaced or sliced off while the model is fused,
-since the two modules of a pair belong together.
+A pair is not fused if fusing could change what the model computes or lose something that its
+modules have, such as hooks: see `_obstacle` and fusion_report. Activations may be used in several
+places. Two limits: code that calls one layer of a fused Sequential by its index also gets the
+activation, and the two modules of a pair must not be replaced or sliced apart.
 
-Level "stack": every nn.Sequential, at any depth, that holds a Linear which can run in a stack is
-from then on an mlp_ext.Sequential. It stays the same object with the same children, so all the
-above holds by itself, and its children may be changed and called as before. Over layers that are
-fused already it runs those; the other way round nothing is left to do.
+Level "stack": every nn.Sequential, at any depth, with a Linear that can run in a stack becomes an
+mlp_ext.Sequential: the same object with the same children, which may be changed and called as
+before. On layers that are already fused it runs those; fusing the layers of a stack does nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear of a model: its path, the activation after it, what was or would be done, why."""
+    """One Linear of a model: its path, the activation after it, its status and the reason."""
 
     name: str
     activation: str | None
@@ -78,13 +76,13 @@ class FusionReport:
 
 
 def fuse(model: Model, level: str = "layers") -> Model:
-    """Fuse, in place, the model's Sequentials; returns `model`.
+    """Fuse the model's Sequentials in place; returns `model`.
 
-    Level "layers" makes one layer of each (Linear, activation) pair, "stack" an mlp_ext.Sequential
-    of each nn.Sequential, one operator for each run of layers. Fusing again changes nothing.
-    fusion_report(model, level) tells what is left alone, and why; a UserWarning points to it where
-    nothing in the model is fused afterwards.
-    Raises TypeError for what is not an nn.Module, ValueError for a level that is not in LEVELS.
+    Level "layers" fuses each (Linear, activation) pair into one layer. Level "stack" turns each
+    nn.Sequential into an mlp_ext.Sequential, one operator for each run of layers. Fusing twice
+    changes nothing. fusion_report(model, level) lists what is not fused, and why; a UserWarning
+    points to it if nothing is.
+    Raises TypeError if `model` is not an nn.Module, ValueError if `level` is not in LEVELS.
     """
     survey = _survey(model, level)
     if all(site.status == "not fused" for _, site in survey):
@@ -103,12 +101,12 @@ def fuse(model: Model, level: str = "layers") -> Model:
 
 
 def unfuse(model: Model) -> Model:
-    """Put back, in place, what fuse changed, the very same modules; returns `model`.
+    """Undo fuse in place, with the original modules; returns `model`.
 
-    Parameters and training flags are as the fused layers have them now. What was written as
-    mlp_ext.LinearReLU or mlp_ext.Sequential stays one.
-    Raises TypeError for what is not an nn.Module; ValueError, with nothing changed, if a fused
-    layer has since been given what would be lost, such as a hook.
+    They get the current Parameters and training flags of the fused layers. Layers written as
+    mlp_ext.LinearReLU or mlp_ext.Sequential are kept.
+    Raises TypeError if `model` is not an nn.Module; ValueError, with nothing changed, if a fused
+    layer has something that would be lost, such as a hook.
     """
     swaps = []
     for place, site in _survey(model):
@@ -124,26 +122,26 @@ def unfuse(model: Model) -> Model:
 
 
 def fusion_report(model: nn.Module, level: str = "layers") -> FusionReport:
-    """What is fused in `model`, what fuse would fuse, and why each other Linear is left alone.
+    """What is fused in `model`, what fuse would fuse, and why it would not fuse the other Linears.
 
-    Raises as fuse does.
+    Raises the same errors as fuse.
     """
     return FusionReport([site for _, site in _survey(model, level)])
 
 
 class _Place(NamedTuple):
-    """A Linear, or what goes by that name, where it stands in the model."""
+    """A Linear, or a module with such a name, and its position in the model."""
 
     name: str  # qualified; "" for the model itself
     layer: nn.Module
     follower: nn.Module | None  # the next child of the same parent
     parent: nn.Module | None
     keys: tuple[str, str]  # of layer and follower in parent
-    uses: int  # how many places hold this same layer
+    uses: int  # in how many places of the model the layer is used
 
 
 def _survey(model: nn.Module, level: str = "layers") -> list[tuple[_Place, Site]]:
-    """The one analysis behind fuse, unfuse and fusion_report."""
+    """The analysis shared by fuse, unfuse and fusion_report."""
     if level not in LEVELS:
         raise ValueError(f"fuse: level must be one of {', '.join(LEVELS)}, got {level!r}")
     if not isinstance(model, nn.Module):
@@ -152,7 +150,7 @@ def _survey(model: nn.Module, level: str = "layers") -> list[tuple[_Place, Site]
     seen: set[nn.Module] = set()
 
     def places(path: str, parent: nn.Module) -> Iterator[_Place]:
-        if parent in seen:  # by another path
+        if parent in seen:  # on another path
             return
         seen.add(parent)
         for (key, child), (next_key, follower) in pairwise([*parent._modules.items(), ("", None)]):
@@ -166,7 +164,7 @@ def _survey(model: nn.Module, level: str = "layers") -> list[tuple[_Place, Site]
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """By name as well, to report also the quantized and the scripted."""
+    """Also by name, to report quantized and scripted layers."""
     name = getattr(module, "original_name", type(module).__name__)
     return isinstance(module, nn.Linear) or name.endswith("Linear")
 
@@ -193,7 +191,7 @@ def _site(place: _Place, level: str) -> Site:
 
 
 def _obstacle(place: _Place) -> str:
-    """Why this Linear is left alone; "" if nothing speaks against fusing it."""
+    """Why this Linear cannot be fused; "" if it can."""
     layer, follower, parent = place.layer, place.follower, place.parent
     if type(layer) is not nn.Linear:
         return f"is a {type_name(layer)}, not exactly a torch.nn.Linear"
@@ -217,7 +215,7 @@ def _obstacle(place: _Place) -> str:
 
 
 def chains(parent: nn.Module | None, base: type[nn.Sequential] = nn.Sequential) -> bool:
-    """Whether `parent` calls its children one after the other, as `base` itself does."""
+    """Whether `parent` calls its children one after another, like `base` itself."""
     methods = ("__call__", "_call_impl", "forward", "__iter__")
     return isinstance(parent, base) and all(
         getattr(type(parent), name) is getattr(base, name) and name not in vars(parent)
@@ -226,7 +224,7 @@ def chains(parent: nn.Module | None, base: type[nn.Sequential] = nn.Sequential) 
 
 
 def _stackable(module: nn.Module | None) -> bool:
-    """Whether fuse(level="stack") makes it an mlp_ext.Sequential."""
+    """Whether fuse(level="stack") turns it into an mlp_ext.Sequential."""
     return (
         type(module) is nn.Sequential
         and chains(module)
@@ -251,8 +249,7 @@ def _was_fused(place: _Place) -> bool:
 def _fused(place: _Place) -> tuple[nn.Module, nn.Module]:
     linear, activation = cast(nn.Linear, place.layer), cast(nn.Module, place.follower)
     layer = LinearAct.by_module[type(activation)].from_linear(linear)
-    # One dict for both, so that a Parameter replaced in one, as load_state_dict(assign=True) and
-    # to_empty() do, is replaced in the other.
+    # Share one dict: load_state_dict(assign=True) and to_empty() replace Parameters in both.
     layer._parameters = linear._parameters
     layer.take_options_from(activation)
     return layer, FusedActivation(layer, linear, activation)

@@ -1,4 +1,4 @@
-"""Names of version 0.1 that have moved: whoever uses one, as a pickle may, gets one line that says
+"""Names of version 0.1 that have moved: importing one, as a pickle may, raises an error that says
 what to use."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COMPILED = {"Run": "MlpCall", "Stepper": "Trainer", "Watch": "Guards"}
 
 
 class MovedModules:
-    """The last finder of imports, asked for modules that no other has found."""
+    """The last import finder, called for modules that no other finder has found."""
 
     @staticmethod
     def find_spec(
@@ -35,6 +35,6 @@ def _compiled(name: str) -> NoReturn:
 
 
 def explain(compiled: ModuleType) -> None:
-    """From now on imports and attributes of the compiled module say where the old names are."""
+    """Installs the errors for old modules and for old names in the compiled module."""
     sys.meta_path.append(MovedModules)
     vars(compiled)["__getattr__"] = _compiled

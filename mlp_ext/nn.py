@@ -27,8 +27,8 @@ class Activation(NamedTuple):
 
 
 def activation_of(module: object) -> Activation | None:
-    """The activation that a module of torch.nn computes, its options read now; None if no layer is
-    declared for exactly its type, or an option is not a number.
+    """The activation that a module of torch.nn computes, with its current options; None if no layer
+    is declared for exactly its type, or an option is not a number.
 
     activation_of(nn.LeakyReLU(0.3)) is ("leaky_relu", (0.3,)), that of nn.ReLU6() is
     ("hardtanh", (0.0, 6.0)).
@@ -38,16 +38,16 @@ def activation_of(module: object) -> Activation | None:
 
 
 def option_names(module: type[nn.Module]) -> tuple[str, ...]:
-    """The options of a module of torch.nn, also those that change no value, as inplace."""
+    """The options of a module of torch.nn, also those that change no value, such as inplace."""
     return tuple(getattr(module, "__constants__", ()))
 
 
-# Makes a module of torch.nn for each activation, with the default options.
+# Constructors of torch.nn modules, one per activation, with default options.
 MODULES: dict[str, Callable[[], nn.Module]] = {"identity": nn.Identity}
 
 
 class _FromActivation(Generic[T]):
-    """An attribute of a layer that follows from its activation; of the class: with the defaults."""
+    """A layer's attribute that follows from its activation; on the class, from the defaults."""
 
     def __init__(self, part: Callable[[Activation], T]) -> None:
         self.part = part
@@ -61,36 +61,36 @@ class _FromActivation(Generic[T]):
 
 
 class LinearAct(nn.Linear):
-    """y = act(x W^T + b), an nn.Linear and the activation after it in one operator.
+    """y = act(x W^T + b): an nn.Linear and the activation after it in one operator.
 
-    Everything but forward is nn.Linear's: arguments, initialisation, state_dict, repr. A class
-    statement with the activation's name and the torch.nn module of the same meaning makes a layer:
+    Everything but forward is nn.Linear's: arguments, initialisation, state_dict, repr. A subclass
+    with the activation's name and the equivalent torch.nn module declares a layer:
 
         class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
 
     The options of that module are keyword arguments and attributes of the layer:
     LinearLeakyReLU(10, 5, negative_slope=0.2).negative_slope is 0.2. Setting such an attribute
-    takes effect in the next call. An option that selects another activation is declared by
-    variants: the names of the activations, and the options that select each.
+    takes effect in the next call. If an option selects another activation, `variants` maps the
+    names of the activations to the options that select them.
 
-    Shape: input [*, in_features], output [*, out_features], * any dimensions, also none;
+    Shape: input [*, in_features], output [*, out_features], with any number of leading dimensions;
     weight [out_features, in_features], bias [out_features] or None.
-    Dtypes: float32, float64, bfloat16, float16; input, weight and bias alike, under autocast as
-    nn.Linear. An input of another shape, dtype or device raises before anything is computed.
+    Dtypes: float32, float64, bfloat16, float16, the same for input, weight and bias; under autocast
+    like nn.Linear. An input of another shape, dtype or device raises before anything is computed.
     """
 
     activation = _FromActivation(lambda activation: activation.name)
     activation_parameters = _FromActivation(lambda activation: activation.parameters)
 
-    default: ClassVar[Activation]  # with the options' defaults
+    default: ClassVar[Activation]  # with default options
     torch_module: ClassVar[type[nn.Module] | None]
     variants: ClassVar[Mapping[str, Mapping[str, object]]]
     options: ClassVar[tuple[str, ...]]  # those that change what is computed
     __constants__ = [*nn.Linear.__constants__, "replaced"]  # noqa: RUF012
     by_module: ClassVar[dict[type, type[LinearAct]]] = {}  # nn.ReLU: LinearReLU, ...
 
-    # Of a layer that fuse made: the activation it replaces, which has the options. In a tuple, so
-    # that it is no child.
+    # In layers made by fuse: the replaced activation, which has the options. A tuple, so that it is
+    # not a child.
     replaced: tuple[nn.Module, ...] = ()
 
     def __init_subclass__(
@@ -147,14 +147,14 @@ class LinearAct(nn.Linear):
             self.read()
 
     def take_options_from(self, activation: nn.Module) -> None:
-        """For fuse: from now on the options are those that `activation` has at each call."""
+        """For fuse: reads the options from `activation` at every call."""
         if self.options:
             self.replaced = (activation,)
             for option in option_names(type(activation)):
                 delattr(self, option)
 
     def read(self) -> Activation:
-        """The activation with the options as they are now."""
+        """The activation with the current options."""
         if not self.options:
             return self.default
         source = self.replaced[0] if self.replaced else self
@@ -165,7 +165,7 @@ class LinearAct(nn.Linear):
 
     @classmethod
     def read_from(cls, source: object) -> Activation | None:
-        """The activation with the options that are attributes of `source`; None if not known."""
+        """The activation with the options of `source`; None if they are not supported."""
         for name, selecting in cls.variants.items():
             if all(getattr(source, option, None) == value for option, value in selecting.items()):
                 values = [getattr(source, parameter, None) for parameter in PARAMETERS[name]]
@@ -192,10 +192,10 @@ class LinearAct(nn.Linear):
 
     @classmethod
     def from_linear(cls: type[Layer], linear: nn.Linear, **options: Any) -> Layer:
-        """The layer over the Parameters of `linear`: the same objects, no copy, same training flag.
+        """A layer that shares the Parameters of `linear`, without a copy, and its training flag.
 
         Raises TypeError unless `linear` is exactly an nn.Linear, since a subclass may compute
-        something else; ValueError where it carries what would be lost, such as hooks.
+        something else; ValueError if it has something that would be lost, such as hooks.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(
@@ -331,7 +331,7 @@ __all__ = [
 
 
 def option_items(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
-    """For guards: what the options of a layer or an activation are read from: dict, key, value."""
+    """For guards: where a layer's or an activation's options are stored: dict, key, value."""
     source, kind = module, LinearAct.by_module.get(type(module))
     if isinstance(module, LinearAct):
         source, kind = module.replaced[0] if module.replaced else module, type(module)
@@ -344,30 +344,27 @@ def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-MODULE_CODE = (
-    "forward",
-    "_call_impl",
-    "_compiled_call_impl",
-)  # where set, runs in place of the class's
+# If set on a module, these run instead of the class's code.
+MODULE_CODE = ("forward", "_call_impl", "_compiled_call_impl")
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 _DYNAMO_LISTS_ATTRIBUTES = torch.__version__ >= (2, 12)  # type: ignore[operator]
 
 
 def _own_attributes(module: nn.Module) -> list[str]:
-    """The names set on the instance; for Dynamo before torch 2.12, which cannot list them, the
-    known ones that change what it computes."""
+    """The names set on the instance. Dynamo before torch 2.12 cannot list them, so there only those
+    that change what it computes."""
     if torch.compiler.is_compiling() and not _DYNAMO_LISTS_ATTRIBUTES:
         return [name for name in MODULE_CODE if name in vars(module)]
     return [name for name in vars(module) if name not in _MODULE_ATTRIBUTES]
 
 
 def find_addition(module: nn.Module) -> str:
-    """What was added to `module` since it was made, as "has forward hooks"; "" if nothing was.
+    """What was added to `module` after its construction, as "has forward hooks"; "" if nothing.
 
-    Found are hooks of every kind, hence also pruning and the older weight_norm and spectral_norm;
-    attributes set on the instance that its class does not name in __constants__, such as a forward
-    of its own, the call of Module.compile or a qconfig; parameters, buffers and children.
+    Finds hooks of all kinds (also of pruning and the older weight_norm and spectral_norm);
+    instance attributes that are not in the class's __constants__, such as a forward, the call of
+    Module.compile or a qconfig; parameters, buffers and children.
     """
     for name in _HOOKS:
         if vars(module)[name]:
@@ -381,12 +378,12 @@ def find_addition(module: nn.Module) -> str:
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A Parameter; what torch.func.functional_call puts in its place; what stands for it in tracing.
+# A Parameter, its substitute in torch.func.functional_call, and those in tracing.
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def find_special(layer: nn.Module) -> str:
-    """Which parameter the operators do not take, as "its weight is torch.int8"; "" if all do."""
+    """Which parameter the operators do not support, as "its weight is torch.int8"; "" if none."""
     for name, parameter in layer._parameters.items():
         # A subclass is a quantized, sharded or otherwise special tensor.
         if parameter is not None and type(parameter) not in _PLAIN:
@@ -399,17 +396,17 @@ def find_special(layer: nn.Module) -> str:
 
 
 class FusedActivation(nn.Identity):
-    """Holds the place of an activation that the fused layer before it computes.
+    """Placeholder for an activation that the fused layer before it computes.
 
-    The options of the activation are read and set through it, as model[1].negative_slope = 0.3, and
-    take effect in the next call.
+    The activation's options can be read and set through it, as in model[1].negative_slope = 0.3.
+    They take effect in the next call.
     """
 
     __constants__: ClassVar[list[str]] = ["pair"]
 
     def __init__(self, layer: LinearAct, linear: nn.Linear, activation: nn.Module) -> None:
         super().__init__()
-        # In a tuple, so that none is a child: no state_dict keys, no visits by apply() or train().
+        # A tuple, so that none is a child: no state_dict keys, not visited by apply() or train().
         self.pair = (layer, linear, activation)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Loads the compiled module, which registers ``torch.ops.mlp_ext``, for the torch it fits."""
+"""Loads the compiled module, which registers ``torch.ops.mlp_ext``, after checking its torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _why_not_compiled() -> str:
 
 
 def _check_build() -> None:
-    """Raises ImportError where the loader would fail on a missing file or symbol."""
+    """Raises ImportError if loading would fail on a missing file or symbol."""
     if not (find_spec("mlp_ext._C") and find_spec("mlp_ext._built")):
         raise ImportError(_why_not_compiled())
     from mlp_ext._built import CUDA_VERSION, TORCH_VERSION
@@ -58,7 +58,7 @@ def _check_build() -> None:
             f"mlp_ext was built against torch {TORCH_VERSION}, but torch {torch.__version__} is "
             f"running: {rebuild}"
         )
-    # A build for the CPU alone also works beside a torch with CUDA.
+    # A CPU-only build also works with a CUDA build of torch.
     cuda = torch.version.cuda
     if CUDA_VERSION and (cuda is None or CUDA_VERSION.split(".")[0] != cuda.split(".")[0]):
         has = f"has CUDA {cuda}" if cuda else "is without CUDA"
@@ -73,7 +73,7 @@ _check_build()
 try:
     from mlp_ext import _C, _built
 
-    _C.instruction_set()  # raises RuntimeError where a build for one instruction set does not run
+    _C.instruction_set()  # RuntimeError if this CPU cannot run a build for one instruction set
 except (ImportError, RuntimeError) as error:
     raise ImportError(
         f"mlp_ext's compiled part does not load beside torch {torch.__version__}: {error}; type "
@@ -82,7 +82,7 @@ except (ImportError, RuntimeError) as error:
 
 moved.explain(_C)
 
-# Of each activation the parameters and their defaults, in the order of the operators.
+# Parameters of each activation with their defaults, in the operators' order.
 PARAMETERS: dict[str, dict[str, float]] = _C.activations()
 ACTIVATIONS: tuple[str, ...] = tuple(PARAMETERS)
 
@@ -93,12 +93,12 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict: the versions of ``mlp_ext`` and of the ``torch`` it was built against; ``compiler``;
         ``instruction_sets`` in the build and the ``instruction_set`` in use, which the variable
-        ``ATEN_CPU_CAPABILITY`` (default, avx2, avx512) forces; ``openmp``, its version date or None
-        where it was left out; ``threads``, what torch is set to; ``cuda``, the version that the
-        CUDA kernels were built with, ``cuda_archs``, as sm_80, sm_90a, and compute_90 for PTX, and
-        ``cutlass``, its version. Where ``cuda`` is None, tensors on a GPU take native operations:
-        the same values, not fused. Where ``cutlass`` is None, large layers with an activation that
-        cuBLASLt does not know take a product and a pass over it.
+        ``ATEN_CPU_CAPABILITY`` (default, avx2, avx512) overrides; ``openmp``, its version date, or
+        None without it; ``threads``, torch's setting; ``cuda``, the version that the CUDA kernels
+        were built with; ``cuda_archs``, such as sm_80, sm_90a, and compute_90 for PTX; and the
+        version of ``cutlass``. If ``cuda`` is None, GPU tensors use native operations: the same
+        values, not fused. If ``cutlass`` is None, large layers with an activation that cuBLASLt
+        lacks use a GEMM followed by an elementwise pass.
     """
     return {
         **_C.build_info(),

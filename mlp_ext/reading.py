@@ -1,4 +1,4 @@
-"""Reads model, criterion and optimizer into a Trainer: what TrainStep accepts and refuses."""
+"""Reads model, criterion and optimizer into a Trainer, and checks that TrainStep supports them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlp_ext.nn import (
 )
 from mlp_ext.sequential import Sequential
 
-# Of each criterion its name in csrc/math/losses.h, and the buffer that is its loss_weight.
+# Each criterion's name in csrc/math/losses.h, and the buffer that is its loss_weight.
 LOSSES: dict[type[nn.Module], tuple[str, str | None]] = {
     nn.MSELoss: ("mse", None),
     nn.BCELoss: ("bce", None),
@@ -36,8 +36,8 @@ LOSSES: dict[type[nn.Module], tuple[str, str | None]] = {
     nn.CrossEntropyLoss: ("cross_entropy", "weight"),
     nn.NLLLoss: ("nll", "weight"),
 }
-# Of each optimizer its name in csrc/math/optimizers.h, and numbers for which an older torch, whose
-# class has no such setting, means other than the default there.
+# Each optimizer's name in csrc/math/optimizers.h, and values for settings that older versions of
+# torch lack, if they differ from the defaults there.
 OPTIMIZERS: dict[type[torch.optim.Optimizer], tuple[str, dict[str, float]]] = {
     torch.optim.SGD: ("sgd", {}),
     torch.optim.Adam: ("adam", {}),
@@ -62,7 +62,7 @@ class _Layer:
 
 @dataclass
 class _Reading:
-    """What was read so far, and the guards on it."""
+    """The layers read so far, and the guards on everything read."""
 
     layers: list[_Layer] = field(default_factory=list)
     items: list[tuple[Any, Any, object]] = field(default_factory=list)
@@ -108,7 +108,7 @@ def read_layers(model: nn.Module) -> list[_Layer]:
     return reading.layers
 
 
-# Of a module or an optimizer: what is called beside its own code, and what replaces that code.
+# Attributes with hooks of a module or an optimizer, and torch's global hooks.
 _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OPTIMIZER_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _GLOBAL_HOOKS: dict[str, Any] = {
@@ -122,7 +122,7 @@ _GLOBAL_HOOKS: dict[str, Any] = {
 
 
 def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Reading) -> None:
-    """That `thing` runs as its class says."""
+    """Refuses hooks and instance attributes that change what the class does; guards the rest."""
     own = vars(thing)
     reading.types.append((thing, type(thing)))
     for name in hooks:
@@ -130,25 +130,25 @@ def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Readin
             _refuse(ValueError, f"{path} has {name.strip('_').replace('_', ' ')}")
         reading.guard_size(own[name])
     for name in MODULE_CODE if isinstance(thing, nn.Module) else ("step",):
-        # A scheduler wraps optimizer.step, only to see whether it is called.
+        # LR schedulers wrap optimizer.step only to see whether it is called.
         if name in own and not hasattr(own[name], "_wrapped_by_lr_sched"):
             _refuse(ValueError, f"{path} has a {name} of its own")
     reading.guard_size(own)
-    # A dict of children, Parameters or hooks may be replaced by another, as del model[0] does.
+    # The dicts of children, Parameters or hooks may be replaced, as by del model[0].
     reading.guard(own, [name for name, value in own.items() if isinstance(value, dict)])
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Whether it calls its children one after the other."""
+    """Whether it calls its children one after another."""
     return chains(module) or chains(module, Sequential)
 
 
 def _read_module(path: str, module: nn.Module, reading: _Reading) -> None:
     kind, layers = type(module), reading.layers
     is_activation = kind in LinearAct.by_module
-    holds_place = kind in (nn.Identity, FusedActivation)
+    is_identity = kind in (nn.Identity, FusedActivation)
     chain = isinstance(module, nn.Module) and _is_chain(module)
-    if not (chain or kind in LINEARS or is_activation or holds_place):
+    if not (chain or kind in LINEARS or is_activation or is_identity):
         _refuse_module(path, module)
     _check_code(path, module, _MODULE_HOOKS, reading)
     reading.items += option_items(module)
@@ -223,7 +223,7 @@ def _read_parameters(path: str, layer: nn.Module, reading: _Reading) -> list[nn.
 def _read_criterion(
     criterion: nn.Module, reading: _Reading
 ) -> tuple[str, str, Tensor | None, list[float]]:
-    """The arguments of Trainer from loss to loss_parameters."""
+    """Trainer's arguments from loss to loss_parameters."""
     _refuse_class("criterion", criterion)
     if type(criterion) not in LOSSES:
         names = ", ".join(f"nn.{kind.__name__}" for kind in LOSSES)
@@ -251,12 +251,12 @@ def _read_criterion(
 def _read_optimizer(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], reading: _Reading
 ) -> list[int]:
-    """Of each parameter the index of its group, or -1."""
+    """The index of each parameter's group, or -1."""
     _refuse_class("optimizer", optimizer, "model.parameters(), lr=...")
     if type(optimizer) not in OPTIMIZERS:
         names = ", ".join(f"torch.optim.{kind.__name__}" for kind in OPTIMIZERS)
         what = f"optimizer is a {type_name(optimizer)}, not exactly one of {names}"
-        inner = getattr(optimizer, "optimizer", None)  # as Lightning's and accelerate's have it
+        inner = getattr(optimizer, "optimizer", None)  # of Lightning's and accelerate's wrappers
         if type(inner) in OPTIMIZERS:
             _refuse(TypeError, what, f"pass its .optimizer, or {INSTEAD}")
         _refuse(TypeError, what, f"use one of these, or {INSTEAD[4:]}")

@@ -32,20 +32,20 @@ class Sequential(nn.Sequential):
     .. math:: y_0 = x, \quad y_l = \sigma_l(y_{l-1} W_l^T + b_l)
 
     Everything but forward is nn.Sequential's: children, state_dict, repr, indices and slices. A run
-    consists of nn.Linear, each alone or followed by an activation of torch.nn that has a layer in
-    mlp_ext (ReLU, GELU, ...), and of those layers (LinearReLU, LinearGELU, ...). It is one call of
-    ``torch.ops.mlp_ext.mlp`` and one autograd node, with backpropagation (Rumelhart, Hinton and
-    Williams, Nature 1986) written out; values and derivatives are those of the children called in
-    turn. Any other child is called as it is, and so is a child with a hook, a parametrization, an
-    attribute of its own or a special parameter; with a hook for all modules, every child is. A
-    change made later, to a child, an option of an activation or a hook, holds from the next call.
+    consists of nn.Linear layers, each alone or followed by an activation of torch.nn that has a
+    layer in mlp_ext (ReLU, GELU, ...), and of those layers (LinearReLU, LinearGELU, ...). It is one
+    call of ``torch.ops.mlp_ext.mlp`` and one autograd node (backpropagation: Rumelhart, Hinton and
+    Williams, Nature 1986), with the values and derivatives of calling its children one by one.
+    Other children are called as modules, and so are children with hooks, parametrizations, instance
+    attributes or special parameters; with global module hooks, all children are. Later changes of
+    children, options or hooks take effect in the next call.
 
-    Shape: input [*, K] where the first layer is Linear(K, N), * any dimensions, also none; output
-    [*, N] of the last layer.
-    Dtypes: in a run float32, float64, bfloat16, float16; input and parameters alike, under autocast
-    as nn.Linear.
+    Shape: input [*, K] where the first layer is Linear(K, N), with any number of leading
+    dimensions; output [*, N] of the last layer.
+    Dtypes: in a run float32, float64, bfloat16, float16, the same for input and parameters; under
+    autocast like nn.Linear.
     Raises, before the run computes anything, TypeError for another dtype and RuntimeError for
-    shapes or devices that do not fit, as "Sequential: input must be [*, K=10], got [64, 9]".
+    shapes or devices that do not match, as "Sequential: input must be [*, K=10], got [64, 9]".
     """
 
     def forward(self, input: Any) -> Any:
@@ -59,7 +59,7 @@ class Sequential(nn.Sequential):
             for call in plan.calls:
                 input = call(input)
         except CAUGHT as error:
-            if isinstance(call, _C.MlpCall):  # other children speak for themselves
+            if isinstance(call, _C.MlpCall):  # other children raise their own errors
                 check_input("Sequential", input, call.weights[0])
                 rename(error, "Sequential")
             raise
@@ -70,17 +70,17 @@ class Sequential(nn.Sequential):
 
 
 class FusedSequential(Sequential):
-    """What fuse(level="stack") makes of an nn.Sequential, the same object; unfuse makes it one."""
+    """The class of an nn.Sequential after fuse(level="stack"); unfuse turns it back."""
 
     def _get_name(self) -> str:
         return "Sequential"
 
 
 class Step(NamedTuple):
-    """A run, by the indices of its layers among the children; or one child to call as it is."""
+    """A run, as the indices of its layers among the children, or one child to call as a module."""
 
     indices: tuple[int, ...]
-    activations: tuple[Activation, ...]  # () for a child to call
+    activations: tuple[Activation, ...]  # () for a module to call
 
 
 _IDENTITY = Activation("identity")
@@ -109,7 +109,7 @@ def find_steps(children: Sequence[nn.Module | None]) -> list[Step]:
 
 
 def find_obstacle(child: nn.Module | None) -> str:
-    """Why this Linear or activation is called as it is; "" if it can be part of a run."""
+    """Why this Linear or activation cannot be part of a run; "" if it can."""
     if child is None or not _activation(child):
         return f"is a {type_name(child)}, not exactly a torch.nn.Linear"
     return find_addition(child) or find_special(child)
@@ -120,7 +120,7 @@ def _is_layer(child: nn.Module | None) -> bool:
 
 
 def _activation(child: nn.Module | None) -> Activation | None:
-    """What a child adds to a run; None if it is neither a layer nor a known activation."""
+    """The activation of a child in a run; None if it is neither a layer nor a known activation."""
     if isinstance(child, LinearAct):
         return child.read() if _is_layer(child) else None
     if type(child) in (nn.Linear, nn.Identity, FusedActivation):
@@ -134,7 +134,7 @@ def _flattened(activations: Sequence[Activation]) -> tuple[list[str], list[float
     return [activation.name for activation in activations], parameters
 
 
-# The calls of all modules pass through these.
+# Global module hooks.
 _HOOKS_OF_ALL: tuple[dict[int, Any], ...] = (
     torch_module._global_forward_pre_hooks,
     torch_module._global_forward_hooks,
@@ -144,13 +144,13 @@ _HOOKS_OF_ALL: tuple[dict[int, Any], ...] = (
 
 
 class _Plan:
-    """The calls of a Sequential, and guards over everything that find_steps read for them."""
+    """The calls of a Sequential, and guards over everything that find_steps has read."""
 
     def __init__(self, model: Sequential) -> None:
         modules: dict[str, Any] = model._modules
         children = [*modules.values()]
         self.calls: list[Callable[[Any], Any]] = []
-        weights = []  # of one dtype in a run
+        weights = []  # the first of each run, to guard the dtype
         for indices, activations in find_steps(children):
             layers: list[Any] = [children[index] for index in indices]
             if activations:
@@ -168,8 +168,8 @@ class _Plan:
         parts: list[dict[Any, Any]] = [modules, *named]
         items = [(d, key, value) for d in parts for key, value in d.items()]
         types = [(value, type(value)) for _, _, value in items]
-        # Hooks, buffers, children: what makes one of these dicts longer or shorter is an addition,
-        # and each may be replaced by another, as del model[0] does.
+        # Additions (hooks, buffers, children) change the length of one of these dicts, and the
+        # dicts themselves may be replaced, as by del model[0].
         attributes = [vars(child) for child in known]
         owned = [(a, name, d) for a in attributes for name, d in a.items() if isinstance(d, dict)]
         items += [(vars(model), "_modules", modules), *owned]
@@ -180,7 +180,7 @@ class _Plan:
 
 
 def _held(layer: nn.Module, name: str) -> Any:
-    """layer.name, but torch.fx, when it traces, makes no access of the model's of it."""
+    """layer.name, without an attribute access that torch.fx would trace."""
     held = layer._parameters
     return held[name] if name in held else getattr(layer, name)
 
@@ -190,7 +190,7 @@ def _call_mlp(weights: Any, biases: Any, activations: Any, parameters: Any, inpu
 
 
 def _traced(model: Sequential, input: Any) -> Any:
-    """Forward for torch.compile and torch.export, which have their own guards over the modules."""
+    """Forward for torch.compile and torch.export, which have their own guards on modules."""
     children = [*model._modules.values()]
     for indices, activations in find_steps(children):
         layers = [children[index] for index in indices]

@@ -1,8 +1,8 @@
-"""TrainStep: forward, loss, backward and the optimizer's update in one call; fit: epochs of them.
+"""TrainStep: forward, loss, backward and the optimizer's update in one call; fit runs epochs.
 
-A model, a criterion and an optimizer are read once into a Trainer, the C++ that does the steps,
-with guards on what was read: children, Parameters, hooks, settings, groups. Each step checks the
-guards, and where one fails the three are read anew, with the same checks.
+Model, criterion and optimizer are read once into a Trainer, which runs the steps in C++, with
+guards on everything read: children, Parameters, hooks, settings, groups. Each step checks the
+guards; if one fails, the three are read and checked again.
 """
 
 from __future__ import annotations
@@ -25,32 +25,31 @@ from mlp_ext.step_graph import graphed
 
 
 class TrainStep:
-    """step(input, target) equals a training step of torch, in one call:
+    """step(input, target) equals a training step of torch in one call:
 
         loss = criterion(model(input), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    with the model's own Parameters, which change in place, and the optimizer's own settings and
-    state. LR schedulers, checkpoints and ordinary eager steps keep working. One thing differs:
-    .grad is not written. After model.to(dtype) the optimizer's state must follow:
+    It updates the model's own Parameters in place, with the optimizer's own settings and state. LR
+    schedulers, checkpoints and ordinary eager steps keep working. One difference: .grad is not
+    written. After model.to(dtype), convert the optimizer's state with
     optimizer.load_state_dict(optimizer.state_dict()).
 
-    model: an nn.Sequential, also nested or fused, or a single layer, of nn.Linear, the layers of
-        mlp_ext, nn.Identity and the activations that have such a layer, each after a Linear; with
-        parameters of float32, float64, bfloat16 or float16, all alike.
+    model: an nn.Sequential (may be nested or fused) or a single layer. Supported modules are
+        nn.Linear, the layers of mlp_ext, nn.Identity, and activations that have such a layer, each
+        after a Linear. All parameters are float32, float64, bfloat16 or float16.
     criterion: nn.MSELoss, nn.BCELoss, nn.BCEWithLogitsLoss (with pos_weight), nn.L1Loss,
         nn.SmoothL1Loss, nn.HuberLoss, nn.CrossEntropyLoss or nn.NLLLoss (with weight, ignore_index
         and label_smoothing); reduction mean or sum.
-    optimizer: SGD, Adam, AdamW, RMSprop or Adagrad of torch.optim, with any options but
-        differentiable and capturable, read at each call. What it does not have, or what does not
-        require a gradient, does not learn.
+    optimizer: SGD, Adam, AdamW, RMSprop or Adagrad of torch.optim, with any options except
+        differentiable and capturable, read at each call. Parameters that it does not have, or that
+        do not require a gradient, are not updated.
 
-    Raises TypeError or ValueError for anything else, naming it: at construction, or at the next
-    call where model, criterion or optimizer have been changed since. A copy, also a pickled one,
-    is a TrainStep of copies of the three, which are read at its first call. So a model may hold the
-    TrainStep that trains it.
+    Raises TypeError or ValueError, naming what is not supported: at construction, or at the next
+    call after model, criterion or optimizer were changed. A copy (or pickle) is a TrainStep on
+    copies of the three, which are read at its first call, so a model may hold its own TrainStep.
     """
 
     def __init__(
@@ -70,23 +69,24 @@ class TrainStep:
         return {"_parts": self._parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The parts may be half made yet: a model may hold its own TrainStep.
+        # Read later: a model that holds its own TrainStep may not be complete yet.
         self.__dict__.update(state)
         self._trainer = _Unread()
         self._step = self._trainer.step
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
-        """One step; returns the loss [] of before the update, detached, finite or not.
+        """Runs one step; returns the detached loss [] before the update, which may not be finite.
 
-        input [M, K], of the parameters' dtype and device; target as the output [M, N], in which
-        nn.CrossEntropyLoss takes probabilities, or its classes [M] of int64.
+        input: [M, K], with the parameters' dtype and device.
+        target: [M, N] like the output (for nn.CrossEntropyLoss probabilities), or int64 classes [M]
+            for nn.CrossEntropyLoss and nn.NLLLoss.
 
-        Raises, with nothing changed, TypeError, ValueError, IndexError or RuntimeError for another
-        shape, dtype or device, for a class that does not exist, for outputs or targets of
-        nn.BCELoss that are no probabilities, and where input or target requires a gradient or has a
-        tangent, nothing learns, or torch's global state asks for what a step does not do: no_grad,
-        inference_mode, autocast, anomaly detection, saved-tensor hooks, a torch.func transform, a
-        torch function mode (docs/train-step.md has them all).
+        Raises TypeError, ValueError, IndexError or RuntimeError, with nothing changed, if a shape,
+        dtype or device does not match; a class is out of range; outputs or targets of nn.BCELoss
+        are not in [0, 1]; input or target requires a gradient or has a tangent; no parameter
+        learns; or torch's global state requires what a step does not support: no_grad,
+        inference_mode, autocast, anomaly detection, saved-tensor hooks, a torch.func transform or a
+        torch function mode (full list in docs/train-step.md).
         """
         try:
             while (loss := self._step(input, target)) is None:
@@ -108,21 +108,21 @@ class TrainStep:
     ) -> Tensor:
         """Train for `epochs` passes over the rows of input [n, K] and target [n, ...].
 
-        The same steps, in the same order, as
+        Each epoch runs the same steps, in the same order, as
 
             order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
             for rows in order.split(batch_size or n):
                 step(input[rows], target[rows])
 
-        in each epoch; the last batch may be short. No rows, no steps. The settings of the optimizer
-        are read once, at the start. progress shows a bar, or plain text without tqdm, where stderr
-        is a terminal.
+        The last batch may be smaller; without rows there are no steps. The optimizer's settings are
+        read once, at the start. If stderr is a terminal, progress shows a bar, or plain text
+        without tqdm.
 
-        Returns the losses [epochs] on the CPU, of the input's dtype, float32 at least: of each
-        epoch the mean over its rows of their batch's loss, or with the reduction "sum" the sum.
+        Returns the losses [epochs] on the CPU, in the input's dtype or float32 if that is 16-bit:
+        the mean of each epoch over its rows, or the sum with the reduction "sum".
 
-        Raises as a step does. Ctrl-C raises KeyboardInterrupt within 50 ms or a step; then, as
-        after any other error on the way, all is as the last finished step left it.
+        Raises the same errors as a step. Ctrl-C raises KeyboardInterrupt within 50 ms or one step.
+        After any error, all completed steps remain in effect.
         """
         _check_fit(input, target, shuffle, generator)
         rows = max(1, len(input))
@@ -140,7 +140,7 @@ class TrainStep:
         return torch.tensor(losses, dtype=dtype, device="cpu")
 
     def _explain(self, error: Exception, input: Any, target: Any) -> None:
-        """Raises `error` in words of TrainStep; returns if it speaks for itself."""
+        """Raises `error` in terms of TrainStep's arguments; returns if it already is."""
         check_tensor("TrainStep", "input", input)
         check_tensor("TrainStep", "target", target)
         if str(error).startswith("TrainStep"):
@@ -158,7 +158,7 @@ class TrainStep:
 
 
 class _Unread:
-    """Stands for a Trainer until the first call of a copy: not current, so the parts are read."""
+    """Placeholder for the Trainer of a copy: never current, so that the first call reads."""
 
     def step(self, input: Tensor, target: Tensor) -> None:
         return None
@@ -191,7 +191,7 @@ def _check_fit(
 
 
 def _count(name: str, value: Any) -> int:
-    """An int from 1 on, also one of numpy."""
+    """A positive int (or NumPy integer)."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -209,7 +209,7 @@ AfterEpoch = Callable[[int, float], None]
 
 @contextmanager
 def _progress(epochs: int) -> Iterator[AfterEpoch | None]:
-    """What is told each epoch and its loss, to show them; None where nobody would see it."""
+    """A callback that shows each epoch's loss; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
     elif find_spec("tqdm"):

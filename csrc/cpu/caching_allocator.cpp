@@ -1,8 +1,7 @@
 // Memory for the kernels' results, kept when they are freed.
 //
-// malloc returns the pages of large blocks to the system, which zeroes and maps each page anew when the next result is
-// written: in training, for every result of every step. Here freed blocks wait, up to a bound, for a result of about
-// their size.
+// malloc returns large blocks to the system, which maps and zeroes every page again for the next result, in training at
+// every step. This allocator caches freed blocks, up to a bound, and reuses them for results of about the same size.
 #include "cpu/caching_allocator.h"
 
 #include <ATen/Context.h>
@@ -25,15 +24,15 @@ namespace mlp_ext::cpu {
 
 namespace {
 
-constexpr size_t kLeastBytes = size_t(128) << 10;  // of a result; malloc itself keeps smaller blocks
-constexpr size_t kDefaultMiB = 256;                // that wait at most; MLP_EXT_RESULTS_MIB sets another bound
-constexpr size_t kMostMiB = size_t(1) << 30;       // whose bytes are still a number
+constexpr size_t kLeastBytes = size_t(128) << 10;  // smaller blocks are left to malloc, which caches them
+constexpr size_t kDefaultMiB = 256;                // bound of the cache, unless MLP_EXT_RESULTS_MIB is set
+constexpr size_t kMostMiB = size_t(1) << 30;       // fits size_t in bytes
 constexpr size_t kHugePage = size_t(2) << 20;      // one page fault in place of 512
 
 struct Block {
   void* data = nullptr;
   size_t bytes;
-  void (*free)(void*) = std::free;  // of the allocator that made it: c10's may be mimalloc
+  void (*free)(void*) = std::free;  // matches the allocation: c10's may be mimalloc
 
   explicit Block(size_t size) : bytes(size) {
 #if defined(__linux__)
@@ -41,7 +40,7 @@ struct Block {
     if (data) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: an error changes nothing
 #endif
     if (data) return;
-    data = c10::alloc_cpu(bytes);  // throws where there is no memory
+    data = c10::alloc_cpu(bytes);  // throws if out of memory
     free = c10::free_cpu;
   }
   Block(const Block&) = delete;
@@ -51,12 +50,13 @@ using BlockPtr = std::unique_ptr<Block>;
 
 class CachedBlocks {
  public:
-  // A block of `bytes` to `bytes` and an eighth; nullptr if none waits.
+  // A cached block of at least `bytes`, at most an eighth larger, or nullptr.
   BlockPtr take(size_t bytes) {
-    // try_lock: rather a new block than a deadlock in a child that was forked while another thread was here.
+    // try_lock: a child forked while another thread holds the lock must not deadlock.
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
-    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {  // the last freed may still be in a cache
+    // Last freed first: it may still be in a CPU cache.
+    for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
       if ((*block)->bytes < bytes || (*block)->bytes > bytes + bytes / 8) continue;
       BlockPtr found = std::move(*block);
       blocks_.erase(std::next(block).base());
@@ -96,7 +96,7 @@ class CachedBlocks {
 
   const size_t most_bytes_ = bound();
   std::mutex mutex_;
-  std::vector<BlockPtr> blocks_;  // the oldest first
+  std::vector<BlockPtr> blocks_;  // oldest first
   size_t bytes_ = 0;
 };
 

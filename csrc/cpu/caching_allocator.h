@@ -1,13 +1,13 @@
-// Memory for the kernels' results.
+// Cached memory for the kernels' results.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace mlp_ext::cpu {
 
-// As at::empty, of contiguous memory. What a large result leaves when it is freed waits for the next one.
+// at::empty, contiguous. Memory of large results is cached when they are freed.
 at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype);
 
-int64_t cached_bytes();  // by all of it now
+int64_t cached_bytes();  // in freed blocks now
 
 }  // namespace mlp_ext::cpu

@@ -1,4 +1,4 @@
-// One layer on raw pointers: the plan's path, its pieces on the threads.
+// One layer on raw pointers: runs the plan's path on all threads.
 #include "cpu/layer.h"
 
 #include <functional>
@@ -38,13 +38,13 @@ Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
 
 namespace {
 
-// A GEMM and how it is split: run(rows, columns, samples, which piece of the samples) computes a piece.
+// A GEMM split into pieces. run(rows, columns, samples, s) computes one, where s is the index along the samples.
 struct SplitGemm {
   Grid grid;
   int64_t rows, columns, samples;
   std::function<void(Range, Range, Range, int64_t)> run;
 
-  // Share i of n of the pieces.
+  // Runs share i of n of the pieces.
   void run_share(int64_t i, int64_t n) const {
     for (int64_t p = i * grid.size() / n; p < (i + 1) * grid.size() / n; ++p) {
       const int64_t c = p % grid.columns, r = p / grid.columns % grid.rows, s = p / grid.columns / grid.rows;
@@ -54,7 +54,7 @@ struct SplitGemm {
   }
 };
 
-// All GEMMs at once, each on as many of the threads; one alone has them all.
+// Runs the GEMMs concurrently, each on an equal share of the threads.
 void run(std::initializer_list<SplitGemm> gemms) {
   int64_t shares = 1;
   for (const SplitGemm& gemm : gemms) shares = std::max(shares, gemm.grid.size());
@@ -80,12 +80,12 @@ void forward_layer(const Forward& problem, DType dtype) {
 
 namespace {
 
-// Where dW and db are summed: where samples are cut, the results have 16 bits or a parameter is updated with them, each
-// piece of samples has accumulators of its own, which are then added up in order.
+// Accumulators of dW and db. Every piece of the samples has its own if samples are split, results have 16 bits or
+// parameters are updated; finish() adds them in order. Otherwise kernels write to the results.
 class WeightSums {
  public:
-  // skinny_m: results come instead of accumulators, of all samples. update_in_epilogue: grad_weight itself updates,
-  // and nothing is left to finish.
+  // skinny_m: kernels write results rather than accumulators. update_in_epilogue: grad_weight updates, so finish() has
+  // nothing to do.
   WeightSums(const Backward& problem, int64_t pieces, const LayerKernels& kernels, DType dtype, bool skinny_m,
              bool update_in_epilogue)
       : problem_(problem),
@@ -96,7 +96,7 @@ class WeightSums {
         db_(static_cast<char*>(problem.db)),
         size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
         item_(skinny_m ? item_size(dtype) : accumulator_size(dtype)),
-        at_the_last_write_(update_in_epilogue) {
+        update_in_epilogue_(update_in_epilogue) {
     const bool updates = problem.update_w || problem.update_b;
     if (pieces == 1 && item_size(dtype) == item_ && !updates) return;
     const DType accumulator = dtype == DType::float64 ? dtype : DType::float32;
@@ -110,7 +110,7 @@ class WeightSums {
   void* db(int64_t piece) const { return db_ ? db_ + piece * problem_.N * item_ : nullptr; }
 
   void finish() const {
-    if (!sums_.defined() || at_the_last_write_) return;
+    if (!sums_.defined() || update_in_epilogue_) return;
     if (dw_)
       at::parallel_for(0, size_, ceil_div(kElementsPerThread, pieces_), [&](int64_t begin, int64_t end) {
         finish(problem_.update_w, dw_, size_, {begin, end}, problem_.dw);
@@ -129,11 +129,11 @@ class WeightSums {
   decltype(StepKernels::update) update_;
   char *dw_, *db_;
   const int64_t size_, item_;
-  const bool at_the_last_write_;
+  const bool update_in_epilogue_;
   at::Tensor sums_;
 };
 
-// dx, dW and db in one pass over the rows, each thread with sums of its own.
+// dx, dW and db in one pass over the rows; each thread has its own accumulators.
 void backward_in_one_pass(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
   const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
                         : plan.backward_path == Path::one_input ? kernels.backward_k1
@@ -145,7 +145,7 @@ void backward_in_one_pass(const Backward& problem, const Plan& plan, const Layer
   sums.finish();
 }
 
-// dx and dW as GEMMs of their own, the latter with db.
+// dx and dW as separate GEMMs; db is computed with dW.
 void backward_packed(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const bool skinny_m = M <= kSkinnyM, update_in_epilogue = problem.update_w && !skinny_m;
@@ -179,7 +179,7 @@ void backward_layer(const Backward& problem, DType dtype) {
   const LayerKernels& kernels = variant().layer_kernels(dtype);
   Plan plan = make_plan(problem.M, problem.K, problem.N, item_size(dtype), threads(), dot_mode_of(dtype),
                         {.library = may_use_library(), .both = problem.dx.data && needs_dw, .update = updates});
-  if (!needs_dw) plan.grad_weight.columns = 1;  // db alone has none to split: two pieces would write the same sums
+  if (!needs_dw) plan.grad_weight.columns = 1;  // db has no columns: two pieces would write the same sums
   switch (plan.backward_path) {
     case Path::library:
       return backward_by_library(problem, kernels);

@@ -1,4 +1,4 @@
-// One layer on raw pointers: the plan's path, its pieces on the threads.
+// One layer on raw pointers: runs the plan's path on all threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -8,27 +8,27 @@
 namespace mlp_ext::cpu {
 
 void forward_layer(const Forward& problem, DType dtype);
-// With updates the problem's dw and db are left out, and the parameters change once W is no longer read.
+// With update_w or update_b, pass no dw and db; the parameters are updated once W is no longer read.
 void backward_layer(const Backward& problem, DType dtype);
 
-// Scratch memory of this thread, aligned to a cache line and kept for the next call.
+// This thread's workspace, aligned to a cache line and kept between calls.
 constexpr int64_t kCacheLine = 64;
 void* scratch(size_t bytes);
 
 // Piece i of n of [0, size).
 inline Range piece(int64_t i, int64_t n, int64_t size) { return {i * size / n, (i + 1) * size / n}; }
-// The same, cut at multiples of a cache line's elements.
+// The same, split at multiples of a cache line.
 Range piece_of_lines(int64_t i, int64_t n, int64_t size);
 
-// f(i) for each of so many pieces, on as many threads.
+// Runs f(i) for every piece, each on a thread of its own.
 template <class F>
 void for_pieces(int64_t pieces, const F& f) {
-  if (pieces == 1) return f(0);  // at::parallel_for itself would cost a small network dearly
+  if (pieces == 1) return f(0);  // at::parallel_for is slow for small networks
   at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
 
-int64_t threads();  // that a parallel_for here would use
+int64_t threads();  // used by at::parallel_for here
 
 }  // namespace mlp_ext::cpu

@@ -1,4 +1,4 @@
-// One layer around GEMMs of a library: tensors over the raw pointers, one pass before or after.
+// A layer on torch's GEMMs, with one elementwise pass before or after them.
 #include "cpu/library.h"
 
 #include <ATen/ops/addmm.h>

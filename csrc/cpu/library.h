@@ -1,4 +1,4 @@
-// One layer of bfloat16 around GEMMs of torch's own library, which has the processor's matrix unit.
+// A bfloat16 layer on torch's GEMMs, which use the processor's matrix unit.
 #pragma once
 
 #include "cpu/kernels.h"

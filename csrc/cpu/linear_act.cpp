@@ -1,4 +1,4 @@
-// linear_act on the CPU: tensors to pointers.
+// linear_act on the CPU: from tensors to pointers.
 #include "ops/linear_act.h"
 
 #include <torch/library.h>
@@ -11,7 +11,7 @@ namespace mlp_ext::cpu {
 
 namespace {
 
-// A tensor [*, columns] as rows of unit-stride elements; copied only where it does not lie so.
+// A tensor [*, columns] as rows of unit-stride elements; copied if its layout differs.
 struct Rows {
   at::Tensor tensor;
   ConstMatrix matrix;

@@ -1,5 +1,5 @@
-// mlp_train_step_ on the CPU: all layers block of rows by block of rows where the network is narrow, else layer by
-// layer. Arguments are checked, pointers taken and plans made once for all batches.
+// mlp_train_step_ on the CPU: narrow networks by blocks of rows through all layers, others layer by layer. Arguments
+// are checked and plans made once for all batches.
 #include "ops/train.h"
 
 #include <ATen/ops/empty.h>
@@ -16,9 +16,9 @@ namespace mlp_ext::cpu {
 
 namespace {
 
-constexpr int64_t kGatheredBytes = int64_t(8) << 20;  // of input that are gathered at a time, in whole batches
+constexpr int64_t kGatheredBytes = int64_t(8) << 20;  // of input gathered at a time, in whole batches
 
-// The sum over pieces of f(piece, valid): the loss of its rows, and whether all were valid.
+// Runs f(piece, valid) for all pieces and sums the losses; throws if a piece was not valid.
 template <class F>
 double sum_losses(int64_t pieces, const F& f) {
   c10::SmallVector<double, 16> losses(pieces, 0.0);
@@ -36,7 +36,7 @@ double sum_losses(int64_t pieces, const F& f) {
 
 const void* data(const TrainedParameter& p) { return p.value ? p.value->const_data_ptr() : nullptr; }
 
-// The updates of all parameters that learn, ready for one step after the other.
+// The updates of all parameters that learn, prepared for each step by begin_step().
 class Updates {
  public:
   explicit Updates(const Training& training) {
@@ -62,7 +62,7 @@ class Updates {
       const bool same =
           last && last->steps == l.steps && last->parameter->optimizer->index == l.parameter->optimizer->index &&
           std::memcmp(last->parameter->optimizer->bytes, l.parameter->optimizer->bytes, sizeof(l.ready.bytes)) == 0;
-      l.ready = same ? last->ready : at_step(*l.parameter->optimizer, l.steps + 1);  // begin_step may take a power
+      l.ready = same ? last->ready : at_step(*l.parameter->optimizer, l.steps + 1);  // pow() is slow: share the result
       last = &l;
     }
   }
@@ -72,14 +72,14 @@ class Updates {
       if (!l.parameter || !l.parameter->step) continue;
       l.steps += 1;
       const at::Tensor& step = *l.parameter->step;
-      if (step.scalar_type() == at::kFloat)  // fill_ would take as long as a small network's step
+      if (step.scalar_type() == at::kFloat)  // add_ takes as long as a small network's step
         *step.mutable_data_ptr<float>() += 1;
       else
         step.add_(1);
     }
   }
 
-  // Of the weight or the bias of a layer; nullptr where it does not learn.
+  // Update of a layer's weight or bias; nullptr if it does not learn.
   const Update* of(size_t layer, bool bias) const {
     const Learning& l = updates_[2 * layer + (bias ? 1 : 0)];
     return l.parameter ? &l.update : nullptr;
@@ -90,12 +90,12 @@ class Updates {
     const TrainedParameter* parameter;  // or nullptr
     Update update;
     Optimizer ready;
-    double steps;  // that were done
+    double steps;  // done so far
   };
   std::vector<Learning> updates_;
 };
 
-// Steps on batches of one size: run() does one.
+// A training step for batches of one size.
 class BatchStep {
  public:
   BatchStep(const Training& training, const Updates& updates, int64_t M)
@@ -115,7 +115,7 @@ class BatchStep {
 
   int64_t rows() const { return M_; }
 
-  // Returns the sum of the losses, not scaled.
+  // Runs one step; returns the unscaled sum of the losses.
   double run(const ConstMatrix& x, const Loss& loss) {
     return plan_.path == StepPath::blocks   ? by_rows(x, loss)
            : plan_.path == StepPath::panels ? by_panels(x, loss)
@@ -147,9 +147,9 @@ class BatchStep {
     return {x, {views_.data(), views_.size()}, training_.lowest_learning, sums_size_, loss};
   }
 
-  // Each thread takes some rows, block by block through all layers, and has sums of its own, added up in order.
+  // Each thread takes a range of rows and has its own accumulators, which are added in order.
   double by_rows(const ConstMatrix& x, const Loss& loss) {
-    const int64_t pieces = plan_.pieces, bytes = sums_size_ * accumulator_size(dtype_);  // of the sums of a piece
+    const int64_t pieces = plan_.pieces, bytes = sums_size_ * accumulator_size(dtype_);  // accumulators of a piece
     const StepProblem p = problem(x, loss);
     char* sums = pieces > 1 ? static_cast<char*>(memory_.mutable_data_ptr()) : nullptr;
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
@@ -172,7 +172,7 @@ class BatchStep {
     return total;
   }
 
-  // Memory for the layers' panels.
+  // Allocates the layers' panels.
   void prepare_panels() {
     panel_width_ = variant().panel_kernels(dtype_)->width();
     int64_t widest = K_, features = K_;
@@ -190,7 +190,7 @@ class BatchStep {
     for (size_t l = 0; l < training_.layers.size(); ++l) {
       const TrainedLayer& layer = training_.layers[l];
       const at::Tensor& w = *layer.weight.value;
-      const bool top = l + 1 == training_.layers.size();  // its activation goes with the loss
+      const bool top = l + 1 == training_.layers.size();  // its activation is applied by the loss kernel
       const PanelLayer* const below = l > 0 ? &panels_[l - 1] : nullptr;
       PanelLayer p{};
       p.M = M_;
@@ -256,7 +256,7 @@ class BatchStep {
     return total;
   }
 
-  // The kernels of linear_act, one layer after the other; the update goes with the last write of dW.
+  // The kernels of linear_act, one layer after another; W is updated in the epilogue of dW.
   double by_layers(const ConstMatrix& input, const Loss& loss) {
     const auto dtype = training_.input.scalar_type();
     const size_t L = training_.layers.size();
@@ -306,7 +306,7 @@ class BatchStep {
   const StepKernels& kernels_;
   const Activation identity_ = choose(Activations{}, index_of(Identity::name, Activations{}), nullptr);
   StepPlan plan_;
-  at::Tensor memory_;  // by rows the sums of several threads, by panels the panels
+  at::Tensor memory_;  // by rows: accumulators of all threads; by panels: the panels
   c10::SmallVector<StepLayerView, 8> views_;
   int64_t sums_size_ = 0;  // accumulators of all gradients
   size_t scratch_bytes_ = 0;
@@ -314,7 +314,7 @@ class BatchStep {
   int64_t panel_width_ = 0;
 };
 
-// Some rows of input and target as the kernels take them.
+// Input, target and loss weight as the kernels take them.
 class Rows {
  public:
   Rows(const Training& training, const at::Tensor& input, const at::Tensor& target)
@@ -339,7 +339,7 @@ class Rows {
   ConstMatrix x(int64_t begin) const {
     return {static_cast<const char*>(x_.const_data_ptr()) + begin * x_.stride(0) * item_, x_.stride(0)};
   }
-  // The loss of rows [begin, begin + M). The mean is over elements, rows, or the weights of their classes.
+  // The loss of rows [begin, begin + M). A mean divides by the number of elements or rows, or the sum of class weights.
   Loss loss(int64_t begin, int64_t M) const {
     Loss loss = loss_;
     double count = static_cast<double>(M);
@@ -357,7 +357,7 @@ class Rows {
  private:
   static at::Tensor unit_stride(const at::Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous(); }
 
-  // The sum of the weights of the target's classes, which are checked.
+  // Checks the target's classes and sums their weights.
   double weight_of_classes(const Loss& loss, int64_t M) const {
     at::Tensor weights;
     if (training_.loss_weight) weights = weight_.to(at::kDouble);

@@ -1,4 +1,4 @@
-// Which variant runs here, and how fast it could be.
+// Chooses the variant for this processor and measures its peak FLOP/s.
 #include "cpu/variants.h"
 
 #include <ATen/Context.h>
@@ -13,7 +13,7 @@
 
 namespace mlp_ext::cpu {
 
-// setup.py defines MLP_EXT_TARGETS(DO) as DO(avx512) DO(avx2) DO(generic), or those of them that it builds.
+// setup.py defines MLP_EXT_TARGETS(DO) as DO(avx512) DO(avx2) DO(generic), or a subset.
 #define MLP_EXT_DECLARE(target)             \
   namespace target {                        \
   const LayerKernels& layer_kernels(DType); \
@@ -55,7 +55,7 @@ bool multiplies_bfloat16() {
 
 namespace {
 
-bool has_amx_bfloat16() {  // __builtin_cpu_supports does not know it in all compilers
+bool has_amx_bfloat16() {  // not all compilers' __builtin_cpu_supports know it
 #if defined(__x86_64__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);

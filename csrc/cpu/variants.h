@@ -1,4 +1,4 @@
-// The variants of the kernels, one per instruction set.
+// Variants of the kernels, one per instruction set.
 #pragma once
 
 #include <atomic>
@@ -8,29 +8,28 @@
 
 namespace mlp_ext::cpu {
 
-// One instruction set's kernels: the namespace of that name, which targets/*.cpp fill.
+// Kernels of one instruction set, defined in the namespace of that name by targets/*.cpp.
 struct Variant {
   const char* name;
   const LayerKernels& (*layer_kernels)(DType);
   const StepKernels& (*step_kernels)(DType);
-  const PanelKernels* (*panel_kernels)(DType);  // nullptr where there are none
-  int64_t (*fma_loop)(int64_t rounds);          // multiplies and adds in registers; returns how many operations it did
+  const PanelKernels* (*panel_kernels)(DType);  // nullptr for 16-bit types
+  int64_t (*fma_loop)(int64_t rounds);          // FMAs in registers; returns the number of FLOPs
 };
 
-std::span<const Variant> variants();  // that were built, the most capable first
+std::span<const Variant> variants();  // of this build, most capable first
 
-// The most capable that torch chooses too, which the environment variable ATEN_CPU_CAPABILITY bounds. Throws if none
-// is.
+// The most capable variant that torch's own CPU capability allows (ATEN_CPU_CAPABILITY limits it). Throws if none is.
 const Variant& variant();
 
 // How a dtype is multiplied here.
 DotMode dot_mode_of(DType dtype);
-bool may_use_library();  // torch's products: without oneDNN those of bfloat16 are slow
+bool may_use_library();  // torch's GEMM: slow for bfloat16 without oneDNN
 
-// Instead of what the processor has, for the plan alone: to measure what it should say, and to test it.
+// Overrides dot_mode_of bfloat16 in plans, for tests and measurements.
 inline std::atomic<std::optional<DotMode>> forced_dot_mode;
 
-// What the processor can do at most in float32, operations per second: fma_loop on so many threads for some time.
+// Peak float32 FLOP/s of this processor, measured with fma_loop.
 double peak_flops(double seconds, int64_t threads);
 
 }  // namespace mlp_ext::cpu

@@ -1,9 +1,9 @@
-// The activations: forward above backward, the formula on top.
+// Activations: the formula, then forward above backward.
 //
-// One functor serves float and double, the CPU's vectors and CUDA threads: V needs + - * /, < <=, | of comparisons,
-// where(), and the functions that the formula names. As a composite of PyTorch's operations it also serves at::Tensor:
-// where PyTorch has the activation itself, `native` and `native_backward` call it (found by argument-dependent lookup),
-// since a formula may be NaN at extreme values where PyTorch's operation and its derivatives are not.
+// One functor serves scalars, CPU vectors and CUDA threads: V needs + - * /, < <=, | of comparisons, where(), and the
+// functions in the formula. It also serves at::Tensor, as a composite of PyTorch's operations. If PyTorch has the
+// activation, `native` and `native_backward` call it (by argument-dependent lookup): a composite may be NaN at extreme
+// values where PyTorch's operation and its derivatives are not.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace mlp_ext {
 
-// What backward needs beside dy: y, z = x W^T + b, or nothing. It is the operand `saved` of backward.
+// What backward needs beside dy, passed as `saved`: nothing, y, or z = x W^T + b.
 enum class Needs { nothing, output, preactivation };
 
 struct Identity {  // y = z,  dz = dy
@@ -30,7 +30,7 @@ struct Identity {  // y = z,  dz = dy
   }
 };
 
-struct ReLU {  // y = max(z, 0), NaN stays,  dz = dy where y > 0 or y is NaN, else 0
+struct ReLU {  // y = max(z, 0), NaN propagates,  dz = dy where y > 0 or y is NaN, else 0
   static constexpr const char* name = "relu";
   static constexpr Parameters<0> parameters{};
   MLP_EXT_HOST_DEVICE constexpr Needs needs() const { return Needs::output; }
@@ -284,7 +284,7 @@ struct Softplus {  // y = log(1 + exp(b z)) / b,  dz = dy sigmoid(b z);  where b
   }
 };
 
-struct Hardtanh {  // y = min(max(z, low), high), NaN stays,  dz = dy where low < y < high or y is NaN, else 0
+struct Hardtanh {  // y = min(max(z, low), high), NaN propagates,  dz = dy where low < y < high or y is NaN, else 0
   static constexpr const char* name = "hardtanh";
   static constexpr Parameters<2> parameters{{{"min_val", -1}, {"max_val", 1}}};
   double min_val = -1, max_val = 1;
@@ -354,7 +354,7 @@ inline bool is_identity(const Activation& activation) {
   return activation.index == index_of(Identity::name, Activations{});
 }
 
-// Any activation, chosen at run time for each call.
+// Any activation, dispatched at run time at every call.
 struct AnyActivation {
   Activation chosen;
   MLP_EXT_HOST_DEVICE Needs needs() const {

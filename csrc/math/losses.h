@@ -1,5 +1,5 @@
-// The losses: forward above backward, the formula on top. First those of single elements, whose V is a scalar or a
-// vector of the CPU, then those of whole rows.
+// Losses: the formula, then forward above backward. First elementwise losses, where V is a scalar or a CPU vector, then
+// losses of whole rows.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace mlp_ext {
 
-// What the tensor loss_weight [N] is to a loss; without one all its values are 1.
+// What the tensor loss_weight [N] weighs; without one all weights are 1.
 enum class LossWeight { none, of_positives, of_classes };
 
 struct MSE {  // l = (y - t)^2,  dl/dy = 2 (y - t)
@@ -26,7 +26,7 @@ struct MSE {  // l = (y - t)^2,  dl/dy = 2 (y - t)
   }
 };
 
-struct BCE {  // l = -(t log y + (1 - t) log(1 - y)), logarithms from -100 on,  dl/dy = (y - t) / max(y (1 - y), 1e-12)
+struct BCE {  // l = -(t log y + (1 - t) log(1 - y)), logs clamped at -100,  dl/dy = (y - t) / max(y (1 - y), 1e-12)
   static constexpr const char* name = "bce";
   static constexpr Parameters<0> parameters{};
   static constexpr LossWeight weight = LossWeight::none;
@@ -119,14 +119,18 @@ struct Huber {  // d = y - t,  l = d^2 / 2 where |d| <= delta, else delta (|d| -
   }
 };
 
-// ---- of whole rows ----
+// ---- losses of whole rows ----
 //
-// A Row has the outputs z(n) of one row, n from 0 to N - 1; the class c(), or -1 where the target is probabilities
-// t(n); the weights w(n) of the classes; sum_exp(most), the sum over n of exp(z(n) - most); exp(n, most), its terms,
-// which may be asked for only after sum_exp; and put(n, dz), which may take the place of z(n).
+// A Row provides, for one row of N outputs:
+//   z(n)           the outputs
+//   c(), t(n)      the class c, or -1 if the target is probabilities t
+//   w(n)           the class weights
+//   sum_exp(most)  sum over n of exp(z(n) - most)
+//   exp(n, most)   its terms, after a call of sum_exp
+//   put(n, dz)     stores the gradient, possibly over z(n)
 
-// Of a class c, or of probabilities t, with label smoothing e: l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q
-// with Q = sum q;  q(n) = w(n) ((1 - e) [n = c] + e / N), or w(n) ((1 - e) t(n) + e / N).
+// l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q,  Q = sum q.  With label smoothing e,
+// q(n) = w(n) ((1 - e) [n = c] + e / N) for a class c, or w(n) ((1 - e) t(n) + e / N) for probabilities t.
 struct CrossEntropy {
   static constexpr const char* name = "cross_entropy";
   static constexpr Parameters<2> parameters{{{"ignore_index", -100}, {"label_smoothing", 0}}};
@@ -134,7 +138,7 @@ struct CrossEntropy {
   static constexpr bool takes_probabilities = true;
   double ignore_index = -100, label_smoothing = 0;
 
-  // Stores dl/dz times scale; returns the loss, not scaled.
+  // Stores scale * dl/dz; returns the unscaled loss.
   template <class T, class Row>
   MLP_EXT_HOST_DEVICE T row(Row row, int64_t N, T scale) const {
     using std::log;
@@ -160,7 +164,7 @@ struct CrossEntropy {
   }
 };
 
-struct NLL {  // of log-probabilities y and a class c:  l = -w(c) y(c),  dl/dy(n) = -w(c) [n = c]
+struct NLL {  // log-probabilities y, class c:  l = -w(c) y(c),  dl/dy(n) = -w(c) [n = c]
   static constexpr const char* name = "nll";
   static constexpr Parameters<1> parameters{{{"ignore_index", -100}}};
   static constexpr LossWeight weight = LossWeight::of_classes;
@@ -183,13 +187,13 @@ struct LossFunction : Chosen<Losses> {
   LossFunction(const Chosen<Losses>& chosen) : Chosen(chosen) {}
 };
 
-// The traits of a loss, by default false.
+// Traits of a loss.
 template <class Loss>
 constexpr bool is_of_rows = requires { Loss::takes_probabilities; };  // rather than of elements
 template <class Loss>
 constexpr bool is_of_probabilities = requires { Loss::of_probabilities; };
 
-// The class that adds nothing to a loss of rows; -1 where the loss has none.
+// The class that a loss of rows ignores; -1 if the loss has none.
 inline int64_t ignore_index_of(const LossFunction& loss) {
   return visit(loss, [](auto l) -> int64_t {
     if constexpr (is_of_rows<decltype(l)>)

@@ -1,9 +1,9 @@
-// The optimizers: how a parameter follows its gradient, with the numbers and states of torch.optim.
+// Optimizers: update rules with the hyperparameters and states of torch.optim.
 //
-// One functor serves scalars, the CPU's vectors, CUDA threads and, as a composite of PyTorch's operations, at::Tensor:
-// V needs + - * /, < <=, where() and sqrt(); K, its constants, are of V, or double beside a tensor. The members that
-// follow the hyperparameters are computed once per step, by begin_step, in double; or as tensors, where the count of
-// steps is one on a device.
+// One functor serves scalars, CPU vectors, CUDA threads and, as a composite of PyTorch's operations, at::Tensor. V
+// needs
+// + - * /, < <=, where() and sqrt(); constants K are V, or double if V is a tensor. begin_step computes the members
+// after the hyperparameters once per step: in double, or as tensors if the step count is a tensor on a device.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 
 namespace mlp_ext {
 
-constexpr size_t kMaxStates = 3;  // tensors of an optimizer for each parameter, beside the count of steps
+constexpr size_t kMaxStates = 3;  // tensors per parameter, apart from the step count
 
-// What begin_step computed, beside V.
+// A result of begin_step as an operand of V.
 template <class V, class Number>
 MLP_EXT_HOST_DEVICE auto beside(const Number& number) {
   if constexpr (std::is_same_v<Number, double>)
@@ -25,7 +25,7 @@ MLP_EXT_HOST_DEVICE auto beside(const Number& number) {
 }
 
 // g = -g if maximize;  g += weight_decay p;  v = momentum v + (1 - dampening) g;  g = nesterov ? g + momentum v : v;
-// p -= lr g.  In its first step PyTorch takes v = g: the same as v = 0 and a dampening of 0.
+// p -= lr g.  PyTorch's first step takes v = g: here v = 0 and dampening = 0.
 // (Sutskever et al., ICML 2013)
 struct SGD {
   static constexpr const char* name = "sgd";

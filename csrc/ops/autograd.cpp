@@ -1,4 +1,4 @@
-// Autograd and autocast of the operators: forward directly above backward.
+// Autograd and autocast of the operators, forward above backward.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -32,10 +32,9 @@ Needs needs_of(std::string_view activation, Numbers parameters) {
   return mlp_ext::needs_of(check_activation("linear_act", activation, parameters, "activation"));
 }
 
-// Where backward needs z, the node returns it beside y, though nobody sees it: saved as an output of the node, it leads
-// second derivatives back through it.
+// If backward needs z, it is a hidden second output of the node: saved as an output, it carries second derivatives.
 struct LinearAct {
-  // y = act(x W^T + b). Saves what backward reads, and no more: x for dW, W for dx, y or z for dz.
+  // y = act(x W^T + b). Saves only what backward reads: x for dW, W for dx, y or z for dz.
   static Outputs forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                          std::string_view activation, Numbers parameters) {
     const Needs needs = needs_of(activation, parameters);
@@ -53,14 +52,14 @@ struct LinearAct {
     return outputs;
   }
 
-  // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  A gradient of z adds to dz.
+  // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  A gradient of z is added to dz.
   static variable_list backward(const variable_list& grads, const variable_list& saved, const Settings& settings,
-                                const std::vector<bool>& wanted) {
-    variable_list result(wanted.size());
+                                const std::vector<bool>& needed) {
+    variable_list result(needed.size());
     const auto add = [&](const Tensor& grad, std::string_view activation, Numbers parameters) {
       if (!grad.defined()) return;
       const auto [dx, dw, db] = linear_act_backward(grad, optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                                                    activation, parameters, {wanted[0], wanted[1], wanted[2]});
+                                                    activation, parameters, {needed[0], needed[1], needed[2]});
       size_t i = 0;
       for (const Tensor& t : {dx, dw, db}) {
         Tensor& sum = result[i++];
@@ -75,7 +74,7 @@ struct LinearAct {
   static constexpr Derivative kDerivative{"LinearActBackward", backward};
 };
 
-// Our node knows neither functorch transforms nor forward-mode derivatives; native operations do.
+// Our node supports neither functorch transforms nor forward-mode AD; the native composite does.
 bool needs_native(c10::ArrayRef<const Tensor*> tensors) {
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
   return std::any_of(tensors.begin(), tensors.end(),
@@ -107,7 +106,7 @@ Outputs linear_act_forward_autograd(const Tensor& input, const Tensor& weight, c
   return linear_act_forward_below_autograd(input, weight, bias, activation, parameters);
 }
 
-// Second derivatives come from the native operations of the composite.
+// Second derivatives use the composite of native operations.
 Gradients linear_act_backward_autograd(const Tensor& grad_output, const std::optional<Tensor>& saved,
                                        const std::optional<Tensor>& input, const std::optional<Tensor>& weight,
                                        std::string_view activation, Numbers parameters,
@@ -119,7 +118,7 @@ Gradients linear_act_backward_autograd(const Tensor& grad_output, const std::opt
   return linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
 }
 
-// As nn.Linear: floating-point tensors other than float64 are cast to the dtype of the active autocast.
+// Like nn.Linear: floating-point tensors except float64 are cast to the autocast dtype.
 template <c10::DeviceType device>
 Tensor linear_act_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                            std::string_view activation, Numbers parameters) {
@@ -131,7 +130,7 @@ Tensor linear_act_autocast(const Tensor& input, const Tensor& weight, const std:
   return linear_act(cast(input), cast(weight), cast(bias), activation, parameters);
 }
 
-// ---- the stack ----
+// ---- mlp ----
 
 OptionalTensors optionals(const variable_list& tensors, size_t begin, size_t count) {
   OptionalTensors list;
@@ -140,10 +139,10 @@ OptionalTensors optionals(const variable_list& tensors, size_t begin, size_t cou
   return list;
 }
 
-// One node for all layers. The hidden outputs, and the z that backward needs, are outputs of the node as well, though
-// nobody sees them: saved as such, they lead second derivatives back through it.
+// One node for all layers. Hidden outputs, and each z that backward needs, are also outputs of the node: saved as such,
+// they carry second derivatives.
 struct Mlp {
-  // y_l = act_l(y_(l-1) W_l^T + b_l). Saves what backward reads, and no more. Returns the outputs of mlp_forward.
+  // y_l = act_l(y_(l-1) W_l^T + b_l). Saves only what backward reads. Returns the outputs of mlp_forward.
   static variable_list forward(const Tensor& input, at::TensorList weights, const OptionalTensors& biases,
                                const Names& activations, Numbers parameters) {
     const variable_list outputs = [&] {
@@ -155,7 +154,7 @@ struct Mlp {
     variable_list inputs(1 + 2 * L), saved(1 + L + outputs.size());  // x, each W, each b;  x, each W, the outputs
     inputs[0] = input;
     if (weights[0].requires_grad()) saved[0] = input;
-    bool reaches = input.requires_grad();  // whether a gradient goes down to this layer
+    bool reaches = input.requires_grad();  // whether backward goes down to this layer
     for (size_t l = 0; l < L; ++l) {
       Tensor& bias = inputs[1 + L + l];
       inputs[1 + l] = weights[l];
@@ -171,16 +170,16 @@ struct Mlp {
     return outputs;
   }
 
-  // From the topmost layer that is handed a gradient: the last one, and another only in second derivatives.
+  // Starts from the topmost layer that has a gradient: the last one, except in second derivatives.
   static variable_list backward(const variable_list& grads, const variable_list& saved, const Settings& settings,
-                                const std::vector<bool>& wanted) {
+                                const std::vector<bool>& needed) {
     Names activations = settings.activations.to<Names>();
     const auto layers = layer_activations(activations, settings.parameters);
     const size_t L = layers.size();
     size_t top = L;
     while (top > 0 && !grads[top - 1].defined() && !grads[layers[top - 1].saved].defined()) --top;
 
-    variable_list result(wanted.size());
+    variable_list result(needed.size());
     std::vector<double> parameters = settings.parameters;
     if (top < L) {
       activations = activations.copy();
@@ -199,12 +198,12 @@ struct Mlp {
       if (layers[l].needs == Needs::preactivation) add_output(layers[l].saved);
 
     c10::List<bool> mask;
-    std::vector<size_t> indices;  // in the result
+    std::vector<size_t> indices;  // into result
     mask.reserve(1 + 2 * top);
     const auto add = [&](size_t begin, size_t count) {
       for (size_t i = begin; i < begin + count; ++i) {
-        mask.push_back(wanted[i]);
-        if (wanted[i]) indices.push_back(i);
+        mask.push_back(needed[i]);
+        if (needed[i]) indices.push_back(i);
       }
     };
     add(0, 1 + top);
@@ -220,7 +219,7 @@ struct Mlp {
   static constexpr Derivative kDerivative{"MlpBackward", backward};
 };
 
-// The tensors that the operator is given.
+// The operator's tensor arguments.
 struct TensorArgs {
   variable_list tensors;
   c10::SmallVector<const Tensor*, 16> pointers;
@@ -259,7 +258,7 @@ Tensor mlp_autograd(const Tensor& input, at::TensorList weights, const OptionalT
   return mlp(input, weights, biases, activations, parameters);
 }
 
-// Second derivatives are those of each layer's backward.
+// Second derivatives go layer by layer.
 variable_list mlp_backward_autograd(const OptionalTensors& grad_outputs, const std::optional<Tensor>& input,
                                     const OptionalTensors& weights, const OptionalTensors& outputs,
                                     const Names& activations, Numbers parameters, const c10::List<bool>& output_mask) {
@@ -295,7 +294,7 @@ TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) {
   m.impl("_mlp_backward", mlp_backward_autograd);
 }
 
-// A batch of gradients, as autograd.grad(is_grads_batched=True) hands in: torch makes no rule for an operator of lists.
+// autograd.grad(is_grads_batched=True): torch generates no batching rule for operators that take lists.
 TORCH_LIBRARY_IMPL(mlp_ext, Batched, m) { m.impl("_mlp_backward", mlp_backward_loop); }
 
 TORCH_LIBRARY_IMPL(mlp_ext, AutocastCPU, m) {

@@ -1,4 +1,4 @@
-// Argument checks that the operators share. Messages say which argument, what was expected, what came.
+// Argument checks shared by the operators. Messages say which argument, what was expected and what was passed.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ inline std::ostream& operator<<(std::ostream& out, const Element& element) {
 
 inline std::string dtype_name(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
-// The functor of that name in the list with these numbers, or with its defaults if there are none.
+// The functor of that name with these parameters, or its defaults if `numbers` is empty.
 template <class List, class Name>
 Chosen<List> check_choice(const char* op, List list, std::string_view functor, at::ArrayRef<double> numbers,
                           const Name& name) {
@@ -47,7 +47,7 @@ Activation check_activation(const char* op, std::string_view activation, at::Arr
   return check_choice(op, Activations{}, activation, parameters, name);
 }
 
-// The parameters of a stack's activations follow each other; this hands them out layer by layer.
+// Splits the concatenated parameters of a stack's activations into layers.
 class LayerParameters {
  public:
   LayerParameters(const char* op, at::ArrayRef<double> all) : op_(op), rest_(all), defaults_(all.empty()) {}
@@ -86,7 +86,7 @@ void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
                    ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
 }
 
-// Of a tensor that check_dtype lets pass.
+// For tensors that passed check_dtype.
 inline DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
@@ -116,7 +116,7 @@ void check_like(const char* op, const at::Tensor& tensor, const Name& name, cons
                    dtype_name(tensor.scalar_type()));
 }
 
-// The parameters of a layer: weight [N, K] and bias [N] or none. `source...` says what has K columns.
+// Checks a layer's weight [N, K] and bias [N] or none. `source...` names what K must match.
 template <class WeightName, class BiasName, class... Source>
 void check_layer(const char* op, const at::Tensor& weight, const WeightName& weight_name,
                  const std::optional<at::Tensor>& bias, const BiasName& bias_name, const at::Tensor& input,

@@ -1,5 +1,5 @@
-// The operator linear_act: schema, argument checks, calls through the dispatcher, and the composite of native
-// operations that serves devices without kernels of ours.
+// The operator linear_act: schema, argument checks, dispatcher calls, and the composite of native operations for
+// devices without our kernels.
 #include "ops/linear_act.h"
 
 #include <ATen/TensorOperators.h>
@@ -40,7 +40,7 @@ constexpr const char* kOp = "linear_act";
 
 }  // namespace
 
-// PyTorch's own operation where there is one, else the formula over tensors.
+// PyTorch's own operation if there is one, else the formula on tensors.
 at::Tensor activate(const Activation& activation, const at::Tensor& z) {
   return visit(activation, [&](auto act) {
     if constexpr (requires { act.native(z); })
@@ -167,7 +167,7 @@ Outputs linear_act_forward_native(const at::Tensor& input, const at::Tensor& wei
   return {activate(act, z), z};
 }
 
-// Shapes and dtypes alone, also with symbolic sizes: fake tensors and the meta device share the real checks.
+// Meta kernels: the real checks on shapes and dtypes, with symbolic sizes.
 at::Tensor linear_act_meta(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            std::string_view activation, at::ArrayRef<double> parameters) {
   check_linear_act(input, weight, bias, activation, parameters);
@@ -227,7 +227,7 @@ TORCH_LIBRARY_IMPL(mlp_ext, Meta, m) {
   m.impl("_linear_act_backward", linear_act_backward_meta);
 }
 
-// Under vmap the native operations bring their own batching rules.
+// vmap uses the batching rules of the native operations.
 TORCH_LIBRARY_IMPL(mlp_ext, FuncTorchBatched, m) {
   m.impl("linear_act", with_optional_parameters<linear_act_native>);
   m.impl("_linear_act_forward", linear_act_forward_native);

@@ -1,4 +1,4 @@
-// The operator linear_act: what autograd and the backends share.
+// The operator linear_act: interface of autograd and the backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,17 +12,17 @@
 
 namespace mlp_ext {
 
-using Gradients = std::tuple<at::Tensor, at::Tensor,
-                             at::Tensor>;  // dx [*, K], dW [N, K], db [N]; undefined where output_mask is false
+// dx [*, K], dW [N, K], db [N]; undefined where output_mask is false
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Outputs = std::tuple<at::Tensor, at::Tensor>;  // y [*, N], z [*, N]
 
-// M of [*, columns].
+// M of a tensor [*, columns].
 inline int64_t leading_size(const at::Tensor& t) { return c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)); }
 
 using LinearActSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
                                       std::string_view, std::optional<at::ArrayRef<double>>);
-// A kernel of linear_act from a function that takes its parameters without the option of none: from Python an empty
-// list would cost a tenth of a small layer's call.
+// Makes a kernel of linear_act from a function whose parameters are not optional. (The operator's are: passing an empty
+// list from Python would slow down small layers by 10 %.)
 template <at::Tensor (*f)(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
                           at::ArrayRef<double>)>
 at::Tensor with_optional_parameters(const at::Tensor& input, const at::Tensor& weight,
@@ -37,7 +37,7 @@ at::Tensor linear_act(const at::Tensor& input,                // [*, K]
                       const std::optional<at::Tensor>& bias,  // [N]
                       std::string_view activation,            // a name in activations.h
                       at::ArrayRef<double> parameters);       // of the activation; empty: the defaults
-// The same and z = x W^T + b, for an activation whose backward needs it.  Through the dispatcher.
+// y and z = x W^T + b, for activations whose backward needs z.  Through the dispatcher.
 Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            std::string_view activation, at::ArrayRef<double> parameters);
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  Through the dispatcher.
@@ -48,7 +48,7 @@ Gradients linear_act_backward(const at::Tensor& grad_output,            // [*, N
                               std::string_view activation, at::ArrayRef<double> parameters,
                               std::array<bool, 3> output_mask);  // dx, dW, db
 
-// The same as composites of native operations: the reference, and what runs where no kernel of ours does.
+// The same as composites of native operations: the reference, and the fallback for devices without our kernels.
 at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                              std::string_view activation, at::ArrayRef<double> parameters);
 Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,

@@ -1,5 +1,5 @@
-// The operator mlp, a stack of linear_act: schema, argument checks, calls through the dispatcher, and the loop over the
-// layers that serves every device.
+// The operator mlp, a stack of linear_act layers: schema, argument checks, dispatcher calls, and the loop over layers
+// that serves every device.
 #include "ops/mlp.h"
 
 #include <ATen/TensorOperators.h>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char *kOp = "mlp", *kBackwardOp = "_mlp_backward";
 
-// All that linear_act would complain about, before any layer is computed.
+// All checks of linear_act, before any layer is computed.
 void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases, const Names& activations,
                Numbers parameters) {
   TORCH_CHECK(!weights.empty(), "mlp: weights must have one for each layer, at least one, got none");
@@ -40,7 +40,7 @@ void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTe
   layer_parameters.check_all_taken();
 }
 
-// What the layers themselves cannot see; their own backward checks the rest.
+// Checks lengths of lists; each layer's backward checks the rest.
 void check_mlp_backward(const OptionalTensors& grad_outputs, const OptionalTensors& weights,
                         const OptionalTensors& outputs, c10::ArrayRef<LayerActivation> layers,
                         const c10::List<bool>& output_mask) {
@@ -129,9 +129,9 @@ std::vector<at::Tensor> mlp_forward_loop(const at::Tensor& input, at::TensorList
   return ys;
 }
 
-// dz_l = act'(dy_l, saved_l);  dW_l = dz_l^T y_(l-1);  db_l = sum over rows of dz_l;  dy_(l-1) = dz_l W_l.  In second
-// derivatives hidden outputs have gradients of their own, which are added to dy_l, and so have the z, whose gradient is
-// one of dz_l.  Down to the lowest layer below which nothing is needed.
+// dz_l = act'(dy_l, saved_l);  dW_l = dz_l^T y_(l-1);  db_l = sum over rows of dz_l;  dy_(l-1) = dz_l W_l.  Stops at
+// the lowest layer that needs a gradient.  In second derivatives hidden outputs and z have gradients too, which are
+// added to dy_l and dz_l.
 std::vector<at::Tensor> mlp_backward_loop(const OptionalTensors& grad_outputs, const std::optional<at::Tensor>& input,
                                           const OptionalTensors& weights, const OptionalTensors& outputs,
                                           const Names& activations, Numbers parameters,
@@ -197,13 +197,13 @@ TORCH_LIBRARY_IMPL(mlp_ext, CompositeExplicitAutograd, m) {
   m.impl("_mlp_backward", mlp_backward_loop);
 }
 
-// torch.jit.trace has no words for Tensor?[]: it records the layers.
+// torch.jit.trace cannot record Tensor?[] arguments, so it records the layers.
 TORCH_LIBRARY_IMPL(mlp_ext, Tracer, m) {
   m.impl("mlp", mlp_loop);
   m.impl("_mlp_forward", mlp_forward_loop);
 }
 
-// vmap's rules are those of one layer.
+// vmap uses the rules of single layers.
 TORCH_LIBRARY_IMPL(mlp_ext, FuncTorchBatched, m) {
   m.impl("mlp", mlp_loop);
   m.impl("_mlp_forward", mlp_forward_loop);

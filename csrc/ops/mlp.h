@@ -1,4 +1,4 @@
-// The operator mlp, a stack of linear_act: what autograd and others share.
+// The operator mlp, a stack of linear_act layers: interface of autograd and the backends.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -18,7 +18,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 using Names = c10::List<std::string>;
 using Numbers = at::ArrayRef<double>;
 
-// The element itself: get() copies a string.
+// An element by reference: get() copies the string.
 inline std::string_view name_at(const Names& names, size_t l) { return static_cast<const std::string&>(names[l]); }
 
 // The activation of a layer, as linear_act takes it.
@@ -26,7 +26,7 @@ struct LayerActivation {
   std::string_view name;
   Numbers parameters;
   Needs needs;
-  size_t saved;  // the index among the outputs of mlp_forward of what its backward needs: its y or its z
+  size_t saved;  // index among mlp_forward's outputs of what backward needs: y or z
 };
 c10::SmallVector<LayerActivation, 8> layer_activations(const Names& activations, Numbers parameters);
 
@@ -36,19 +36,19 @@ at::Tensor mlp(const at::Tensor& input,        // [*, K]
                const OptionalTensors& biases,  // [N_l] each
                const Names& activations,       // names in activations.h
                Numbers parameters);            // of all activations, in order; empty: the defaults
-// What training keeps: the y of every layer, and then the z of each whose activation needs it.  Through the dispatcher.
+// Forward of training: y of every layer, then z of each layer whose activation needs it.  Through the dispatcher.
 std::vector<at::Tensor> mlp_forward(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
                                     const Names& activations, Numbers parameters);
-// The gradients that output_mask asks for, in its order.  Through the dispatcher.
-std::vector<at::Tensor> mlp_backward(const OptionalTensors& grad_outputs,     // of `outputs`, the last y's given
+// The gradients selected by output_mask, in its order.  Through the dispatcher.
+std::vector<at::Tensor> mlp_backward(const OptionalTensors& grad_outputs,     // as `outputs`; the last y's is required
                                      const std::optional<at::Tensor>& input,  // [*, K], for dW_1
                                      const OptionalTensors& weights,          // [N_l, N_(l-1)] each, for dy_(l-1)
                                      const OptionalTensors& outputs,          // of mlp_forward, for dz_l and dW_(l+1)
                                      const Names& activations, Numbers parameters,
                                      const c10::List<bool>& output_mask);  // dx, dW_1 .. dW_L, db_1 .. db_L
 
-// The same as a loop of linear_act and its backward, each through the dispatcher: so every device's kernels, and
-// second derivatives and functorch's transforms of one layer, serve the stack.
+// The same as a loop over linear_act and its backward, through the dispatcher: the stack then gets every device's
+// kernels, second derivatives and functorch transforms from the single layer.
 at::Tensor mlp_loop(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
                     const Names& activations, Numbers parameters);
 std::vector<at::Tensor> mlp_forward_loop(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,

@@ -32,7 +32,7 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return derivative_.backward(grads, saved(), settings_, wanted());
+    return derivative_.backward(grads, saved(), settings_, needed());
   }
 
   void release_variables() override {
@@ -40,12 +40,12 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
     for (SavedVariable& s : saved_) s.reset_data();
   }
 
-  // Compiled autograd: what the node's part of the compiled graph depends on, and how it is written there.
+  // Compiled autograd: the cache key of this node, and its code in the compiled graph.
   void compiled_args(CompiledNodeArgs& args) const override {
     args.collect(std::string(derivative_.name));
     args.collect(settings_.activations);
     args.collect(settings_.parameters);
-    args.collect(saved_, true);  // all are unpacked as outputs of this node are
+    args.collect(saved_, true);  // true: unpack as outputs of this node
   }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {
@@ -54,7 +54,7 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
     packed.pack(saved());
     packed.pack(settings_.activations);
     packed.pack(c10::IValue(settings_.parameters));
-    packed.pack(wanted());
+    packed.pack(needed());
     std::vector<at::TypePtr> types;
     for (const c10::IValue& arg : packed.vec())
       types.push_back(arg.isTensor() ? at::TypePtr(at::TensorType::get()) : arg.type());
@@ -85,7 +85,7 @@ class OperatorNode final : public torch::autograd::TraceableFunction {
     return tensors;
   }
 
-  std::vector<bool> wanted() const {
+  std::vector<bool> needed() const {
     std::vector<bool> result(num_outputs());
     for (size_t i = 0; i < result.size(); ++i) result[i] = task_should_compute_output(i);
     return result;

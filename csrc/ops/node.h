@@ -1,6 +1,5 @@
-// Nodes of torch's autograd graph for operators, written as those of torch's own operators are. A
-// torch::autograd::Function is shorter to write, but what it keeps in maps and copies at every call is a quarter of a
-// small stack's forward and backward.
+// Autograd nodes for our operators, written like those of torch's own operators: torch::autograd::Function is shorter
+// to write, but its maps and copies take a quarter of the time of a small stack's forward and backward.
 #pragma once
 
 #include <torch/csrc/autograd/variable.h>
@@ -11,24 +10,24 @@
 
 namespace mlp_ext {
 
-// What an operator's backward depends on beside tensors.
+// Non-tensor arguments of an operator's backward.
 struct Settings {
   c10::IValue activations;         // a name, or Names
   std::vector<double> parameters;  // of the activations
 };
 
-// How gradients go through an operator.
+// An operator's backward.
 struct Derivative {
   const char* name;  // of the node
-  // grads: of the outputs, undefined where none came. wanted: of which inputs. A gradient, or undefined, for each
-  // input.
+  // grads: of the outputs, may be undefined. needed: which inputs need gradients. Returns one gradient per input, or
+  // undefined.
   torch::autograd::variable_list (*backward)(const torch::autograd::variable_list& grads,
                                              const torch::autograd::variable_list& saved, const Settings& settings,
-                                             const std::vector<bool>& wanted);
+                                             const std::vector<bool>& needed);
 };
 
-// Enters the outputs, fresh tensors, in the graph as results of the inputs. An input may be undefined, and so may be
-// what is saved for backward.
+// Adds a node to the autograd graph that makes the (new) outputs from the inputs. Inputs and saved tensors may be
+// undefined.
 void record(const Derivative& derivative, Settings settings, const torch::autograd::variable_list& inputs,
             const torch::autograd::variable_list& outputs, const torch::autograd::variable_list& saved);
 

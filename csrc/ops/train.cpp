@@ -1,4 +1,4 @@
-// The operator mlp_train_step_: schema, argument checks, calls through the dispatcher.
+// The operator mlp_train_step_: schema, argument checks, dispatcher calls.
 #include "ops/train.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr const char* kOp = "mlp_train_step_";
 
-// The layers of a list of parameters: a weight has two dimensions, and a bias after it one.
+// Groups parameters into layers: a weight has two dimensions, its bias follows and has one.
 c10::SmallVector<TrainedLayer, 8> layers_of(const TrainArgs& args) {
   c10::SmallVector<TrainedLayer, 8> layers;
   for (size_t i = 0; i < args.parameters.size(); ++i) {
@@ -46,7 +46,7 @@ c10::SmallVector<TrainedLayer, 8> layers_of(const TrainArgs& args) {
   return layers;
 }
 
-// What torch's own losses check.
+// The checks of torch's own losses.
 template <class Loss>
 void check_loss_parameters(const Loss& loss) {
   if constexpr (requires { loss.label_smoothing; })
@@ -99,7 +99,7 @@ void check_target(const Loss&, Training& training) {
   }
 }
 
-// That it can be updated in place, which later would be too late: other parameters have changed by then.
+// Checks that t can be updated in place, before any other parameter is updated.
 void check_writable(const at::Tensor& t, const char* name) {
   TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), kOp, ": ", name,
               " is an inference tensor, which cannot be updated");
@@ -175,15 +175,15 @@ void check_batches(const TrainArgs& args) {
   TORCH_CHECK(order.dim() == 1, kOp, ": order must be indices [rows] among those of input, got ", order.sym_sizes());
 }
 
-// The bytes from a tensor's first element to its last.
+// The memory range of a tensor, from its first element to its last.
 struct Span {
   const char *begin, *end;
   const char* name;
   bool is_written;
 };
 
-// That nothing which the step writes shares memory with anything else that it reads or writes. Views that take turns
-// within one block of memory, such as two halves of a matrix's columns, count as sharing it.
+// Checks that no tensor the step writes overlaps another tensor it reads or writes. Interleaved views, such as two
+// halves of a matrix's columns, count as overlapping.
 void check_memory(const Training& training) {
   if (training.input.is_meta()) return;
   c10::SmallVector<Span, 40> spans;
@@ -205,7 +205,7 @@ void check_memory(const Training& training) {
       add(p->step, "a count of steps", true);
     }
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  const Span *farthest = nullptr, *farthest_written = nullptr;  // among those that begin before
+  const Span *farthest = nullptr, *farthest_written = nullptr;  // among spans that begin before
   for (const Span& span : spans) {
     const Span* const other = span.is_written ? farthest : farthest_written;
     if (other && other->end > span.begin) {
@@ -310,11 +310,11 @@ at::Tensor train_meta(const Training& training) {
   const auto options = training.input.options();
   if (!training.batch_size) return at::empty({}, options);
   const c10::SymInt rows = (training.order ? *training.order : training.input).sym_size(0);
-  const c10::SymInt in_last = rows % *training.batch_size;  // 0 where the last batch is full
+  const c10::SymInt in_last = rows % *training.batch_size;  // 0 if the last batch is full
   return at::empty_symint({rows / *training.batch_size + in_last.min(1)}, options);
 }
 
-// Below autograd, like an update under no_grad: parameters that require a gradient change in place.
+// Runs below autograd, like an update under no_grad: parameters that require a gradient are updated in place.
 at::Tensor train_autograd(const TrainArgs& args) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   try {
@@ -322,7 +322,7 @@ at::Tensor train_autograd(const TrainArgs& args) {
     bump_versions(args);
     return losses;
   } catch (...) {
-    if (args.batch_size && *args.batch_size > 0) bump_versions(args);  // of many steps the first may have been done
+    if (args.batch_size && *args.batch_size > 0) bump_versions(args);  // some steps may be done
     throw;
   }
 }

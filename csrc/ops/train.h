@@ -1,5 +1,5 @@
 // The operator mlp_train_step_: training steps of a multi-layer perceptron, each of them forward, loss, backward and
-// update. What its backends share.
+// update. Interface of its backends.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -20,46 +20,46 @@ namespace mlp_ext {
 // The operator's arguments, in its order.
 struct TrainArgs {
   const at::Tensor& input;                       // [rows, K]
-  const at::Tensor& target;                      // as the output [rows, N], or classes [rows] of int64
-  at::TensorList parameters;                     // of each layer weight [N, K] and, if it has one, bias [N], in order
-  at::TensorList states;                         // of each that learns the optimizer's states that it has, in order
-  at::TensorList steps;                          // of each that learns its count of steps [], if the optimizer counts
-  const Names& activations;                      // of each layer, names in activations.h
+  const at::Tensor& target;                      // [rows, N], or classes [rows] of int64
+  at::TensorList parameters;                     // layer by layer: weight [N, K], then bias [N] if it has one
+  at::TensorList states;                         // optimizer states of each learning parameter, in order
+  at::TensorList steps;                          // step count [] of each learning parameter, if the optimizer has one
+  const Names& activations;                      // per layer, names in activations.h
   at::ArrayRef<double> activation_parameters;    // of all layers, in order; empty: the defaults
   std::string_view loss;                         // a name in losses.h
   std::string_view reduction;                    // mean or sum
   const std::optional<at::Tensor>& loss_weight;  // [N]
   at::ArrayRef<double> loss_parameters;          // empty: the defaults
   std::string_view optimizer;                    // a name in optimizers.h
-  at::IntArrayRef learning;                      // the indices among parameters of those to update, rising
-  at::ArrayRef<double> hyperparameters;          // of each of these all of the optimizer's, in order
-  const std::optional<at::Tensor>& order;        // [steps' rows] of int64: indices of rows of input, batch after batch
+  at::IntArrayRef learning;                      // ascending indices of the parameters to update
+  at::ArrayRef<double> hyperparameters;          // all of the optimizer's, for each learning parameter
+  const std::optional<at::Tensor>& order;        // int64 row indices into input, batch after batch
   std::optional<int64_t> batch_size;             // none: one step of all rows
 };
 
-// Without batch_size: one step; returns the loss [] of before the update. With it: a step for each batch of rows
-// order[i batch_size : (i + 1) batch_size], or of the rows as they lie; the last may be smaller; returns the losses
-// [steps]. Parameters, states and steps change in place. Through the dispatcher.
+// Without batch_size: one step; returns the loss [] before the update. With it: one step per batch, on rows
+// order[i * B : (i + 1) * B], or rows in their own order; the last batch may be smaller; returns the losses [steps].
+// Parameters, states and steps are updated in place. Through the dispatcher.
 at::Tensor mlp_train_step_(const TrainArgs& args);
-// Tells autograd that parameters, states and steps changed.
+// Bumps the autograd versions of parameters, states and steps.
 void bump_versions(const TrainArgs& args);
 
-// A parameter, and how it is updated. Points to the operator's arguments.
+// A parameter and its update. Points to the operator's arguments.
 struct TrainedParameter {
-  const at::Tensor* value = nullptr;          // nullptr: there is none
+  const at::Tensor* value = nullptr;          // nullptr: no such parameter
   std::optional<Optimizer> optimizer;         // none: it does not learn
-  const double* hyperparameters = nullptr;    // that optimizer is made of
-  const at::Tensor* states[kMaxStates] = {};  // nullptr where the optimizer does not have that state
-  const at::Tensor* step = nullptr;           // its count of steps, if the optimizer counts
+  const double* hyperparameters = nullptr;    // of the optimizer
+  const at::Tensor* states[kMaxStates] = {};  // nullptr if the optimizer does not use that state
+  const at::Tensor* step = nullptr;           // step count, if the optimizer has one
 };
 struct TrainedLayer {
   TrainedParameter weight, bias;
   Activation activation;
-  std::string_view activation_name;  // the same as the operator linear_act takes it
+  std::string_view activation_name;  // the same as arguments of linear_act
   at::ArrayRef<double> activation_parameters;
 };
 
-// The arguments of training steps, checked and sorted by layer.
+// Checked arguments, grouped by layer.
 struct Training {
   const at::Tensor &input, &target;
   const at::Tensor* loss_weight;      // or nullptr
@@ -74,15 +74,15 @@ struct Training {
   int64_t rows() const { return order ? order->size(0) : input.size(0); }
 };
 
-// Throws unless all fits.
+// Throws if an argument is invalid.
 Training check_training(const TrainArgs& args);
-// Whether parameters and states lie without gaps, as the kernels need them.
+// Whether all parameters and states are contiguous, as the kernels need them.
 bool is_contiguous(const Training& training);
-// Throws where a class in the target is neither ignore_index nor one of N.
+// Throws if a target class is neither ignore_index nor in [0, N).
 void check_classes(const Training& training);
-// Throws what a loss of probabilities throws for outputs or targets outside [0, 1].
+// The error of losses of probabilities for outputs or targets outside [0, 1].
 [[noreturn]] void throw_not_a_probability();
-// f(parameter) for each that learns.
+// Calls f(parameter) for each learning parameter.
 template <class F>
 void for_learning(const Training& training, const F& f) {
   for (const TrainedLayer& layer : training.layers)
@@ -95,14 +95,14 @@ struct LossAndGrad {
 };
 // The loss of outputs y, and its gradient.
 LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y);
-// One step, layer by layer, with that loss: of native operations but for the layers and the loss.
+// One step, layer by layer, with this loss. All but the layers and the loss are native operations.
 at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&));
-// The steps of all batches as a loop over `step`, which takes a training without order and batch_size.
+// Loops over batches; `step` takes a Training without order and batch_size.
 at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const Training&));
-// The steps as a composite of native operations: the reference, and what runs where no kernel of ours does.
+// The steps as a composite of native operations: the reference, and the fallback for devices without our kernels.
 at::Tensor train_native(const Training& training);
 
-// An operator's function from one of TrainArgs.
+// Adapts a function of TrainArgs to the operator's signature.
 template <at::Tensor (*f)(const TrainArgs&)>
 at::Tensor with_args(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
                      at::TensorList states, at::TensorList steps, const Names& activations,
@@ -117,7 +117,7 @@ template <at::Tensor (*run)(const Training&)>
 at::Tensor checked(const TrainArgs& args) {
   return run(check_training(args));
 }
-// A kernel of the operator from what it does with checked arguments:
+// Makes a kernel of the operator from a function of checked arguments:
 //   m.impl("mlp_train_step_", train_kernel<run>)
 template <at::Tensor (*run)(const Training&)>
 constexpr auto* train_kernel = with_args<checked<run>>;

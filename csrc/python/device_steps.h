@@ -1,4 +1,4 @@
-// Counts of steps for captured steps.
+// Step counts on the device, for captured steps.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -9,16 +9,16 @@
 
 namespace mlp_ext {
 
-// Copies of the optimizer's counts of steps beside the parameters: a captured step reads and advances them there.
+// Copies of the optimizer's step counts on the parameters' devices, which captured steps read and advance.
 class DeviceSteps {
  public:
-  // Those of the parameters that learn, as the optimizer's are now. Until advance() they may differ from these.
+  // The copies for learning parameters, synchronised with the optimizer. A step makes them differ until advance().
   c10::SmallVector<at::Tensor, 16> copies(const OptimizerState& now, const std::vector<at::Tensor>& parameters) {
     copies_.resize(parameters.size());
     c10::SmallVector<at::Tensor, 16> found;
     for (size_t k = 0; k < now.steps.size(); ++k) {
       const at::Tensor &step = now.steps[k], &parameter = parameters[now.learning[k]];
-      if (!step.is_cpu()) {  // as fused has it
+      if (!step.is_cpu()) {  // fused=True keeps it on the device
         found.push_back(step);
         continue;
       }
@@ -33,13 +33,13 @@ class DeviceSteps {
     return found;
   }
 
-  // After a step on the copies: the optimizer's own.
+  // Advances the optimizer's step counts, after a step on the copies.
   void advance(const OptimizerState& now) {
     for (size_t k = 0; k < now.steps.size(); ++k) {
       const at::Tensor& step = now.steps[k];
       if (!step.is_cpu()) continue;
       if (step.scalar_type() == at::kFloat)
-        *step.mutable_data_ptr<float>() += 1;  // add_ takes a microsecond
+        *step.mutable_data_ptr<float>() += 1;  // faster than add_
       else
         step.add_(1);
       copies_[now.learning[k]].count = step.item<double>();
@@ -49,9 +49,9 @@ class DeviceSteps {
  private:
   struct Copy {
     at::Tensor tensor;
-    double count = NAN;  // that it has; NaN: unknown
+    double count = NAN;  // value of tensor; NaN: unknown
   };
-  std::vector<Copy> copies_;  // of each parameter
+  std::vector<Copy> copies_;  // per parameter
 };
 
 }  // namespace mlp_ext

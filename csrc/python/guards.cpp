@@ -71,9 +71,10 @@ int hooks(const at::Tensor& parameter) {
 
 namespace {
 
-// A default device is such a mode, and concerns only new tensors. Others would see torch.nn's calls in an eager loop.
+// Throws if a torch function mode is active, since it would see no calls. torch.set_default_device is a mode, too, but
+// only affects new tensors.
 void check_function_modes() {
-  static const py::object& default_device =  // never freed: the interpreter may end before
+  static const py::object& default_device =  // never freed: the interpreter may be gone
       *new py::object(py::module_::import("torch.utils._device").attr("DeviceContext"));
   for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); ++i) {
     const py::handle mode = at::impl::PythonTorchFunctionTLS::get_stack_at(i)->ptr(getPyInterpreter());
@@ -109,7 +110,7 @@ void check_global_state(const at::Tensor& input, const at::Tensor& target, at::T
 }
 
 void bind_guards(py::module_& m) {
-  py::class_<Guards>(m, "Guards", "Whether objects are still made of the parts they were made of.")
+  py::class_<Guards>(m, "Guards", "Whether objects have been modified since they were read.")
       .def(py::init<const py::iterable&, const py::iterable&, const py::iterable&, const std::vector<at::Tensor>&>(),
            py::arg("items"), py::arg("sizes"), py::arg("types") = py::tuple(),
            py::arg("tensors") = std::vector<at::Tensor>())

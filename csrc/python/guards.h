@@ -1,5 +1,5 @@
-// What a step depends on beside its arguments: Python objects, which may have changed since they were read, and torch's
-// global state. In C++ since it is checked at every call.
+// Guards: have the Python objects that a step depends on been modified since they were read? Also checks torch's global
+// state. In C++ because every call checks it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,14 +11,14 @@ namespace mlp_ext {
 
 class Guards {
  public:
-  struct Item {  // of a dict or list, the very object expected at the key
+  struct Item {  // the identity of an element of a dict or list
     pybind11::object container, key, expected;
   };
-  struct Size {  // of a dict or list
+  struct Size {  // the length of a dict or list
     pybind11::object container;
     int64_t expected;
   };
-  struct Type {  // an object's own
+  struct Type {  // the class of an object
     pybind11::object object, expected;
   };
   struct Dtype {
@@ -37,10 +37,10 @@ class Guards {
   std::vector<Dtype> dtypes_;
 };
 
-// The kinds of hooks that a parameter has, or had.
+// A bit mask of the kinds of hooks that a parameter has or had.
 int hooks(const at::Tensor& parameter);
 
-// Throws where torch's global state asks for what a step does not do. docs/train-step.md has the whole table.
+// Throws if torch's global state requires something that a step does not support (table in docs/train-step.md).
 void check_global_state(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters);
 
 void bind_guards(pybind11::module_& m);  // the class mlp_ext._C.Guards

@@ -1,5 +1,5 @@
-// A stack of layers in Sequential: the operator mlp with all arguments but the input. In C++ since the layers of a
-// small network take less time than the Python that would convert the lists.
+// A stack of layers in Sequential: the operator mlp with all arguments bound but the input. In C++ because converting
+// the lists in Python would take longer than a small network.
 #include "python/mlp_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -27,7 +27,7 @@ class MlpCall {
         function_(std::move(function)) {}
 
   py::object call(const py::object& input) const {
-    // What may be no plain tensor, or is looked at by a mode, goes through Python's own call of the operator.
+    // Tensor subclasses and torch function modes go through the Python call of the operator.
     if (!THPVariable_CheckExact(input.ptr()) || at::impl::torch_function_mode_enabled()) return function_(input);
     const at::Tensor& x = THPVariable_Unpack(input.ptr());
     at::Tensor y;

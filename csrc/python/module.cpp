@@ -1,5 +1,5 @@
-// The Python module mlp_ext._C: loading it registers the operators; beyond that it tells about the build and the plans.
-// Tensors cross in the classes MlpCall, Guards and Trainer alone.
+// The Python module mlp_ext._C: loading it registers the operators. It also reports the build and the plans, and binds
+// MlpCall, Guards and Trainer.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -51,7 +51,7 @@ py::dict build_info() {
   return info;
 }
 
-// How many threads share a parallel_for that this module compiled: 1 if OpenMP was left out of the build.
+// Number of threads of an at::parallel_for in this module: 1 if it was built without OpenMP.
 size_t parallel_for_threads() {
   std::mutex mutex;
   std::set<std::thread::id> ids;
@@ -161,7 +161,7 @@ py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const
   return result;
 }
 
-// The functors of a list: each one's name, and its parameters with their defaults, in the operators' order.
+// The functors of a list: name, and parameters with defaults in the operators' order.
 template <class... Functors>
 py::dict functors(TypeList<Functors...>) {
   py::dict all;
@@ -178,17 +178,16 @@ py::dict functors(TypeList<Functors...>) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of mlp_ext: registers torch.ops.mlp_ext and tells how it was built.";
-  m.def("activations", [] { return functors(Activations{}); }, "Those that the operators take, with their parameters.");
-  m.def("losses", [] { return functors(Losses{}); }, "Those that mlp_train_step_ takes, with their parameters.");
-  m.def(
-      "optimizers", [] { return functors(Optimizers{}); }, "Those that mlp_train_step_ takes, with their parameters.");
+  m.def("activations", [] { return functors(Activations{}); }, "Activations of the operators, with their parameters.");
+  m.def("losses", [] { return functors(Losses{}); }, "Losses of mlp_train_step_, with their parameters.");
+  m.def("optimizers", [] { return functors(Optimizers{}); }, "Optimizers of mlp_train_step_, with their parameters.");
   m.def("build_info", build_info, "Compiler, torch and instruction sets of this build.");
   m.def(
       "instruction_set", [] { return cpu::variant().name; },
       "The instruction set that the kernels use in this process.");
   m.def("parallel_for_threads", parallel_for_threads, "Distinct threads that ran in one at::parallel_for.");
   m.def("peak_flops", cpu::peak_flops, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-        "FLOP/s of float32 that the processor reaches in registers alone.");
+        "Peak float32 FLOP/s, measured with FMAs in registers.");
   m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
         py::arg("mode") = "fma", py::arg("library") = true, py::arg("update") = false,
         "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each GEMM is split. mode: how the "
@@ -199,21 +198,19 @@ PYBIND11_MODULE(_C, m) {
       [](const std::optional<std::string>& name) {
         cpu::forced_dot_mode = name ? std::optional(dot_mode(*name)) : std::nullopt;
       },
-      py::arg("mode"), "What the CPU plan takes for how bfloat16 is multiplied here; None: what the processor has.");
+      py::arg("mode"), "Overrides how the CPU plan multiplies bfloat16; None: as the processor does.");
   m.def("step_plan", step_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("threads"),
-        py::arg("mode") = "fma",
-        "The CPU plan of a training step: block by block of rows or layer by layer, the rows in how many pieces.");
-  m.def("cached_bytes", cpu::cached_bytes, "Memory of freed results that waits for the next ones.");
+        py::arg("mode") = "fma", "The CPU plan of a training step: its path, and the number of pieces of rows.");
+  m.def("cached_bytes", cpu::cached_bytes, "Bytes of freed results cached for reuse.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
         py::arg("shared") = cuda::kBlockShared, py::arg("path") = py::none(),
-        "The plan of a shape on a GPU of that architecture, as 90: paths, and the epilogue of a large product.");
+        "The plan of a shape on a GPU of architecture `arch`, such as 90: paths, and the epilogue of a large GEMM.");
   m.def(
       "force_cuda_path", [](const std::optional<std::string>& path) { cuda::forced_path = cuda_path(path); },
-      py::arg("path"), "The path that layers take on a GPU instead of the plan's, where it can; None: the plan's.");
+      py::arg("path"), "Overrides the path of layers on a GPU, where supported; None: the plan's.");
   m.def("cuda_step_plan", cuda_step_plan, py::arg("widths"), py::arg("batch"), py::arg("dtype"), py::arg("arch"),
-        py::arg("shared"),
-        "The plan of a training step on a GPU whose blocks may have so many bytes of shared memory.");
+        py::arg("shared"), "The plan of a training step on a GPU with `shared` bytes of shared memory per block.");
   bind_guards(m);
   bind_mlp_call(m);
   bind_trainer(m);

@@ -19,7 +19,7 @@ py::object interned(const std::string& text) {
   return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text.c_str()));
 }
 
-// Names that are looked up at each step. Never freed: the interpreter may end before.
+// Names looked up at each step. Never freed: the interpreter may be gone.
 struct Keys {
   const py::handle groups = PyUnicode_InternFromString("param_groups"), state = PyUnicode_InternFromString("state"),
                    step = PyUnicode_InternFromString("step"), defaults = PyUnicode_InternFromString("defaults");
@@ -29,7 +29,7 @@ const Keys& keys() {
   return keys;
 }
 
-// dict[key], or null.
+// dict[key], or null if missing.
 py::handle find(py::handle dict, py::handle key) {
   PyObject* const found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
   if (!found && PyErr_Occurred()) throw py::error_already_set();
@@ -61,7 +61,7 @@ double number(py::handle value, py::handle name) {  // a float, a bool, or a ten
   return found;
 }
 
-// entry[name], undefined if there is none.
+// entry[name], or undefined if missing.
 Tensor state_of(py::handle entry, py::handle name) {
   const py::handle found = entry ? find(entry, name) : py::handle();
   if (!found || found.is_none()) return {};
@@ -70,7 +70,7 @@ Tensor state_of(py::handle entry, py::handle name) {
   return THPVariable_Unpack(found.ptr());
 }
 
-// As torch.optim makes it: fused kernels want it beside the parameter.
+// A new step count, like torch.optim's: fused kernels need it on the parameter's device.
 Tensor new_step(const Tensor& parameter, py::handle group) {
   PyObject* const fused = PyDict_GetItemString(group.ptr(), "fused");
   if (fused && PyObject_IsTrue(fused) == 1) return at::zeros({}, parameter.options().dtype(at::kFloat));
@@ -157,8 +157,8 @@ void OptimizerReader::read_group(py::handle group, double* numbers) const {
   }
 }
 
-// The states that the parameter has with these numbers, in order. As torch.optim, which makes them all at once; only
-// those of an optimizer that does not count its steps come and go.
+// Reads or creates the states that the parameter has with these hyperparameters, in order. Like torch.optim, creates
+// all at once, or, for optimizers without a step count, each when it is first needed.
 template <class Functor>
 void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle group, py::handle states,
                                   OptimizerState& now) const {
@@ -185,7 +185,7 @@ void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle
           PyDict_GetItemString(item(optimizer_, keys().defaults).ptr(), "initial_accumulator_value");
       return at::full_like(parameters_[i], value ? number(value, state_names_[s]) : 0);
     });
-    constexpr size_t dampening = index_of_parameter<Functor>("dampening");  // not in the first step
+    constexpr size_t dampening = index_of_parameter<Functor>("dampening");  // 0 in the first step
     if constexpr (dampening < Functor::parameters.size()) {
       const size_t index = now.hyperparameters.size() - Functor::parameters.size() + dampening;
       if (now.created.size() > before) now.later.push_back({index, std::exchange(now.hyperparameters[index], 0)});
@@ -197,11 +197,11 @@ void OptimizerReader::finish_step(OptimizerState& now) const {
   keep_created(now);
   for (const auto& [index, value] : now.later) now.hyperparameters[index] = value;
   now.later.clear();
-  // torch's schedulers replace optimizer.step by one that notes its first call here, and warn where it is missing.
+  // torch's schedulers wrap optimizer.step, which sets this at its first call, and warn if it is missing.
   if (find(optimizer_, keys().step)) optimizer_["_opt_called"] = py::bool_(true);
 }
 
-// In the order of the groups, as optimizer.step() would have.
+// In the order of the groups, like optimizer.step().
 void OptimizerReader::keep_created(OptimizerState& now) const {
   if (now.created.empty()) return;
   const py::object state = py::reinterpret_borrow<py::object>(item(optimizer_, keys().state));

@@ -1,4 +1,4 @@
-// An optimizer of torch.optim, read for a step: its settings, and the states that it keeps.
+// Reads the settings and states of a torch.optim optimizer for a step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,14 +12,14 @@
 
 namespace mlp_ext {
 
-// What the optimizer says now about the parameters that learn: arguments of mlp_train_step_.
+// The optimizer's current settings and states, as arguments of mlp_train_step_.
 struct OptimizerState {
-  struct Created {  // a state that the optimizer does not have yet
+  struct Created {  // a new state, not yet in the optimizer
     size_t parameter;
     pybind11::object name;
     at::Tensor tensor;
   };
-  struct Later {  // a hyperparameter, by index, from the second step on
+  struct Later {  // a hyperparameter that takes effect in the second step
     size_t index;
     double value;
   };
@@ -35,21 +35,21 @@ struct OptimizerState {
 
 class OptimizerReader {
  public:
-  // name: in optimizers.h. defaults: the numbers that this optimizer, of this torch, has no setting for, where they are
-  // not the functor's. groups: of each parameter the index of its group, or -1 where the optimizer does not have it.
+  // name: in optimizers.h. defaults: values for settings that this torch version's optimizer lacks, if they differ from
+  // the functor's defaults. groups: index of each parameter's group, or -1 if the optimizer does not have it.
   OptimizerReader(const pybind11::object& optimizer, std::string name, const std::map<std::string, double>& defaults,
                   const std::vector<at::Tensor>& parameters, std::vector<int64_t> groups);
 
   const std::string& name() const { return name_; }
   OptimizerState read() const;
-  // After a step: gives the optimizer the states that it created, and tells schedulers of it.
+  // After a step: stores created states in the optimizer, and marks it as stepped for schedulers.
   void finish_step(OptimizerState& now) const;
 
  private:
   struct Setting {
     pybind11::object key;
-    int64_t element;              // of the tuple at that key, or -1
-    std::optional<double> value;  // where there is no such key
+    int64_t element;              // index into the tuple at that key, or -1
+    std::optional<double> value;  // used if the key is missing
   };
 
   template <class Functor>
@@ -61,11 +61,11 @@ class OptimizerReader {
   void keep_created(OptimizerState& now) const;
 
   const std::vector<at::Tensor>& parameters_;
-  std::vector<pybind11::object> python_parameters_;  // the keys of optimizer.state
+  std::vector<pybind11::object> python_parameters_;  // keys of optimizer.state
   const std::vector<int64_t> groups_;
   const std::string name_;
   const size_t index_;
-  const pybind11::dict optimizer_;  // its attributes
+  const pybind11::dict optimizer_;  // the optimizer's attributes
   std::vector<Setting> settings_;
   std::vector<pybind11::object> state_names_;
 };

@@ -1,5 +1,5 @@
-// What stands behind TrainStep: reads the optimizer, calls mlp_train_step_, once or over epochs and batches. In C++
-// since a step of a small network takes less time than the Python that would prepare it.
+// Implementation of TrainStep: reads the optimizer and calls mlp_train_step_, once or over epochs and batches. In C++
+// because preparing a step in Python would take longer than a small network's step.
 #include "python/trainer.h"
 
 #include <ATen/Context.h>
@@ -34,18 +34,18 @@ using Step = std::function<Tensor(const Tensor&, const Tensor&)>;  // input, tar
 
 constexpr auto kBetweenSignals = std::chrono::milliseconds(50);
 constexpr int64_t kStepsPerCall = 4096;
-// One batch that is trained again and again goes as an order of its rows, many steps to a call. Each step gathers them,
-// so input has at most so many bytes: where the steps are one launch, and on the CPU, where a call takes about 2 us.
+// Full-batch training passes the rows repeatedly as `order`, many steps per call. Each step then gathers its rows,
+// which pays off for inputs up to these sizes: on a GPU if steps run in one launch, and on the CPU.
 constexpr int64_t kRepeatedBytes = int64_t(1) << 20, kRepeatedBytesOnCpu = int64_t(16) << 10;
-constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input that are gathered at a time; of an order
+constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input gathered at a time, or of an order
 
-// What fit is given beside the rows.
+// Options of fit.
 struct Epochs {
   int64_t count, batch_size;
   bool shuffle;
   const std::optional<at::Generator>& generator;
   const py::object& after_epoch;  // called with epoch and loss, unless None
-  bool at_once;                   // many steps are one launch
+  bool at_once;                   // many steps run in one launch
 };
 
 class Trainer {
@@ -66,7 +66,7 @@ class Trainer {
     for (const Tensor& p : parameters_) hooks_.push_back(hooks(p));
   }
 
-  // Whether model, criterion and optimizer are made of the same parts as when this was made.
+  // Whether model, criterion and optimizer are unchanged since this was made.
   bool is_current() const {
     if (!guards_.holds()) return false;
     for (size_t i = 0; i < parameters_.size(); ++i)
@@ -74,7 +74,8 @@ class Trainer {
     return true;
   }
 
-  // The loss; none, and nothing done, unless is_current(). graph: None, or what does the step, as of captured().
+  // Runs a step and returns the loss; does nothing and returns none unless is_current(). graph: None or see
+  // captured().
   std::optional<Tensor> step(const py::object& input, const py::object& target, const py::object& graph) {
     if (!is_current()) return std::nullopt;
     const Tensor &x = data(input, "input"), &y = data(target, "target");
@@ -91,7 +92,7 @@ class Trainer {
     return loss;
   }
 
-  // One loss for each epoch, the mean over its rows, or the sum. None, and nothing done, unless is_current().
+  // Returns one loss per epoch, the mean over its rows, or the sum. Does nothing and returns none unless is_current().
   std::optional<std::vector<double>> fit(const py::object& input, const py::object& target, int64_t epochs,
                                          int64_t batch_size, bool shuffle,
                                          const std::optional<at::Generator>& generator, const py::object& after_epoch,
@@ -124,8 +125,8 @@ class Trainer {
             batch_size};
   }
 
-  // A step by the Python function graph(step, key, input, target), which calls step or replays what it captured of it
-  // with the same key. Not the first step, which creates states. With the GIL.
+  // A step through the Python function graph(step, key, input, target), which calls step or replays its capture for
+  // that key. Not for the first step, which creates states. Needs the GIL.
   Step captured(const py::object& graph, const OptimizerState& now) {
     const auto steps = device_steps_.copies(now, parameters_);
     const py::object step = py::cpp_function(torch::wrap_pybind_function_no_gil(
@@ -141,7 +142,7 @@ class Trainer {
     };
   }
 
-  // What a captured step does to which memory, beside what its arguments say.
+  // Everything that a captured step depends on, apart from its arguments.
   py::bytes key(const OptimizerState& now, at::TensorList steps) const {
     std::string key(reinterpret_cast<const char*>(now.hyperparameters.data()),
                     now.hyperparameters.size() * sizeof(double));
@@ -156,7 +157,7 @@ class Trainer {
     return key;
   }
 
-  // What the caller gave as input or target, if a step can take it.
+  // Unpacks input or target; throws if a step cannot take it.
   static const Tensor& data(const py::object& given, const char* name) {
     TORCH_CHECK_TYPE(THPVariable_Check(given.ptr()), "TrainStep: ", name, " must be a tensor, got ",
                      Py_TYPE(given.ptr())->tp_name);
@@ -169,7 +170,7 @@ class Trainer {
   }
 
   const std::vector<Tensor> parameters_;
-  std::vector<int> hooks_;  // of each parameter
+  std::vector<int> hooks_;  // per parameter
   const Names activations_;
   const std::vector<double> activation_parameters_;
   const std::string loss_, reduction_;
@@ -180,7 +181,7 @@ class Trainer {
   DeviceSteps device_steps_;
 };
 
-// One call of fit: where the batches of an epoch come from, and what runs them.
+// One call of fit: makes the batches of each epoch and runs them.
 class TrainingRun {
  public:
   TrainingRun(Trainer& trainer, const Tensor& input, const Tensor& target, const Epochs& epochs,
@@ -191,10 +192,10 @@ class TrainingRun {
         epochs_(epochs),
         graph_(graph),
         rows_(input.size(0)),
-        batch_size_(std::min(epochs.batch_size, std::max<int64_t>(1, rows_))),  // small enough to multiply
+        batch_size_(std::min(epochs.batch_size, std::max<int64_t>(1, rows_))),  // products must not overflow
         now_(trainer.optimizer_.read()) {}
 
-  // Without the GIL.
+  // Call without the GIL.
   std::vector<double> run() {
     std::vector<double> losses;
     const int64_t at_a_time = epochs_per_order();
@@ -213,9 +214,9 @@ class TrainingRun {
   }
 
  private:
-  // ---- where batches come from ----
+  // ---- batches ----
 
-  // The epochs whose losses are computed before the device is waited for.
+  // Number of epochs per synchronisation with the device.
   int64_t epochs_per_order() const {
     const bool one_batch = !epochs_.shuffle && rows_ > 0 && batch_size_ == rows_;
     if (!one_batch || !epochs_.after_epoch.is_none()) return 1;
@@ -229,7 +230,8 @@ class TrainingRun {
            (input_.is_cpu() ? bytes <= kRepeatedBytesOnCpu : epochs_.at_once && bytes <= kRepeatedBytes);
   }
 
-  // The rows of the next epochs, batch after batch; none: as they lie. An eager loop draws the same permutation.
+  // Row indices of the next epochs, batch after batch; none: rows in their own order. An eager loop with
+  // the same generator draws the same permutation.
   std::optional<Tensor> order(int64_t count) const {
     if (epochs_.shuffle)
       return at::randperm(rows_, epochs_.generator, at::dtype(at::kLong).device(at::kCPU)).to(input_.device());
@@ -237,7 +239,7 @@ class TrainingRun {
     return std::nullopt;
   }
 
-  // From the losses of an epoch's batches: the mean over its rows, NaN without any, or the sum.
+  // The loss of an epoch from those of its batches: the mean over its rows (NaN if there are none), or the sum.
   double of_epoch(const double* losses, int64_t batches) const {
     const bool mean = trainer_.reduction_ == "mean";
     double total = 0;
@@ -246,9 +248,9 @@ class TrainingRun {
     return mean ? total / rows_ : total;
   }
 
-  // ---- what runs them ----
+  // ---- steps ----
 
-  // The losses of all batches of the order, or of the rows as they lie, `count` times.
+  // Trains on all batches of the order once, or without one on all rows `count` times; returns the losses.
   Tensor train_batches(const std::optional<Tensor>& order, int64_t count) {
     std::vector<Tensor> losses;
     for (int64_t i = 0; i < (order ? 1 : count); ++i) {
@@ -261,7 +263,7 @@ class TrainingRun {
     return losses.empty() ? at::empty({0}, input_.options()) : at::cat(losses);
   }
 
-  // Many steps a call, of as many rows as take less time than there may be between signals.
+  // Many steps per call, but few enough to check for signals often.
   void by_operator(const std::optional<Tensor>& order, std::vector<Tensor>& losses) {
     const int64_t rows = order ? order->size(0) : rows_;
     for (int64_t begin = 0, size = 0; begin < rows; begin += size) {
@@ -278,7 +280,7 @@ class TrainingRun {
     }
   }
 
-  // Step by step, since a graph holds one.
+  // One step per call, since a graph holds one step.
   void by_graph(const std::optional<Tensor>& order, std::vector<Tensor>& losses) {
     const int64_t row_bytes = std::max<int64_t>(1, input_.size(1) * input_.element_size());
     const int64_t chunk = order ? std::max<int64_t>(1, kShuffledBytes / row_bytes / batch_size_) * batch_size_ : rows_;
@@ -318,11 +320,11 @@ class TrainingRun {
   Trainer& trainer_;
   const Tensor &input_, &target_;
   const Epochs& epochs_;
-  const py::object& graph_;  // None, or as of Trainer::captured
+  const py::object& graph_;  // see Trainer::captured, or None
   const int64_t rows_, batch_size_;
   OptimizerState now_;
   Step replay_;
-  int64_t steps_per_call_ = 1;  // the first step creates states, and has hyperparameters of its own
+  int64_t steps_per_call_ = 1;  // the first step is alone: it creates states and has its own hyperparameters
   bool is_first_ = true;
   Clock::time_point last_ = Clock::now();
 };
@@ -336,7 +338,7 @@ std::optional<std::vector<double>> Trainer::fit(const py::object& input, const p
   check_global_state(x, y, parameters_);
   TORCH_CHECK_VALUE(batch_size >= 1, "TrainStep: batch_size must be from 1 on, got ", batch_size);
   const Epochs options{epochs, batch_size, shuffle, generator, after_epoch, at_once};
-  TrainingRun run(*this, x, y, options, graph);  // has Python's objects: to end when the GIL is held again
+  TrainingRun run(*this, x, y, options, graph);  // holds Python objects: must be destroyed with the GIL
   const py::gil_scoped_release no_gil;
   return run.run();
 }
@@ -344,7 +346,7 @@ std::optional<std::vector<double>> Trainer::fit(const py::object& input, const p
 }  // namespace
 
 void bind_trainer(py::module_& m) {
-  py::class_<Trainer>(m, "Trainer", "What stands behind mlp_ext.TrainStep.")
+  py::class_<Trainer>(m, "Trainer", "Implementation of mlp_ext.TrainStep.")
       .def(py::init<std::vector<Tensor>, std::vector<int64_t>, const std::vector<std::string>&, std::vector<double>,
                     std::string, std::string, std::optional<Tensor>, std::vector<double>, const py::object&,
                     std::string, const std::map<std::string, double>&, Guards>(),

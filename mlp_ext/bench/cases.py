@@ -1,4 +1,4 @@
-"""The cases: what can be measured, in which modes, on which shapes. Another shape is an entry."""
+"""The cases: what can be measured, in which modes and on which shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from mlp_ext.nn import DTYPES as TORCH_DTYPES
 
-LARGEST = 2**31 - 1  # of a size
+LARGEST = 2**31 - 1  # largest size
 
 
 class Layer(NamedTuple):
@@ -31,7 +31,7 @@ class Layer(NamedTuple):
         return gemms * 2 * self.M * self.K * self.N
 
     def elements(self, mode: str) -> int:
-        """Elements that one call reads and writes at least: each operand and result once."""
+        """Fewest elements that a call reads and writes: each operand and result once."""
         x, w, y = self.M * self.K, self.N * self.K, self.M * self.N
         forward, backward = x + w + y, 2 * (x + w + y)  # y; from dy, y, x and W, dx and dW
         return {"forward": forward, "backward": backward, "full": forward + backward}[mode]
@@ -52,7 +52,7 @@ class Net(NamedTuple):
         return 2 * self.batch * (3 * sum(sizes) - sizes[0])
 
     def elements(self, mode: str) -> int:
-        """Elements that one step reads and writes at least: rows, and the weights twice."""
+        """Fewest elements that a step reads and writes: rows once, weights twice."""
         return self.batch * (self.widths[0] + self.widths[-1]) + 2 * sum(
             k * n for k, n in pairwise(self.widths)
         )
@@ -62,24 +62,24 @@ Case = Layer | Net
 
 
 FLOATS = tuple(str(dtype).removeprefix("torch.") for dtype in TORCH_DTYPES)
-DTYPES = (*FLOATS, "tf32")  # tf32: float32, and torch may round the operands of products
+DTYPES = (*FLOATS, "tf32")  # tf32: float32 whose GEMM operands torch may round
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How cases are measured: what their rows have in common."""
+    """How cases are measured; the same for all rows of a run."""
 
-    suite: str  # of SUITES
-    mode: str  # of the suite's modes
-    activation: str = "relu"  # of ACTIVATIONS; in train between the layers, with sigmoid at the end
-    optimizer: str = ""  # of OPTIMIZERS; in train only
+    suite: str  # in SUITES
+    mode: str  # one of the suite's modes
+    activation: str = "relu"  # in ACTIVATIONS; in train between layers, with sigmoid at the end
+    optimizer: str = ""  # in OPTIMIZERS; in train only
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
 
     @property
     def name(self) -> str:
-        """For people: without the device, as "step relu adam float32"."""
+        """Display name without the device, as "step relu adam float32"."""
         parts = (self.mode, self.activation, self.optimizer, self.dtype)
         return " ".join(filter(None, parts))
 
@@ -93,10 +93,10 @@ class Setting:
 class Suite(NamedTuple):
     modes: tuple[str, ...]  # the first is the default
     optimizer: str  # the default
-    form: str  # of a case, for people
-    cases: tuple[Case, ...]  # those published, of the CPU
-    cuda_cases: tuple[Case, ...]  # those of a GPU
-    sweep: tuple[Case, ...] = ()  # as `sweep`: all sorts of sizes, to find where fused loses
+    form: str  # how a case is written, for help texts
+    cases: tuple[Case, ...]  # published for CPUs
+    cuda_cases: tuple[Case, ...]  # published for GPUs
+    sweep: tuple[Case, ...] = ()  # the case `sweep`: many sizes, to find where fused loses
 
     def published(self, device: str) -> tuple[Case, ...]:
         return self.cuda_cases if device == "cuda" else self.cases
@@ -182,7 +182,7 @@ SUITES = {
 
 
 def parse_all(suite: str, texts: Iterable[str]) -> list[Case]:
-    """The cases that the texts write, `sweep` standing for a suite's own; raises as parse."""
+    """Parses the texts; `sweep` expands to the suite's sweep. Raises like parse."""
     found: list[Case] = []
     for text in texts:
         sweep = SUITES[suite].sweep if text == "sweep" else ()
@@ -191,7 +191,7 @@ def parse_all(suite: str, texts: Iterable[str]) -> list[Case]:
 
 
 def parse(suite: str, text: str) -> Case:
-    """The case that `text` writes in this suite; str() of the case writes it back.
+    """Parses a case of this suite; the inverse of str().
 
     Raises ValueError for another form, or a size that is not from 1 to LARGEST.
     """

@@ -1,4 +1,4 @@
-"""A peer: the whole training step, from forward to the update, as one graph of torch.compile."""
+"""A peer: the whole training step, from forward to update, as one graph of torch.compile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mlp_ext.bench.training import Step
 
-Group = dict[str, Any]  # of the optimizer
+Group = dict[str, Any]  # a param_group
 
 
 def _sgd(p: Tensor, g: Tensor, group: Group, t: Tensor) -> None:
@@ -44,7 +44,7 @@ class Update(NamedTuple):
     """torch.optim's update of a parameter in place, with its default options."""
 
     function: Callable[..., None]
-    states: tuple[str, ...] = ()  # as torch.optim names them
+    states: tuple[str, ...] = ()  # torch.optim's names
 
 
 UPDATES: dict[type[torch.optim.Optimizer], Update] = {
@@ -57,9 +57,9 @@ UPDATES: dict[type[torch.optim.Optimizer], Update] = {
 
 
 def compiled_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """One graph, and one count of steps for all parameters. State is kept in optimizer.state."""
+    """One graph, and one step count for all parameters. State is kept in optimizer.state."""
     update, names = UPDATES[type(optimizer)], [name for name, _ in model.named_parameters()]
-    parameters = [p.detach() for p in model.parameters()]  # over the same memory
+    parameters = [p.detach() for p in model.parameters()]  # share memory
     t = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     states = []
     for p in model.parameters():
@@ -84,7 +84,7 @@ def compiled_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim
         options: Group,
     ) -> Tensor:
         gradients, value = torch.func.grad_and_value(loss)(parameters, input, target)
-        t += 1  # Dynamo of torch 2.13 loses t.add_(1)
+        t += 1  # Dynamo in torch 2.13 drops t.add_(1)
         for p, gradient, state in zip(parameters, gradients, states, strict=True):
             update.function(p, gradient, options, t, *state)
         return cast(Tensor, value)

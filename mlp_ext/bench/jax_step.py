@@ -1,4 +1,4 @@
-"""A peer: the whole training step in JAX, compiled, the buffers of its parameters donated."""
+"""A peer: the whole training step in JAX, compiled, with donated parameter buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Modules with their default options, and their names in jax.nn.
+# Modules with default options, and their names in jax.nn.
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -52,7 +52,7 @@ class JaxStep:
         self._step = jax.jit(step, donate_argnums=0)
         self._array = jax.numpy.array
         self._model, self._group = model, optimizer.param_groups[0]
-        self._data: dict[Tensor, Any] = {}  # as arrays of JAX, converted once
+        self._data: dict[Tensor, Any] = {}  # as JAX arrays, converted once
         self.load()
 
     def __call__(self, input: Tensor, target: Tensor) -> Any:
@@ -64,11 +64,11 @@ class JaxStep:
         return loss.block_until_ready()
 
     def load(self) -> None:
-        """Takes the model's parameters."""
+        """Copies the model's parameters to JAX."""
         self._parameters = [self._array(p.detach().numpy()) for p in self._model.parameters()]
 
     def save(self) -> None:
-        """Writes them back."""
+        """Copies the parameters back to the model."""
         with torch.no_grad():
             for p, array in zip(self._model.parameters(), self._parameters, strict=True):
                 p.copy_(torch.tensor(array.tolist(), dtype=p.dtype))

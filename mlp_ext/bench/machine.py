@@ -1,4 +1,4 @@
-"""The machine that a result was measured on, and the limits of its processor."""
+"""Describes the machine of a result, and measures its peak performance."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from mlp_ext import _C
 from mlp_ext.bench.cases import Setting
 
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
-PEAK_SECONDS = 0.2  # of one measurement; the best of several counts
-COPIED_BYTES = 2**28  # by one copy, read and written: more than any cache holds
+PEAK_SECONDS = 0.2  # per measurement; the best of several counts
+COPIED_BYTES = 2**28  # per copy, more than any cache holds
 CUDA_GEMM = 8192  # M, K and N of the GEMM that measures a GPU
 
 
 class Peak(NamedTuple):
-    """The limits of a processor with a number of threads, in float32, or of a GPU in a dtype."""
+    """Peak performance of a CPU with some threads in float32, or of a GPU in a dtype."""
 
     flops: float  # multiply-adds per second, each counted as two: in registers, or in torch's GEMM
     bandwidth: float  # bytes read and bytes written per second by a copy
 
 
 def measure_peak(setting: Setting) -> Peak:
-    """Measures the limits of the device; takes about two seconds."""
+    """Measures the device's peak performance; takes about two seconds."""
     cuda = setting.device == "cuda"
     copied = COPIED_BYTES * (8 if cuda else 1)
     source = torch.ones(copied // 8, device=setting.device)
@@ -54,7 +54,7 @@ def measure_peak(setting: Setting) -> Peak:
 
 
 def now(setting: Setting) -> float:
-    """Seconds, after all work on the device is done."""
+    """The time in seconds, after synchronising the device."""
     if setting.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -62,7 +62,7 @@ def now(setting: Setting) -> float:
 
 @contextmanager
 def torch_set(setting: Setting) -> Iterator[None]:
-    """torch uses the setting's threads and TF32 in the body, and then what it used before."""
+    """Sets torch's threads and TF32 as in `setting`, and restores them afterwards."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(setting.threads)
     torch.set_float32_matmul_precision("high" if setting.dtype == "tf32" else "highest")
@@ -75,7 +75,7 @@ def torch_set(setting: Setting) -> Iterator[None]:
 
 @cache
 def device_name(device: str) -> str:
-    """As "AMD EPYC (AVX-512)", with the instruction set in use here; a GPU's own name."""
+    """As "AMD EPYC (AVX-512)", with the instruction set in use, or the GPU's name."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     instruction_set = _C.instruction_set()
@@ -95,7 +95,7 @@ def _processor() -> str:
 
 @cache
 def commit(package: Path = Path(__file__).parents[1]) -> str:
-    """The short hash of the commit that `package` is at, with a + if a source has changed since.
+    """The short hash of the package's commit, with a + if sources were modified.
 
     "unknown" for a package that is not under git itself, even inside a repository.
     """

@@ -11,7 +11,7 @@ from mlp_ext.bench.rows import Row, by_provider, geometric_mean, read_csv, repla
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {  # told apart also without red or green; others take what is left
+COLOURS = {  # colour-blind safe; other providers use SPARE_COLOURS
     "fused": "#0072b2",
     "compile": "#e69f00",
     "native_inplace": "#999999",
@@ -25,15 +25,15 @@ COLOURS = {  # told apart also without red or green; others take what is left
 }
 SPARE_COLOURS = ("#7f3c8d", "#8c564b", "#b0b0b0", "#1a1a6e")
 BAR = 0.19  # inches
-LOGARITHMIC_FROM = 20  # times as fast: on a linear axis the others would vanish beside it
+LOGARITHMIC_FROM = 20  # ratio from which the axis is logarithmic
 
 
 def ratio_bars(rows: Iterable[Row]) -> Figure:
-    """Bars of each provider's ratio to native, a group for each case; above 1 is faster.
+    """Draws bars of each provider's ratio to native, grouped by case; above 1 is faster.
 
-    A panel for each suite, mode, activation, optimizer, dtype, device and number of threads among
-    `rows`. Beside a bar its ratio, and its share of peak where that is known. Raises ValueError
-    where there is nothing but native.
+    One panel for each suite, mode, activation, optimizer, dtype, device and number of threads in
+    `rows`. Bars are labelled with the ratio, and the share of peak if known. Raises ValueError if
+    native is the only provider.
     """
     from matplotlib.figure import Figure
 
@@ -74,7 +74,7 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
             color=COLOURS.get(name) or next(spare),
             label=f"{name}, geometric mean {geometric_mean([r.ratio_to_native for r in part]):.2f}",
         )
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of the lines behind
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides lines behind labels
         labels = [_label(row) for row in part]
         axes.bar_label(bars, labels, padding=4, fontsize="small", bbox=clear)
     axes.axvline(1, color="black", linewidth=1)
@@ -101,8 +101,8 @@ def _label(row: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws the rows of CSV files again; exits with status 2 and one line after a user's error."""
-    from mlp_ext.commands import arguments  # the floor above, for this command alone
+    """Draws the rows of CSV files; exits with status 2 and one line after a user's error."""
+    from mlp_ext.commands import arguments  # one layer up; only this command needs it
 
     parser = arguments.Parser(prog="python -m mlp_ext.bench.plot", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="what mlp-ext bench --csv wrote")

@@ -1,4 +1,4 @@
-"""The providers: ways to compute the same thing. Another one is a function and a row."""
+"""The providers: ways to compute the same thing. To add one, add a function and a row."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def _compile(setting: Setting, mode: str = "default") -> Function:
         return compiled
 
     def function(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Its backward may otherwise run once only. It is compiled in the first forward.
+        # With donated buffers backward could run only once. Compiled in the first forward.
         with torch._functorch.config.patch(donated_buffer=False):
             return compiled(input, weight, bias)
 
     return function
 
 
-# What oneDNN takes: name, scalars, algorithm.
+# Arguments of oneDNN: name, scalars, algorithm.
 MKLDNN: dict[str, tuple[str, list[float], str | None]] = {
     "identity": ("none", [], None),
     "relu": ("relu", [], None),
@@ -104,7 +104,7 @@ def _captured_step(*parts: Any) -> Step:
 
 
 def _fit(*parts: Any) -> Callable[..., Tensor]:
-    """Epochs of one batch; the last loss."""
+    """Epochs of one batch; returns the last loss."""
     step = TrainStep(*parts)
     return lambda input, target, epochs=1: step.fit(input, target, epochs=epochs)[-1]
 
@@ -173,14 +173,14 @@ def _jax_here(setting: Setting) -> str:
 
 
 class Provider(NamedTuple):
-    """`make` is called with a Setting in layers, and as a row of training.LAYERS in train."""
+    """`make` takes a Setting in layers; in train it is called like training.LAYERS."""
 
     make: Callable[..., Any]
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
-    captured: bool = False  # in layers: the call is captured in a CUDA graph and replayed
-    options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # in train: of the optimizer
-    has_epochs: bool = False  # in train: a call may make several steps; its time is divided by them
-    path: str | None = None  # of csrc/cuda/plan.h, instead of the plan's; for what is captured
+    captured: bool = False  # in layers: captured in a CUDA graph and replayed
+    options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # in train: optimizer options
+    has_epochs: bool = False  # in train: a call may run several steps, and reports the time of one
+    path: str | None = None  # forces a path of csrc/cuda/plan.h while capturing
     takes: Callable[[Case, Setting], bool] = lambda case, setting: True
 
 
@@ -215,7 +215,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "jax": Provider(JaxStep, _jax_here),
     },
 }
-DEFAULT = {  # by device; of these, those of the suite
+DEFAULT = {  # by device; those that the suite has
     "cpu": ("native", "native_fused", "compile", "compile-step", "fused", "stack", "step", "fit"),
     "cuda": (
         "native",

@@ -1,4 +1,4 @@
-"""Results are rows: one of a provider in a case, with where and how it was measured."""
+"""Result rows: one provider in one case, with where and how it was measured."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Row:
     commit: str
     timestamp: str  # UTC, ISO 8601
     gflops: float  # operations of the GEMMs / median_s, in 10^9 per second
-    share_of_peak: float | None  # as benchmarks/README.md says; None where not measured
+    share_of_peak: float | None  # see benchmarks/README.md; None if not measured
 
 
 COLUMNS = [field.name for field in fields(Row)]
-_DEFAULT_OPTIMIZER = {"layers": "", "train": "sgd"}  # where there is no column for it
+_DEFAULT_OPTIMIZER = {"layers": "", "train": "sgd"}  # in files without that column
 _READ: dict[str, Any] = {
     "str": str,
     "int": int,
@@ -49,7 +49,7 @@ _READ: dict[str, Any] = {
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which replaces it once the body has written it."""
+    """Yields a temporary file that replaces `path` after the body."""
     path = path.resolve()
     part = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -60,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Writes the file whole: COLUMNS, then a line for each row. Raises OSError."""
+    """Writes the file atomically: COLUMNS, then a line per row. Raises OSError."""
     with replacing(path) as part, part.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -68,7 +68,7 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows that write_csv wrote, also before there was a column `optimizer`.
+    """Reads files of write_csv, also of versions without the column `optimizer`.
 
     Raises OSError, and ValueError for any other file.
     """
@@ -90,7 +90,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def write_json(rows: Iterable[Row], path: Path) -> None:
-    """Writes the file whole: a list of objects, a row each. Raises OSError."""
+    """Writes the file atomically: a list of one object per row. Raises OSError."""
     with replacing(path) as part:
         part.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
@@ -100,7 +100,7 @@ def geometric_mean(ratios: Sequence[float]) -> float:
 
 
 def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each provider but native, whose ratio to itself tells nothing."""
+    """The rows of each provider except native."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.provider != "native":

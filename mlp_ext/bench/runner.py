@@ -1,4 +1,4 @@
-"""The runner: providers in turn in each round, so that a drifting machine moves all alike."""
+"""The runner: times providers in turn in each round, so that drift affects all of them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mlp_ext.bench.work import Call, Work, set_up
 from mlp_ext.ops import build_info
 
 Clock = Callable[[], float]  # seconds
-SAMPLE_SECONDS = 0.02  # a shorter call is repeated until a sample lasts so long
-# Of a result from native's, as |difference| / |native's|. Loose: relu's mask may differ where z is
-# about 0, and gradients underflow in float16. A wrong tile of a wrong kernel is far above.
+SAMPLE_SECONDS = 0.02  # shorter calls are repeated for this long
+# Largest |difference| / |native's result|. Loose, since relu's mask may differ where z is about 0,
+# and gradients underflow in float16. Errors of broken kernels are far larger.
 TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "tf32": 2e-2, "bfloat16": 0.1, "float16": 0.1}
 
 
 class WrongResult(Exception):
-    """A provider computes something else than native, or nothing."""
+    """A provider's result differs from native's, or it fails."""
 
 
 def measure(
@@ -39,9 +39,9 @@ def measure(
     peak: Peak | None = None,
     after_round: Callable[[], object] = lambda: None,
 ) -> list[Row]:
-    """A row for each of `providers` that takes the case; the first must be native.
+    """A row for each of `providers` that supports the case; the first must be native.
 
-    Raises WrongResult before anything is timed, RuntimeError where memory does not suffice.
+    Raises WrongResult before anything is timed, RuntimeError if out of memory.
     """
     known = PROVIDERS[setting.suite]
     providers = [name for name in providers if known[name].takes(case, setting)]
@@ -87,7 +87,7 @@ def check(works: Mapping[str, Work], case: Case, setting: Setting) -> None:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected|; 0 where they are equal, NaN where the shapes differ."""
+    """|found - expected| / |expected|; 0 if they are equal, NaN if the shapes differ."""
     if found.shape != expected.shape:
         return float("nan")
     norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
@@ -101,7 +101,7 @@ def in_turn(
     clock: Clock,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds per step of each, one number per round; each is first in turn."""
+    """Seconds per step of each, one number per round; rounds rotate the order."""
     loops = {name: _loops(work.prepare(0), clock) for name, work in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
@@ -120,7 +120,7 @@ def in_turn(
 
 
 def _loops(call: Call, clock: Clock) -> int:
-    """How many calls make a sample; warms up."""
+    """Number of calls per sample; warms up."""
     loops = 1
     while _elapsed(call, loops, clock) < SAMPLE_SECONDS:
         loops *= 2
@@ -170,18 +170,18 @@ def _rows(
 
 
 def _share_of_peak(case: Case, setting: Setting, seconds: float, peak: Peak | None) -> float | None:
-    """The least time that the device's limits allow, as a share of `seconds`."""
+    """The shortest time possible at peak performance, as a share of `seconds`."""
     if peak is None or (setting.device == "cpu" and setting.dtype != "float32"):
         return None
     least = case.operations(setting.mode) / peak.flops
-    if setting.device == "cuda":  # of a processor the multiply-adds alone count
+    if setting.device == "cuda":  # on the CPU only FLOPs count
         moved = case.elements(setting.mode) * setting.torch_dtype.itemsize
         least = max(least, moved / peak.bandwidth)
     return least / seconds
 
 
 def _forget() -> None:
-    """Frees the memory of a case and its compiled code, so that the next shapes are static too."""
+    """Frees the memory and compiled code of a case, so that the next shapes are static, too."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     gc.collect()

@@ -1,6 +1,6 @@
-"""What is trained, by the demo and by the benchmarks: networks, losses, optimizers, kinds of steps.
+"""Networks, losses, optimizers and kinds of steps of the demo and the benchmarks.
 
-Another one of each is a row of a table.
+To add one, add a row to its table.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Step = Callable[[Tensor, Tensor], Tensor]  # input [M, K], target [M, N] -> loss
 
 class Loss(NamedTuple):
     criterion: Callable[[], nn.Module]
-    last: Callable[[], nn.Module] = nn.Sigmoid  # after the last layer; Identity: it gives logits
+    last: Callable[[], nn.Module] = nn.Sigmoid  # after the last layer; Identity for logits
 
 
-LOSSES: dict[str, Loss] = {  # whose targets are in [0, 1], or probabilities of classes
+LOSSES: dict[str, Loss] = {  # losses for targets in [0, 1] or class probabilities
     "mse": Loss(nn.MSELoss),
     "bce": Loss(nn.BCELoss),
     "bce_with_logits": Loss(nn.BCEWithLogitsLoss, nn.Identity),
@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def sgd_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """The training step as everyone writes it."""
+    """The usual eager training step."""
 
     def step(input: Tensor, target: Tensor) -> Tensor:
         # forward
@@ -58,8 +58,8 @@ def sgd_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Opti
     return step
 
 
-# How a model of torch.nn, its loss and its optimizer become a training step, which works on the
-# model's own Parameters.
+# Make a training step from a torch.nn model, a loss and an optimizer. Steps update the model's own
+# Parameters.
 LAYERS: dict[str, Callable[[nn.Sequential, nn.Module, torch.optim.Optimizer], Step]] = {
     "native": sgd_step,
     "fused": lambda model, *rest: sgd_step(fuse(model, level="layers"), *rest),

@@ -1,4 +1,4 @@
-"""What is timed: one set-up of a case for every mode and every provider."""
+"""Sets up what is timed: a case for every mode and provider."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from mlp_ext.bench.providers import Function, Provider
 from mlp_ext.bench.training import OPTIMIZERS, make_mlp
 
 Call = Callable[[], Tensor]
-SETS = 4  # of random inputs, fewer where they are large
-SET_BYTES = 2**28  # in all
+SETS = 4  # sets of random inputs, fewer if they are large
+SET_BYTES = 2**28  # in total
 LEARNING_RATE = 0.01
-# Options of the optimizer while results are compared: a long stride, so that the change stands out
-# from the rounding of the weights; eps, so that it is proportional to the gradient, whose sign may
-# be that of a rounding error.
+# Optimizer options while results are compared: a large lr, so that updates exceed the rounding of
+# weights; a large eps, so that updates are proportional to gradients, whose sign may be a rounding
+# error.
 CHECKED = {"lr": 1e4 * LEARNING_RATE, "eps": 1.0, "weight_decay": 0.0}
-CALL_OPERATIONS = 2e9  # where a call may make several steps, so many that they come to this
+CALL_OPERATIONS = 2e9  # FLOPs per call that runs several steps
 
 
 class Work(NamedTuple):
     """One provider's part in a case."""
 
     prepare: Callable[[int], Call]  # the call to time, on the inputs of that round
-    results: Callable[[], dict[str, Tensor]]  # of one call, by name, to compare with native's
-    steps: int = 1  # that one call makes, all alike
+    results: Callable[[], dict[str, Tensor]]  # results of one call, to compare with native's
+    steps: int = 1  # steps per call
 
 
 def set_up(case: Case, setting: Setting) -> Callable[[Provider], Work]:
-    """Draws the inputs of a case, the same for every provider that is then given.
+    """Draws the inputs of a case, the same for every provider that is then set up.
 
-    Raises RuntimeError where memory does not suffice.
+    Raises RuntimeError if out of memory.
     """
     generator = torch.Generator(setting.device).manual_seed(0)
     kind = {"device": setting.device, "dtype": setting.torch_dtype}
@@ -58,7 +58,7 @@ def _layer(
 
     def start(provider: Provider) -> Work:
         function = provider.make(setting)
-        # Leaves of its own over the same memory, since a graph must not meet another's gradients.
+        # Own leaves on shared memory: graphs must not see each other's gradients.
         w, b, *x = (
             t.detach().requires_grad_(learns) for t in (weight, bias, *(input for input, _ in sets))
         )
@@ -73,7 +73,7 @@ def _layer(
         def prepare(turn: int) -> Call:
             if setting.device == "cpu":
                 return call(turn % len(sets))
-            calls = cycle([call(i) for i in range(len(sets))])  # L2 is large
+            calls = cycle([call(i) for i in range(len(sets))])  # so that inputs are not in L2
             return lambda: next(calls)()
 
         def results() -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def _full(function: Function, leaves: list[Tensor], grad_output: Tensor) -> Call
 
 
 def _captured(make: Callable[[], Call], leaves: list[Tensor], path: str | None) -> Call:
-    """The call as a CUDA graph, replayed; its output and gradients are always the same memory."""
+    """Captures the call as a CUDA graph; output and gradients stay in the same memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     _C.force_cuda_path(path)
@@ -170,14 +170,14 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
             return partial(step, *sets[turn % SETS], **epochs)
 
         def results() -> dict[str, Tensor]:
-            """All changes as one, since 16-bit rounding leaves little of some; they are undone."""
+            """All updates in one tensor (16-bit rounding may erase single ones); undoes them."""
             before = [p.detach().clone() for p in parameters]
             states = [(t, t.clone()) for t in _states(optimizer)]
             (group,) = optimizer.param_groups
             usual = {name: group[name] for name in CHECKED if name in group}
             group.update({name: CHECKED[name] for name in usual})
             loss = torch.tensor(float(step(*sets[0])), dtype=torch.float64)
-            getattr(step, "save", lambda: None)()  # of a peer with parameters of its own
+            getattr(step, "save", lambda: None)()  # peers with their own parameters
             group.update(usual)
             after = [p.detach().clone() for p in parameters]
             changes = [(a - b).flatten() for a, b in zip(after, before, strict=True)]

@@ -1,4 +1,4 @@
-"""What the commands' arguments share: their types and their checks."""
+"""Types and checks shared by the commands' arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Fail = Callable[[str], NoReturn]  # prints a user's error in one line and exits 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without argparse's usage above it."""
+        """Prints one line, without argparse's usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -55,13 +55,13 @@ def file(text: str) -> Path:
 
 
 def check_device(device: str, fail: Fail) -> None:
-    """Fails where torch does not find `device`, "cpu" or "cuda"."""
+    """Fails if torch does not find `device`, "cpu" or "cuda"."""
     if device == "cuda" and not torch.cuda.is_available():
         fail("argument --device: torch finds no cuda device here")
 
 
 def check_picture(path: Path | None, fail: Fail, argument: str = "--plot") -> None:
-    """Fails where matplotlib is not installed or does not write files that end as `path` does."""
+    """Fails if matplotlib is not installed or does not support the file type of `path`."""
     with advising(fail):
         if path and path.suffix[1:].lower() not in plots.file_types():
             fail(
@@ -72,7 +72,7 @@ def check_picture(path: Path | None, fail: Fail, argument: str = "--plot") -> No
 
 @contextmanager
 def advising(fail: Fail) -> Iterator[None]:
-    """Says how to install what the body finds missing."""
+    """Fails with install instructions if the body misses a package."""
     try:
         yield
     except ModuleNotFoundError as error:

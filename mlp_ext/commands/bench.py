@@ -85,8 +85,8 @@ def _bench(args: argparse.Namespace) -> None:
     optimizer = args.optimizer or SUITES[suite].optimizer
     threads = args.threads or torch.get_num_threads()
     setting = Setting(suite, mode, args.activation, optimizer, args.dtype, args.device, threads)
-    wanted = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
-    if args.peak and not any(wanted):
+    requested = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
+    if args.peak and not any(requested):
         _print_peak(measure_peak(setting), setting)
         return
     try:
@@ -114,7 +114,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _providers(args: argparse.Namespace, setting: Setting) -> list[str]:
-    """native, then the chosen ones; prints which of them do not apply, and why."""
+    """native, then the selected providers; prints which of them do not apply, and why."""
     known = PROVIDERS[setting.suite]
     found = ["native"]
     for name in args.providers or [n for n in DEFAULT[setting.device] if n in known]:
@@ -134,9 +134,9 @@ def _run(
     providers: Sequence[str],
     peak: Peak | None,
 ) -> list[Row]:
-    """Measures and prints; exits with status 1 where a provider computes something else."""
-    place = f"{device_name(setting.device)}, {_threads(setting.threads)}"
-    print(f"{setting.suite} {setting.name} on {place}")
+    """Measures and prints; exits with status 1 if a provider's results are wrong."""
+    machine = f"{device_name(setting.device)}, {_threads(setting.threads)}"
+    print(f"{setting.suite} {setting.name} on {machine}")
     print("median time of a call, times as fast as native" + ", share of peak" * bool(peak))
     first = max(len("geometric mean"), *(len(str(case)) for case in cases))
     other = max(24 if peak else 16, first, *map(len, providers))
@@ -159,7 +159,7 @@ def _run(
                 print(line(str(case), [cells.get(name, "-") for name in providers]), flush=True)
     except WrongResult as error:
         args.exit(1, f"{args.prog}: error: {error}\n")
-    except RuntimeError as error:  # no memory for it
+    except RuntimeError as error:  # out of memory
         args.fail(f"argument --cases: {case}: {str(error).strip().splitlines()[0]}")
     finally:
         if bar:
@@ -214,7 +214,7 @@ def _print_peak(peak: Peak, setting: Setting) -> None:
 
 
 def _progress_bar(total: int) -> Any:
-    """None where nobody would see it."""
+    """None if stderr is not a terminal or tqdm is missing."""
     if not (sys.stderr.isatty() and find_spec("tqdm")):
         return None
     from tqdm import tqdm

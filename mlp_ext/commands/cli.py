@@ -1,4 +1,4 @@
-"""The command `mlp-ext`: how it was built, the training loop on real data, the benchmarks."""
+"""The command `mlp-ext`: build information, training on real data, benchmarks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from mlp_ext.commands.train import add_train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`, by default the process's own; returns the exit status.
+    """Runs the command line `argv` (default: the process's own); returns the exit status.
 
-    0 when all went well, 2 after a user's error, told in one line on stderr, 130 after Ctrl-C, 141
-    when the output is no longer read.
+    0: success; 2: a user's error, explained in one line on stderr; 130: Ctrl-C; 141: broken pipe.
     """
     parser = _parser()
     try:
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:  # of stdout: its pipe is closed, or its disk is full
+    except OSError as error:  # from stdout: closed pipe or full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         if isinstance(error, BrokenPipeError):
             return 141

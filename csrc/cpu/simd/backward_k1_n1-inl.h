@@ -1,4 +1,4 @@
-// Backward where K = 1 or N = 1: dx, dW and db in one pass row by row. dz is made some rows at a time.
+// Backward for K = 1 or N = 1: dx, dW and db in one pass over the rows. dz is computed a few rows at a time.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -10,7 +10,7 @@
 namespace mlp_ext::cpu {
 namespace {
 
-constexpr int64_t kGradZInL1 = 1024;  // elements of dz that are made at a time
+constexpr int64_t kGradZInL1 = 1024;  // elements of dz computed at a time
 
 // K = 1: lanes run along N. scratch: [2, N] of double, [7, N] and kGradZInL1 of T.
 template <class S, class T = Accumulator<S>>
@@ -55,7 +55,7 @@ void backward_k1(const Backward& b, Range samples, void* dw, void* db, void* scr
   if (db) round_sums(db_total, b.N, static_cast<T*>(db));
 }
 
-// The dz of a column, of up to kShortRows rows; across vectors where dy and saved have no gaps.
+// dz of a single column, up to kShortRows rows. Contiguous columns are processed as one row, in full vectors.
 template <class S, class T = Accumulator<S>>
 void grad_z_column(const Backward& b, Range rows, T* dz) {
   const bool no_gaps = b.dy.stride == 1 && (!b.saved.data || b.saved.stride == 1);
@@ -64,7 +64,7 @@ void grad_z_column(const Backward& b, Range rows, T* dz) {
                            no_gaps ? 1 : rows.size(), no_gaps ? rows.size() : 1);
 }
 
-// K = N = 1, x and dx without gaps: lanes run along the rows.
+// K = N = 1, x and dx contiguous: lanes run along the rows.
 template <class S, class T = Accumulator<S>>
 void backward_k1_n1(const Backward& b, Range samples, void* dw, void* db) {
   using V = Vec<T>;

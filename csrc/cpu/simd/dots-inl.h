@@ -1,4 +1,4 @@
-// A product C = A B^T whose lanes run along the depth, nothing packed: for few rows of A or of B.
+// C = A B^T for few rows of A or of B: lanes run along the depth, nothing is packed.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -13,7 +13,7 @@ struct Sizes {
   int64_t M, K, N;
 };
 
-// f(k, how many numbers) for vectors of Elements along the depth.
+// Calls f(k, lanes) for every vector of Elements along the depth.
 template <class Element, class T, class F>
 inline void for_depth(int64_t depth, const F& f) {
   constexpr int64_t step = Element::depth * Vec<T>::lanes;
@@ -22,14 +22,14 @@ inline void for_depth(int64_t depth, const F& f) {
   if (k < depth) f(k, static_cast<int>(depth - k));
 }
 
-// One row of A, few rows of B at a time: one, or where their lines would compete for the same places in L1.
+// One row of A against Q rows of B at a time. Q is small: for a single row of B, or rows that alias in L1.
 template <int Q, class S, class Element, class Finish>
 void dots_of_one_row(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Range columns, const Finish finish) {
   using V = Vec<Accumulator<S>>;
   constexpr int chains = 4;
   constexpr int64_t step = Element::depth * V::lanes;
   for (int64_t n = columns.begin; n < columns.end; n += Q) {
-    const S *const x = at<S>(a, 0, 0), *w[Q];  // beyond the edge the last row again
+    const S *const x = at<S>(a, 0, 0), *w[Q];  // past the edge: the last row again
     for (int q = 0; q < Q; ++q) w[q] = at<S>(b, std::min<int64_t>(n + q, columns.end - 1), 0);
     V sums[chains][Q];
     const auto add = [&](int chain, int64_t k, auto lanes) {
@@ -48,7 +48,7 @@ void dots_of_one_row(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, 
   }
 }
 
-// Tiles of P rows of A and Q rows of B, P Q sums of lanes, which one transposition turns into one vector of results.
+// Tiles of P rows of A and Q rows of B. A transpose reduces the P Q vectors of partial sums to one vector of results.
 template <int P, int Q, class S, class Element, class Finish>
 void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Range rows, Range columns,
                    const Finish finish) {
@@ -57,12 +57,12 @@ void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Ra
   static_assert(P * Q == V::lanes);
   for (int64_t n = columns.begin; n < columns.end; n += Q)
     for (int64_t m = rows.begin; m < rows.end; m += P) {
-      if (Q == 1 && depth == 1 && a.stride == 1) {  // both with one column: element by element
+      if (Q == 1 && depth == 1 && a.stride == 1) {  // an elementwise product
         const int n_lanes = static_cast<int>(std::min<int64_t>(P, rows.end - m));
         finish.column(m, load(at<S>(a, m, 0), n_lanes) * V(load(at<S>(b, 0, 0), 1).v[0]), n_lanes);
         continue;
       }
-      const S *x[P], *w[Q];  // beyond the edge the last row again
+      const S *x[P], *w[Q];  // past the edge: the last row again
       for (int p = 0; p < P; ++p) x[p] = at<S>(a, std::min<int64_t>(m + p, rows.end - 1), 0);
       for (int q = 0; q < Q; ++q) w[q] = at<S>(b, std::min<int64_t>(n + q, columns.end - 1), 0);
       V acc[V::lanes];
@@ -81,7 +81,7 @@ void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Ra
       V z = acc[0];
 #pragma GCC unroll 16
       for (int i = 1; i < V::lanes; ++i) z = z + acc[i];
-      if (Q == 1) {  // the results of P rows lie side by side
+      if (Q == 1) {  // the results of P rows are contiguous
         finish.column(m, z, static_cast<int>(std::min<int64_t>(P, rows.end - m)));
         continue;
       }
@@ -93,8 +93,8 @@ void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Ra
 }
 
 // C[rows, columns] = A B^T for A [M, K] and B [N, K].
-//   finish(i, j, vector, lanes)    stores C at row i from column j on
-//   finish.column(i, vector, lanes)  where N = 1: stores its only column from row i on
+//   finish(i, j, vector, lanes)      stores C from (i, j) along row i
+//   finish.column(i, vector, lanes)  stores C from row i on, where N = 1
 template <class S, class Element, class Finish>
 void dots(const ConstMatrix& a, const ConstMatrix& b, Sizes size, Range rows, Range columns, const Finish& finish) {
   constexpr int lanes = Vec<Accumulator<S>>::lanes, side = lanes >= 16 ? 4 : 2;

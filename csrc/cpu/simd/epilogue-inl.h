@@ -1,4 +1,4 @@
-// The ends of GEMMs, and the way from all kernels to those of pointwise-inl.h.
+// Epilogues of GEMMs, and calls into the kernels of pointwise-inl.h.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -24,8 +24,7 @@ const PointwiseKernels& pointwise_of() {
   return MLP_EXT_TARGET::pointwise(kDTypeOf<S>);
 }
 
-// dz = act'(dy, saved) of some rows and columns as accumulators, [rows, columns] at dz. Adds the sum over up to
-// kShortRows rows to db, where it is given.
+// dz = act'(dy, saved) for a block, as accumulators. Adds the sum over its rows (up to kShortRows) to db, if given.
 template <class S, class T = Accumulator<S>>
 void grad_z_rows(const Backward& b, Range rows, Range columns, T* dz, int64_t stride, T* db = nullptr) {
   pointwise_of<S>().grad_z(*b.activation, {at<S>(b.dy, rows.begin, columns.begin), b.dy.stride},
@@ -40,8 +39,8 @@ inline bool needs_z(const Activation& activation) {
   return visit(activation, [](auto act) { return act.needs() == Needs::preactivation; });
 }
 
-// The activations that are applied to sums in registers, as f(Act()); others take otherwise(), to a tile in L1. Sigmoid
-// and tanh there cost a forward pass a tenth (zen4, 4096x64x64).
+// Calls f(Act()) for activations that are applied to sums in registers; for others otherwise(), which applies them to
+// tiles in L1. Sigmoid and tanh are 10 % faster in registers (zen4, 4096x64x64).
 template <class F, class Otherwise>
 void with_act_in_registers(const Activation& activation, const F& f, const Otherwise& otherwise) {
   const bool found = [&]<class... Act>(TypeList<Act...>) {
@@ -50,7 +49,7 @@ void with_act_in_registers(const Activation& activation, const F& f, const Other
   if (!found) otherwise();
 }
 
-// y = act(z + b) for vectors of sums z: bias, activation, rounding.
+// Epilogue in registers: y = act(z + b), rounded.
 template <class S, class Act>
 struct BiasAct {
   static constexpr bool whole_depth = false;
@@ -66,7 +65,7 @@ struct BiasAct {
   }
 };
 
-// The same for tiles of sums and any activation; stores z too where z is given.
+// The same for tiles in L1 and any activation. Also stores z + b to z, if given.
 template <class S>
 struct BiasActTile {
   static constexpr bool whole_depth = false, takes_tiles = true;
@@ -92,20 +91,20 @@ struct BiasActTile {
   }
 };
 
-// dW of tiles of sums updates W.
+// Epilogue of the dW GEMM: updates W tile by tile.
 template <class S>
 struct UpdateTile {
   static constexpr bool whole_depth = false, takes_tiles = true;
   using T = Accumulator<S>;
   const Update* update;
-  int64_t begin, stride;  // of elements of W
+  int64_t begin, stride;  // in elements of W
   UpdateTile from(int64_t i, int64_t j) const { return {update, begin + i * stride + j, stride}; }
   void tile(int64_t i, int64_t j, T* sums, int rows, int width) const {
     pointwise_of<S>().update(*update, begin + i * stride + j, stride, {sums, Tile<T>::columns}, rows, width);
   }
 };
 
-// The update by the gradient that is the sum, in order, of parts[part * stride + range], accumulators or of S.
+// Updates with the gradient sum over p of parts[p * stride + range], added in order. Parts are accumulators or S.
 template <class S, class Part = Accumulator<S>>
 void update_by_parts(const Update& update, const void* parts, int64_t count, int64_t stride, Range range) {
   using T = Accumulator<S>;

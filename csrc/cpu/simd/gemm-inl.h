@@ -1,6 +1,6 @@
-// A blocked product C = A B for one thread (Goto and van de Geijn, "Anatomy of High-Performance Matrix
-// Multiplication"). The callers pack A and B, which is where a prologue goes (dz from dy and y), and finish each vector
-// of C while it is in a register, which is where an epilogue goes (bias, activation, rounding).
+// A blocked, single-threaded GEMM C = A B (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication").
+// Callers supply the packing of A and B, which may hold a prologue (dz from dy and y), and an epilogue that takes each
+// vector of C while it is in a register (bias, activation, rounding).
 #pragma once
 
 #include "cpu/simd/vec-inl.h"
@@ -9,33 +9,33 @@ namespace mlp_ext::cpu {
 namespace {
 
 template <class T>
-struct Tile {  // what one pass of the inner loop holds in registers: rows x vectors accumulators
-  static constexpr int rows = kVectorBytes == 64 ? 14 : 6;  // of 32 or 16 registers, 2 or 3 are left for A and B
+struct Tile {                                               // register blocking: rows x vectors accumulators
+  static constexpr int rows = kVectorBytes == 64 ? 14 : 6;  // leaves 4 of 32 or 16 registers for A and B
   static constexpr int vectors = 2;
   static constexpr int columns = vectors * Vec<T>::lanes;
 };
 
 template <class T>
-struct Blocking {  // the loops around it, measured at 1024x1024x1024 on Zen 4: 102 GFLOP/s
+struct Blocking {  // cache blocking (zen4, 1024x1024x1024)
   static constexpr int depth = kDepthBytes / sizeof(T);
-  static constexpr int rows = 8 * Tile<T>::rows;         // A: a quarter of L2; 16 tiles are no faster
-  static constexpr int columns = 32 * Tile<T>::columns;  // B: with 16 tiles 97, A is packed twice as often
+  static constexpr int rows = 8 * Tile<T>::rows;         // A: a quarter of L2; more is no faster
+  static constexpr int columns = 32 * Tile<T>::columns;  // B: half of it packs A twice as often and is 5 % slower
 };
 
-// How a block of A lies when packed: element (i, k) at i / rows * panel + i % rows * row_step + k * depth_step.
+// Layouts of packed A: element (i, k) is at i / rows * panel + i % rows * row_step + k * depth_step.
 template <class T>
-struct RowsOfA {  // as in memory, a copy of rows; the stride is no power of two
+struct RowsOfA {  // row-major; the stride is not a power of two
   static constexpr int row_step = Blocking<T>::depth + Vec<T>::lanes, depth_step = 1;
   static constexpr int64_t panel = Tile<T>::rows * row_step;
 };
 template <class T>
-struct ColumnsOfA {  // transposed, a copy of short pieces of rows of A^T
+struct ColumnsOfA {  // depth-major panels
   static constexpr int row_step = 1;
   static constexpr int depth_step = (Tile<T>::rows + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;
   static constexpr int64_t panel = Blocking<T>::depth * depth_step;
 };
 template <class T>
-struct RowsOfATransposed {  // the transposed of what lies as RowsOfA
+struct RowsOfATransposed {  // reads RowsOfA as its transpose
   static constexpr int row_step = 1, depth_step = RowsOfA<T>::row_step;
   static constexpr int64_t panel = Tile<T>::rows;
 };
@@ -45,10 +45,10 @@ constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows * std::max(RowsOf
 template <class T>
 constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
 
-constexpr int64_t kLargeResult = 8 << 20;  // bytes: two in L3 leave no room for what is computed from them
-constexpr int64_t kDepthToPrefetch = 256;  // of a tile, for its sums to arrive meanwhile: 2.5 % at 1024x1024x1024
-constexpr int64_t kPageBytes = 4096;       // of memory, and from line to line in the same place of L1
-constexpr int64_t kBytesInL1 = 16384;      // half of it, what most processors have at least
+constexpr int64_t kLargeResult = 8 << 20;  // bytes; results from this size on bypass the caches
+constexpr int64_t kDepthToPrefetch = 256;  // depth of a tile that hides the latency of its partial sums
+constexpr int64_t kPageBytes = 4096;       // also the distance of addresses that share an L1 set
+constexpr int64_t kBytesInL1 = 16384;      // half of the usual 32 KiB
 
 // A block of B as panels of Tile::columns columns.
 template <class T>
@@ -63,18 +63,18 @@ struct Panels {
   }
 };
 
-// Sums that wait for the next block of depth: the result itself, or a scratch block where it has fewer bits.
+// Where partial sums are kept between depth blocks: in the result, or in the workspace if the result has 16 bits.
 template <class T>
 struct Partial {
   T* data;
   int64_t row_stride;
   int64_t panel_step = Tile<T>::columns;
-  bool starts_over = false;  // with every block of columns
+  bool starts_over = false;  // the memory is reused for every block of columns
 
   T* at(int64_t i, int64_t j) const { return data + i * row_stride + j / Tile<T>::columns * panel_step; }
 };
 
-// What one call of tiles() does with the sums: add what waits (not first), then finish (last) or let them wait.
+// Position of a depth block: all but the first add the partial sums so far, the last one runs the epilogue.
 struct Stage {
   bool first, last;
 };
@@ -113,7 +113,7 @@ class Prefetcher {
   int64_t lines_per_step_ = 0;
 };
 
-// A callable by reference, so that the loops are compiled once for all packings.
+// A function reference, so that the loops are compiled once for all packings.
 template <class Signature>
 class Callable;
 template <class... Args>
@@ -134,7 +134,7 @@ using PackA = Callable<void(int64_t i, int64_t rows, int64_t k, int64_t depth, b
 template <class T>
 using PackB = Callable<void(int64_t k, int64_t depth, int64_t j, int64_t columns, T* packed)>;
 
-// What a packed element is, how a vector of them is read that lie side by side, and what a step of depth does with it.
+// Element types of packed A and B: how a vector of them is read and accumulated.
 template <class T>
 struct Single {  // one number, accumulated by FMA
   static constexpr int depth = 1;
@@ -145,7 +145,7 @@ struct Single {  // one number, accumulated by FMA
   static Vec<T> accumulate(Vec<T> sum, Vec<T> a, Vec<T> b) { return sum + a * b; }
 };
 #if MLP_EXT_VECTOR_BYTES == 64
-struct Bfloat16Pair {  // two bfloat16 in the place of a float, both products accumulated by VDPBF16PS
+struct Bfloat16Pair {  // two bfloat16 in 32 bits, accumulated by VDPBF16PS
   static constexpr int depth = 2;
   static Vec<float> read(const BFloat16* p, AllLanes) { return Vec<float>((Vec<float>::Native)_mm512_loadu_ps(p)); }
   static Vec<float> read(const BFloat16* p, int n) {  // 1 to 32 numbers
@@ -158,7 +158,7 @@ struct Bfloat16Pair {  // two bfloat16 in the place of a float, both products ac
 };
 #endif
 
-// out(row, column, vector, lanes) for all of A B: R rows of A, V vectors of B, the last of `lanes` lanes.
+// Micro-kernel: R rows of A by V vectors of B, the last with `lanes` lanes. Calls out(row, column, vector, lanes).
 template <class Layout, class Element, int R, int V, class T, class Lanes, class Out>
 __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __restrict__ b, int64_t b_step, int64_t depth,
                                         Lanes lanes, const Out out) {
@@ -181,14 +181,14 @@ __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __rest
     for (int v = 0; v < V; ++v) out(i, v * Vec<T>::lanes, acc[i][v], AllLanes{});
 }
 
-// Where the sums of a tile wait to be taken on: sums[R, Tile::columns].
+// Stores a tile's sums to a buffer [R, Tile::columns].
 template <class T>
 struct StoreTile {
   T* __restrict__ sums;
   void operator()(int row, int column, Vec<T> v, AllLanes) const { store(sums + row * Tile<T>::columns + column, v); }
 };
 
-// f(row, column, vector, lanes) for all sums of a tile.
+// Calls f(row, column, vector, lanes) for all sums of a tile.
 template <class T, class F>
 inline void for_sums(const T* sums, int rows, int width, const F& f) {
   constexpr int lanes = Vec<T>::lanes;
@@ -199,8 +199,8 @@ inline void for_sums(const T* sums, int rows, int width, const F& f) {
   }
 }
 
-// Takes a tile's sums, still in L1, on to the result.  finish(i, j, vector, lanes) stores what is complete; where its
-// whole_depth says so, that is all there ever is.
+// Passes a tile's sums, still in L1, to the epilogue or to the partial sums. finish(i, j, vector, lanes) takes complete
+// sums; with Finish::whole_depth all sums are complete.
 template <class T, class Finish>
 inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage, Partial<T> partial,
                     const Finish finish) {
@@ -223,8 +223,7 @@ inline void pass_on(const T* sums, int rows, int width, int64_t i, int64_t j, St
   }
 }
 
-// Whether a Finish takes whole tiles, with finish.tile(i, j, sums [rows, Tile::columns], rows, width), rather than
-// vectors.
+// Epilogues that take tiles rather than vectors: finish.tile(i, j, sums [rows, Tile::columns], rows, width).
 template <class Finish>
 constexpr bool takes_tiles = requires { Finish::takes_tiles; };
 
@@ -245,14 +244,14 @@ __attribute__((noinline)) void pass_on_tile(T* sums, int rows, int width, int64_
   finish.tile(i, j, sums, rows, width);
 }
 
-// The same out of line, for tiles at the edges: compiled once for all their heights.
+// pass_on out of line for edge tiles: compiled once for all heights.
 template <class T, class Finish>
 __attribute__((noinline)) void pass_on_edge(const T* sums, int rows, int width, int64_t i, int64_t j, Stage stage,
                                             Partial<T> partial, const Finish& finish) {
   pass_on(sums, rows, width, i, j, stage, partial, finish);
 }
 
-// The end of a product whose sums are the result: rounds and stores them.
+// Epilogue that only rounds and stores.
 template <class S>
 struct StoreSums {
   static constexpr bool whole_depth = false;
@@ -266,7 +265,7 @@ struct StoreSums {
   }
 };
 
-// A block of A against a block of B: whole tiles of rows, then halves of what is left.
+// A packed block of A times a block of B: full tiles of rows, then ever smaller tiles for the remaining rows.
 template <class Layout, class Element, int R, class T, class Finish>
 inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t rows, int64_t columns, Stage stage,
                   Partial<T> partial, const Finish finish, Prefetcher& prefetcher) {
@@ -281,7 +280,7 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
       const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
       prefetcher.issue();
       if constexpr (!takes_tiles<Finish> && (R == whole || Finish::whole_depth))
-        if (complete && width == Tile<T>::columns) {  // finished while the sums are in registers
+        if (complete && width == Tile<T>::columns) {  // epilogue in registers
           multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, finish.from(i, j));
           continue;
         }
@@ -309,13 +308,13 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
 }
 
 // C[rows, columns] = A[rows, depth] B[depth, columns], depth counted in packed Elements.
-//   pack_a(i, rows, k, depth, first_columns, packed, prefetcher)  puts a block of A down in Layout; may say what comes
-//   next pack_b(k, depth, j, columns, packed)              puts panels [depth, Tile::columns] down b B itself where it
-//   need not be packed, else data = nullptr finish(i, j, vector, lanes)                       stores sums of C at row i
-//   from column j on; finish.from(i, j) is
-//                                                     the same for the block that begins there. Copied, so that its
-//                                                     pointers stay in registers: stores of vectors may alias anything.
-//   block_rows                                        of A, how many are packed at a time
+//   pack_a      (i, rows, k, depth, first_columns, packed, prefetcher): packs a block of A as Layout; may enqueue what
+//               is read next
+//   pack_b      (k, depth, j, columns, packed): packs B as panels [depth, Tile::columns]
+//   b           B in place if it need not be packed, else data = nullptr
+//   finish      epilogue (i, j, vector, lanes) for sums from (i, j) along row i; finish.from(i, j) is that of the block
+//               that begins there. A copy, so that its pointers stay in registers although stores may alias.
+//   block_rows  rows of A packed at a time
 template <class Layout, class Element, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,
           Partial<T> partial, const Finish& finish, T* scratch, int64_t block_rows = Blocking<T>::rows) {
@@ -324,12 +323,12 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
   T* const packed_b = scratch + kPackedA<T>;
   for (int64_t j0 = 0; j0 < columns; j0 += Block::columns) {
     const int64_t nc = std::min<int64_t>(Block::columns, columns - j0);
-    // Rows of B in place are walked in pieces that fit L1, so that each is read in the order in which it lies.
+    // B in place: short depth blocks that fit L1, so that its rows are read sequentially.
     const int64_t in_l1 = std::max<int64_t>(8, kBytesInL1 / static_cast<int64_t>(sizeof(T)) / nc);
     const bool in_rows = b.data && b.panel_step == Tile<T>::columns;
     const int64_t step = in_rows ? std::min<int64_t>(in_l1, Block::depth) : Block::depth;
     int64_t k0 = 0;
-    do {  // once at least: with no depth at all, C is zero before the epilogue
+    do {  // at least once: with depth 0 the epilogue still runs, on zeros
       const int64_t kc = std::min<int64_t>(step, depth - k0);
       if (kc && !b.data) pack_b(k0, kc, j0, nc, packed_b);
       const auto panels = b.data ? b.from(k0, j0) : Panels<T>::packed(packed_b, kc);

@@ -1,4 +1,4 @@
-// The kernels of a layer, and the loop that measures the processor's peak. Compiled once per instruction set.
+// Kernels of a layer, and the loop that measures peak FLOP/s. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -13,7 +13,7 @@
 namespace mlp_ext::cpu {
 namespace {
 
-// Where sums wait for the next block of depth: in the result, or in scratch where the result has 16 bits.
+// Keeps partial sums in the result, or in `scratch` if the result has 16 bits.
 template <class S, class T>
 inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, T* scratch) {
   if constexpr (std::is_same_v<S, T>)
@@ -22,7 +22,7 @@ inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, 
     return {scratch, Blocking<T>::columns, Tile<T>::columns, true};
 }
 
-// B where it lies; nothing if it must be converted.
+// B unpacked; empty if it must be converted.
 template <class S, class T>
 inline Panels<T> in_place(const ConstMatrix& b, int64_t k, int64_t j) {
   if constexpr (std::is_same_v<S, T>)
@@ -31,19 +31,19 @@ inline Panels<T> in_place(const ConstMatrix& b, int64_t k, int64_t j) {
     return {};
 }
 
-// B where it lies, if so few rows of A meet it that packing it would only move it once more.
+// B unpacked, if A has so few rows that every element of B is read once.
 template <class S, class T>
 inline Panels<T> in_place_if_read_once(const ConstMatrix& b, int64_t k, int64_t j, int64_t rows_of_a) {
   return rows_of_a <= Tile<T>::rows ? in_place<S, T>(b, k, j) : Panels<T>{};
 }
 
-// Whether a matrix is so large that caches would not keep it until it is read.
+// Too large to stay in the caches until it is read.
 template <class S>
 inline bool is_large(int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
 }
 
-// The end of a product whose sums come vector by vector, of few sums: the activation is chosen for each.
+// Epilogue for few sums: dispatches on the activation for every vector.
 template <class S>
 struct BiasAnyAct {
   using T = Accumulator<S>;
@@ -56,7 +56,7 @@ struct BiasAnyAct {
     put(i, j, z, lanes);
   }
   template <class Lanes>
-  void column(int64_t i, V z, Lanes lanes) const {  // the only one, from row i on
+  void column(int64_t i, V z, Lanes lanes) const {  // N = 1, from row i on
     if (f.bias) z = z + V(scalar(static_cast<const S*>(f.bias)));
     put(i, 0, z, lanes);
   }
@@ -99,11 +99,10 @@ struct LayerOf {
     if (m.data) prefetcher.enqueue(at<S>(m, i, j), m.stride * sizeof(S), rows, columns * sizeof(S));
   }
 
-  // y = act(x W^T + b) where x or W has few rows, so that packing would not pay: lanes run along K, as many sums as
-  // lanes.
+  // y = act(x W^T + b) for few rows of x or W, where packing does not pay off: lanes run along K.
   static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
     const Sizes sizes{f.M, f.K, f.N};
-    if (f.M * f.K * f.N <= kSmallMultiplyAdds)  // pairs take subnormal numbers for 0, and torch has none here
+    if (f.M * f.K * f.N <= kSmallMultiplyAdds)  // VDPBF16PS flushes subnormals, torch does not here
       dots<S, Single<T>>(f.x, f.w, sizes, rows, columns, BiasAnyAct<S>{f});
     else
       dots<S, Element>(f.x, f.w, sizes, rows, columns, BiasAnyAct<S>{f});
@@ -146,7 +145,7 @@ struct LayerOf {
         [&] { run(BiasActTile<S>{f.activation, bias, y, z, f.y.stride, f.z.stride, past_caches}); });
   }
 
-  // dx = dz W   (M,N)(N,K), dz made while packing
+  // dx = dz W   (M,N)(N,K), dz is computed while packing
   static void grad_input(const Backward& b, Range rows, Range columns, void* scratch) {
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed, Prefetcher&) {
       const Range block{rows.begin + i, rows.begin + i + count};
@@ -177,7 +176,7 @@ struct LayerOf {
                                  begin);
   }
 
-  // A few steps of depth of dz^T as ColumnsOfA, from rows of dz. Adds them to db.
+  // Packs a few rows of dz as ColumnsOfA, adding them to db.
   template <int steps>
   static void pack_dz_columns(const Backward& b, int64_t n0, int64_t count, Range samples, int64_t m0, T* packed,
                               T* db) {
@@ -205,12 +204,12 @@ struct LayerOf {
       });
   }
 
-  // dW = dz^T x   (N,M)(M,K), dz made and db summed while packing
+  // dW = dz^T x   (N,M)(M,K), dz is computed and db summed while packing
   static void grad_weight(const Backward& b, Range rows, Range columns, Range samples, void* dw, void* db,
                           void* scratch) {
     T* const begin = static_cast<T*>(scratch);
     T* const sums = columns.begin == 0 ? static_cast<T*>(db) : nullptr;
-    double* const totals = reinterpret_cast<double*>(begin + kPackedA<T> + kPackedB<T>);  // of the rows, while summed
+    double* const totals = reinterpret_cast<double*>(begin + kPackedA<T> + kPackedB<T>);  // of db
     if (sums) std::fill(totals, totals + rows.size(), 0.0);
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool first_columns, T* packed,
                              Prefetcher&) {
@@ -224,7 +223,7 @@ struct LayerOf {
         if (sums && first_columns) add_up(totals + i, db_block, count);
       }
     };
-    if (!dw) {  // db alone
+    if (!dw) {  // db only
       const int64_t depth = elements(samples.size());
       Prefetcher none;
       for (int64_t k = 0; sums && k < depth; k += Blocking<T>::depth)
@@ -253,7 +252,7 @@ struct LayerOf {
     if (sums && b.update_b) update_by_parts<S>(*b.update_b, sums, 1, 0, rows);
   }
 
-  // The same with so few samples that it is bound by writing dW: row after row.
+  // dW for few samples, bound by stores of dW: computed row by row.
   static void grad_weight_skinny_m(const Backward& b, Range rows, Range columns, void* dw_out, void* db_out) {
     S *const dw = static_cast<S*>(dw_out), *const db = columns.begin == 0 ? static_cast<S*>(db_out) : nullptr;
     for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
@@ -272,7 +271,7 @@ struct LayerOf {
     });
   }
 
-  // dz of some rows and up to kColumnsOfRows columns; db is added to totals, where they are given.
+  // dz of a block of up to kColumnsOfRows columns; adds db to totals, if given.
   static constexpr int64_t kColumnsOfRows = kTallRowBytes / sizeof(T);
   static void grad_z_and_db(const Backward& b, Range rows, Range columns, T* dz, int64_t stride, double* totals) {
     alignas(kVectorBytes) T db[kColumnsOfRows] = {};
@@ -280,8 +279,8 @@ struct LayerOf {
     if (totals) add_up(totals, db, columns.size());
   }
 
-  // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. For N up to one block of
-  // depth, and W and dW that stay in L2.
+  // dx, dW and db in one pass over blocks of rows: dy, y and x are read once, dz stays in L2. N fits one depth block, W
+  // and dW fit L2.
   static void backward_tall(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
     T* const dz = static_cast<T*>(scratch);
     T* const x = dz + Blocking<T>::rows * RowsOfA<T>::row_step;
@@ -305,7 +304,7 @@ struct LayerOf {
             dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K, Stage{true, true}, Partial<T>{},
             StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride, is_large<S>(b.M, b.K)}, prefetcher);
       if (!dw) continue;
-      auto panels = in_place<S, T>(b.x, m0, 0);  // a block of it stays in L1 or L2
+      auto panels = in_place<S, T>(b.x, m0, 0);  // the block stays in L1 or L2
       if (!panels.data) {
         pack_panels<S>(b.x, m0, count, 0, b.K, x);
         panels = Panels<T>::packed(x, count);
@@ -317,9 +316,9 @@ struct LayerOf {
     end_of_streams();
   }
 
-  // ---- around products of a library ----
+  // ---- elementwise passes around a library's GEMM ----
 
-  // f(m, n, count) for pieces of rows whose T fit a small buffer.
+  // Calls f(m, n, count) for pieces of rows that fit a small buffer of T.
   template <class F>
   static void for_pieces_of_rows(Range rows, int64_t N, const F& f) {
     for (int64_t m = rows.begin; m < rows.end; ++m)
@@ -335,7 +334,7 @@ struct LayerOf {
   }
 
   static void put_grad_z(const Backward& b, Range samples, void* dz_out, void* db_out) {
-    constexpr int64_t columns = 8 * kColumnsOfRows;  // whose totals fit the stack
+    constexpr int64_t columns = 8 * kColumnsOfRows;  // totals are on the stack
     S* const dz = static_cast<S*>(dz_out);
     alignas(kVectorBytes) T rows_of_dz[4 * kColumnsOfRows];
     for (int64_t n0 = 0; n0 < b.N; n0 += columns) {
@@ -363,7 +362,7 @@ struct LayerOf {
     });
   }
 
-  // ---- small: one thread, nothing packed but W^T, one row of vectors at a time ----
+  // ---- small: one thread, nothing packed but W^T ----
 
   // out(j, sum over i of factor(i) * row(i)[j...])
   template <class Factor, class Row, class Out>
@@ -415,7 +414,7 @@ struct LayerOf {
       backward_tall, backward_k1<S>, backward_n1<S>, act,          put_grad_z, combine};
 
  private:
-  // What the packed and the tall path take of the scratch memory.
+  // Workspace of each path, in elements of T.
   static constexpr int64_t kPackedScratch =
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
   static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +    // dz, x
@@ -439,7 +438,7 @@ const LayerKernels& layer_kernels(DType dtype) {
   return *table[static_cast<size_t>(dtype)];
 }
 
-// Enough independent chains to hide the latency of FMA on any processor so far.
+// Enough independent chains to hide the latency of FMA.
 int64_t fma_loop(int64_t rounds) {
   constexpr int chains = kVectorBytes == 64 ? 24 : 12;
   Vec<float> sums[chains];

@@ -1,4 +1,4 @@
-// The loss of some rows of a network's outputs, and its gradient through the last activation.
+// The loss of a block of outputs, and its gradient with respect to z.
 #pragma once
 
 #include "cpu/simd/epilogue-inl.h"
@@ -6,7 +6,7 @@
 namespace mlp_ext::cpu {
 namespace {
 
-// Of outputs y = act(z) for z [rows, N] of T without gaps: the gradient dz; returns the sum of the losses, not scaled.
+// Loss of y = act(z) and its gradient dz, for contiguous z [rows, N] of T. Returns the unscaled sum of the losses.
 // scratch: [2 rows + 1, N] of T.
 template <class S, class T = Accumulator<S>>
 double loss_of_rows(const Loss& loss, const Activation& activation, Range rows, int64_t N, const T* z, T* dz,
@@ -21,7 +21,7 @@ double loss_of_rows(const Loss& loss, const Activation& activation, Range rows, 
   return total;
 }
 
-// The loss of activated outputs in memory, a few rows at a time.
+// Loss and gradient of outputs y in memory, kLossRows at a time.
 template <class S>
 double loss_rows(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data, void* scratch,
                  bool& valid) {

@@ -1,4 +1,4 @@
-// Reading matrices and packing them for gemm.h.
+// Access to matrices, and packing for gemm-inl.h.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -8,7 +8,7 @@
 namespace mlp_ext::cpu {
 namespace {
 
-// Row i of a matrix of S, from column j on.
+// Pointer to element (i, j).
 template <class S>
 inline const S* at(const ConstMatrix& m, int64_t i, int64_t j) {
   return static_cast<const S*>(m.data) + i * m.stride + j;
@@ -18,7 +18,7 @@ inline S* at(const Matrix& m, int64_t i, int64_t j) {
   return static_cast<S*>(m.data) + i * m.stride + j;
 }
 
-// f(j, lanes) for every vector of n elements; lanes is a constant for all but the last.
+// Calls f(j, lanes) for every vector of n elements; lanes is AllLanes for all but the last.
 template <class T, class F>
 inline void for_vectors(int64_t n, const F& f) {
   int64_t j = 0;
@@ -46,7 +46,7 @@ inline int64_t round_up_columns(int64_t columns) {
   return (columns + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns;
 }
 
-// Panels [depth, Tile::columns] of rows k0.. of B, which lie as the product wants them.
+// Packs rows k0.. of B as panels [depth, Tile::columns].
 template <class S, class T>
 inline void pack_panels(const ConstMatrix& m, int64_t k0, int64_t depth, int64_t j0, int64_t columns, T* packed) {
   for (int64_t j = 0; j < columns; j += Tile<T>::columns)
@@ -58,7 +58,7 @@ inline void pack_panels(const ConstMatrix& m, int64_t k0, int64_t depth, int64_t
       }
 }
 
-// The same of B = W^T: column j of the product is row j of W.
+// The same for B = W^T: column j of B is row j of W.
 template <class S, class T>
 inline void pack_panels_transposed(const ConstMatrix& w, int64_t k0, int64_t depth, int64_t j0, int64_t columns,
                                    T* packed) {
@@ -76,11 +76,11 @@ inline void pack_panels_transposed(const ConstMatrix& w, int64_t k0, int64_t dep
 }
 
 #if MLP_EXT_VECTOR_BYTES == 64
-// The same for pairs of bfloat16, where k counts pairs and `end` is the first row (or column of W) beyond the matrix.
+// The same for pairs of bfloat16: k counts pairs, `end` is the number of rows of B (of columns of W).
 
 inline Vec<float> pairs(U32 low, U32 high) { return Vec<float>(bit_cast<Vec<float>::Native>(low | (high << 16))); }
 
-// low and high of each lane's pair, rounded
+// Rounds two vectors and interleaves them.
 inline Vec<float> pairs(Vec<float> low, Vec<float> high) {
   return pairs(__builtin_convertvector(bit_cast<U16>(_mm512_cvtneps_pbh((__m512)low.v)), U32),
                __builtin_convertvector(bit_cast<U16>(_mm512_cvtneps_pbh((__m512)high.v)), U32));

@@ -1,5 +1,5 @@
-// What the functors of math/*.h do to elements: activations, losses, updates. Compiled once per instruction set; the
-// other kernels call it through tables, with a tile or some rows in L1.
+// Elementwise kernels for the functors of math/*.h: activations, losses, updates. Compiled once per instruction set;
+// other kernels call them through tables, with a tile or a few rows in L1.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -50,9 +50,9 @@ __attribute__((flatten)) void grad_z(const Activation& activation, ConstMatrix d
   });
 }
 
-// ---- losses, of T ----
+// ---- losses ----
 
-// The vector v with 0 in the lanes that are not there, whose loss may be anything.
+// v with 0 in the lanes past the end, whose loss is undefined.
 template <class T>
 Vec<T> only(Vec<T> v, AllLanes) {
   return v;
@@ -71,7 +71,7 @@ bool are_probabilities(Vec<T> v) {
   return all;
 }
 
-// Of elements y with targets t and weights w, or weights of 1.
+// Losses of single elements y with targets t and weights w (nullptr: 1).
 template <class T, class LossOf>
 __attribute__((flatten)) double element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy,
                                              bool& valid) {
@@ -136,9 +136,9 @@ double row_losses(const Loss& loss, Range rows, int64_t N, const void* y_data, v
   return total;
 }
 
-// The target's rows as T without gaps: as they are, or copied to `copy`.
+// The target's rows as contiguous T: in place, or copied to `copy`.
 template <class S, class T = Accumulator<S>>
-const T* gapless(const ConstMatrix& target, Range rows, int64_t N, T* copy) {
+const T* contiguous(const ConstMatrix& target, Range rows, int64_t N, T* copy) {
   if constexpr (std::is_same_v<S, T>)
     if (target.stride == N) return at<S>(target, rows.begin, 0);
   for (int64_t m = rows.begin; m < rows.end; ++m)
@@ -158,11 +158,11 @@ double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* d
     } else {
       const T* const y = static_cast<const T*>(y_data);
       T* const dy = static_cast<T*>(dy_data);
-      const T* const t = gapless<S>(loss.target, rows, N, static_cast<T*>(scratch));
+      const T* const t = contiguous<S>(loss.target, rows, N, static_cast<T*>(scratch));
       const int64_t size = rows.size() * N;
       if (!loss.weight) return element_loss<T, LossOf>(loss, size, y, t, nullptr, dy, valid);
       T* const w = static_cast<T*>(scratch) + size;
-      gapless<S>({loss.weight, 0}, {0, 1}, N, w);
+      contiguous<S>({loss.weight, 0}, {0, 1}, N, w);
       double total = 0;
       for (int64_t i = 0; i < size; i += N) total += element_loss<T, LossOf>(loss, N, y + i, t + i, w, dy + i, valid);
       return total;

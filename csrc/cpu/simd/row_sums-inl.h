@@ -6,7 +6,7 @@
 namespace mlp_ext::cpu {
 namespace {
 
-// f(P, m) for rows m, P of them at a time, P a constant.
+// Calls f(P, m) for P rows from m on, with P a compile-time constant.
 template <class F>
 void for_rows(Range samples, const F& f) {
   int64_t m = samples.begin;
@@ -14,10 +14,10 @@ void for_rows(Range samples, const F& f) {
   for (; m < samples.end; ++m) f(std::integral_constant<int, 1>{}, m);
 }
 
-// A plain sum of so many numbers is at most 64 ULP off. Sums of more rows are made of such pieces, added up in double.
+// A plain sum of this many rows is at most 64 ULP off. Longer sums add such chunks in double.
 constexpr int64_t kShortRows = 128;
 
-// f(rows) for pieces of up to kShortRows.
+// Calls f(rows) for chunks of up to kShortRows.
 template <class F>
 void for_row_chunks(Range samples, const F& f) {
   for (int64_t m = samples.begin; m < samples.end; m += kShortRows) f(Range{m, std::min(m + kShortRows, samples.end)});

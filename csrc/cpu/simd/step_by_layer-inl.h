@@ -1,6 +1,6 @@
-// A training step of a wide network, layer by layer, on a batch small beside its weights. The activations lie
-// transposed, as panels of B: of F features and M rows [ceil(M / width)][F][width] with width = Tile::columns, so that
-// what one product stores is packed for the next. W is A, which takes a mere copy. Compiled once per instruction set.
+// Training step of a wide network on a small batch, layer by layer. Activations are stored transposed, as packed panels
+// of B: [ceil(M / width)][F][width] for F features and M rows, with width = Tile::columns, so that each GEMM's output
+// is the next one's packed input. W is A and needs a plain copy only. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -17,9 +17,9 @@ template <class T>
 struct PanelSteps {
   using V = Vec<T>;
   static constexpr int64_t width = Tile<T>::columns;
-  static constexpr int64_t kRowsInL1 = Tile<T>::rows;  // copied at a time; 8 tiles, which W's columns take, 1 % slower
+  static constexpr int64_t kRowsInL1 = Tile<T>::rows;  // rows of A packed at a time
 
-  static_assert(kMostPanelBytes <= Blocking<T>::depth * sizeof(T));  // no sums of dW wait
+  static_assert(kMostPanelBytes <= Blocking<T>::depth * sizeof(T));  // dW takes one depth block
   static_assert((4 * width + 1) * kMostPanelOutputs * sizeof(T) <= kScratchBytes);
 
   static int64_t panel_width() { return width; }
@@ -36,7 +36,7 @@ struct PanelSteps {
     return {element(data, F, f, m), width, F * width};
   }
 
-  // y = act(z + b), in registers or by tiles, which store z too where z is given. The bias is one for each row.
+  // y = act(z + b), in registers or by tiles (which also store z, if given). The bias is constant along a row.
   template <class Act>
   struct Forward {
     static constexpr bool whole_depth = false;
@@ -54,7 +54,7 @@ struct PanelSteps {
     static constexpr bool whole_depth = false, takes_tiles = true;
     const Activation* activation;
     const T* bias;  // or nullptr
-    T *y, *z;       // z: or nullptr
+    T *y, *z;       // z may be nullptr
     int64_t F, row, column;
     ForwardTile from(int64_t i, int64_t j) const { return {activation, bias, y, z, F, row + i, column + j}; }
     void tile(int64_t i, int64_t j, T* sums, int rows, int columns) const {
@@ -102,7 +102,7 @@ struct PanelSteps {
       pack_panels_transposed<T>(x, 0, K, m, std::min(width, rows.end - m), element(static_cast<T*>(out), K, 0, m));
   }
 
-  // Rows of W that will be packed next: below those from i on, or else further along.
+  // Prefetches the rows of W that are packed next: those below, or those of the next depth block.
   static void read_next(const PanelLayer& l, Range rows, int64_t i, int64_t count, Range columns, int64_t k,
                         int64_t depth, Prefetcher& prefetcher) {
     const bool below = rows.begin + i + count < rows.end;
@@ -134,7 +134,7 @@ struct PanelSteps {
         [&] { run(ForwardTile{l.activation, bias, y, static_cast<T*>(l.z), l.N, 0, 0}); });
   }
 
-  // The loss of the layer's outputs z and their gradient dz, where act is that of the network's outputs.
+  // The loss of y = activation(z) and its gradient dz, for the top layer's outputs z.
   static double loss(const Loss& loss, const PanelLayer& l, const Activation& activation, Range rows, void* scratch,
                      bool& valid) {
     T *const z = static_cast<T*>(scratch), *const dz = z + width * l.N, *const rest = dz + width * l.N;
@@ -148,8 +148,8 @@ struct PanelSteps {
     return total;
   }
 
-  // dz_below = act'(dz W, y_below) for some columns of W, then dW = dz^T x for these, or some of their rows where there
-  // is no layer below: nobody else may read them. db for others. W and b are updated.
+  // dz_below = act'(dz W, y_below) for a block of columns of W, then W is updated there by dW = dz^T x: no other thread
+  // reads that block. Without a layer below the block may be split over rows. Updates the biases in `biases`.
   static void backward(const PanelLayer& l, Range rows, Range columns, Range biases, void* scratch) {
     if (l.dz_below) grad_input(l, columns, scratch);
     if (l.update_w) grad_weight(l, rows, columns, scratch);
@@ -161,7 +161,7 @@ struct PanelSteps {
  private:
   static constexpr auto nothing_to_pack = [](int64_t, int64_t, int64_t, int64_t, T*) {};
 
-  // z[rows, N] without gaps from a panel.
+  // Unpacks a panel to contiguous z [rows, N].
   static void unpack(const T* panel, int64_t N, int64_t rows, T* z) {
     constexpr int lanes = V::lanes;
     for_vectors<T>(N, [&](int64_t n, auto n_lanes) {
@@ -174,7 +174,7 @@ struct PanelSteps {
     });
   }
 
-  // (K,N)(N,M)
+  // dz_below = act'((dz W)^T)   (K,N)(N,M)
   static void grad_input(const PanelLayer& l, Range columns, void* scratch) {
     const auto pack_w = [&](int64_t i, int64_t count, int64_t n0, int64_t depth, bool, T* packed,
                             Prefetcher& prefetcher) {
@@ -205,7 +205,7 @@ struct PanelSteps {
   }
   static int64_t next_rows(int64_t rows) { return std::min<int64_t>(Blocking<T>::rows, rows); }
 
-  // (N,M)(M,K)
+  // dW = dz^T x   (N,M)(M,K)
   static void grad_weight(const PanelLayer& l, Range rows, Range columns, void* scratch) {
     const auto pack_dz = [&](int64_t i, int64_t count, int64_t m0, int64_t depth, bool, T* packed,
                              Prefetcher& prefetcher) {
@@ -230,7 +230,7 @@ struct PanelSteps {
         }
     };
     const int64_t offset = rows.begin * l.K + columns.begin;
-    T* const w = static_cast<T*>(l.update_w->parameter);  // no sums wait there: the depth is not cut
+    T* const w = static_cast<T*>(l.update_w->parameter);  // never holds partial sums: there is one depth block
     gemm<RowsOfA<T>, Single<T>, T>(rows.size(), columns.size(), l.M, pack_dz, pack_x, Panels<T>{}, Partial<T>{w, l.K},
                                    UpdateTile<T>{l.update_w, offset, l.K}, static_cast<T*>(scratch), kRowsInL1);
   }

@@ -1,6 +1,5 @@
-// A training step of a narrow network, block of rows by block of rows: each goes forward, through the loss and backward
-// through all layers before the next, so that its activations never leave the cache and take no memory per row.
-// Compiled once per instruction set.
+// Training step of a narrow network: each block of rows goes forward, through the loss and backward through all layers
+// before the next block, so that activations stay in the cache. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -15,7 +14,8 @@
 namespace mlp_ext::cpu {
 namespace {
 
-// Rows of one width for all layers, so that what one layer writes the next reads as A. An odd number of cache lines.
+// Rows of the same stride in all layers, so that a layer's output is the next one's packed A. The stride is an odd
+// number of cache lines.
 template <class T, int width>
 struct RowsOfBlock {
   static constexpr int row_step = width + 64 / sizeof(T), depth_step = 1;
@@ -27,14 +27,14 @@ struct RowsOfBlockTransposed {
   static constexpr int64_t panel = Tile<T>::rows;
 };
 
-// DotMode of a block, whose rows lie as RowsOfBlock.
+// GEMMs of a block in layout RowsOfBlock.
 template <class T, int width>
 struct BlockGemms {
   using V = Vec<T>;
   using Block = RowsOfBlock<T, width>;
   static constexpr int64_t kStride = Block::row_step;
 
-  // y = act(z + b), in registers or by tiles, which store z too where z is given.
+  // y = act(z + b) in registers; BiasActTile does the same by tiles.
   template <class Act>
   struct Forward {
     static constexpr bool whole_depth = true;
@@ -137,8 +137,8 @@ struct StepRows {
   using Block = BlockGemms<T, width>;
   static constexpr int64_t kRows = Blocking<T>::rows, kStride = Block::kStride, kBlock = kRows * kStride;
 
-  // Packed weights, the sums of db, and a block of rows of the input, of the y and the z of each layer that has them,
-  // of two gradients, and two for the loss.
+  // Packed weights, the sums of db, and blocks of rows: the input, y and (if needed) z of each layer, two gradients,
+  // and two for the loss.
   static size_t scratch_bytes(const StepProblem& p) {
     int64_t elements = (p.layers.size() + 5) * kBlock;
     for (const StepLayerView& l : p.layers) elements += needs_z(*l.activation) ? kBlock : 0;
@@ -148,14 +148,14 @@ struct StepRows {
     return elements * sizeof(T);
   }
 
-  // Gradients summed over the rows go to `sums`: of each layer dW [N, K] and db [N], where they are wanted.
+  // Sums dW [N, K] and db [N] of each layer that needs them into `sums`.
   static double run(const StepProblem& p, Range rows, void* sums_out, void* scratch, bool& valid) {
     const size_t L = p.layers.size();
     T* const sums = static_cast<T*>(sums_out);
-    T* const blocks = static_cast<T*>(scratch);  // of x and of each layer's output
+    T* const blocks = static_cast<T*>(scratch);  // x and each layer's output
     T *dz = blocks + (L + 1) * kBlock, *dz_below = dz + kBlock, *const for_loss = dz_below + kBlock;
     T* packed = for_loss + 2 * kBlock;
-    T *z_of[kMostLayers], *saved[kMostLayers];  // of hidden layers: z where it is needed, and what backward needs
+    T *z_of[kMostLayers], *saved[kMostLayers];  // hidden layers: z if needed; z or y for backward
     for (size_t l = 0; l + 1 < L; ++l) {
       z_of[l] = needs_z(*p.layers[l].activation) ? std::exchange(packed, packed + kBlock) : nullptr;
       saved[l] = z_of[l] ? z_of[l] : blocks + (l + 1) * kBlock;
@@ -206,7 +206,7 @@ struct StepRows {
             [&] { run(BiasActTile<T>{layer.activation, bias[l], y + kBlock, z_of[l], kStride, kStride, false}); });
       }
 
-      // What the loss is of and its gradient have no gaps between rows, however few columns.
+      // The loss takes contiguous rows.
       T *const z = y + kBlock, *const top_dz = dz_below;
       const typename Block::AddBias finish{bias[L - 1], z, top.N};
       if (tiles_mostly_empty(top.K, top.N))
@@ -239,7 +239,7 @@ struct StepRows {
   }
 };
 
-// Rows as narrow as the network allows: they lie closer together.
+// Narrow networks use a shorter row stride.
 template <class S>
 struct Steps {
   static constexpr int kNarrow = 256 / sizeof(Accumulator<S>), kWide = kStepRowBytes / sizeof(Accumulator<S>);

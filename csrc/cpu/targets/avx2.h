@@ -1,4 +1,4 @@
-// The target of the kernels for x86-64 with AVX2, FMA and F16C.
+// Kernel target: x86-64 with AVX2, FMA and F16C.
 #include <immintrin.h>
 #include "cpu/kernels.h"
 

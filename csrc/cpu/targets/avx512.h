@@ -1,5 +1,4 @@
-// The target of the kernels for x86-64 with AVX-512 F, BW, VL and DQ. The instructions of BF16 are used where the
-// processor has them.
+// Kernel target: x86-64 with AVX-512 F, BW, VL and DQ. AVX512_BF16 is used if the processor has it.
 #include <immintrin.h>
 #include "cpu/kernels.h"
 
