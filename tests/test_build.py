@@ -77,6 +77,12 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def test_every_folder_is_a_package() -> None:
+    """Others are left out where mlp_ext is installed rather than linked."""
+    folders = {path.parent for path in (ROOT / "mlp_ext").rglob("*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
 def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

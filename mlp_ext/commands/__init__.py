@@ -1,0 +1,1 @@
+"""The command `mlp-ext`: a file for each command, and what they share."""
