@@ -25,7 +25,7 @@ from torch import Tensor
 import mlp_ext
 from mlp_ext.nn import Activation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # they test the tests
 
 
 class Mutant(NamedTuple):

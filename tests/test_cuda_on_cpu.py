@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,8 +58,15 @@ def takes(family: str, shape: Shape, dtype: torch.dtype) -> bool:
     return family != "tall" or plan["forward"] == "tall"
 
 
+def case(family: str, shape: Shape, dtype: torch.dtype) -> Any:
+    """The quick tests take float32, and bfloat16 for small shapes."""
+    is_small = shape.leading[0] * shape.K * shape.N <= 2**15
+    is_quick = dtype is torch.float32 or (dtype is torch.bfloat16 and is_small)
+    return pytest.param(family, shape, dtype, marks=[] if is_quick else [pytest.mark.slow])
+
+
 CASES = [
-    (family, shape, dtype)
+    case(family, shape, dtype)
     for family, shapes in SHAPES.items()
     for shape in shapes
     for dtype in DTYPES

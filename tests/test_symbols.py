@@ -15,7 +15,6 @@ from cuda_kernels import CSRC, compiler
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")
 FILES = sorted(path.stem for path in (CSRC / "cpu" / "targets").glob("avx*.cpp"))
-QUICK = "avx512_step_by_layer"  # the others need up to 15 seconds
 # Inline functions are kept as functions, and loops become vectors, so that each shows its target.
 FLAGS = ["-std=c++20", "-O1", "-fno-inline", "-ftree-vectorize", "-fvisibility=hidden"]
 FLAGS += ["-ffp-contract=fast", "-Wno-psabi", "-Wno-unknown-pragmas"]
@@ -43,9 +42,8 @@ def vector_instructions(code: str) -> list[str]:
     return re.findall(r"^\s*[0-9a-f]+:\s+(v\w+.*)$", code, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(f, marks=() if f == QUICK else pytest.mark.slow) for f in FILES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
 def test_shared_functions_run_on_every_processor(name: str, tmp_path: Path) -> None:
     file = tmp_path / "object.o"
     compiler(*FLAGS, f"-I{CSRC}", "-c", CSRC / "cpu" / "targets" / f"{name}.cpp", "-o", file)
