@@ -122,13 +122,51 @@ def _effect_between(first: Node, last: Node) -> bool:
     return False
 
 
+def find_runs(
+    graph: Graph,
+    is_linear: Callable[[Node], bool],
+    activation: Callable[[Node], Activation | None] = activation_of_node,
+    one_layer: bool = False,
+) -> list[list[Pair]]:
+    """The pairs, or runs of layers in which each alone reads the output of the one before.
+
+    In a run, a layer without an activation has the identity, and itself as activation_node.
+    """
+    pairs = find_pairs(graph, is_linear, activation)
+    if one_layer:
+        return [[pair] for pair in pairs]
+    by_linear = {pair.linear: pair for pair in pairs}
+    runs: dict[Node, list[Pair]] = {}  # by the node of the output
+    for node in graph.nodes:
+        if not is_linear(node):
+            continue
+        pair = by_linear.get(node) or Pair(node, node, Activation("identity"))
+        before = input_of(node)
+        follows = (
+            isinstance(before, Node)
+            and before in runs
+            and len(before.users) == 1
+            and node.op == runs[before][0].linear.op == "call_module"
+            and not _effect_between(before, node)
+        )
+        run = runs.pop(before) if follows else []  # type: ignore[arg-type]
+        runs[pair.activation_node] = [*run, pair]
+    return [run for run in runs.values() if len(run) > 1 or run[0].linear in by_linear]
+
+
+def replace_run(run: list[Pair], fused: Callable[[Graph, list[Pair]], Node]) -> None:
+    """Replaces a run by the node that `fused` creates, at the place of the first layer."""
+    first, last = run[0].linear, run[-1].activation_node
+    with first.graph.inserting_before(first):
+        node = fused(first.graph, run)
+    node.meta.update(last.meta)
+    last.replace_all_uses_with(node)
+    for pair in reversed(run):
+        for old in dict.fromkeys((pair.activation_node, pair.linear)):
+            first.graph.erase_node(old)
+
+
 def replace_pairs(pairs: list[Pair], fused: Callable[[Graph, Pair], Node]) -> None:
     """Replaces each pair by the node that `fused` creates, at the place of the linear layer."""
     for pair in pairs:
-        graph = pair.linear.graph
-        with graph.inserting_before(pair.linear):
-            node = fused(graph, pair)
-        node.meta.update(pair.activation_node.meta)
-        pair.activation_node.replace_all_uses_with(node)
-        graph.erase_node(pair.activation_node)
-        graph.erase_node(pair.linear)
+        replace_run([pair], lambda graph, run: fused(graph, run[0]))

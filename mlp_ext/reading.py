@@ -17,13 +17,11 @@ from mlp_ext.nn import (
     DTYPES,
     MODULE_CODE,
     Activation,
-    FusedActivation,
     LinearAct,
     activation_of,
     option_items,
     type_name,
 )
-from mlp_ext.sequential import Sequential
 
 # Each criterion's name in csrc/math/losses.h, and the buffer that is its loss_weight.
 LOSSES: dict[type[nn.Module], tuple[str, str | None]] = {
@@ -138,20 +136,15 @@ def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Readin
     reading.guard(own, [name for name, value in own.items() if isinstance(value, dict)])
 
 
-def _is_chain(module: nn.Module) -> bool:
-    """Whether it calls its children one after another."""
-    return chains(module) or chains(module, Sequential)
-
-
 def _read_module(path: str, module: nn.Module, reading: _Reading) -> None:
     kind, layers = type(module), reading.layers
     is_activation = kind in LinearAct.by_module
-    is_identity = kind in (nn.Identity, FusedActivation)
-    chain = isinstance(module, nn.Module) and _is_chain(module)
+    is_identity = kind is nn.Identity
+    chain = chains(module)
     if not (chain or kind in LINEARS or is_activation or is_identity):
         _refuse_module(path, module)
     _check_code(path, module, _MODULE_HOOKS, reading)
-    reading.items += option_items(module)
+    reading.items += [(vars(module), name, value) for name, value in option_items(module)]
     if chain:
         reading.guard(module._modules, module._modules)
         reading.guard_size(module._modules)
