@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import itertools
 import sys
 import threading
@@ -339,6 +340,8 @@ class _Reads:
                 self._read(module, name, sys._getframe(1))
             return object.__getattribute__(module, name)
 
+        collects = gc.isenabled()
+        gc.disable()  # finalizers and callbacks of the collector are not part of the forward
         nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
         sys.setprofile(self._profile)
         try:
@@ -346,6 +349,8 @@ class _Reads:
         finally:
             sys.setprofile(None)
             del nn.Module.__getattribute__
+            if collects:
+                gc.enable()
 
     def _read(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
         in_list = name == "_modules" and frame.f_globals["__name__"] == nn.ModuleList.__module__

@@ -378,11 +378,11 @@ def find_addition(module: nn.Module) -> str:
     return ""
 
 
-def find_override(module: nn.Module) -> str:
+def find_override(module: nn.Module, of_hooks: bool = True) -> str:
     """What makes a call of `module` compute something else than its class does on its own, as "has
     forward hooks"; "" if nothing does."""
     own = vars(module)
-    for name in _HOOKS:
+    for name in _HOOKS if of_hooks else ():
         if own[name] and "state_dict" not in name:
             return f"has {name.strip('_').replace('_', ' ')}"
     for name in (*MODULE_CODE, "weight", "bias"):
@@ -398,6 +398,9 @@ _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 def find_special(layer: nn.Module) -> str:
     """Which parameter the operators do not support, as "its weight is torch.int8"; "" if none."""
+    for name in ("weight", "bias") if isinstance(layer, nn.Linear) else ():
+        if name not in layer._parameters:
+            return f"its {name} is not a parameter"
     for name, parameter in layer._parameters.items():
         # A subclass is a quantized, sharded or otherwise special tensor.
         if parameter is not None and type(parameter) not in _PLAIN:

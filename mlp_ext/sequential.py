@@ -19,6 +19,7 @@ from mlp_ext.plan import (
     call_mlp,
     find_obstacle,
     mlp_call,
+    without_plans,
 )
 
 
@@ -46,6 +47,9 @@ class Sequential(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         return forward(self, input, "stack")
+
+    def __getstate__(self) -> dict[str, Any]:  # for pickle and copy
+        return without_plans(vars(self))
 
 
 def forward(model: nn.Sequential, input: Any, level: str) -> Any:
