@@ -143,7 +143,7 @@ def test_errors_of_an_update() -> None:
     for change, message in (
         ({"gradients": update["gradients"][1:]}, "gradients must be one for each of 3 param"),
         ({"gradients": update["gradients"][::-1]}, "a gradient must be .* like its parameter"),
-        ({"states": given["states"][1:]}, "states must be those of each parameter that learns"),
+        ({"states": given["states"][:-1]}, "states must be those of each parameter that learns"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, .* got 'lion'"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=f"^mlp_train_update_: {message}"):
@@ -380,7 +380,7 @@ BAD: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
     ),
     "optimizer": (
         lambda a: {"optimizer": "adamw"},
-        "optimizer must be one of sgd, adam, rmsprop, adagrad, got 'adamw'",
+        "optimizer must be one of sgd, adam, rmsprop, adagrad, accumulate, got 'adamw'",
     ),
     "batch_size": (lambda a: {"batch_size": 0}, "batch_size must be from 1 on, got 0"),
     "order alone": (lambda a: {"order": torch.arange(6)}, "order needs a batch_size"),

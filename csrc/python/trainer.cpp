@@ -23,6 +23,7 @@
 #include "python/gradients.h"
 #include "python/guards.h"
 #include "python/optimizer_state.h"
+#include "python/step_data.h"
 
 namespace py = pybind11;
 
@@ -56,26 +57,17 @@ struct Recipe {
   std::string loss, reduction;
   std::optional<Tensor> loss_weight;
   std::vector<double> loss_parameters;
-  bool promotes;                                       // a float64 target of a float32 model makes the loss float64
-  std::vector<double> dropout;                         // see TrainArgs
-  std::vector<std::pair<int64_t, int64_t>> flattened;  // start_dim and end_dim of each Flatten of the input
-};
-
-// Input and target as the operator takes them.
-struct Data {
-  Tensor input;             // [rows, K]
-  Tensor target;            // [rows, N], or classes [rows] of int64
-  bool promoted = false;    // whether the loss is of float64, unlike the input
-  int64_t rows_of_one = 1;  // rows of input[0]
+  std::vector<double> dropout;  // see TrainArgs
 };
 
 class Trainer {
  public:
-  Trainer(const py::sequence& parameters, std::vector<int64_t> groups, Recipe recipe, const py::object& optimizer,
-          std::string optimizer_name, const std::map<std::string, double>& optimizer_defaults, py::object guards,
+  Trainer(const py::sequence& parameters, std::vector<int64_t> groups, Recipe recipe, StepDataReader data,
+          const py::object& optimizer, std::string optimizer_name,
+          const std::map<std::string, double>& optimizer_defaults, py::object guards,
           std::shared_ptr<Gradients> gradients, py::object average)
       : recipe_(std::move(recipe)),
-        takes_classes_(recipe_.loss == CrossEntropy::name || recipe_.loss == NLL::name),
+        data_(std::move(data)),
         optimizer_(optimizer, std::move(optimizer_name), optimizer_defaults, parameters, std::move(groups)),
         gradients_(std::move(gradients)),
         average_(std::move(average)),
@@ -100,7 +92,7 @@ class Trainer {
   std::optional<Tensor> step(const py::object& input, const py::object& target, const py::object& graph) {
     if (!is_current()) return std::nullopt;
     OptimizerState now = optimizer_.read();
-    const auto [x, y, promoted, rows_of_one] = data(input, target, now);
+    const auto [x, y, promoted, rows_of_one] = read(input, target, now);
     Tensor loss;
     if (by_gradients()) {
       const py::gil_scoped_release no_gil;
@@ -236,47 +228,15 @@ class Trainer {
     return key;
   }
 
-  // Input and target as the operator takes them; throws if a step cannot take them now.
-  Data data(const py::object& input, const py::object& target, const OptimizerState& now) const {
-    Data d{tensor(input, "input"), tensor(target, "target")};
-    check_global_state(d.input, d.target, now.parameters);
-    for (const auto& [start, end] : recipe_.flattened) d.input = d.input.flatten(start, end);
-    if (takes_classes_ && d.target.scalar_type() == at::kByte) d.target = d.target.to(at::kLong);
-    d.promoted = recipe_.promotes && d.target.scalar_type() == at::kDouble && d.input.scalar_type() == at::kFloat;
-    if (d.promoted) d.target = d.target.to(at::kFloat);
-    if (d.input.dim() != 2) flatten_leading(d, now.parameters[0].size(1));
-    return d;
-  }
-
-  // From input [*, K] and target [*, N] or classes to rows.
-  void flatten_leading(Data& d, int64_t K) const {
-    const int64_t dim = d.input.dim();
-    if (dim == 0 || d.input.size(-1) != K) return;  // the operator's error
-    TORCH_CHECK_VALUE(dim == 1 || !takes_classes_, "TrainStep: ", recipe_.loss, " takes classes along dimension 1 of ",
-                      "the output, which is not the last one of ", d.input.sizes(),
-                      "; pass input.flatten(0, -2) and target.flatten()");
-    const at::IntArrayRef leading = d.input.sizes().slice(0, dim - 1);
-    const bool of_classes = takes_classes_ && d.target.dim() == dim - 1;
-    TORCH_CHECK(of_classes || (d.target.dim() == dim && d.target.sizes().slice(0, dim - 1) == leading),
-                "TrainStep: target must be ", leading, " like input, then N, got ", d.target.sizes());
-    d.rows_of_one = dim == 1 ? 1 : c10::multiply_integers(leading.slice(1));
-    d.input = d.input.reshape({c10::multiply_integers(leading), K});
-    d.target = of_classes ? d.target.reshape(-1) : d.target.reshape({d.input.size(0), d.target.size(-1)});
-  }
-
-  static const Tensor& tensor(const py::object& given, const char* name) {
-    TORCH_CHECK_TYPE(THPVariable_Check(given.ptr()), "TrainStep: ", name, " must be a tensor, got ",
-                     Py_TYPE(given.ptr())->tp_name);
-    const Tensor& t = THPVariable_Unpack(given.ptr());
-    TORCH_CHECK_VALUE(!t.requires_grad(), "TrainStep: ", name, " requires a gradient, which a step does not compute; ",
-                      "detach it, or use the eager loop");
-    TORCH_CHECK(t.layout() == at::kStrided, "TrainStep: ", name, " must be dense, got ", t.layout(),
-                "; call its to_dense()");
-    return t;
+  // Throws if a step cannot take the data now.
+  StepData read(const py::object& input, const py::object& target, const OptimizerState& now) const {
+    StepData data = data_.read(input, target, now.parameters[0].size(1));
+    check_global_state(data.input, data.target, now.parameters);
+    return data;
   }
 
   const Recipe recipe_;
-  const bool takes_classes_;
+  const StepDataReader data_;
   std::vector<int> hooks_;  // per parameter
   OptimizerReader optimizer_;
   const std::shared_ptr<Gradients> gradients_;
@@ -289,7 +249,7 @@ class Trainer {
 // One call of fit: makes the batches of each epoch and runs them.
 class TrainingRun {
  public:
-  TrainingRun(Trainer& trainer, const Data& data, OptimizerState now, const Epochs& epochs, const py::object& graph)
+  TrainingRun(Trainer& trainer, const StepData& data, OptimizerState now, const Epochs& epochs, const py::object& graph)
       : trainer_(trainer),
         input_(data.input),
         target_(data.target),
@@ -448,10 +408,10 @@ std::optional<std::vector<double>> Trainer::fit(const py::object& input, const p
                                                 const py::object& after_epoch, const py::object& graph, bool at_once) {
   if (!is_current()) return std::nullopt;
   OptimizerState now = optimizer_.read();
-  const Data d = data(input, target, now);
+  const StepData data = read(input, target, now);
   TORCH_CHECK_VALUE(batch_size >= 1, "TrainStep: batch_size must be from 1 on, got ", batch_size);
   const Epochs options{epochs, batch_size, shuffle, generator, after_epoch, at_once};
-  TrainingRun run(*this, d, std::move(now), options, graph);  // holds Python objects: must be destroyed with the GIL
+  TrainingRun run(*this, data, std::move(now), options, graph);  // holds Python objects: must be destroyed with the GIL
   const py::gil_scoped_release no_gil;
   return run.run();
 }
@@ -486,10 +446,10 @@ void bind_trainer(py::module_& m) {
                        std::vector<double> loss_parameters, bool promotes, const py::object& optimizer,
                        std::string optimizer_name, const std::map<std::string, double>& optimizer_defaults,
                        py::object guards, std::shared_ptr<Gradients> gradients, py::object average) {
-    Recipe recipe{Names(activations),     std::move(activation_parameters), std::move(loss), std::move(reduction),
-                  std::move(loss_weight), std::move(loss_parameters),       promotes,        std::move(dropout),
-                  std::move(flattened)};
-    return std::make_unique<Trainer>(parameters, std::move(groups), std::move(recipe), optimizer,
+    StepDataReader data(loss, promotes, std::move(flattened));
+    Recipe recipe{Names(activations),     std::move(activation_parameters), std::move(loss),   std::move(reduction),
+                  std::move(loss_weight), std::move(loss_parameters),       std::move(dropout)};
+    return std::make_unique<Trainer>(parameters, std::move(groups), std::move(recipe), std::move(data), optimizer,
                                      std::move(optimizer_name), optimizer_defaults, std::move(guards),
                                      std::move(gradients), std::move(average));
   };
