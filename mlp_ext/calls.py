@@ -9,6 +9,8 @@ from types import FunctionType
 
 from torch import nn
 
+from mlp_ext.fuse import original_class
+
 # Instructions of code without branches that only loads arguments and attributes and calls them.
 _STRAIGHT = re.compile(
     "CACHE|CALL|COPY|LOAD_ATTR|LOAD_FAST|LOAD_METHOD|NOP|PRECALL|PUSH_NULL|RESUME|RETURN_VALUE|"
@@ -23,7 +25,7 @@ def called_in_turn(module: nn.Module) -> list[str] | None:
     None if it may do anything else: the code is straight, every name in it is a child's, and it is
     run once on placeholders.
     """
-    kind = type(module)
+    kind = original_class(module)
     forward = kind.forward
     if not isinstance(forward, FunctionType):
         return None

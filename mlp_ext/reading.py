@@ -21,13 +21,11 @@ from mlp_ext.nn import (
     DTYPES,
     MODULE_CODE,
     Activation,
-    FusedActivation,
     LinearAct,
     activation_of,
     option_items,
     type_name,
 )
-from mlp_ext.sequential import Sequential
 
 
 class Loss(NamedTuple):
@@ -84,6 +82,7 @@ class Reading:
     items: list[tuple[Any, Any, object]] = field(default_factory=list)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     types: list[tuple[object, type]] = field(default_factory=list)
+    forwards: list[tuple[object, str, object]] = field(default_factory=list)  # of users' classes
 
     def guard(self, container: dict[Any, Any] | list[Any], keys: Iterable[Any]) -> None:
         self.items += [(container, key, container[key]) for key in keys]
@@ -114,7 +113,7 @@ def read(
         *loss,
         optimizer,
         *OPTIMIZERS[type(optimizer)],
-        _C.Guards(reading.items, reading.sizes, reading.types),
+        _C.Guards(reading.items, reading.sizes, reading.types, [], reading.forwards),
         gradients or _C.Gradients(None, 1),
         reading.average,
     )
@@ -163,16 +162,11 @@ def _check_code(path: str, thing: object, hooks: Iterable[str], reading: Reading
     reading.guard(own, [name for name, value in own.items() if isinstance(value, dict)])
 
 
-def _is_chain(module: nn.Module) -> bool:
-    """Whether it calls its children one after another."""
-    return chains(module) or chains(module, Sequential)
-
-
 def _children(module: nn.Module) -> list[str] | None:
     """The children that a module calls one after another; None if it may do something else."""
     if not isinstance(module, nn.Module):
         return None
-    return list(module._modules) if _is_chain(module) else called_in_turn(module)
+    return list(module._modules) if chains(module) else called_in_turn(module)
 
 
 def _read_module(path: str, module: nn.Module, reading: Reading) -> None:
@@ -186,8 +180,10 @@ def _read_module(path: str, module: nn.Module, reading: Reading) -> None:
     if not is_known and children is None:
         _refuse_module(path, module)
     _check_code(path, module, _MODULE_HOOKS, reading)
-    reading.items += option_items(module)
+    reading.items += [(vars(module), name, value) for name, value in option_items(module)]
     if children is not None:
+        if not chains(module):
+            reading.forwards.append((module, "forward", kind.forward))
         reading.guard(module._modules, module._modules)
         reading.guard_size(module._modules)
         for key in children:
@@ -213,7 +209,7 @@ def _read_module(path: str, module: nn.Module, reading: Reading) -> None:
             _refuse(ValueError, f"{path}, {module}, has an option that is not supported")
 
 
-_OTHERS = (nn.Identity, FusedActivation, nn.Flatten, nn.Dropout)
+_OTHERS = (nn.Identity, nn.Flatten, nn.Dropout)
 
 
 def _read_flatten(path: str, module: Any, reading: Reading) -> None:

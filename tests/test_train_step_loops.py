@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlp_ext import _C, TrainStep
+import mlp_ext
+from mlp_ext import TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -202,6 +203,26 @@ def test_a_child_that_is_replaced_is_seen() -> None:
     model.linear_relu_stack = nn.LayerNorm(8)  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r"model.linear_relu_stack is a .*LayerNorm, which a step"):
         step(x, y)
+
+
+def test_a_forward_that_is_patched_is_seen() -> None:
+    class Patched(Thin):
+        def forward(self, x):
+            return self.body(x)
+
+    model = Patched(nn.Linear(8, 4))
+    step = TrainStep(model, nn.MSELoss(), sgd(model.parameters()))
+    step(torch.randn(10, 8), torch.rand(10, 4))
+    Patched.forward = lambda self, x: self.body(x) + 1
+    with pytest.raises(TypeError, match="which a step does not support"):
+        step(torch.randn(10, 8), torch.rand(10, 4))
+
+
+@pytest.mark.filterwarnings("ignore:fuse changed nothing")
+@pytest.mark.parametrize("level", ["layers", "stack"])
+def test_fused_wrappers(level: str) -> None:
+    for make in (Quickstart, InTurn, lambda: Thin(nn.Flatten(), *net())):
+        assert_as_eager(mlp_ext.fuse(make(), level=level))
 
 
 @pytest.mark.parametrize("shape", [(10, 2, 4), (10, 8), (10, 2, 2, 2), (10, 8, 1)])
@@ -585,15 +606,13 @@ def test_parameters_can_be_swapped_after_a_step(settings: dict[str, int]) -> Non
 
 
 @pytest.mark.parametrize("holder", ["model", "optimizer"])
-def test_what_holds_its_trainer_is_freed(holder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    guards = _C.Guards
-    monkeypatch.setattr(_C, "Guards", lambda *parts: guards([], []))  # which hold references, too
+def test_what_holds_its_step_is_freed(holder: str) -> None:
     model = net()
     optimizer = sgd(model.parameters())
     step = TrainStep(model, nn.MSELoss(), optimizer)
     step(torch.randn(10, 8), torch.rand(10, 4))
     held = model if holder == "model" else optimizer
-    held.step_of_mine = step._trainer  # type: ignore[union-attr]
+    held.step_of_mine = step  # type: ignore[union-attr]
     seen = [weakref.ref(thing) for thing in (model, model[0].weight, optimizer)]
     del model, optimizer, step, held
     gc.collect()

@@ -422,23 +422,6 @@ void bind_trainer(py::module_& m) {
   py::class_<Gradients, std::shared_ptr<Gradients>>(m, "Gradients", "Gradients of a TrainStep before their update.")
       .def(py::init<std::optional<double>, int64_t>(), py::arg("max_norm"), py::arg("accumulate"));
 
-  // Python's garbage collector follows what a Trainer holds.
-  static const auto is_constructed = [](PyObject* self) {
-    return reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().holder_constructed();
-  };
-  const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap_type) {
-    PyTypeObject* const type = &heap_type->ht_type;
-    type->tp_flags |= Py_TPFLAGS_HAVE_GC;
-    type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) -> int {
-      Py_VISIT(Py_TYPE(self));
-      if (!is_constructed(self)) return 0;
-      return py::cast<const Trainer&>(py::handle(self)).traverse(visit, arg);
-    };
-    type->tp_clear = [](PyObject* self) -> int {
-      if (is_constructed(self)) py::cast<Trainer&>(py::handle(self)).clear();
-      return 0;
-    };
-  });
   const auto make = [](const py::sequence& parameters, std::vector<int64_t> groups,
                        const std::vector<std::string>& activations, std::vector<double> activation_parameters,
                        std::vector<double> dropout, std::vector<std::pair<int64_t, int64_t>> flattened,
@@ -453,7 +436,7 @@ void bind_trainer(py::module_& m) {
                                      std::move(optimizer_name), optimizer_defaults, std::move(guards),
                                      std::move(gradients), std::move(average));
   };
-  py::class_<Trainer>(m, "Trainer", "Implementation of mlp_ext.TrainStep.", collected)
+  py::class_<Trainer>(m, "Trainer", "Implementation of mlp_ext.TrainStep.", collectable<Trainer>())
       .def(py::init(make), py::arg("parameters"), py::arg("groups"), py::arg("activations"),
            py::arg("activation_parameters"), py::arg("dropout"), py::arg("flattened"), py::arg("loss"),
            py::arg("reduction"), py::arg("loss_weight"), py::arg("loss_parameters"), py::arg("promotes"),
