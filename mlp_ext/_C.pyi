@@ -72,6 +72,9 @@ class MlpCall:
 
 _Graph = Callable[[Callable[[Tensor, Tensor], Tensor], bytes, Tensor, Tensor], Tensor]
 
+class Gradients:
+    def __init__(self, max_norm: float | None, accumulate: int) -> None: ...
+
 class Trainer:
     def __init__(
         self,
@@ -79,16 +82,22 @@ class Trainer:
         groups: Sequence[int],
         activations: Sequence[str],
         activation_parameters: Sequence[float],
+        dropout: Sequence[float],
+        flattened: Sequence[tuple[int, int]],
         loss: str,
         reduction: str,
         loss_weight: Tensor | None,
         loss_parameters: Sequence[float],
+        promotes: bool,
         optimizer: torch.optim.Optimizer,
         optimizer_name: str,
         optimizer_defaults: dict[str, float],
         guards: Guards,
+        gradients: Gradients,
+        average: Callable[[Tensor], None] | None,
     ) -> None: ...
     def is_current(self) -> bool: ...
+    def by_gradients(self) -> bool: ...
     def step(self, input: Tensor, target: Tensor, graph: _Graph | None = ...) -> Tensor | None: ...
     def fit(
         self,
