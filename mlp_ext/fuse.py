@@ -121,14 +121,14 @@ def fusion_report(model: nn.Module, level: str = "layers") -> FusionReport:
 # ---- the classes of fused modules ----
 
 
-class _Fused:
+class _Fused(nn.Module):
     """Base of the classes that fuse gives to modules."""
 
     fused_from: ClassVar[type[nn.Module]]
     level: ClassVar[str]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
         if reduced[:2] == (copyreg.__newobj__, (type(self),)):  # type: ignore[attr-defined]
             state, *rest = reduced[2:]
             state = without_plans(state) if isinstance(state, dict) else state
@@ -144,7 +144,7 @@ class _Fused:
 
 class _FusedSequential(_Fused):
     def forward(self, input: Any) -> Any:
-        return forward(self, input, self.level)  # type: ignore[arg-type]
+        return forward(self, input, self.level)
 
 
 class _FusedForward(_Fused):
@@ -160,7 +160,7 @@ class _FusedForward(_Fused):
                     plans = vars(self)["_plans"] = _Plans()
                 if plan := plans.find(self, signature):
                     return plan.run(self, *tensors)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
 
 class _Plans:
@@ -279,9 +279,8 @@ def chains(module: object) -> bool:
 def _read_chain(caller: _Caller, level: str) -> None:
     children = [*caller.module._modules.values()]
     for indices, activations in find_steps(children, level):
-        caller.fused.update(
-            zip((id(children[index]) for index in indices), activations, strict=False)
-        )
+        for index, activation in zip(indices, activations, strict=False):
+            caller.fused[id(children[index])] = activation
 
 
 def _calls_linears(module: nn.Module) -> bool:

@@ -188,7 +188,7 @@ class LinearAct(nn.Linear):
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
         if self.options and self.torch_module:
-            parts.append(self.torch_module.extra_repr(self))  # type: ignore[arg-type]
+            parts.append(self.torch_module.extra_repr(self))
         return ", ".join(filter(None, parts))
 
     @classmethod
