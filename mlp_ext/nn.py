@@ -8,11 +8,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mlp_ext.errors import CAUGHT, check_input, rename
-from mlp_ext.functional import _linear_act
+from mlp_ext.functional import EAGER, PLAIN, _linear_act, native, needs_native
 from mlp_ext.ops import ACTIVATIONS, PARAMETERS
 
 Layer = TypeVar("Layer", bound="LinearAct")
@@ -177,11 +175,16 @@ class LinearAct(nn.Linear):
         return None
 
     def forward(self, input: Tensor) -> Tensor:
+        name, parameters = self.read() if self.options else self.default
+        weight, bias = self.weight, self.bias
+        if type(weight) not in EAGER and needs_native(weight):
+            return native(input, weight, bias, name, parameters)
         try:
-            name, parameters = self.read() if self.options else self.default
-            return _linear_act(input, self.weight, self.bias, name, parameters or None)
+            return _linear_act(input, weight, bias, name, parameters or None)
         except CAUGHT as error:
-            check_input(type(self).__name__, input, self.weight)
+            if find_special(self) or getattr(input, "is_nested", False):
+                return native(input, weight, bias, name, parameters)
+            check_input(type(self).__name__, input, weight)
             rename(error, type(self).__name__)
             raise
 
@@ -392,8 +395,6 @@ def find_override(module: nn.Module, of_hooks: bool = True) -> str:
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A Parameter, its substitute in torch.func.functional_call, and those in tracing.
-_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def find_special(layer: nn.Module) -> str:
@@ -403,7 +404,7 @@ def find_special(layer: nn.Module) -> str:
             return f"its {name} is not a parameter"
     for name, parameter in layer._parameters.items():
         # A subclass is a quantized, sharded or otherwise special tensor.
-        if parameter is not None and type(parameter) not in _PLAIN:
+        if parameter is not None and type(parameter) not in PLAIN:
             return f"its {name} is a {type_name(parameter)}"
         if parameter is not None and parameter.layout is not torch.strided:
             return f"its {name} has layout {parameter.layout}"
