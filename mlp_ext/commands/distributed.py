@@ -23,10 +23,11 @@ def _ddp(model: nn.Module) -> nn.Module:
 
 def _fsdp(model: nn.Module) -> nn.Module:
     """The whole model is one unit: a layer with hooks of its own would not be fused."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     kind = "cuda" if next(model.parameters()).is_cuda else "cpu"
-    fully_shard(model, mesh=dist.init_device_mesh(kind, (dist.get_world_size(),)))
+    fully_shard(model, mesh=init_device_mesh(kind, (dist.get_world_size(),)))
     return model
 
 
