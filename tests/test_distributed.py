@@ -3,6 +3,7 @@ checkpoints, all as in one process with torch.nn."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_one_process_alone(args: str, launched: None, capsys: pytest.CaptureFixt
     assert title == f"{expected[0]} in each of 1 processes, {args.split()[1]}"
     assert epochs == expected[1:3]
     assert not dist.is_initialized()
+
+
+def test_code_of_the_docs_runs(launched: None) -> None:
+    page = Path(__file__).parents[1] / "docs" / "distributed.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(examples) == 7
+    try:
+        exec("".join(examples), {})
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_group_is_left_after_an_error(launched: None, capsys: pytest.CaptureFixture[str]) -> None:
