@@ -1,8 +1,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import ReferenceType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 def activations() -> dict[str, dict[str, float]]: ...
 def losses() -> dict[str, dict[str, float]]: ...
@@ -45,29 +46,34 @@ def step_plan(
 def cached_bytes() -> int: ...
 
 class Guards:
+    # A container is a dict, a list, or an object (or a weakref of it) and the name of a dict among
+    # its attributes, or None for all attributes.
     def __init__(
         self,
-        items: Iterable[tuple[dict[Any, Any] | list[Any], Any, object]],
-        sizes: Iterable[tuple[dict[Any, Any] | list[Any], int]],
+        items: Iterable[tuple[Any, Any, object]] = ...,
+        sizes: Iterable[tuple[Any, int]] = ...,
         types: Iterable[tuple[object, type]] = ...,
-        tensors: Sequence[Tensor] = ...,
+        tensors: Iterable[tuple[Any, Any]] = ...,
+        class_items: Iterable[tuple[object, str, object]] = ...,
     ) -> None: ...
     def holds(self) -> bool: ...
 
 class MlpCall:
     def __init__(
         self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
+        layers: Sequence[ReferenceType[nn.Module]],
         activations: Sequence[str],
         parameters: Sequence[float],
-        function: Callable[[Any], Any],
+        function: Callable[[Any, Any, Any], Any],
     ) -> None: ...
     @property
     def weights(self) -> list[Tensor]: ...
     def __call__(self, input: Any) -> Any: ...
 
 _Graph = Callable[[Callable[[Tensor, Tensor], Tensor], bytes, Tensor, Tensor], Tensor]
+
+class Gradients:
+    def __init__(self, max_norm: float | None, accumulate: int) -> None: ...
 
 class Trainer:
     def __init__(
@@ -76,16 +82,22 @@ class Trainer:
         groups: Sequence[int],
         activations: Sequence[str],
         activation_parameters: Sequence[float],
+        dropout: Sequence[float],
+        flattened: Sequence[tuple[int, int]],
         loss: str,
         reduction: str,
         loss_weight: Tensor | None,
         loss_parameters: Sequence[float],
+        promotes: bool,
         optimizer: torch.optim.Optimizer,
         optimizer_name: str,
         optimizer_defaults: dict[str, float],
         guards: Guards,
+        gradients: Gradients,
+        average: Callable[[Tensor], None] | None,
     ) -> None: ...
     def is_current(self) -> bool: ...
+    def by_gradients(self) -> bool: ...
     def step(self, input: Tensor, target: Tensor, graph: _Graph | None = ...) -> Tensor | None: ...
     def fit(
         self,

@@ -46,8 +46,9 @@ def rename(error: Exception, name: str) -> None:
 
 def check_tensor(name: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        convertible = type(value).__name__ in ("list", "ndarray", "DataFrame")
-        advice = f"; pass torch.as_tensor({argument})" if convertible else ""
+        functions = {"list": "as_tensor", "DataFrame": "as_tensor", "ndarray": "from_numpy"}
+        function = functions.get(type(value).__name__)
+        advice = f"; pass torch.{function}({argument})" if function else ""
         raise TypeError(f"{name}: {argument} must be a tensor, got {kind(value)}{advice}") from None
 
 
@@ -96,48 +97,48 @@ def _check_parameters(name: str, activation: str, parameters: object) -> None:
         raise ValueError(f"{name}: {what} number{'s' * (len(parameters) > 1)}") from None
 
 
-def check_input(name: str, input: object, weight: Tensor, rows: str = "*") -> None:
-    """Raises if `input` does not fit a model whose first weight is `weight` [N, K].
-
-    rows: "M" for a model that takes only [M, K], "*" for any leading dimensions.
-    """
+def check_input(name: str, input: object, weight: Tensor) -> None:
+    """Raises if `input` does not fit a model whose first weight is `weight` [N, K]."""
     check_tensor(name, "input", input)
     assert isinstance(input, Tensor)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return
     K, shape = weight.shape[1], list(input.shape)
-    if not shape or shape[-1] != K or (rows == "M" and len(shape) != 2):
+    if not shape or shape[-1] != K:
         advice = ""
         if len(shape) > 2 and shape[0] and input[0].numel() == K:
             advice = "; pass input.flatten(1)"
-        elif len(shape) > 2 and shape[-1] == K:
-            advice = "; pass input.flatten(0, -2), and the target alike"
-        elif len(shape) == 1 and 1 in (K, rows == "M" and shape[0] == K):
-            advice = f"; pass input.unsqueeze({1 if K == 1 else 0})"
-        raise RuntimeError(f"{name}: input must be [{rows}, K={K}], got {shape}{advice}") from None
+        elif len(shape) == 1 and K == 1:
+            advice = "; pass input.unsqueeze(1)"
+        raise RuntimeError(f"{name}: input must be [*, K={K}], got {shape}{advice}") from None
     _check_device(name, "input", input, weight)
     if not _is_autocast(input):
         _check_dtype(name, "input", input, weight)
 
 
-def check_target(name: str, loss: str, input: Tensor, target: object, weight: Tensor) -> None:
+def check_target(
+    name: str, loss: str, input: Tensor, target: object, weight: Tensor, promotes: bool
+) -> None:
     """Raises if `target` does not fit `loss` and a model whose last weight is `weight`.
 
-    loss: a name in csrc/math/losses.h. input: [M, K], checked by check_input.
+    loss: a name in csrc/math/losses.h. input: [*, K], checked by check_input. promotes: whether
+    float64 is taken where the model is float32.
     """
     check_tensor(name, "target", target)
     assert isinstance(target, Tensor)
-    M, N, shape = len(input), len(weight), list(target.shape)
+    N, shape, leading = len(weight), list(target.shape), list(input.shape[:-1])
+    M = leading[0] if leading else 1
+    classes = (torch.int64, torch.uint8)
     of_classes = loss == "nll" or (
-        loss == "cross_entropy" and (target.dtype is torch.int64 or shape[1:] != [N])
+        loss == "cross_entropy" and (target.dtype in classes or shape[1:] != [N])
     )
-    if of_classes and target.dtype is not torch.int64:
+    if of_classes and target.dtype not in classes:
         what = f"target must be classes [M={M}] of int64"
         what += f", or probabilities [M={M}, N={N}]" * (loss == "cross_entropy")
         cast = "target.argmax(1)" if shape == [M, N] else "target.long()"
         cast += ".squeeze(1)" * (shape == [M, 1] != [M, N])
         raise TypeError(f"{name}: {what}, got {shape} of {_dtype(target)}; pass {cast}") from None
-    if of_classes and shape != [M]:
+    if of_classes and shape != leading:
         advice = ""
         if shape == [M, N]:
             advice = "; pass target.argmax(1)"
@@ -147,15 +148,17 @@ def check_target(name: str, loss: str, input: Tensor, target: object, weight: Te
             advice = "; pass target.squeeze(1)"
         what = f"target must be classes [M={M}], got {shape}{advice}"
         raise RuntimeError(f"{name}: {what}") from None
-    if not of_classes and shape != [M, N]:
+    if not of_classes and shape != [*leading, N]:
         advice = ""
-        if shape == [M * N]:
+        if shape == [M * N] and len(leading) == 1:
             how = f"view({M}, {N})" if 1 not in (M, N) else f"unsqueeze({1 if N == 1 else 0})"
             advice = f"; pass target.{how}"
-        what = f"target must be [M={M}, N={N}] as the output, got {shape}{advice}"
+        rows = f"M={M}" if len(leading) == 1 else ", ".join(map(str, leading))
+        what = f"target must be [{rows}{', ' * bool(rows)}N={N}] as the output, got {shape}{advice}"
         raise RuntimeError(f"{name}: {what}") from None
     _check_device(name, "target", target, weight)
-    if not of_classes:
+    promoted = promotes and (target.dtype, weight.dtype) == (torch.float64, torch.float32)
+    if not of_classes and not promoted:
         _check_dtype(name, "target", target, weight)
 
 

@@ -1,42 +1,34 @@
-"""fuse replaces a model's layers with fused ones, or its Sequentials with stacks; unfuse undoes it.
+"""fuse makes a model's modules call their layers as fused operators; unfuse undoes it.
 
-Level "layers": in every nn.Sequential, at any depth, the Linear of a (Linear, activation) pair is
-replaced by a fused layer, and the activation by a FusedActivation, an nn.Identity. Indices and
-state_dict keys are unchanged, and Parameters are the same objects, so existing optimizers stay
-valid. The original modules are not modified, and unfuse puts them back. A fused layer reads the
-options of the replaced activation at every call, so that changes, also through the FusedActivation
-(model[1].negative_slope = 0.3), take effect in the next call.
+Only callers change. An nn.Sequential, or a module whose forward calls its layers, gets a subclass
+of its class with the same name and another forward. Its children, Parameters, hooks, attributes
+and state_dict stay as they are. At every call, guards check whether what was read still holds: a
+child that was replaced, hooked or wrapped is called as a module, from the next call on.
 
-A pair is not fused if fusing could change what the model computes or lose something that its
-modules have, such as hooks: see `_obstacle` and fusion_report. Activations may be used in several
-places. Two limits: code that calls one layer of a fused Sequential by its index also gets the
-activation, and the two modules of a pair must not be replaced or sliced apart.
+Level "layers": each (Linear, activation) pair is one operator and one autograd node, so gradients
+arrive layer by layer. Level "stack": each run of layers is one.
 
-Level "stack": every nn.Sequential, at any depth, with a Linear that can run in a stack becomes an
-mlp_ext.Sequential: the same object with the same children, which may be changed and called as
-before. On layers that are already fused it runs those; fusing the layers of a stack does nothing.
+A forward is fused if torch.fx can follow it with certainty (see forward_code). If not, it is left
+alone, and fusion_report says why; torch.compile(model, backend="mlp_ext") follows any code.
 """
 
 from __future__ import annotations
 
+import copyreg
+import inspect
 import warnings
-from collections import Counter
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import nn
 
-from mlp_ext.nn import (
-    FusedActivation,
-    LinearAct,
-    activation_of,
-    find_addition,
-    find_special,
-    type_name,
-)
-from mlp_ext.sequential import FusedSequential, Sequential, find_obstacle, find_steps
+from mlp_ext.forward_code import TENSOR, Signature, Unfollowable, follow, signature_of
+from mlp_ext.nn import Activation, LinearAct, activation_of, find_override, type_name
+from mlp_ext.plan import HOOKS_OF_ALL, Plan, find_obstacle, without_plans
+from mlp_ext.sequential import Sequential, find_steps, forward, is_layer
 
 LEVELS = ("layers", "stack")
 
@@ -76,49 +68,46 @@ class FusionReport:
 
 
 def fuse(model: Model, level: str = "layers") -> Model:
-    """Fuse the model's Sequentials in place; returns `model`.
+    """Fuse the layers of the model in place; returns `model`.
 
-    Level "layers" fuses each (Linear, activation) pair into one layer. Level "stack" turns each
-    nn.Sequential into an mlp_ext.Sequential, one operator for each run of layers. Fusing twice
-    changes nothing. fusion_report(model, level) lists what is not fused, and why; a UserWarning
-    points to it if nothing is.
+    Level "layers" fuses each (Linear, activation) pair into one operator, level "stack" each run of
+    layers. Fusing again changes nothing, or the level. fusion_report(model, level) lists what is
+    not fused, and why; a UserWarning points to it if nothing is.
     Raises TypeError if `model` is not an nn.Module, ValueError if `level` is not in LEVELS.
     """
-    survey = _survey(model, level)
-    if all(site.status == "not fused" for _, site in survey):
-        count = len(survey)
+    callers = _callers(model, level)
+    sites = _sites(model, callers)
+    if all(site.status == "not fused" for site in sites):
+        count = len(sites)
         what = (
             f"0 of the model's {count} Linear layers can be fused" if count else "it has no Linear"
         )
-        why = f'fusion_report(model, "{level}") tells why'
-        warnings.warn(f"fuse changed nothing: {what}; {why}", UserWarning, stacklevel=2)
-    if level == "stack":
-        for module in [*model.modules()]:
-            if _stackable(module):
-                module.__class__ = FusedSequential
-        return model
-    return _swap(model, [(p, _fused(p)) for p, site in survey if site.status == "would fuse"])
+        advice = f'; print fusion_report(model, "{level}") for the reasons'
+        if count:
+            advice += ', or use torch.compile(model, backend="mlp_ext"), which follows any code'
+        warnings.warn(f"fuse changed nothing: {what}{advice}", UserWarning, stacklevel=2)
+    for caller in callers:
+        if caller.fused:
+            _set_class(caller.module, _fused_class(original_class(caller.module), level))
+    return model
 
 
 def unfuse(model: Model) -> Model:
-    """Undo fuse in place, with the original modules; returns `model`.
+    """Undo fuse in place: every module gets its class back; returns `model`.
 
-    They get the current Parameters and training flags of the fused layers. Layers written as
-    mlp_ext.LinearReLU or mlp_ext.Sequential are kept.
-    Raises TypeError if `model` is not an nn.Module; ValueError, with nothing changed, if a fused
-    layer has something that would be lost, such as a hook.
+    Layers written as mlp_ext.LinearReLU or mlp_ext.Sequential are kept.
+    Raises TypeError if `model` is not an nn.Module; ValueError, with nothing changed, if the class
+    of a fused module was changed again, as by fully_shard.
     """
-    swaps = []
-    for place, site in _survey(model):
-        if _was_fused(place):
-            if site.reason:
-                raise ValueError(f"unfuse: {site.name} {site.reason}")
-            swaps.append((place, _unfused(place)))
-    for module in [*model.modules()]:
-        if type(module) is FusedSequential:
-            vars(module).pop("_plan", None)
-            module.__class__ = nn.Sequential  # type: ignore[assignment]
-    return _swap(model, swaps)
+    _check(model)
+    fused = [(name, m) for name, m in model.named_modules() if isinstance(m, _Fused)]
+    for name, module in fused:
+        if original_class(module) is type(module):
+            what = f"{name or 'the model'} is now a {type_name(module)}"
+            raise ValueError(f"unfuse: {what}; undo first what changed its class after fuse")
+    for _, module in fused:
+        _set_class(module, original_class(module))
+    return model
 
 
 def fusion_report(model: nn.Module, level: str = "layers") -> FusionReport:
@@ -126,41 +115,217 @@ def fusion_report(model: nn.Module, level: str = "layers") -> FusionReport:
 
     Raises the same errors as fuse.
     """
-    return FusionReport([site for _, site in _survey(model, level)])
+    return FusionReport(_sites(model, _callers(model, level)))
 
 
-class _Place(NamedTuple):
-    """A Linear, or a module with such a name, and its position in the model."""
-
-    name: str  # qualified; "" for the model itself
-    layer: nn.Module
-    follower: nn.Module | None  # the next child of the same parent
-    parent: nn.Module | None
-    keys: tuple[str, str]  # of layer and follower in parent
-    uses: int  # in how many places of the model the layer is used
+# ---- the classes of fused modules ----
 
 
-def _survey(model: nn.Module, level: str = "layers") -> list[tuple[_Place, Site]]:
-    """The analysis shared by fuse, unfuse and fusion_report."""
+class _Fused(nn.Module):
+    """Base of the classes that fuse gives to modules."""
+
+    fused_from: ClassVar[type[nn.Module]]
+    level: ClassVar[str]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        if reduced[:2] == (copyreg.__newobj__, (type(self),)):  # type: ignore[attr-defined]
+            state, *rest = reduced[2:]
+            state = without_plans(state) if isinstance(state, dict) else state
+            return _new, (self.fused_from, self.level), state, *rest
+        return reduced  # from a __reduce__ of the class
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script: the same module, not fused."""
+        module = self.fused_from.__new__(self.fused_from)
+        vars(module).update(without_plans(vars(self)))
+        return module
+
+
+class _FusedSequential(_Fused):
+    def forward(self, input: Any) -> Any:
+        return forward(self, input, self.level)
+
+
+class _FusedForward(_Fused):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and not any(HOOKS_OF_ALL):
+            try:
+                signature, tensors = signature_of(args, kwargs)
+            except Unfollowable:
+                pass
+            else:
+                plans = vars(self).get("_plans")
+                if plans is None:
+                    plans = vars(self)["_plans"] = _Plans()
+                if plan := plans.find(self, signature):
+                    return plan.run(self, *tensors)
+        return super().forward(*args, **kwargs)
+
+
+class _Plans:
+    """The plans of a forward: one for each signature and each state of what it reads."""
+
+    LIMIT = 16  # plans made; a forward that needs more changes all the time, and runs as it is
+
+    def __init__(self) -> None:
+        self._plans: list[tuple[Signature, Plan | None]] = []
+
+    def find(self, module: Any, signature: Signature) -> Plan | None:
+        """None if the forward has nothing to fuse, or cannot be followed."""
+        for known, plan in self._plans:
+            if known == signature and (plan is None or plan.is_for(module)):
+                return plan
+        if len(self._plans) == self.LIMIT or getattr(module, "_is_replica", False):
+            return None
+        try:
+            followed = follow(module, module.fused_from.forward, signature, module.level)
+            plan = followed.plan
+        except Unfollowable:
+            plan = None
+        self._plans.append((signature, plan))
+        return plan
+
+    def __reduce__(self) -> Any:  # copies make their own
+        return type(None), ()
+
+
+_CLASSES: weakref.WeakValueDictionary[tuple[type, str], type] = weakref.WeakValueDictionary()
+
+
+def _fused_class(original: type[nn.Module], level: str) -> type:
+    found = _CLASSES.get((original, level))
+    if found is None:
+        base = _FusedSequential if _is_chain(original) else _FusedForward
+        names = ("__module__", "__qualname__", "__doc__")
+        attributes = {name: getattr(original, name) for name in names}
+        attributes |= {"fused_from": original, "level": level}
+        found = _CLASSES[original, level] = type(original.__name__, (base, original), attributes)
+    return found
+
+
+def _new(original: type[nn.Module], level: str) -> object:
+    """For pickle and copy."""
+    return object.__new__(_fused_class(original, level))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has when it is not fused."""
+    kind = type(module)
+    return kind.fused_from if issubclass(kind, _Fused) and "fused_from" in vars(kind) else kind
+
+
+def _set_class(module: nn.Module, kind: type) -> None:
+    for name in vars(module).keys() - without_plans(vars(module)):
+        del vars(module)[name]
+    module.__class__ = kind
+
+
+# ---- what can be fused ----
+
+
+@dataclass
+class _Caller:
+    """A module that calls layers, and what fuse finds in it."""
+
+    name: str
+    module: nn.Module
+    fused: dict[int, Activation] = field(default_factory=dict)  # by id of the Linear
+    reason: str = ""  # why the other layers are not fused
+
+
+def _check(model: nn.Module, level: str = "layers") -> None:
     if level not in LEVELS:
         raise ValueError(f"fuse: level must be one of {', '.join(LEVELS)}, got {level!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"mlp_ext: model must be a torch.nn.Module, got {type(model).__name__}")
-    uses = Counter(id(m) for parent in model.modules() for m in parent._modules.values())
-    seen: set[nn.Module] = set()
 
-    def places(path: str, parent: nn.Module) -> Iterator[_Place]:
-        if parent in seen:  # on another path
-            return
-        seen.add(parent)
-        for (key, child), (next_key, follower) in pairwise([*parent._modules.items(), ("", None)]):
-            if child is not None:
-                name = f"{path}.{key}" if path else key
-                yield _Place(name, child, follower, parent, (key, next_key), uses[id(child)])
-                yield from places(name, child)
 
-    root = _Place("", model, None, None, ("", ""), 1)
-    return [(p, _site(p, level)) for p in (root, *places("", model)) if _is_linear(p.layer)]
+def _callers(model: nn.Module, level: str) -> list[_Caller]:
+    """The analysis shared by fuse and fusion_report."""
+    _check(model, level)
+    callers = []
+    for name, module in model.named_modules():
+        caller = _Caller(name, module)
+        if chains(module):
+            _read_chain(caller, "stack" if isinstance(module, Sequential) else level)
+        elif _calls_linears(module):
+            _read_code(caller, level)
+        else:
+            continue
+        callers.append(caller)
+    return callers
+
+
+def _is_chain(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class call their children one after another."""
+    methods = ("__call__", "_call_impl", "forward", "__iter__", "__getattribute__")
+    return any(
+        issubclass(kind, base)
+        and all(getattr(kind, name) is getattr(base, name) for name in methods)
+        for base in (nn.Sequential, Sequential)
+    )
+
+
+def chains(module: object) -> bool:
+    """Whether a module, fused or not, calls its children one after another."""
+    return (
+        isinstance(module, nn.Module)
+        and _is_chain(original_class(module))
+        and not find_override(module, of_hooks=False)
+    )
+
+
+def _read_chain(caller: _Caller, level: str) -> None:
+    children = [*caller.module._modules.values()]
+    for indices, activations in find_steps(children, level):
+        for index, activation in zip(indices, activations, strict=False):
+            caller.fused[id(children[index])] = activation
+
+
+def _calls_linears(module: nn.Module) -> bool:
+    """Whether the module's own code may call a Linear: its child, or one in a list of children."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    children = [*module.children()]
+    for child in children:
+        if type(child) in lists:
+            children += child.children()
+    return not isinstance(module, lists) and any(_is_linear(child) for child in children)
+
+
+def _read_code(caller: _Caller, level: str) -> None:
+    module, kind = caller.module, original_class(caller.module)
+    if override := find_override(module, of_hooks=False):
+        caller.reason = f"in a {kind.__name__}, which {override}"
+    elif kind.__module__.startswith("torch."):
+        caller.reason = f"in a {kind.__name__}, whose forward belongs to torch"
+    elif _overrides_calls(kind):
+        caller.reason = f"in a {kind.__name__}, which overrides how modules are called"
+    else:
+        try:
+            followed = follow(module, kind.forward, _usual_signature(kind), level)
+        except Unfollowable as error:
+            caller.reason = f"in a {kind.__name__}, whose forward {error}"
+        else:
+            for path, activation in followed.pairs.items():
+                caller.fused[id(module.get_submodule(path))] = activation
+
+
+def _overrides_calls(kind: type[nn.Module]) -> bool:
+    names = ("__call__", "_call_impl", "__getattr__", "__getattribute__", "__setattr__")
+    return any(getattr(kind, name) is not getattr(nn.Module, name) for name in names)
+
+
+def _usual_signature(kind: type[nn.Module]) -> Signature:
+    """A tensor for each argument that has no default."""
+    parameters = [*inspect.signature(kind.forward).parameters.values()][1:]
+    required = [p for p in parameters if p.default is p.empty]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in required):
+        required = [p for p in required if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return Signature(tuple(TENSOR for _ in required), ())
+
+
+# ---- the report ----
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -169,102 +334,46 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or name.endswith("Linear")
 
 
-def _site(place: _Place, level: str) -> Site:
-    name, layer, follower, parent = place[:4]
-    if isinstance(layer, LinearAct):
-        if _was_fused(place):
-            lost = find_addition(layer) or find_addition(cast(nn.Module, follower))
-            reason = f"{lost}, which unfuse would lose" if lost else ""
+def _sites(model: nn.Module, callers: list[_Caller]) -> list[Site]:
+    sites = []
+    for name, module in model.named_modules():
+        if not _is_linear(module):
+            continue
+        caller = next((c for c in callers if id(module) in c.fused), None)
+        if caller:
+            done = isinstance(caller.module, (_Fused, Sequential))
+            activation = caller.fused[id(module)].name
+            sites.append(Site(name, activation, "fused" if done else "would fuse", ""))
+        elif isinstance(module, LinearAct):
+            sites.append(Site(name, module.activation, "fused", f"a {type(module).__name__}"))
         else:
-            reason = f"written as {type(layer).__name__}, which unfuse keeps"
-        return Site(name, layer.activation, "fused", reason)
-    if chains(parent, Sequential) or (_stackable(parent) and level == "stack"):
-        obstacle, activation = find_obstacle(layer), _stack_activation(place)
-        done: Status = "fused" if isinstance(parent, Sequential) else "would fuse"
-        return Site(name, activation, "not fused" if obstacle else done, obstacle)
-    obstacle = _obstacle(place)
-    if level == "stack" and not obstacle:
-        obstacle = f"in a {type_name(parent)}, not exactly a torch.nn.Sequential"
-    known = activation_of(follower) if chains(place.parent) else None
-    status: Status = "not fused" if obstacle else "would fuse"
-    return Site(name, known.name if known else None, status, obstacle)
+            sites.append(Site(name, None, "not fused", _reason(name, module, callers)))
+    return sites
 
 
-def _obstacle(place: _Place) -> str:
-    """Why this Linear cannot be fused; "" if it can."""
-    layer, follower, parent = place.layer, place.follower, place.parent
-    if type(layer) is not nn.Linear:
-        return f"is a {type_name(layer)}, not exactly a torch.nn.Linear"
-    if parent is None:
+def _reason(name: str, linear: nn.Module, callers: list[_Caller]) -> str:
+    """Why this Linear is not fused."""
+    if not name:
         return "is the whole model"
-    if not chains(parent):
-        return f"in a {type(parent).__name__}, whose calls are code: write the fused layer there"
+    inside = [c for c in callers if not c.name or name.startswith(c.name + ".")]
+    caller = max(inside, key=lambda c: len(c.name), default=None)
+    if caller and caller.reason:
+        return caller.reason
+    if not isinstance(linear, nn.Linear) or not is_layer(linear):
+        return f"is a {type_name(linear)}, which may compute something else than a torch.nn.Linear"
+    if obstacle := find_obstacle(linear):
+        return obstacle
+    if caller is None:
+        return "no module whose code could be read calls it"
+    if not chains(caller.module):
+        return "its output is not read by an activation alone"
+    children = [*caller.module._modules.values()]
+    index = next((i for i, child in enumerate(children) if child is linear), len(children))
+    follower = children[index + 1] if index + 1 < len(children) else None
     if follower is None:
         return "last in its Sequential"
-    if type(follower) not in LinearAct.by_module:
-        return f"followed by {type(follower).__name__}"
-    if not activation_of(follower):
+    if activation_of(follower) and (obstacle := find_obstacle(follower)):
+        return f"its {type(follower).__name__} {obstacle}"
+    if type(follower) in LinearAct.by_module:
         return f"followed by {follower}, whose options are not supported"
-    if place.uses > 1:
-        return f"used in {place.uses} places"
-    if addition := find_addition(layer):
-        return addition
-    if addition := find_addition(follower):
-        return f"its {type(follower).__name__} {addition}"
-    return find_special(layer)
-
-
-def chains(parent: nn.Module | None, base: type[nn.Sequential] = nn.Sequential) -> bool:
-    """Whether `parent` calls its children one after another, like `base` itself."""
-    methods = ("__call__", "_call_impl", "forward", "__iter__")
-    return isinstance(parent, base) and all(
-        getattr(type(parent), name) is getattr(base, name) and name not in vars(parent)
-        for name in methods
-    )
-
-
-def _stackable(module: nn.Module | None) -> bool:
-    """Whether fuse(level="stack") turns it into an mlp_ext.Sequential."""
-    return (
-        type(module) is nn.Sequential
-        and chains(module)
-        and any(step.activations for step in find_steps([*module._modules.values()]))
-    )
-
-
-def _stack_activation(place: _Place) -> str | None:
-    """The activation that a run applies after this layer."""
-    names = [*cast(nn.Module, place.parent)._modules]
-    index = names.index(place.keys[0])
-    for indices, activations in find_steps([*cast(nn.Module, place.parent)._modules.values()]):
-        if activations and index in indices:
-            return activations[indices.index(index)].name
-    return None
-
-
-def _was_fused(place: _Place) -> bool:
-    return isinstance(place.follower, FusedActivation) and place.follower.pair[0] is place.layer
-
-
-def _fused(place: _Place) -> tuple[nn.Module, nn.Module]:
-    linear, activation = cast(nn.Linear, place.layer), cast(nn.Module, place.follower)
-    layer = LinearAct.by_module[type(activation)].from_linear(linear)
-    # Share one dict: load_state_dict(assign=True) and to_empty() replace Parameters in both.
-    layer._parameters = linear._parameters
-    layer.take_options_from(activation)
-    return layer, FusedActivation(layer, linear, activation)
-
-
-def _unfused(place: _Place) -> tuple[nn.Module, nn.Module]:
-    _, linear, activation = cast(FusedActivation, place.follower).pair
-    return linear, activation
-
-
-def _swap(model: Model, swaps: list[tuple[_Place, tuple[nn.Module, nn.Module]]]) -> Model:
-    """Done last and with nothing left that can fail: a model is changed in whole or not at all."""
-    for place, modules in swaps:
-        parent = cast(nn.Module, place.parent)
-        for key, old, new in zip(place.keys, (place.layer, place.follower), modules, strict=True):
-            new.training = cast(nn.Module, old).training
-            parent._modules[key] = new
-    return model
+    return f"followed by {type(follower).__name__}"

@@ -8,11 +8,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mlp_ext.errors import CAUGHT, check_input, rename
-from mlp_ext.functional import _linear_act
+from mlp_ext.functional import EAGER, PLAIN, _linear_act, native, needs_native
 from mlp_ext.ops import ACTIVATIONS, PARAMETERS
 
 Layer = TypeVar("Layer", bound="LinearAct")
@@ -28,13 +26,28 @@ class Activation(NamedTuple):
 
 def activation_of(module: object) -> Activation | None:
     """The activation that a module of torch.nn computes, with its current options; None if no layer
-    is declared for exactly its type, or an option is not a number.
+    is declared for its type, or an option is not a number.
 
     activation_of(nn.LeakyReLU(0.3)) is ("leaky_relu", (0.3,)), that of nn.ReLU6() is
     ("hardtanh", (0.0, 6.0)).
     """
-    layer = LinearAct.by_module.get(type(module))
+    layer = _declared_for(type(module))
     return layer.read_from(module) if layer else None
+
+
+def _declared_for(kind: type) -> type[LinearAct] | None:
+    """The layer for a class of torch.nn, or a subclass that computes the same."""
+    base = next((base for base in kind.__mro__ if base in LinearAct.by_module), None)
+    return LinearAct.by_module[base] if base and computes_as(kind, base) else None
+
+
+def computes_as(kind: type, base: type) -> bool:
+    """Whether calls of class `kind` run the code of `base`: it is a subclass that overrides none of
+    the methods involved. Nor does it define weight or bias, as parametrizations do."""
+    return issubclass(kind, base) and all(
+        getattr(kind, name, None) is getattr(base, name, None)
+        for name in (*_CALL, "weight", "bias")
+    )
 
 
 def option_names(module: type[nn.Module]) -> tuple[str, ...]:
@@ -86,12 +99,7 @@ class LinearAct(nn.Linear):
     torch_module: ClassVar[type[nn.Module] | None]
     variants: ClassVar[Mapping[str, Mapping[str, object]]]
     options: ClassVar[tuple[str, ...]]  # those that change what is computed
-    __constants__ = [*nn.Linear.__constants__, "replaced"]  # noqa: RUF012
     by_module: ClassVar[dict[type, type[LinearAct]]] = {}  # nn.ReLU: LinearReLU, ...
-
-    # In layers made by fuse: the replaced activation, which has the options. A tuple, so that it is
-    # not a child.
-    replaced: tuple[nn.Module, ...] = ()
 
     def __init_subclass__(
         cls,
@@ -146,21 +154,13 @@ class LinearAct(nn.Linear):
                 setattr(self, option, getattr(activation, option))
             self.read()
 
-    def take_options_from(self, activation: nn.Module) -> None:
-        """For fuse: reads the options from `activation` at every call."""
-        if self.options:
-            self.replaced = (activation,)
-            for option in option_names(type(activation)):
-                delattr(self, option)
-
     def read(self) -> Activation:
         """The activation with the current options."""
         if not self.options:
             return self.default
-        source = self.replaced[0] if self.replaced else self
-        if found := self.read_from(source):
+        if found := self.read_from(self):
             return found
-        values = ", ".join(f"{name}={getattr(source, name, None)!r}" for name in self.options)
+        values = ", ".join(f"{name}={getattr(self, name, None)!r}" for name in self.options)
         raise ValueError(f"{type(self).__name__}: {values} is not supported")
 
     @classmethod
@@ -175,19 +175,23 @@ class LinearAct(nn.Linear):
         return None
 
     def forward(self, input: Tensor) -> Tensor:
+        name, parameters = self.read() if self.options else self.default
+        weight, bias = self.weight, self.bias
+        if type(weight) not in EAGER and needs_native(weight):
+            return native(input, weight, bias, name, parameters)
         try:
-            name, parameters = self.read() if self.options else self.default
-            return _linear_act(input, self.weight, self.bias, name, parameters or None)
+            return _linear_act(input, weight, bias, name, parameters or None)
         except CAUGHT as error:
-            check_input(type(self).__name__, input, self.weight)
+            if find_special(self) or getattr(input, "is_nested", False):
+                return native(input, weight, bias, name, parameters)
+            check_input(type(self).__name__, input, weight)
             rename(error, type(self).__name__)
             raise
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
         if self.options and self.torch_module:
-            source: Any = self.replaced[0] if self.replaced else self
-            parts.append(self.torch_module.extra_repr(source))
+            parts.append(self.torch_module.extra_repr(self))
         return ", ".join(filter(None, parts))
 
     @classmethod
@@ -330,20 +334,20 @@ __all__ = [
 ]  # public: the layers, listed for type checkers
 
 
-def option_items(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
-    """For guards: where a layer's or an activation's options are stored: dict, key, value."""
-    source, kind = module, LinearAct.by_module.get(type(module))
-    if isinstance(module, LinearAct):
-        source, kind = module.replaced[0] if module.replaced else module, type(module)
+def option_items(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """For guards: the attributes with a layer's or an activation's options."""
+    kind = type(module) if isinstance(module, LinearAct) else _declared_for(type(module))
     for name in kind.options if kind else ():
-        if name in vars(source):
-            yield vars(source), name, vars(source)[name]
+        if name in vars(module):
+            yield name, vars(module)[name]
 
 
 def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+# The methods that run when a module is called.
+_CALL = ("__call__", "_call_impl", "forward", "__getattr__", "__getattribute__")
 # If set on a module, these run instead of the class's code.
 MODULE_CODE = ("forward", "_call_impl", "_compiled_call_impl")
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -377,48 +381,33 @@ def find_addition(module: nn.Module) -> str:
     return ""
 
 
+def find_override(module: nn.Module, of_hooks: bool = True) -> str:
+    """What makes a call of `module` compute something else than its class does on its own, as "has
+    forward hooks"; "" if nothing does."""
+    own = vars(module)
+    for name in _HOOKS if of_hooks else ():
+        if own[name] and "state_dict" not in name:
+            return f"has {name.strip('_').replace('_', ' ')}"
+    for name in (*MODULE_CODE, "weight", "bias"):
+        if own.get(name) is not None:
+            return f"has an attribute of its own, {name!r}"
+    return ""
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A Parameter, its substitute in torch.func.functional_call, and those in tracing.
-_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def find_special(layer: nn.Module) -> str:
     """Which parameter the operators do not support, as "its weight is torch.int8"; "" if none."""
+    for name in ("weight", "bias") if isinstance(layer, nn.Linear) else ():
+        if name not in layer._parameters:
+            return f"its {name} is not a parameter"
     for name, parameter in layer._parameters.items():
         # A subclass is a quantized, sharded or otherwise special tensor.
-        if parameter is not None and type(parameter) not in _PLAIN:
+        if parameter is not None and type(parameter) not in PLAIN:
             return f"its {name} is a {type_name(parameter)}"
         if parameter is not None and parameter.layout is not torch.strided:
             return f"its {name} has layout {parameter.layout}"
         if parameter is not None and parameter.dtype not in DTYPES:
             return f"its {name} is {parameter.dtype}"
     return ""
-
-
-class FusedActivation(nn.Identity):
-    """Placeholder for an activation that the fused layer before it computes.
-
-    The activation's options can be read and set through it, as in model[1].negative_slope = 0.3.
-    They take effect in the next call.
-    """
-
-    __constants__: ClassVar[list[str]] = ["pair"]
-
-    def __init__(self, layer: LinearAct, linear: nn.Linear, activation: nn.Module) -> None:
-        super().__init__()
-        # A tuple, so that none is a child: no state_dict keys, not visited by apply() or train().
-        self.pair = (layer, linear, activation)
-
-    def __getattr__(self, name: str) -> Any:
-        if "pair" in vars(self) and name in option_names(type(self.pair[2])):
-            return getattr(self.pair[2], name)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if "pair" in vars(self) and name in option_names(type(self.pair[2])):
-            setattr(self.pair[2], name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        return repr(self.pair[2])

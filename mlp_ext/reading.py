@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as optim_optimizer
 
 from mlp_ext import _C
+from mlp_ext.calls import called_in_turn
 from mlp_ext.fuse import chains
 from mlp_ext.nn import (
     DTYPES,
     MODULE_CODE,
     Activation,
-    FusedActivation,
     LinearAct,
     activation_of,
     option_items,
     type_name,
 )
-from mlp_ext.sequential import Sequential
 
-# Each criterion's name in csrc/math/losses.h, and the buffer that is its loss_weight.
-LOSSES: dict[type[nn.Module], tuple[str, str | None]] = {
-    nn.MSELoss: ("mse", None),
-    nn.BCELoss: ("bce", None),
-    nn.BCEWithLogitsLoss: ("bce_with_logits", "pos_weight"),
-    nn.L1Loss: ("l1", None),
-    nn.SmoothL1Loss: ("smooth_l1", None),
-    nn.HuberLoss: ("huber", None),
-    nn.CrossEntropyLoss: ("cross_entropy", "weight"),
-    nn.NLLLoss: ("nll", "weight"),
+
+class Loss(NamedTuple):
+    name: str  # in csrc/math/losses.h
+    weight: str | None  # the buffer that is its loss_weight
+    promotes: bool  # as torch: a float64 target makes the loss of a float32 model float64
+    function: Callable[..., Tensor]
+
+
+LOSSES: dict[type[nn.Module], Loss] = {
+    nn.MSELoss: Loss("mse", None, True, F.mse_loss),
+    nn.BCELoss: Loss("bce", None, False, F.binary_cross_entropy),
+    nn.BCEWithLogitsLoss: Loss(
+        "bce_with_logits", "pos_weight", True, F.binary_cross_entropy_with_logits
+    ),
+    nn.L1Loss: Loss("l1", None, True, F.l1_loss),
+    nn.SmoothL1Loss: Loss("smooth_l1", None, True, F.smooth_l1_loss),
+    nn.HuberLoss: Loss("huber", None, False, F.huber_loss),
+    nn.CrossEntropyLoss: Loss("cross_entropy", "weight", True, F.cross_entropy),
+    nn.NLLLoss: Loss("nll", "weight", False, F.nll_loss),
 }
 # Each optimizer's name in csrc/math/optimizers.h, and values for settings that older versions of
 # torch lack, if they differ from the defaults there.
@@ -61,13 +72,17 @@ class _Layer:
 
 
 @dataclass
-class _Reading:
+class Reading:
     """The layers read so far, and the guards on everything read."""
 
     layers: list[_Layer] = field(default_factory=list)
+    flattened: list[tuple[int, int]] = field(default_factory=list)  # dimensions, of the input
+    dropout: dict[int, float] = field(default_factory=dict)  # of the input of the layer of an index
+    average: Callable[[Tensor], None] | None = None  # over a process group
     items: list[tuple[Any, Any, object]] = field(default_factory=list)
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     types: list[tuple[object, type]] = field(default_factory=list)
+    forwards: list[tuple[object, str, object]] = field(default_factory=list)  # of users' classes
 
     def guard(self, container: dict[Any, Any] | list[Any], keys: Iterable[Any]) -> None:
         self.items += [(container, key, container[key]) for key in keys]
@@ -77,35 +92,44 @@ class _Reading:
 
 
 def read(
-    model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[_C.Trainer, list[int]]:
-    """The Trainer, and the widths of the model, input first."""
-    reading = _Reading()
-    _read_module("model", model, reading)
+    model: nn.Module, criterion: Any, optimizer: torch.optim.Optimizer, gradients: Any = None
+) -> tuple[_C.Trainer, list[int] | None]:
+    """The Trainer, and the model's widths, input first, if its steps can be captured as graphs."""
+    reading = read_model(model)
     if not reading.layers:
         _refuse(TypeError, "model has no Linear")
     loss = _read_criterion(criterion, reading)
     parameters = [p for layer in reading.layers for p in layer.parameters]
     groups = _read_optimizer(optimizer, parameters, reading)
     activations = [layer.activation or Activation("identity") for layer in reading.layers]
+    dropout = [reading.dropout.get(index, 0.0) for index in range(len(reading.layers) + 1)]
     trainer = _C.Trainer(
         parameters,
         groups,
         [activation.name for activation in activations],
         [number for activation in activations for number in activation.parameters],
+        dropout if any(dropout) else [],
+        reading.flattened,
         *loss,
         optimizer,
         *OPTIMIZERS[type(optimizer)],
-        _C.Guards(reading.items, reading.sizes, reading.types),
+        _C.Guards(reading.items, reading.sizes, reading.types, [], reading.forwards),
+        gradients or _C.Gradients(None, 1),
+        reading.average,
     )
     weights = [layer.parameters[0] for layer in reading.layers]
-    return trainer, [weights[0].shape[-1], *(weight.shape[0] for weight in weights)]
+    widths = [weights[0].shape[-1], *(weight.shape[0] for weight in weights)]
+    return trainer, None if any(dropout) or trainer.by_gradients() else widths
 
 
-def read_layers(model: nn.Module) -> list[_Layer]:
-    reading = _Reading()
-    _read_module("model", model, reading)
-    return reading.layers
+def read_model(model: nn.Module) -> Reading:
+    reading = Reading()
+    if type(model) is DistributedDataParallel:
+        _read_data_parallel(model, reading)
+        _read_module("model.module", model.module, reading)
+    else:
+        _read_module("model", model, reading)
+    return reading
 
 
 # Attributes with hooks of a module or an optimizer, and torch's global hooks.
@@ -121,7 +145,7 @@ _GLOBAL_HOOKS: dict[str, Any] = {
 }
 
 
-def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Reading) -> None:
+def _check_code(path: str, thing: object, hooks: Iterable[str], reading: Reading) -> None:
     """Refuses hooks and instance attributes that change what the class does; guards the rest."""
     own = vars(thing)
     reading.types.append((thing, type(thing)))
@@ -138,30 +162,44 @@ def _check_code(path: str, thing: object, hooks: Iterable[str], reading: _Readin
     reading.guard(own, [name for name, value in own.items() if isinstance(value, dict)])
 
 
-def _is_chain(module: nn.Module) -> bool:
-    """Whether it calls its children one after another."""
-    return chains(module) or chains(module, Sequential)
+def _children(module: nn.Module) -> list[str] | None:
+    """The children that a module calls one after another; None if it may do something else."""
+    if not isinstance(module, nn.Module):
+        return None
+    return list(module._modules) if chains(module) else called_in_turn(module)
 
 
-def _read_module(path: str, module: nn.Module, reading: _Reading) -> None:
+def _read_module(path: str, module: nn.Module, reading: Reading) -> None:
     kind, layers = type(module), reading.layers
+    if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in kind.__mro__):
+        what = f"{path} is sharded by FSDP, and a step needs whole parameters"
+        _refuse(TypeError, what, "use DistributedDataParallel, or " + INSTEAD[4:])
     is_activation = kind in LinearAct.by_module
-    is_identity = kind in (nn.Identity, FusedActivation)
-    chain = isinstance(module, nn.Module) and _is_chain(module)
-    if not (chain or kind in LINEARS or is_activation or is_identity):
+    is_known = is_activation or kind in LINEARS or kind in _OTHERS
+    children = None if is_known else _children(module)
+    if not is_known and children is None:
         _refuse_module(path, module)
     _check_code(path, module, _MODULE_HOOKS, reading)
-    reading.items += option_items(module)
-    if chain:
+    reading.items += [(vars(module), name, value) for name, value in option_items(module)]
+    if children is not None:
+        if not chains(module):
+            reading.forwards.append((module, "forward", kind.forward))
         reading.guard(module._modules, module._modules)
         reading.guard_size(module._modules)
-        for key, child in module._modules.items():
-            _read_module(f"{path}.{key}", child, reading)  # type: ignore[arg-type]
+        for key in children:
+            _read_module(f"{path}.{key}", module._modules[key], reading)  # type: ignore[arg-type]
+    elif kind is nn.Flatten:
+        _read_flatten(path, module, reading)
+    elif kind is nn.Dropout:
+        _read_dropout(path, module, reading)
     elif kind in LINEARS:
         activation = module.read() if isinstance(module, LinearAct) else None
         layers.append(_Layer(path, _read_parameters(path, module, reading), activation))
     elif is_activation and not layers:
         _refuse(ValueError, f"{path}, a {kind.__name__}, comes before any Linear")
+    elif is_activation and len(layers) in reading.dropout:
+        what = f"{path}, a {kind.__name__}, follows a Dropout"
+        _refuse(ValueError, what, "put the activation before it, or " + INSTEAD)
     elif is_activation and layers[-1].activation:
         what = f"{path}, a {kind.__name__}, follows another activation"
         _refuse(ValueError, what, "put an nn.Linear between them, or " + INSTEAD)
@@ -171,6 +209,64 @@ def _read_module(path: str, module: nn.Module, reading: _Reading) -> None:
             _refuse(ValueError, f"{path}, {module}, has an option that is not supported")
 
 
+_OTHERS = (nn.Identity, nn.Flatten, nn.Dropout)
+
+
+def _read_flatten(path: str, module: Any, reading: Reading) -> None:
+    if reading.layers or reading.dropout:
+        _refuse(
+            ValueError,
+            f"{path}, a Flatten, comes after other layers",
+            "put it first, or " + INSTEAD,
+        )
+    if module.start_dim < 1:
+        _refuse(ValueError, f"{path}, {module}, flattens the batch", INSTEAD)
+    reading.guard(vars(module), ["start_dim", "end_dim"])
+    reading.flattened.append((module.start_dim, module.end_dim))
+
+
+def _read_dropout(path: str, module: Any, reading: Reading) -> None:
+    index = len(reading.layers)
+    reading.guard(vars(module), ["training", "p", "inplace"])
+    if not module.training or module.p == 0:
+        return
+    if index in reading.dropout:
+        _refuse(
+            ValueError, f"{path}, a Dropout, follows another Dropout", "keep one, or " + INSTEAD
+        )
+    if module.inplace and index == 0:
+        _refuse(ValueError, f"{path}, a Dropout, changes the input in place")
+    reading.dropout[index] = float(module.p)
+
+
+def _read_data_parallel(model: DistributedDataParallel, reading: Reading) -> None:
+    """Of DDP, a step averages the gradients; refuses what else DDP was told to do."""
+    _check_code("model", model, _MODULE_HOOKS, reading)
+    own = vars(model)
+    settings = {
+        "is in no_sync()": not model.require_backward_grad_sync,
+        "is in join()": model._join_config.enable,
+        "has communication hooks": bool(model._comm_hooks),
+        "has mixed_precision": model.mixed_precision is not None,
+        "has parameters to ignore": bool(model.parameters_to_ignore),
+    }
+    for what, is_set in settings.items():
+        if is_set:
+            instead = f"use TrainStep(..., accumulate=n), or {INSTEAD[4:]}"
+            _refuse(ValueError, f"model {what}", instead if "no_sync" in what else INSTEAD)
+    names = ("require_backward_grad_sync", "_join_config", "mixed_precision", "process_group")
+    reading.guard(own, names)
+    reading.guard(model._modules, ["module"])
+    reading.guard_size(model._comm_hooks)
+    reading.average = partial(_average, model.process_group)
+
+
+def _average(group: Any, gradients: Tensor) -> None:
+    """What DDP does with its buckets, for all gradients at once."""
+    gradients.div_(group.size())
+    torch.distributed.all_reduce(gradients, group=group)
+
+
 def _refuse_class(path: str, part: object, arguments: str = "") -> None:
     if isinstance(part, type):
         what = f"{path} is the class {part.__name__}, not an instance of it"
@@ -178,10 +274,8 @@ def _refuse_class(path: str, part: object, arguments: str = "") -> None:
 
 
 def _refuse_module(path: str, module: nn.Module) -> NoReturn:
-    taken = [nn.Sequential, *LINEARS, *LinearAct.by_module, nn.Identity]
-    names = ", ".join(kind.__name__ for kind in taken)
     _refuse_class(path, module)
-    what = f"{path} is a {type_name(module)}, not exactly one of {names}"
+    what = f"{path} is a {type_name(module)}, which a step does not support"
     if isinstance(module, nn.Module):
         for inner in ("_orig_mod", "module"):  # of torch.compile; of DataParallel and others
             if inner in dict(module.named_children()):
@@ -189,7 +283,7 @@ def _refuse_module(path: str, module: nn.Module) -> NoReturn:
     _refuse(TypeError, what)
 
 
-def _read_parameters(path: str, layer: nn.Module, reading: _Reading) -> list[nn.Parameter]:
+def _read_parameters(path: str, layer: nn.Module, reading: Reading) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for name in ("weight", "bias"):
         p = layer._parameters.get(name)
@@ -220,20 +314,41 @@ def _read_parameters(path: str, layer: nn.Module, reading: _Reading) -> list[nn.
     return found
 
 
+def criterion_module(criterion: Any, reading: Reading) -> Any:
+    """The criterion, or the module like a function of torch.nn.functional or a partial of one."""
+    function, keywords = criterion, {}
+    if type(criterion) is partial and not criterion.args:
+        function, keywords = criterion.func, criterion.keywords
+    for kind, loss in LOSSES.items():
+        if function is not loss.function:
+            continue
+        known = ["reduction", *_C.losses()[loss.name], *([loss.weight] if loss.weight else [])]
+        for name in keywords:
+            if name not in known:
+                what = f"criterion has the keyword {name}, which is not supported for"
+                instead = f"leave out {name}, or use the eager loop"
+                _refuse(ValueError, f"{what} {function.__name__}", instead)
+        reading.guard(keywords, keywords)
+        reading.guard_size(keywords)
+        return kind(**keywords)
+    return criterion
+
+
 def _read_criterion(
-    criterion: nn.Module, reading: _Reading
-) -> tuple[str, str, Tensor | None, list[float]]:
-    """Trainer's arguments from loss to loss_parameters."""
+    criterion: Any, reading: Reading
+) -> tuple[str, str, Tensor | None, list[float], bool]:
+    """Trainer's arguments from loss to promotes."""
     _refuse_class("criterion", criterion)
+    criterion = criterion_module(criterion, reading)
     if type(criterion) not in LOSSES:
         names = ", ".join(f"nn.{kind.__name__}" for kind in LOSSES)
         what = f"criterion is a {type_name(criterion)}, not exactly one of {names}"
-        _refuse(TypeError, what, "use one of these, or the eager loop")
+        _refuse(TypeError, what, "use one of these or its function, or the eager loop")
     _check_code("criterion", criterion, _MODULE_HOOKS, reading)
     if criterion.reduction not in ("mean", "sum"):
         what = f"criterion has the reduction {criterion.reduction!r}"
         _refuse(ValueError, what, "use mean or sum, or the eager loop")
-    loss, weight = LOSSES[type(criterion)]
+    loss, weight, promotes, _ = LOSSES[type(criterion)]
     for name, value in criterion._buffers.items():
         if value is not None and name != weight:
             what = f"criterion has a {name}, which is not supported for {type(criterion).__name__}"
@@ -245,11 +360,11 @@ def _read_criterion(
         if not isinstance(own[name], (int, float)):
             _refuse(TypeError, f"criterion has the {name} {own[name]!r}", "make it a number")
     buffer = criterion._buffers.get(weight) if weight else None
-    return loss, own["reduction"], buffer, [float(own[name]) for name in parameters]
+    return loss, own["reduction"], buffer, [float(own[name]) for name in parameters], promotes
 
 
 def _read_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], reading: _Reading
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], reading: Reading
 ) -> list[int]:
     """The index of each parameter's group, or -1."""
     _refuse_class("optimizer", optimizer, "model.parameters(), lr=...")

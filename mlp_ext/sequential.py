@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence as Children
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch import nn
 
 from mlp_ext import _C
 from mlp_ext.errors import CAUGHT, check_input, rename
-from mlp_ext.nn import (
-    Activation,
-    FusedActivation,
-    LinearAct,
-    activation_of,
-    find_addition,
-    find_special,
-    option_items,
-    type_name,
+from mlp_ext.nn import Activation, LinearAct, activation_of, computes_as
+from mlp_ext.plan import (
+    HOOKS_OF_ALL,
+    GuardList,
+    Plan,
+    Untraceable,
+    call_mlp,
+    find_obstacle,
+    mlp_call,
+    without_plans,
 )
-
-_mlp: Callable[..., Tensor] = torch.ops.mlp_ext.mlp.default
 
 
 class Sequential(nn.Sequential):
@@ -49,31 +46,33 @@ class Sequential(nn.Sequential):
     """
 
     def forward(self, input: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _traced(self, input)
-        plan = self.__dict__.get("_plan")
-        if plan is None or not plan.guards.holds():
-            plan = self.__dict__["_plan"] = _Plan(self)
-        call: Any = None
-        try:
-            for call in plan.calls:
-                input = call(input)
-        except CAUGHT as error:
-            if isinstance(call, _C.MlpCall):  # other children raise their own errors
-                check_input("Sequential", input, call.weights[0])
-                rename(error, "Sequential")
-            raise
-        return input
+        return forward(self, input, "stack")
 
     def __getstate__(self) -> dict[str, Any]:  # for pickle and copy
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return without_plans(vars(self))
 
 
-class FusedSequential(Sequential):
-    """The class of an nn.Sequential after fuse(level="stack"); unfuse turns it back."""
-
-    def _get_name(self) -> str:
-        return "Sequential"
+def forward(model: nn.Module, input: Any, level: str) -> Any:
+    """The forward of a Sequential that is fused at this level."""
+    if torch.compiler.is_compiling():
+        return _compiled(model, input, level)
+    plan: Plan | None = vars(model).get("_plan")
+    if plan is None or not plan.is_for(model):
+        plan = vars(model)["_plan"] = _plan(model, level)
+    given = input
+    modules: dict[str, Any] = model._modules
+    call: Any = None
+    try:
+        for call in plan.run:
+            input = (modules[call] if type(call) is str else call)(input)
+    except Untraceable:
+        return nn.Sequential.forward(model, given)  # type: ignore
+    except CAUGHT as error:
+        if isinstance(call, _C.MlpCall):  # other children raise their own errors
+            check_input("Sequential", input, call.weights[0])
+            rename(error, "Sequential")
+        raise
+    return input
 
 
 class Step(NamedTuple):
@@ -86,16 +85,22 @@ class Step(NamedTuple):
 _IDENTITY = Activation("identity")
 
 
-def find_steps(children: Sequence[nn.Module | None]) -> list[Step]:
-    """The runs and calls of a Sequential with these children."""
+def find_steps(children: Children[nn.Module | None], level: str) -> list[Step]:
+    """The runs and calls of a Sequential with these children.
+
+    At level "stack", a run is as long as possible; at level "layers", it is an nn.Linear and the
+    activation after it.
+    """
     steps: list[Step] = []
-    if any(_HOOKS_OF_ALL):
+    if any(HOOKS_OF_ALL):
         return [Step((index,), ()) for index in range(len(children))]
     open_run = False  # whether the last step is a run that the next child may continue
     for index, child in enumerate(children):
-        activation = None if find_obstacle(child) else _activation(child)
+        activation = None
+        if child is not None and not find_obstacle(child):
+            activation = _activation(child)
         indices, activations = steps[-1] if open_run else ((), ())
-        if _is_layer(child) and activation:
+        if activation and is_layer(child):
             steps[len(steps) - open_run :] = [Step((*indices, index), (*activations, activation))]
             open_run = True
         elif open_run and activation == _IDENTITY:
@@ -105,98 +110,60 @@ def find_steps(children: Sequence[nn.Module | None]) -> list[Step]:
         else:
             steps.append(Step((index,), ()))
             open_run = False
-    return steps
+    if level == "stack":
+        return steps
+    return [pair for step in steps for pair in _pairs(step, children)]
 
 
-def find_obstacle(child: nn.Module | None) -> str:
-    """Why this Linear or activation cannot be part of a run; "" if it can."""
-    if child is None or not _activation(child):
-        return f"is a {type_name(child)}, not exactly a torch.nn.Linear"
-    return find_addition(child) or find_special(child)
+def _pairs(run: Step, children: Children[nn.Module | None]) -> list[Step]:
+    """A run as steps of one layer. A layer without an activation is called as a module."""
+    if not run.activations:
+        return [run]
+    fused = [
+        () if isinstance(children[index], LinearAct) or activation == _IDENTITY else (activation,)
+        for index, activation in zip(*run, strict=True)
+    ]
+    return [Step((index,), pair) for index, pair in zip(run.indices, fused, strict=True)]
 
 
-def _is_layer(child: nn.Module | None) -> bool:
-    return type(child) is nn.Linear or type(child) in LinearAct.by_module.values()
+def is_layer(child: nn.Module | None) -> bool:
+    """Whether its class computes what nn.Linear or one of the fused layers does."""
+    kinds: list[type] = [nn.Linear, *LinearAct.by_module.values()]
+    return any(computes_as(type(child), kind) for kind in kinds)
 
 
-def _activation(child: nn.Module | None) -> Activation | None:
+def _activation(child: nn.Module) -> Activation | None:
     """The activation of a child in a run; None if it is neither a layer nor a known activation."""
     if isinstance(child, LinearAct):
-        return child.read() if _is_layer(child) else None
-    if type(child) in (nn.Linear, nn.Identity, FusedActivation):
+        return child.read() if is_layer(child) else None
+    if is_layer(child) or type(child) is nn.Identity:
         return _IDENTITY
     return activation_of(child)
 
 
-def _flattened(activations: Sequence[Activation]) -> tuple[list[str], list[float]]:
-    """Names and parameters as the operator mlp takes them."""
-    parameters = [number for activation in activations for number in activation.parameters]
-    return [activation.name for activation in activations], parameters
+def _plan(model: nn.Module, level: str) -> Plan:
+    keys: list[str] = [*model._modules]
+    children: list[Any] = [*model._modules.values()]
+    run: list[Any] = []
+    for indices, activations in find_steps(children, level):
+        layers = [children[index] for index in indices]
+        run.append(mlp_call(layers, [*activations]) if activations else keys[indices[0]])
+    guards = GuardList()
+    guards.children(model)
+    for child in children:
+        if child is not None and _activation(child):
+            guards.layer(child)
+    return Plan(model, run, guards.guards())
 
 
-# Global module hooks.
-_HOOKS_OF_ALL: tuple[dict[int, Any], ...] = (
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_pre_hooks,
-    torch_module._global_backward_hooks,
-)
-
-
-class _Plan:
-    """The calls of a Sequential, and guards over everything that find_steps has read."""
-
-    def __init__(self, model: Sequential) -> None:
-        modules: dict[str, Any] = model._modules
-        children = [*modules.values()]
-        self.calls: list[Callable[[Any], Any]] = []
-        weights = []  # the first of each run, to guard the dtype
-        for indices, activations in find_steps(children):
-            layers: list[Any] = [children[index] for index in indices]
-            if activations:
-                ws = [_held(layer, "weight") for layer in layers]
-                bs = [_held(layer, "bias") for layer in layers]
-                names, parameters = _flattened(activations)
-                function = partial(_call_mlp, ws, bs, names, parameters)
-                self.calls.append(_C.MlpCall(ws, bs, names, parameters, function))
-                weights.append(ws[0])
-            else:
-                self.calls.append(layers[0])
-
-        known = [child for child in children if child is not None and _activation(child)]
-        named = [child._parameters for child in known]
-        parts: list[dict[Any, Any]] = [modules, *named]
-        items = [(d, key, value) for d in parts for key, value in d.items()]
-        types = [(value, type(value)) for _, _, value in items]
-        # Additions (hooks, buffers, children) change the length of one of these dicts, and the
-        # dicts themselves may be replaced, as by del model[0].
-        attributes = [vars(child) for child in known]
-        owned = [(a, name, d) for a in attributes for name, d in a.items() if isinstance(d, dict)]
-        items += [(vars(model), "_modules", modules), *owned]
-        items += [item for child in children if child is not None for item in option_items(child)]
-        dicts: list[dict[Any, Any]] = [*parts, *_HOOKS_OF_ALL, *attributes]
-        dicts += [d for _, _, d in owned]
-        self.guards = _C.Guards(items, [(d, len(d)) for d in dicts], types, weights)
-
-
-def _held(layer: nn.Module, name: str) -> Any:
-    """layer.name, without an attribute access that torch.fx would trace."""
-    held = layer._parameters
-    return held[name] if name in held else getattr(layer, name)
-
-
-def _call_mlp(weights: Any, biases: Any, activations: Any, parameters: Any, input: Any) -> Any:
-    return _mlp(input, weights, biases, activations, parameters)
-
-
-def _traced(model: Sequential, input: Any) -> Any:
+def _compiled(model: nn.Module, input: Any, level: str) -> Any:
     """Forward for torch.compile and torch.export, which have their own guards on modules."""
     children = [*model._modules.values()]
-    for indices, activations in find_steps(children):
-        layers = [children[index] for index in indices]
+    for indices, activations in find_steps(children, level):
+        layers: list[Any] = [children[index] for index in indices]
         if activations:
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-            input = _mlp(input, weights, biases, *_flattened(activations))
+            input = call_mlp(input, weights, biases, activations)
         else:
             input = layers[0](input)
     return input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Any, NamedTuple
@@ -25,7 +26,9 @@ def capture(step: Step, input: Tensor, target: Tensor) -> Step:
     """The same step as a graph, on copies of its arguments. Nothing is computed yet."""
     inputs, targets = input.clone(), target.clone()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(input.device), torch.cuda.graph(graph):
+    # Thread-local: other threads, such as a DataLoader's that pins memory, may use CUDA meanwhile.
+    mode = "thread_local"
+    with torch.cuda.device(input.device), torch.cuda.graph(graph, capture_error_mode=mode):
         loss = step(inputs, targets)
 
     def replay(input: Tensor, target: Tensor) -> Tensor:
@@ -61,6 +64,8 @@ class Graphs:
         hyperparameters, which are constants of the captured kernels, and whose memory it updates.
         Where this changes at every call, as with a scheduler that does a step for each batch, no
         graph is made.
+
+    If a capture fails, this warns once, and all steps from then on run without graphs.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Graphs:
         warm_up: Callable[[Step, Tensor, Tensor], Tensor] = warm_up,
     ) -> None:
         self._capture, self._warm_up = capture, warm_up
+        self._failed = False
         self._calls: dict[Hashable, int] = {}  # of each key, the oldest first
         self.kept: dict[Hashable, Step] = {}
         self._lock = Lock()  # a graph has one input: threads take turns
@@ -80,6 +86,8 @@ class Graphs:
     def _run(self, step: Step, key: Hashable, input: Tensor, target: Tensor) -> Tensor:
         if graph := self.kept.get(key):
             return graph(input, target)
+        if self._failed:
+            return step(input, target)
         calls = self._calls[key] = self._calls.pop(key, 0) + 1
         if len(self._calls) > KEPT:
             del self._calls[next(iter(self._calls))]
@@ -90,7 +98,13 @@ class Graphs:
         del self._calls[key]
         if len(self.kept) == KEPT:
             del self.kept[next(iter(self.kept))]
-        graph = self.kept[key] = self._capture(step, input, target)
+        try:
+            graph = self.kept[key] = self._capture(step, input, target)
+        except RuntimeError as error:  # nothing was computed
+            self._failed = True
+            what = "a step could not be captured as a CUDA graph, so steps run without graphs"
+            warnings.warn(f"TrainStep: {what}: {error}", UserWarning, stacklevel=2)
+            return step(input, target)
         return graph(input, target)
 
 
@@ -138,21 +152,24 @@ class GraphTrainer:
         """How steps of batch_size rows, or of all, run. Decided once for each number of rows."""
         if not (_is_dense_on_gpu(input) and _is_dense_on_gpu(target)):
             return _Way(one_launch=False, by_graph=False)
-        rows = len(input) if batch_size is None else min(batch_size, len(input))
-        key = rows, input.dtype, input.device
+        size = len(input) if batch_size is None else min(batch_size, len(input))
+        rows_of_one = input.numel() // max(1, len(input) * self._widths[0])
+        key = size * rows_of_one, input.dtype, input.device
         if way := self._ways.get(key):
             return way
         if len(self._ways) == DECIDED:
             self._ways.clear()
-        copied = (input.nbytes + target.nbytes) * rows // max(1, len(input))
+        copied = (input.nbytes + target.nbytes) * size // max(1, len(input))
         one_launch = _is_one_launch(self._widths, *key)
         way = self._ways[key] = _Way(one_launch, not one_launch and copied <= COPIED)
         return way
 
 
-def graphed(trainer: _C.Trainer, widths: list[int]) -> _C.Trainer | GraphTrainer:
-    """The trainer, on a GPU by graphs where that pays."""
-    return trainer if torch.version.cuda is None else GraphTrainer(trainer, widths)
+def graphed(trainer: _C.Trainer, widths: list[int] | None) -> _C.Trainer | GraphTrainer:
+    """The trainer, on a GPU by graphs where that pays; widths: see read."""
+    if torch.version.cuda is None or widths is None:
+        return trainer
+    return GraphTrainer(trainer, widths)
 
 
 def _is_dense_on_gpu(t: object) -> bool:

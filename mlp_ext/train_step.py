@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlp_ext import _C
 from mlp_ext.errors import CAUGHT, check_input, check_target, check_tensor, kind, rename
-from mlp_ext.reading import LOSSES, read_layers
+from mlp_ext.reading import LOSSES, Reading, criterion_module, read_model
 from mlp_ext.reading import read as _read
 from mlp_ext.step_graph import graphed
 
@@ -37,15 +38,22 @@ class TrainStep:
     written. After model.to(dtype), convert the optimizer's state with
     optimizer.load_state_dict(optimizer.state_dict()).
 
-    model: an nn.Sequential (may be nested or fused) or a single layer. Supported modules are
-        nn.Linear, the layers of mlp_ext, nn.Identity, and activations that have such a layer, each
-        after a Linear. All parameters are float32, float64, bfloat16 or float16.
+    model: an nn.Sequential (may be nested or fused), a single layer, or a module whose forward only
+        calls its children one after another. Supported modules are nn.Linear, the layers of
+        mlp_ext, nn.Identity, activations that have such a layer, each after a Linear, nn.Dropout,
+        and nn.Flatten at the start. All parameters are float32, float64, bfloat16 or float16.
+        DistributedDataParallel of such a model: gradients are averaged over its process group.
     criterion: nn.MSELoss, nn.BCELoss, nn.BCEWithLogitsLoss (with pos_weight), nn.L1Loss,
         nn.SmoothL1Loss, nn.HuberLoss, nn.CrossEntropyLoss or nn.NLLLoss (with weight, ignore_index
-        and label_smoothing); reduction mean or sum.
+        and label_smoothing), or its function of torch.nn.functional, also in a functools.partial
+        with these as keywords; reduction mean or sum.
     optimizer: SGD, Adam, AdamW, RMSprop or Adagrad of torch.optim, with any options except
         differentiable and capturable, read at each call. Parameters that it does not have, or that
         do not require a gradient, are not updated.
+    max_norm: clips the norm of all gradients that learn, as torch.nn.utils.clip_grad_norm_ does.
+    accumulate: the optimizer updates at every accumulate-th call, with the mean of the gradients of
+        these calls, as if each loss was divided by accumulate. fit applies an incomplete group at
+        its end.
 
     Raises TypeError or ValueError, naming what is not supported: at construction, or at the next
     call after model, criterion or optimizer were changed. A copy (or pickle) is a TrainStep on
@@ -53,33 +61,47 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None = None,
+        accumulate: int = 1,
     ) -> None:
         self._parts = (model, criterion, optimizer)
+        if max_norm is not None and (
+            isinstance(max_norm, bool) or not isinstance(max_norm, (int, float))
+        ):
+            raise TypeError(f"TrainStep: max_norm must be a number or None, got {kind(max_norm)}")
+        self._settings = (max_norm, _count("TrainStep", "accumulate", accumulate))
+        self._gradients = _C.Gradients(*self._settings)
         self._read()
 
     def _read(self) -> None:
-        trainer, widths = _read(*self._parts)
+        trainer, widths = _read(*self._parts, self._gradients)
         if not trainer.is_current():
             raise RuntimeError("TrainStep: model, criterion or optimizer changed while being read")
         self._trainer: Any = graphed(trainer, widths)
         self._step = self._trainer.step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_parts": self._parts}
+        return {"_parts": self._parts, "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Read later: a model that holds its own TrainStep may not be complete yet.
         self.__dict__.update(state)
+        self._gradients = _C.Gradients(*self._settings)
         self._trainer = _Unread()
         self._step = self._trainer.step
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
         """Runs one step; returns the detached loss [] before the update, which may not be finite.
 
-        input: [M, K], with the parameters' dtype and device.
-        target: [M, N] like the output (for nn.CrossEntropyLoss probabilities), or int64 classes [M]
-            for nn.CrossEntropyLoss and nn.NLLLoss.
+        input: [*, K] before any Flatten, with the parameters' dtype and device; [M, K] for
+            nn.CrossEntropyLoss and nn.NLLLoss.
+        target: [*, N] like the output (for nn.CrossEntropyLoss probabilities), or classes [M] of
+            int64 or uint8 for nn.CrossEntropyLoss and nn.NLLLoss. Where torch promotes a float64
+            target of a float32 model, the loss is float64.
 
         Raises TypeError, ValueError, IndexError or RuntimeError, with nothing changed, if a shape,
         dtype or device does not match; a class is out of range; outputs or targets of nn.BCELoss
@@ -106,7 +128,7 @@ class TrainStep:
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Train for `epochs` passes over the rows of input [n, K] and target [n, ...].
+        """Train for `epochs` passes over the rows of input [n, *, K] and target [n, ...].
 
         Each epoch runs the same steps, in the same order, as
 
@@ -126,8 +148,10 @@ class TrainStep:
         """
         _check_fit(input, target, shuffle, generator)
         rows = max(1, len(input))
-        epochs = _count("epochs", epochs)
-        batch_size = rows if batch_size is None else min(_count("batch_size", batch_size), rows)
+        epochs = _count("TrainStep.fit", "epochs", epochs)
+        if batch_size is not None:
+            batch_size = min(_count("TrainStep.fit", "batch_size", batch_size), rows)
+        batch_size = batch_size or rows
         with _progress(epochs) if progress else nullcontext() as after_epoch:
             options = (epochs, batch_size, shuffle, generator, after_epoch)
             try:
@@ -146,10 +170,13 @@ class TrainStep:
         if str(error).startswith("TrainStep"):
             return
         model, criterion, _ = self._parts
-        layers = read_layers(model)
-        first, last = (layers[index].parameters[0] for index in (0, -1))
-        check_input("TrainStep", input, first, rows="M")
-        check_target("TrainStep", LOSSES[type(criterion)][0], input, target, last)
+        reading = read_model(model)
+        first, last = (reading.layers[index].parameters[0] for index in (0, -1))
+        loss = LOSSES[type(criterion_module(criterion, Reading()))]
+        for dimensions in reading.flattened:
+            input = input.flatten(*dimensions)
+        check_input("TrainStep", input, first)
+        check_target("TrainStep", loss.name, input, target, last, loss.promotes)
         message = str(error)
         if "an optimizer state must be" in message and "to match" in message:  # after model.to()
             advice = "call optimizer.load_state_dict(optimizer.state_dict())"
@@ -176,8 +203,9 @@ def _check_fit(
 
     for name, tensor in (("input", input), ("target", target)):
         check_tensor("TrainStep.fit", name, tensor)
-        if tensor.dim() == 0:
-            raise ValueError(f"TrainStep.fit: {name} must have rows, got a tensor of no dimension")
+        if tensor.dim() < (2 if name == "input" else 1):
+            shape = "[n, *, K]" if name == "input" else "[n, ...]"
+            raise ValueError(f"TrainStep.fit: {name} must be {shape}, got {list(tensor.shape)}")
     if len(input) != len(target):
         rows = f"input has {len(input)} rows, target {len(target)}"
         raise ValueError(f"TrainStep.fit: {rows}")
@@ -190,7 +218,7 @@ def _check_fit(
             raise ValueError(f"TrainStep.fit: {what}")
 
 
-def _count(name: str, value: Any) -> int:
+def _count(caller: str, name: str, value: Any) -> int:
     """A positive int (or NumPy integer)."""
     try:
         count = operator.index(value)
@@ -198,9 +226,9 @@ def _count(name: str, value: Any) -> int:
         count = None
     if count is None or isinstance(value, bool):
         what = f"{name} must be an int, got {kind(value)}"
-        raise TypeError(f"TrainStep.fit: {what}")
+        raise TypeError(f"{caller}: {what}")
     if not 1 <= count < 2**63:
-        raise ValueError(f"TrainStep.fit: {name} must be from 1 to {2**63 - 1}, got {count}")
+        raise ValueError(f"{caller}: {name} must be from 1 to {2**63 - 1}, got {count}")
     return count
 
 

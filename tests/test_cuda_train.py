@@ -132,8 +132,8 @@ def test_fit_is_the_eager_loop(training: Training, shuffle: bool) -> None:
     parameters = [*nets[0].parameters()]
     activations = [*["relu"] * (len(training.widths) - 2), "identity"]
     trainer = _C.Trainer(
-        parameters, [0] * len(parameters), activations, [], "mse", "mean", None, [],
-        optimizers[0], "sgd", {}, _C.Guards([], []),
+        parameters, [0] * len(parameters), activations, [], [], [], "mse", "mean", None, [], True,
+        optimizers[0], "sgd", {}, _C.Guards([], []), _C.Gradients(None, 1), None,
     )  # fmt: skip
     drawn = [torch.Generator().manual_seed(5) for _ in nets]
     at_once = training in ONE_BLOCK

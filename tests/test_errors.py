@@ -190,7 +190,7 @@ WRONG_INPUTS: dict[str, Wrong] = {
     "array": (
         np.ones((2000, 10)),
         TypeError,
-        "input must be a tensor, got numpy.ndarray; pass torch.as_tensor(input)",
+        "input must be a tensor, got numpy.ndarray; pass torch.from_numpy(input)",
     ),
     "tuple": ((cpu(64, 10),), TypeError, "input must be a tensor, got tuple"),
     "none": (None, TypeError, "input must be a tensor, got None"),

@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
@@ -98,6 +99,34 @@ def test_few_graphs_are_kept(run: Recorder) -> None:
     assert len(run.graphs.kept) == KEPT
     run.key = 0
     assert run() == "eager"
+
+
+def test_a_capture_that_fails_is_not_tried_again(run: Recorder) -> None:
+    def fail(step: Step, input: Tensor, target: Tensor) -> Step:
+        run.done.append("fails")
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    run.graphs._capture = fail
+    assert run(UNTIL_CAPTURED - 1) == FIRST.removesuffix(" capture replay")
+    with pytest.warns(UserWarning, match="a step could not be captured .* not permitted"):
+        assert run() == "fails eager"
+    run.key = 1
+    assert set(run(3 * UNTIL_CAPTURED).split()) == {"eager"}
+
+
+def test_graphs_are_captured_in_their_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that pins memory for a DataLoader may call CUDA meanwhile."""
+    modes = []
+
+    def graph(graph: object, capture_error_mode: str = "global") -> Any:
+        modes.append(capture_error_mode)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    step_graph.capture(lambda input, target: input.sum(), torch.ones(2, 3), torch.ones(2))
+    assert modes == ["thread_local"]
 
 
 # --- Steps of a Trainer ---
@@ -306,6 +335,20 @@ def test_steps_and_fit_share_a_graph(recorded: Recorded) -> None:
 
 
 BIG = COPIED // 4 // 66 + 1  # rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "dropout"), [({"accumulate": 2}, 0), ({"max_norm": 1.0}, 0), ({}, 0.5)], ids=str
+)
+def test_steps_with_gradients_or_dropout_are_not_captured(
+    settings: dict[str, Any], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    model = nn.Sequential(nn.Linear(64, 2), nn.Dropout(dropout))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(model, nn.MSELoss(), optimizer, **settings)
+    assert not isinstance(step._trainer, GraphTrainer)
+    assert isinstance(TrainStep(model.eval(), nn.MSELoss(), optimizer)._trainer, GraphTrainer)
 
 
 def test_many_steps_are_one_call_only_where_each_is_one_launch(

@@ -20,6 +20,7 @@ MOMENTUM = [0.1, 0.9, 0.1, 0.01, 0.0, 0.0]
 
 Arguments = dict[str, Any]
 LISTS = ("parameters", "states", "steps")
+UPDATE = ("states", "steps", "optimizer", "hyperparameters")
 
 
 def arguments(loss: str = "mse", reduction: str = "mean", requires_grad: bool = True) -> Arguments:
@@ -45,7 +46,13 @@ def arguments(loss: str = "mse", reduction: str = "mean", requires_grad: bool = 
     }
 
 
-STATES = {"sgd": 0, "adam": 3, "rmsprop": 1, "adagrad": 1}  # with the hyperparameters below
+STATES = {
+    "sgd": 0,
+    "adam": 3,
+    "rmsprop": 1,
+    "adagrad": 1,
+    "accumulate": 1,
+}  # with the hyperparameters below
 
 
 def arguments_of(optimizer: str, **given: Any) -> Arguments:
@@ -56,7 +63,7 @@ def arguments_of(optimizer: str, **given: Any) -> Arguments:
     return made | {
         "optimizer": optimizer,
         "states": [torch.rand(p.shape) for p in learning for _ in range(STATES[optimizer])],
-        "steps": [torch.tensor(4.0) for _ in learning],
+        "steps": [torch.tensor(4.0) for _ in learning if optimizer != "accumulate"],
         "hyperparameters": list(numbers.values()) * len(learning),
     }
 
@@ -88,6 +95,78 @@ def test_opcheck_of_optimizers(optimizer: str) -> None:
     order = torch.tensor([3, 0, 5, 5, 1])
     with torch.no_grad():
         torch.library.opcheck(OP, (), arguments_of(optimizer) | {"order": order, "batch_size": 2})
+
+
+@pytest.mark.parametrize("optimizer", ["accumulate", "adam"])
+def test_opcheck_of_an_update(optimizer: str) -> None:
+    given = arguments_of(optimizer)
+    given = {name: given[name] for name in UPDATE if name in given} | {
+        "parameters": given["parameters"][:3],
+        "gradients": [torch.rand(p.shape) for p in given["parameters"][:3]],
+    }
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.mlp_ext.mlp_train_update_.default, (), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "adagrad"])
+def test_a_step_is_gradients_and_an_update(
+    optimizer: str, strided: bool, dtype: torch.dtype
+) -> None:
+    made = arguments() if optimizer == "sgd" else arguments_of(optimizer)
+    made |= {"input": made["input"].to(dtype), "target": made["target"].to(dtype)}
+    for name in ("parameters", "states"):
+        made[name] = [t.detach().to(dtype) for t in made[name]]
+        if strided:
+            made[name] = [t.t().contiguous().t() for t in made[name]]
+    one, two = (converted(made, lambda t: t.clone()) for _ in range(2))
+    loss = OP(**one)
+    learning = [two["parameters"][index] for index in two["learning"]]
+    gradients = [torch.zeros_like(p) for p in learning]
+    sums = {"optimizer": "accumulate", "states": gradients, "steps": []}
+    sums["hyperparameters"] = [1.0] * len(learning)
+    before = [p.clone() for p in learning]
+    torch.testing.assert_close(OP(**two | sums), loss)
+    torch.testing.assert_close(learning, before, rtol=0, atol=0)
+    update = {name: two[name] for name in UPDATE} | {"parameters": learning}
+    torch.ops.mlp_ext.mlp_train_update_(**update, gradients=gradients)
+    torch.testing.assert_close(tensors(two), tensors(one))
+
+
+def test_errors_of_an_update() -> None:
+    given = arguments_of("adam")
+    learning = [p.detach() for p in given["parameters"][:3]]
+    update = {name: given[name] for name in UPDATE} | {"parameters": learning}
+    update["gradients"] = [torch.ones_like(p) for p in learning]
+    op = torch.ops.mlp_ext.mlp_train_update_
+    for change, message in (
+        ({"gradients": update["gradients"][1:]}, "gradients must be one for each of 3 param"),
+        ({"gradients": update["gradients"][::-1]}, "a gradient must be .* like its parameter"),
+        ({"states": given["states"][:-1]}, "states must be those of each parameter that learns"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, .* got 'lion'"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=f"^mlp_train_update_: {message}"):
+            op(**update | change)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "message"),
+    [
+        ([0.1], "dropout must be one for each layer's input and one for the output, 3, got 1"),
+        ([0.1, 0.2, 1.5], "dropout must be from 0 to 1, got 1.5"),
+    ],
+)
+def test_dropout_is_checked(dropout: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OP(**arguments(), dropout=dropout)
+
+
+def test_dropout_of_zero_is_none() -> None:
+    one = converted(arguments(), lambda t: t.detach().clone())
+    two = converted(one, lambda t: t.clone())
+    torch.testing.assert_close(OP(**one, dropout=[0.0, 0.0, 0.0]), OP(**two))
+    torch.testing.assert_close(tensors(one), tensors(two))
 
 
 def test_step_is_the_formula() -> None:
@@ -301,7 +380,7 @@ BAD: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
     ),
     "optimizer": (
         lambda a: {"optimizer": "adamw"},
-        "optimizer must be one of sgd, adam, rmsprop, adagrad, got 'adamw'",
+        "optimizer must be one of sgd, adam, rmsprop, adagrad, accumulate, got 'adamw'",
     ),
     "batch_size": (lambda a: {"batch_size": 0}, "batch_size must be from 1 on, got 0"),
     "order alone": (lambda a: {"order": torch.arange(6)}, "order needs a batch_size"),

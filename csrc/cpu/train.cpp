@@ -386,7 +386,27 @@ void put(const at::Tensor& losses, int64_t i, double loss) {
     losses.view(-1)[i].fill_(loss);
 }
 
+// The update of a parameter by the kernels.
+void update(const TrainedParameter& p, const at::Tensor& gradient) {
+  bool as_kernels_need = p.value->is_contiguous() && (!p.step || p.step->is_cpu());
+  for (const at::Tensor* state : p.states) as_kernels_need = as_kernels_need && (!state || state->is_contiguous());
+  if (!as_kernels_need) return update_native(p, gradient);
+  const StepKernels& kernels = variant().step_kernels(dtype_of(*p.value));
+  const Optimizer ready = at_step(*p.optimizer, p.step ? p.step->item<double>() + 1 : 1);
+  Update update{p.value->mutable_data_ptr(), {}, &ready};
+  for (size_t s = 0; s < kMaxStates; ++s) update.states[s] = p.states[s] ? p.states[s]->mutable_data_ptr() : nullptr;
+  const at::Tensor dense = gradient.contiguous();
+  const void* const part = dense.const_data_ptr();
+  const auto piece = [&](int64_t begin, int64_t end) { kernels.update_rounded(update, part, 1, 0, {begin, end}); };
+  at::parallel_for(0, dense.numel(), kElementsPerThread, piece);
+}
+
+at::Tensor step_by_layers(const Training& training) {
+  return mlp_ext::step_by_layers(training, loss_and_grad_native, update);
+}
+
 at::Tensor train(const Training& training) {
+  if (!training.dropout.empty()) return loop_over_batches(training, step_by_layers);
   bool on_cpu = is_contiguous(training);
   for_learning(training, [&](const TrainedParameter& p) { on_cpu = on_cpu && (!p.step || p.step->is_cpu()); });
   if (!on_cpu) return train_native(training);
@@ -426,6 +446,9 @@ at::Tensor train(const Training& training) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) { m.impl("mlp_train_step_", train_kernel<train>); }
+TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) {
+  m.impl("mlp_train_step_", train_kernel<train>);
+  m.impl("mlp_train_update_", update_kernel<update>);
+}
 
 }  // namespace mlp_ext::cpu

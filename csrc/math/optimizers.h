@@ -164,7 +164,24 @@ struct AdagradOf {
 };
 using Adagrad = AdagradOf<>;
 
-using Optimizers = TypeList<SGD, Adam, RMSprop, Adagrad>;
+// gradient += scale g;  p stays.  For updates that follow later: of several steps, or after clipping or averaging.
+struct Accumulate {
+  static constexpr const char* name = "accumulate";
+  static constexpr Parameters<1> parameters{{{"scale", 1}}};
+  static constexpr std::array states{"gradient"};
+  static constexpr bool counts_steps = false;
+  double scale;
+  bool has_state(size_t) const { return true; }
+  MLP_EXT_HOST_DEVICE void begin_step(double) {}
+
+  template <class V>
+  MLP_EXT_HOST_DEVICE void update(V&, V* state, V gradient) const {
+    using K = Constant<V>;
+    state[0] = state[0] + K(scale) * gradient;
+  }
+};
+
+using Optimizers = TypeList<SGD, Adam, RMSprop, Adagrad, Accumulate>;
 struct Optimizer : Chosen<Optimizers> {
   using Chosen::Chosen;
   Optimizer() = default;

@@ -1,4 +1,4 @@
-// The operator mlp_train_step_: schema, argument checks, dispatcher calls.
+// The operators mlp_train_step_ and mlp_train_update_: schemas, argument checks, dispatcher calls.
 #include "ops/train.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -17,7 +17,7 @@ namespace mlp_ext {
 
 namespace {
 
-constexpr const char* kOp = "mlp_train_step_";
+constexpr const char *kOp = "mlp_train_step_", *kUpdateOp = "mlp_train_update_";
 
 // Groups parameters into layers: a weight has two dimensions, its bias follows and has one.
 c10::SmallVector<TrainedLayer, 8> layers_of(const TrainArgs& args) {
@@ -100,64 +100,88 @@ void check_target(const Loss&, Training& training) {
 }
 
 // Checks that t can be updated in place, before any other parameter is updated.
-void check_writable(const at::Tensor& t, const char* name) {
-  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), kOp, ": ", name,
+void check_writable(const char* op, const at::Tensor& t, const char* name) {
+  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), op, ": ", name,
               " is an inference tensor, which cannot be updated");
   if (!t.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) at::assert_no_internal_overlap(t);
 }
 
-void check_step(const at::Tensor& step, const at::Tensor& input) {
-  check_defined(kOp, step, "a count of steps");
-  TORCH_CHECK(step.sym_numel() == 1 && step.dim() == 0, kOp, ": a count of steps must be [], got ", step.sym_sizes());
-  TORCH_CHECK_TYPE(step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble, kOp,
+void check_step(const char* op, const at::Tensor& step, const at::Tensor& input) {
+  check_defined(op, step, "a count of steps");
+  TORCH_CHECK(step.sym_numel() == 1 && step.dim() == 0, op, ": a count of steps must be [], got ", step.sym_sizes());
+  TORCH_CHECK_TYPE(step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble, op,
                    ": a count of steps must be float32 or float64, got ", dtype_name(step.scalar_type()));
-  TORCH_CHECK(step.is_cpu() || step.device() == input.device(), kOp, ": a count of steps must be on the cpu or on ",
+  TORCH_CHECK(step.is_cpu() || step.device() == input.device(), op, ": a count of steps must be on the cpu or on ",
               input.device(), " to match input, got ", step.device());
-  check_writable(step, "a count of steps");
+  check_writable(op, step, "a count of steps");
 }
 
+// Gives the parameters that learn their hyperparameters, states and steps.
 template <class Functor>
-void set_optimizer(const TrainArgs& args, size_t index, Training& training) {
+void set_optimizer(const char* op, size_t index, at::ArrayRef<TrainedParameter*> learning, Numbers hyperparameters,
+                   at::TensorList states, at::TensorList steps, const at::Tensor& input) {
   constexpr size_t count = Functor::parameters.size();
   static_assert(Functor::states.size() <= kMaxStates);
-  TORCH_CHECK(args.hyperparameters.size() == args.learning.size() * count, kOp, ": hyperparameters must be ", count,
-              " for each of ", args.learning.size(), " parameters that learn, got ", args.hyperparameters.size());
-  c10::SmallVector<TrainedParameter*, 16> all;
-  for (TrainedLayer& layer : training.layers) {
-    all.push_back(&layer.weight);
-    if (layer.bias.value) all.push_back(&layer.bias);
-  }
-  size_t states = 0;
-  int64_t last = -1;
-  for (size_t i = 0; i < args.learning.size(); ++i) {
-    TORCH_CHECK(args.learning[i] > last && args.learning[i] < static_cast<int64_t>(all.size()), kOp,
-                ": learning must be rising indices among ", all.size(), " parameters, got ", args.learning);
-    last = args.learning[i];
-    TrainedParameter& p = *all[last];
-    check_writable(*p.value, "a parameter");
-    p.hyperparameters = &args.hyperparameters[i * count];
+  TORCH_CHECK(hyperparameters.size() == learning.size() * count, op, ": hyperparameters must be ", count,
+              " for each of ", learning.size(), " parameters that learn, got ", hyperparameters.size());
+  size_t found = 0;
+  for (size_t i = 0; i < learning.size(); ++i) {
+    TrainedParameter& p = *learning[i];
+    check_writable(op, *p.value, "a parameter");
+    p.hyperparameters = &hyperparameters[i * count];
     const Functor optimizer = make<Functor>(p.hyperparameters);
     p.optimizer.emplace(index, optimizer);
     for (size_t s = 0; s < Functor::states.size(); ++s) {
       if (!optimizer.has_state(s)) continue;
-      if (states++ >= args.states.size()) continue;  // counted for the message
-      const at::Tensor& state = args.states[states - 1];
-      check_like(kOp, state, "an optimizer state", *p.value, "input");
-      TORCH_CHECK(state.sym_sizes() == p.value->sym_sizes(), kOp, ": an optimizer state must be ", p.value->sym_sizes(),
+      if (found++ >= states.size()) continue;  // counted for the message
+      const at::Tensor& state = states[found - 1];
+      check_like(op, state, "an optimizer state", *p.value, "input");
+      TORCH_CHECK(state.sym_sizes() == p.value->sym_sizes(), op, ": an optimizer state must be ", p.value->sym_sizes(),
                   " like its parameter, got ", state.sym_sizes());
-      check_writable(state, "an optimizer state");
+      check_writable(op, state, "an optimizer state");
       p.states[s] = &state;
     }
   }
-  TORCH_CHECK(states == args.states.size(), kOp, ": states must be those of each parameter that learns with ",
-              Functor::name, ", ", states, ", got ", args.states.size());
-  const size_t steps = Functor::counts_steps ? args.learning.size() : 0;
-  TORCH_CHECK(steps == args.steps.size(), kOp, ": steps must be one for each parameter that learns with ",
-              Functor::name, ", ", steps, ", got ", args.steps.size());
-  for (size_t i = 0; i < steps; ++i) {
-    check_step(args.steps[i], training.input);
-    all[args.learning[i]]->step = &args.steps[i];
+  TORCH_CHECK(found == states.size(), op, ": states must be those of each parameter that learns with ", Functor::name,
+              ", ", found, ", got ", states.size());
+  const size_t counts = Functor::counts_steps ? learning.size() : 0;
+  TORCH_CHECK(counts == steps.size(), op, ": steps must be one for each parameter that learns with ", Functor::name,
+              ", ", counts, ", got ", steps.size());
+  for (size_t i = 0; i < counts; ++i) {
+    check_step(op, steps[i], input);
+    learning[i]->step = &steps[i];
   }
+}
+
+size_t check_optimizer(const char* op, std::string_view name) {
+  const size_t index = index_of(name, Optimizers{});
+  TORCH_CHECK_VALUE(index < Optimizers::size, op, ": optimizer must be one of ", names_of(Optimizers{}), ", got '",
+                    name, "'");
+  return index;
+}
+
+c10::SmallVector<TrainedParameter*, 16> learning_of(Training& training, at::IntArrayRef learning) {
+  c10::SmallVector<TrainedParameter*, 16> all, found;
+  for (TrainedLayer& layer : training.layers) {
+    all.push_back(&layer.weight);
+    if (layer.bias.value) all.push_back(&layer.bias);
+  }
+  int64_t last = -1;
+  for (const int64_t index : learning) {
+    TORCH_CHECK(index > last && index < static_cast<int64_t>(all.size()), kOp,
+                ": learning must be rising indices among ", all.size(), " parameters, got ", learning);
+    last = index;
+    found.push_back(all[index]);
+  }
+  return found;
+}
+
+void check_dropout(const Training& training) {
+  const Numbers dropout = training.dropout;
+  TORCH_CHECK_VALUE(dropout.empty() || dropout.size() == training.layers.size() + 1, kOp,
+                    ": dropout must be one for each layer's input and one for the output, ", training.layers.size() + 1,
+                    ", got ", dropout.size());
+  for (const double p : dropout) TORCH_CHECK_VALUE(p >= 0 && p <= 1, kOp, ": dropout must be from 0 to 1, got ", p);
 }
 
 void check_batches(const TrainArgs& args) {
@@ -228,10 +252,9 @@ Training check_training(const TrainArgs& args) {
                     args.batch_size,
                     layers_of(args),
                     check_choice(kOp, Losses{}, args.loss, args.loss_parameters, "loss"),
-                    args.reduction == "mean"};
-  const size_t optimizer = index_of(args.optimizer, Optimizers{});
-  TORCH_CHECK_VALUE(optimizer < Optimizers::size, kOp, ": optimizer must be one of ", names_of(Optimizers{}), ", got '",
-                    args.optimizer, "'");
+                    args.reduction == "mean",
+                    args.dropout};
+  const size_t optimizer = check_optimizer(kOp, args.optimizer);
   TORCH_CHECK_VALUE(training.mean || args.reduction == "sum", kOp, ": reduction must be mean or sum, got '",
                     args.reduction, "'");
   check_dtype(kOp, args.input, "input");
@@ -253,7 +276,12 @@ Training check_training(const TrainArgs& args) {
     check_loss_weight(loss, training);
     check_target(loss, training);
   });
-  visit(Optimizers{}, optimizer, [&](auto functor) { set_optimizer<decltype(functor)>(args, optimizer, training); });
+  const auto learning = learning_of(training, args.learning);
+  visit(Optimizers{}, optimizer, [&](auto functor) {
+    set_optimizer<decltype(functor)>(kOp, optimizer, learning, args.hyperparameters, args.states, args.steps,
+                                     args.input);
+  });
+  check_dropout(training);
   check_batches(args);
   check_memory(training);
   for (const TrainedLayer& layer : training.layers) {
@@ -294,12 +322,43 @@ at::Tensor mlp_train_step_(const TrainArgs& a) {
                              .typed<std::remove_pointer_t<decltype(train_kernel<train_native>)>>();
   return op.call(a.input, a.target, a.parameters, a.states, a.steps, a.activations, a.activation_parameters, a.loss,
                  a.reduction, a.loss_weight, a.loss_parameters, a.optimizer, a.learning, a.hyperparameters, a.order,
-                 a.batch_size);
+                 a.batch_size, a.dropout);
+}
+
+c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args) {
+  const size_t optimizer = check_optimizer(kUpdateOp, args.optimizer), count = args.parameters.size();
+  TORCH_CHECK(args.gradients.size() == count, kUpdateOp, ": gradients must be one for each of ", count,
+              " parameters, got ", args.gradients.size());
+  c10::SmallVector<TrainedParameter, 16> checked(count);
+  c10::SmallVector<TrainedParameter*, 16> learning;
+  for (size_t i = 0; i < count; ++i) {
+    const at::Tensor &p = args.parameters[i], &gradient = args.gradients[i];
+    check_dtype(kUpdateOp, p, "a parameter");
+    check_like(kUpdateOp, gradient, "a gradient", p, "its parameter");
+    TORCH_CHECK(gradient.sym_sizes() == p.sym_sizes(), kUpdateOp, ": a gradient must be ", p.sym_sizes(),
+                " like its parameter, got ", gradient.sym_sizes());
+    checked[i].value = &p;
+    learning.push_back(&checked[i]);
+  }
+  if (count == 0) return checked;
+  visit(Optimizers{}, optimizer, [&](auto functor) {
+    set_optimizer<decltype(functor)>(kUpdateOp, optimizer, learning, args.hyperparameters, args.states, args.steps,
+                                     args.parameters[0]);
+  });
+  return checked;
+}
+
+void mlp_train_update_(const UpdateArgs& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mlp_ext::mlp_train_update_", "")
+                             .typed<decltype(update_kernel<update_native>)>();
+  op.call(a.parameters, a.states, a.steps, a.gradients, a.optimizer, a.hyperparameters);
 }
 
 void bump_versions(const TrainArgs& args) {
   const auto bump = [](const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
-  for (const int64_t index : args.learning) bump(args.parameters[index]);
+  if (args.optimizer != Accumulate::name)
+    for (const int64_t index : args.learning) bump(args.parameters[index]);
   for (const at::TensorList tensors : {args.states, args.steps})
     for (const at::Tensor& t : tensors) bump(t);
 }
@@ -327,6 +386,15 @@ at::Tensor train_autograd(const TrainArgs& args) {
   }
 }
 
+void update_autograd(at::TensorList parameters, at::TensorList states, at::TensorList steps, at::TensorList gradients,
+                     std::string_view optimizer, at::ArrayRef<double> hyperparameters) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  mlp_train_update_({parameters, states, steps, gradients, optimizer, hyperparameters});
+  for (const at::TensorList tensors : {parameters, states, steps})
+    for (const at::Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
+}
+void update_meta(const TrainedParameter&, const at::Tensor&) {}
+
 void throw_renamed(const c10::OperatorHandle&, c10::Stack*) {
   TORCH_CHECK(false, "mlp_sgd_step_: since mlp_ext 0.2 this is mlp_train_step_(..., optimizer=\"sgd\", ...)");
 }
@@ -338,7 +406,11 @@ TORCH_LIBRARY_FRAGMENT(mlp_ext, m) {
       "mlp_train_step_(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] states, Tensor(c!)[] steps, "
       "str[] activations, float[] activation_parameters, str loss, str reduction, Tensor? loss_weight, "
       "float[] loss_parameters, str optimizer, int[] learning, float[] hyperparameters, Tensor? order=None, "
-      "int? batch_size=None) -> Tensor",
+      "int? batch_size=None, float[] dropout=[]) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "mlp_train_update_(Tensor(a!)[] parameters, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor[] gradients, "
+      "str optimizer, float[] hyperparameters) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "mlp_sgd_step_(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] momentum_buffers, "
@@ -347,8 +419,17 @@ TORCH_LIBRARY_FRAGMENT(mlp_ext, m) {
       torch::CppFunction::makeFromBoxedFunction<throw_renamed>());
 }
 
-TORCH_LIBRARY_IMPL(mlp_ext, CompositeExplicitAutograd, m) { m.impl("mlp_train_step_", train_kernel<train_native>); }
-TORCH_LIBRARY_IMPL(mlp_ext, Meta, m) { m.impl("mlp_train_step_", train_kernel<train_meta>); }
-TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) { m.impl("mlp_train_step_", with_args<train_autograd>); }
+TORCH_LIBRARY_IMPL(mlp_ext, CompositeExplicitAutograd, m) {
+  m.impl("mlp_train_step_", train_kernel<train_native>);
+  m.impl("mlp_train_update_", update_kernel<update_native>);
+}
+TORCH_LIBRARY_IMPL(mlp_ext, Meta, m) {
+  m.impl("mlp_train_step_", train_kernel<train_meta>);
+  m.impl("mlp_train_update_", update_kernel<update_meta>);
+}
+TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) {
+  m.impl("mlp_train_step_", with_args<train_autograd>);
+  m.impl("mlp_train_update_", update_autograd);
+}
 
 }  // namespace mlp_ext

@@ -1,5 +1,5 @@
-// The operator mlp_train_step_: training steps of a multi-layer perceptron, each of them forward, loss, backward and
-// update. Interface of its backends.
+// The operators mlp_train_step_, training steps of a multi-layer perceptron, each of them forward, loss, backward and
+// update, and mlp_train_update_, an update alone. Interface of their backends.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -35,6 +35,7 @@ struct TrainArgs {
   at::ArrayRef<double> hyperparameters;          // all of the optimizer's, for each learning parameter
   const std::optional<at::Tensor>& order;        // int64 row indices into input, batch after batch
   std::optional<int64_t> batch_size;             // none: one step of all rows
+  at::ArrayRef<double> dropout;                  // of each layer's input, then of the output; empty: none
 };
 
 // Without batch_size: one step; returns the loss [] before the update. With it: one step per batch, on rows
@@ -43,6 +44,17 @@ struct TrainArgs {
 at::Tensor mlp_train_step_(const TrainArgs& args);
 // Bumps the autograd versions of parameters, states and steps.
 void bump_versions(const TrainArgs& args);
+
+// Updates the parameters with these gradients, as a step does. Through the dispatcher.
+struct UpdateArgs {
+  at::TensorList parameters;             // those that learn
+  at::TensorList states;                 // optimizer states of each, in order
+  at::TensorList steps;                  // step count [] of each, if the optimizer has one
+  at::TensorList gradients;              // like the parameters
+  std::string_view optimizer;            // a name in optimizers.h
+  at::ArrayRef<double> hyperparameters;  // all of the optimizer's, for each parameter
+};
+void mlp_train_update_(const UpdateArgs& args);
 
 // A parameter and its update. Points to the operator's arguments.
 struct TrainedParameter {
@@ -68,6 +80,7 @@ struct Training {
   c10::SmallVector<TrainedLayer, 8> layers;
   LossFunction loss;
   bool mean;
+  at::ArrayRef<double> dropout;    // [layers + 1], or empty
   bool target_is_classes = false;  // rather than of the output's shape
   size_t lowest_learning = 0;      // the first layer that learns; layers.size() if none does
 
@@ -76,6 +89,7 @@ struct Training {
 
 // Throws if an argument is invalid.
 Training check_training(const TrainArgs& args);
+c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args);
 // Whether all parameters and states are contiguous, as the kernels need them.
 bool is_contiguous(const Training& training);
 // Throws if a target class is neither ignore_index nor in [0, N).
@@ -95,8 +109,11 @@ struct LossAndGrad {
 };
 // The loss of outputs y, and its gradient.
 LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y);
-// One step, layer by layer, with this loss. All but the layers and the loss are native operations.
-at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&));
+// The update of a parameter that learns.
+void update_native(const TrainedParameter& p, const at::Tensor& gradient);
+// One step, layer by layer, with this loss and this update. Dropout is native, so masks are drawn as in an eager loop.
+at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&),
+                          void (*update)(const TrainedParameter&, const at::Tensor&) = update_native);
 // Loops over batches; `step` takes a Training without order and batch_size.
 at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const Training&));
 // The steps as a composite of native operations: the reference, and the fallback for devices without our kernels.
@@ -109,9 +126,10 @@ at::Tensor with_args(const at::Tensor& input, const at::Tensor& target, at::Tens
                      at::ArrayRef<double> activation_parameters, std::string_view loss, std::string_view reduction,
                      const std::optional<at::Tensor>& loss_weight, at::ArrayRef<double> loss_parameters,
                      std::string_view optimizer, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
-                     const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size) {
+                     const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size,
+                     at::ArrayRef<double> dropout) {
   return f({input, target, parameters, states, steps, activations, activation_parameters, loss, reduction, loss_weight,
-            loss_parameters, optimizer, learning, hyperparameters, order, batch_size});
+            loss_parameters, optimizer, learning, hyperparameters, order, batch_size, dropout});
 }
 template <at::Tensor (*run)(const Training&)>
 at::Tensor checked(const TrainArgs& args) {
@@ -121,5 +139,14 @@ at::Tensor checked(const TrainArgs& args) {
 //   m.impl("mlp_train_step_", train_kernel<run>)
 template <at::Tensor (*run)(const Training&)>
 constexpr auto* train_kernel = with_args<checked<run>>;
+
+// Makes a kernel of mlp_train_update_ from a function for one parameter; then advances the steps.
+template <void (*update)(const TrainedParameter&, const at::Tensor&)>
+void update_kernel(at::TensorList parameters, at::TensorList states, at::TensorList steps, at::TensorList gradients,
+                   std::string_view optimizer, at::ArrayRef<double> hyperparameters) {
+  const auto checked = check_update({parameters, states, steps, gradients, optimizer, hyperparameters});
+  for (size_t i = 0; i < checked.size(); ++i) update(checked[i], gradients[i]);
+  for (const at::Tensor& step : steps) step.add_(1);
+}
 
 }  // namespace mlp_ext

@@ -4,6 +4,7 @@
 #include <ATen/ops/binary_cross_entropy_backward.h>
 #include <ATen/ops/binary_cross_entropy_with_logits.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/huber_loss.h>
 #include <ATen/ops/huber_loss_backward.h>
@@ -12,6 +13,8 @@
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/mse_loss.h>
 #include <ATen/ops/mse_loss_backward.h>
+#include <ATen/ops/native_dropout.h>
+#include <ATen/ops/native_dropout_backward.h>
 #include <ATen/ops/nll_loss_backward.h>
 #include <ATen/ops/nll_loss_forward.h>
 #include <ATen/ops/ones.h>
@@ -23,6 +26,7 @@
 #include <ATen/ops/sqrt.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops/linear_act.h"
 #include "ops/train.h"
@@ -170,8 +174,38 @@ void with_next_step(const TrainedParameter& p, const F& f) {
   });
 }
 
+// ---- dropout ----
+
+// What F.dropout does in training mode, drawing from torch's generator as it does there.
+class Dropout {
+ public:
+  at::Tensor forward(const at::Tensor& x, double p) {
+    if (p == 0 || x.numel() == 0) return x;
+    fused_ = x.is_cuda() && p < 1;
+    if (fused_) {
+      scale_ = 1 / (1 - p);
+      auto [y, mask] = at::native_dropout(x, p, true);
+      factor_ = mask;
+      return y;
+    }
+    factor_ = p == 1 ? at::zeros({}, x.options()) : at::empty_like(x).bernoulli_(1 - p).div_(1 - p);
+    return x * factor_;
+  }
+  at::Tensor backward(const at::Tensor& dy) const {
+    if (!factor_.defined()) return dy;
+    return fused_ ? at::native_dropout_backward(dy, factor_, scale_) : dy * factor_;
+  }
+
+ private:
+  at::Tensor factor_;  // or mask
+  double scale_ = 1;
+  bool fused_ = false;
+};
+
+}  // namespace
+
 // In float32 at least, each result rounded once.
-void update(const TrainedParameter& p, const at::Tensor& gradient) {
+void update_native(const TrainedParameter& p, const at::Tensor& gradient) {
   const auto dtype = p.value->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor value = p.value->to(dtype), states[kMaxStates];
   for (size_t s = 0; s < kMaxStates; ++s)
@@ -182,37 +216,40 @@ void update(const TrainedParameter& p, const at::Tensor& gradient) {
     if (p.states[s]) p.states[s]->copy_(states[s]);
 }
 
-}  // namespace
-
 LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y) {
   const Operands operands{training, y, training.target};
   return visit(training.loss, [&](const auto& loss) { return native(loss, operands); });
 }
 
-at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&)) {
+at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&),
+                          void (*update)(const TrainedParameter&, const at::Tensor&)) {
   const size_t L = training.layers.size();
-  std::vector<at::Tensor> outputs{training.input};  // of each layer, after its input
+  std::vector<Dropout> dropout(training.dropout.empty() ? 0 : L + 1);
+  const auto dropped = [&](const at::Tensor& x, size_t l) {
+    return dropout.empty() ? x : dropout[l].forward(x, training.dropout[l]);
+  };
+  at::Tensor y;
+  std::vector<at::Tensor> inputs;                   // of each layer
   std::vector<std::optional<at::Tensor>> saved(L);  // what each activation's backward needs
   for (size_t l = 0; l < L; ++l) {
     const TrainedLayer& layer = training.layers[l];
     const at::Tensor& weight = *layer.weight.value;
+    inputs.push_back(dropped(l > 0 ? y : training.input, l));
     const Needs needs = l >= training.lowest_learning ? needs_of(layer.activation) : Needs::nothing;
     if (needs == Needs::preactivation) {
-      const auto [y, z] = linear_act_forward(outputs.back(), weight, optional(layer.bias.value), layer.activation_name,
-                                             layer.activation_parameters);
-      outputs.push_back(y);
-      saved[l] = z;
+      std::tie(y, saved[l]) = linear_act_forward(inputs[l], weight, optional(layer.bias.value), layer.activation_name,
+                                                 layer.activation_parameters);
     } else {
-      outputs.push_back(linear_act(outputs.back(), weight, optional(layer.bias.value), layer.activation_name,
-                                   layer.activation_parameters));
-      if (needs == Needs::output) saved[l] = outputs.back();
+      y = linear_act(inputs[l], weight, optional(layer.bias.value), layer.activation_name, layer.activation_parameters);
+      if (needs == Needs::output) saved[l] = y;
     }
   }
-  auto [loss, dy] = loss_and_grad(training, outputs.back());
+  auto [loss, dy] = loss_and_grad(training, dropped(y, L));
   for (size_t l = L; l-- > training.lowest_learning;) {
     const TrainedLayer& layer = training.layers[l];
+    if (!dropout.empty()) dy = dropout[l + 1].backward(dy);
     const auto [dx, dw, db] = linear_act_backward(
-        dy, saved[l], outputs[l], *layer.weight.value, layer.activation_name, layer.activation_parameters,
+        dy, saved[l], inputs[l], *layer.weight.value, layer.activation_name, layer.activation_parameters,
         {l > training.lowest_learning, layer.weight.optimizer.has_value(), layer.bias.optimizer.has_value()});
     if (layer.weight.optimizer) update(layer.weight, dw);
     if (layer.bias.optimizer) update(layer.bias, db);
@@ -235,7 +272,7 @@ at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const 
     };
     const at::Tensor input = batch(training.input), target = batch(training.target);
     losses.push_back(step({input, target, training.loss_weight, nullptr, std::nullopt, training.layers, training.loss,
-                           training.mean, training.target_is_classes, training.lowest_learning}));
+                           training.mean, training.dropout, training.target_is_classes, training.lowest_learning}));
   }
   return losses.empty() ? at::empty({0}, training.input.options()) : at::stack(losses);
 }

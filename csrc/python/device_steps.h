@@ -13,11 +13,11 @@ namespace mlp_ext {
 class DeviceSteps {
  public:
   // The copies for learning parameters, synchronised with the optimizer. A step makes them differ until advance().
-  c10::SmallVector<at::Tensor, 16> copies(const OptimizerState& now, const std::vector<at::Tensor>& parameters) {
-    copies_.resize(parameters.size());
+  c10::SmallVector<at::Tensor, 16> copies(const OptimizerState& now) {
+    copies_.resize(now.parameters.size());
     c10::SmallVector<at::Tensor, 16> found;
     for (size_t k = 0; k < now.steps.size(); ++k) {
-      const at::Tensor &step = now.steps[k], &parameter = parameters[now.learning[k]];
+      const at::Tensor &step = now.steps[k], &parameter = now.parameters[now.learning[k]];
       if (!step.is_cpu()) {  // fused=True keeps it on the device
         found.push_back(step);
         continue;

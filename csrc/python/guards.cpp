@@ -10,6 +10,7 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -19,50 +20,139 @@ namespace mlp_ext {
 
 namespace {
 
-const py::object& dict_or_list(const py::object& container) {
-  if (!PyDict_Check(container.ptr()) && !PyList_Check(container.ptr()))
-    throw py::type_error(std::string("Guards: a container must be a dict or a list, got ") +
-                         Py_TYPE(container.ptr())->tp_name);
-  return container;
+// The object itself, or what a weakref refers to; null if that is gone. A new reference, so that it stays alive.
+py::object referent(const py::object& object) {
+  if (!object || !PyWeakref_Check(object.ptr())) return object;
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* found = nullptr;
+  PyWeakref_GetRef(object.ptr(), &found);
+  return py::reinterpret_steal<py::object>(found);
+#else
+  PyObject* const found = PyWeakref_GET_OBJECT(object.ptr());
+  return found == Py_None ? py::object() : py::reinterpret_borrow<py::object>(found);
+#endif
 }
+
+py::object item_of(PyObject* container, PyObject* key) {
+  PyObject* found = nullptr;
+  if (PyDict_Check(container)) {
+    found = PyDict_GetItemWithError(container, key);
+  } else if (PyList_Check(container)) {
+    const Py_ssize_t index = PyLong_AsSsize_t(key);
+    if (index >= 0 && index < PyList_GET_SIZE(container)) found = PyList_GET_ITEM(container, index);
+  }
+  if (!found) PyErr_Clear();
+  return py::reinterpret_borrow<py::object>(found);
+}
+
+bool is_same(const py::object& found, const py::object& expected) { return found && found.is(referent(expected)); }
 
 }  // namespace
 
+Container::Container(const py::object& spec) {
+  if (py::isinstance<py::tuple>(spec)) {
+    std::tie(owner, attribute) = spec.cast<std::pair<py::object, py::object>>();
+    return;
+  }
+  if (!PyDict_Check(spec.ptr()) && !PyList_Check(spec.ptr()))
+    throw py::type_error(
+        std::string("Guards: a container must be a dict, a list, or an object and an attribute, got ") +
+        Py_TYPE(spec.ptr())->tp_name);
+  owner = spec;
+}
+
+py::object Container::find() const {
+  if (!attribute) return owner;
+  const py::object object = referent(owner);
+  if (!object) return {};
+  const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object.ptr(), nullptr));
+  if (!attributes) PyErr_Clear();
+  return !attributes || attribute.is_none() ? attributes : item_of(attributes.ptr(), attribute.ptr());
+}
+
+py::object Container::find(py::handle key) const {
+  const py::object container = find();
+  return container ? item_of(container.ptr(), key.ptr()) : container;
+}
+
 Guards::Guards(const py::iterable& items, const py::iterable& sizes, const py::iterable& types,
-               const std::vector<at::Tensor>& tensors) {
+               const py::iterable& tensors, const py::iterable& class_items) {
+  using py::object;
   for (const py::handle entry : items) {
-    const auto [container, key, expected] = entry.cast<std::tuple<py::object, py::object, py::object>>();
-    items_.push_back({dict_or_list(container), key, expected});
+    const auto [container, key, expected] = entry.cast<std::tuple<object, object, object>>();
+    items_.push_back({Container(container), key, expected});
   }
   for (const py::handle entry : sizes) {
-    const auto [container, expected] = entry.cast<std::pair<py::object, int64_t>>();
-    sizes_.push_back({dict_or_list(container), expected});
+    const auto [container, expected] = entry.cast<std::pair<object, int64_t>>();
+    sizes_.push_back({Container(container), expected});
   }
   for (const py::handle entry : types) {
     const auto [object, expected] = entry.cast<std::pair<py::object, py::object>>();
     types_.push_back({object, expected});
   }
-  for (const at::Tensor& tensor : tensors) dtypes_.push_back({tensor, tensor.scalar_type()});
+  for (const py::handle entry : tensors) {
+    const auto [container, key] = entry.cast<std::pair<object, object>>();
+    const Container place(container);
+    const object tensor = place.find(key);
+    if (!tensor || !THPVariable_Check(tensor.ptr())) throw py::type_error("Guards: there is no tensor");
+    tensors_.push_back({place, key, py::type::of(tensor), THPVariable_Unpack(tensor.ptr()).scalar_type()});
+  }
+  for (const py::handle entry : class_items) {
+    const auto [object, name, expected] = entry.cast<std::tuple<py::object, py::object, py::object>>();
+    class_items_.push_back({object, name, expected});
+  }
 }
 
 bool Guards::holds() const {
   for (const auto& [container, size] : sizes_) {
-    PyObject* const c = container.ptr();
-    if ((PyDict_Check(c) ? PyDict_GET_SIZE(c) : PyList_GET_SIZE(c)) != size) return false;
+    const py::object c = container.find();
+    if (!c || (PyDict_Check(c.ptr()) ? PyDict_GET_SIZE(c.ptr()) : PyList_GET_SIZE(c.ptr())) != size) return false;
   }
-  for (const auto& [container, key, expected] : items_) {
-    PyObject* const c = container.ptr();
-    PyObject* const found =
-        PyDict_Check(c) ? PyDict_GetItemWithError(c, key.ptr()) : PyList_GetItem(c, PyLong_AsSsize_t(key.ptr()));
-    if (!found) PyErr_Clear();
-    if (found != expected.ptr()) return false;
+  for (const auto& [container, key, expected] : items_)
+    if (!is_same(container.find(key), expected)) return false;
+  for (const auto& [object, expected] : types_) {
+    const py::object found = referent(object);
+    if (!found || reinterpret_cast<PyObject*>(Py_TYPE(found.ptr())) != expected.ptr()) return false;
   }
-  for (const auto& [object, expected] : types_)
-    if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != expected.ptr()) return false;
-  for (const auto& [tensor, expected] : dtypes_)
-    if (tensor.scalar_type() != expected) return false;
+  for (const auto& [container, key, type, dtype] : tensors_) {
+    const py::object found = container.find(key);
+    if (!found || reinterpret_cast<PyObject*>(Py_TYPE(found.ptr())) != type.ptr()) return false;
+    const at::Tensor& tensor = THPVariable_Unpack(found.ptr());
+    if (tensor.scalar_type() != dtype || tensor.layout() != at::kStrided) return false;
+  }
+  for (const auto& [object, name, expected] : class_items_) {
+    const py::object found = referent(object);
+    if (!found || _PyType_Lookup(Py_TYPE(found.ptr()), name.ptr()) != expected.ptr()) return false;
+    const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(found.ptr(), nullptr));
+    if (!attributes) PyErr_Clear();
+    if (attributes && PyDict_Contains(attributes.ptr(), name.ptr()) != 0) return false;
+  }
   return true;
 }
+
+int Guards::traverse(visitproc visit, void* arg) const {
+  for (const auto& [container, key, expected] : items_) {
+    Py_VISIT(container.owner.ptr());
+    Py_VISIT(key.ptr());
+    Py_VISIT(expected.ptr());
+  }
+  for (const auto& [container, size] : sizes_) Py_VISIT(container.owner.ptr());
+  for (const auto& [object, expected] : types_) {
+    Py_VISIT(object.ptr());
+    Py_VISIT(expected.ptr());
+  }
+  for (const auto& [container, key, type, dtype] : tensors_) {
+    Py_VISIT(container.owner.ptr());
+    Py_VISIT(type.ptr());
+  }
+  for (const auto& [object, name, expected] : class_items_) {
+    Py_VISIT(object.ptr());
+    Py_VISIT(expected.ptr());
+  }
+  return 0;
+}
+
+void Guards::clear() { *this = Guards(py::tuple(), py::tuple(), py::tuple(), py::tuple(), py::tuple()); }
 
 int hooks(const at::Tensor& parameter) {
   const auto* const autograd = torch::autograd::impl::get_autograd_meta(parameter);
@@ -110,10 +200,11 @@ void check_global_state(const at::Tensor& input, const at::Tensor& target, at::T
 }
 
 void bind_guards(py::module_& m) {
-  py::class_<Guards>(m, "Guards", "Whether objects have been modified since they were read.")
-      .def(py::init<const py::iterable&, const py::iterable&, const py::iterable&, const std::vector<at::Tensor>&>(),
-           py::arg("items"), py::arg("sizes"), py::arg("types") = py::tuple(),
-           py::arg("tensors") = std::vector<at::Tensor>())
+  py::class_<Guards>(m, "Guards", "Whether objects have been modified since they were read.", collectable<Guards>())
+      .def(py::init<const py::iterable&, const py::iterable&, const py::iterable&, const py::iterable&,
+                    const py::iterable&>(),
+           py::arg("items") = py::tuple(), py::arg("sizes") = py::tuple(), py::arg("types") = py::tuple(),
+           py::arg("tensors") = py::tuple(), py::arg("class_items") = py::tuple())
       .def("holds", &Guards::holds);
 }
 

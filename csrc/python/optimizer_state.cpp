@@ -88,14 +88,16 @@ constexpr size_t index_of_parameter(std::string_view name) {
 }  // namespace
 
 OptimizerReader::OptimizerReader(const py::object& optimizer, std::string name,
-                                 const std::map<std::string, double>& defaults, const std::vector<Tensor>& parameters,
+                                 const std::map<std::string, double>& defaults, const py::sequence& parameters,
                                  std::vector<int64_t> groups)
-    : parameters_(parameters),
-      groups_(std::move(groups)),
+    : groups_(std::move(groups)),
       name_(std::move(name)),
       index_(index_of(name_, Optimizers{})),
       optimizer_(optimizer.attr("__dict__")) {
-  for (const Tensor& p : parameters_) python_parameters_.push_back(py::cast(p));
+  for (const py::handle p : parameters) {
+    TORCH_CHECK_TYPE(THPVariable_Check(p.ptr()), "TrainStep: a parameter must be a tensor");
+    parameters_.push_back(py::reinterpret_borrow<py::object>(p));
+  }
   const py::handle own_defaults = item(optimizer_, keys().defaults);
   visit(Optimizers{}, index_, [&](auto functor) {
     for (const Parameter& parameter : decltype(functor)::parameters) {
@@ -115,6 +117,7 @@ OptimizerReader::OptimizerReader(const py::object& optimizer, std::string name,
 
 OptimizerState OptimizerReader::read() const {
   OptimizerState now;
+  for (size_t i = 0; i < size(); ++i) now.parameters.push_back(parameter(i));
   visit(Optimizers{}, index_, [&](auto functor) { read_as<decltype(functor)>(now); });
   TORCH_CHECK(!now.learning.empty(), "TrainStep: nothing learns: no parameter of the optimizer requires a gradient");
   return now;
@@ -127,7 +130,7 @@ void OptimizerReader::read_as(OptimizerState& now) const {
   std::array<double, Functor::parameters.size()> numbers{};
   int64_t read = -1;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    if (groups_[i] < 0 || !parameters_[i].requires_grad()) continue;
+    if (groups_[i] < 0 || !now.parameters[i].requires_grad()) continue;
     if (read != groups_[i]) {
       read = groups_[i];
       group = PyList_GET_ITEM(groups.ptr(), read);
@@ -163,7 +166,7 @@ template <class Functor>
 void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle group, py::handle states,
                                   OptimizerState& now) const {
   check_dict(states, "optimizer.state");
-  const py::handle entry = find(states, python_parameters_[i]);
+  const py::handle entry = find(states, parameters_[i]);
   if (entry) check_dict(entry, "each parameter's entry in optimizer.state");
   const bool may_create = !Functor::counts_steps || !entry || PyDict_Size(entry.ptr()) == 0;
   const auto add = [&](auto& list, py::handle name, const auto& make_state) {
@@ -176,14 +179,14 @@ void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle
     }
     list.push_back(std::move(tensor));
   };
-  if (Functor::counts_steps) add(now.steps, keys().step, [&] { return new_step(parameters_[i], group); });
+  if (Functor::counts_steps) add(now.steps, keys().step, [&] { return new_step(now.parameters[i], group); });
   for (size_t s = 0; s < Functor::states.size(); ++s) {
     if (!optimizer.has_state(s)) continue;
     const size_t before = now.created.size();
     add(now.states, state_names_[s], [&] {
       const py::handle value =
           PyDict_GetItemString(item(optimizer_, keys().defaults).ptr(), "initial_accumulator_value");
-      return at::full_like(parameters_[i], value ? number(value, state_names_[s]) : 0);
+      return at::full_like(now.parameters[i], value ? number(value, state_names_[s]) : 0);
     });
     constexpr size_t dampening = index_of_parameter<Functor>("dampening");  // 0 in the first step
     if constexpr (dampening < Functor::parameters.size()) {
@@ -201,6 +204,17 @@ void OptimizerReader::finish_step(OptimizerState& now) const {
   if (find(optimizer_, keys().step)) optimizer_["_opt_called"] = py::bool_(true);
 }
 
+int OptimizerReader::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(optimizer_.ptr());
+  for (const py::object& p : parameters_) Py_VISIT(p.ptr());
+  return 0;
+}
+
+void OptimizerReader::clear() {
+  optimizer_ = py::object();
+  parameters_.clear();
+}
+
 // In the order of the groups, like optimizer.step().
 void OptimizerReader::keep_created(OptimizerState& now) const {
   if (now.created.empty()) return;
@@ -208,7 +222,7 @@ void OptimizerReader::keep_created(OptimizerState& now) const {
   for (const py::handle group : item(optimizer_, keys().groups))
     for (const py::handle parameter : group["params"])
       for (const auto& [i, name, tensor] : now.created) {
-        if (!parameter.is(python_parameters_[i])) continue;
+        if (!parameter.is(parameters_[i])) continue;
         if (!state.contains(parameter)) state[parameter] = py::dict();
         state[parameter][name] = py::cast(tensor);
       }

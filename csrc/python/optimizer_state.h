@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <map>
 #include <optional>
@@ -23,6 +24,7 @@ struct OptimizerState {
     size_t index;
     double value;
   };
+  c10::SmallVector<at::Tensor, 16> parameters;  // of the model
   c10::SmallVector<int64_t, 16> learning;
   c10::SmallVector<double, 128> hyperparameters;
   c10::SmallVector<at::Tensor, 32> states;
@@ -31,6 +33,12 @@ struct OptimizerState {
   std::vector<Later> later;
 
   bool is_first_step() const { return !created.empty(); }
+  // Of the parameters that learn.
+  std::vector<const void*> identities() const {
+    std::vector<const void*> found;
+    for (const int64_t index : learning) found.push_back(parameters[index].unsafeGetTensorImpl());
+    return found;
+  }
 };
 
 class OptimizerReader {
@@ -38,12 +46,18 @@ class OptimizerReader {
   // name: in optimizers.h. defaults: values for settings that this torch version's optimizer lacks, if they differ from
   // the functor's defaults. groups: index of each parameter's group, or -1 if the optimizer does not have it.
   OptimizerReader(const pybind11::object& optimizer, std::string name, const std::map<std::string, double>& defaults,
-                  const std::vector<at::Tensor>& parameters, std::vector<int64_t> groups);
+                  const pybind11::sequence& parameters, std::vector<int64_t> groups);
 
   const std::string& name() const { return name_; }
+  size_t size() const { return parameters_.size(); }
+  const at::Tensor& parameter(size_t i) const { return THPVariable_Unpack(parameters_[i].ptr()); }
   OptimizerState read() const;
   // After a step: stores created states in the optimizer, and marks it as stepped for schedulers.
   void finish_step(OptimizerState& now) const;
+
+  // For Python's garbage collector.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
 
  private:
   struct Setting {
@@ -60,12 +74,12 @@ class OptimizerReader {
   void read_group(pybind11::handle group, double* numbers) const;
   void keep_created(OptimizerState& now) const;
 
-  const std::vector<at::Tensor>& parameters_;
-  std::vector<pybind11::object> python_parameters_;  // keys of optimizer.state
+  // Keys of optimizer.state. No at::Tensor is kept between steps: torch.utils.swap_tensors needs the only reference.
+  std::vector<pybind11::object> parameters_;
   const std::vector<int64_t> groups_;
   const std::string name_;
   const size_t index_;
-  const pybind11::dict optimizer_;  // the optimizer's attributes
+  pybind11::object optimizer_;  // the dict of the optimizer's attributes
   std::vector<Setting> settings_;
   std::vector<pybind11::object> state_names_;
 };
