@@ -142,13 +142,20 @@ class _Fused(nn.Module):
         return module
 
 
+# After unfuse, these may still be called, as bound methods that somebody kept: accelerate does.
+
+
 class _FusedSequential(_Fused):
     def forward(self, input: Any) -> Any:
+        if not isinstance(self, _Fused):
+            return type(self).forward(self, input)
         return forward(self, input, self.level)
 
 
 class _FusedForward(_Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, _Fused):
+            return type(self).forward(self, *args, **kwargs)
         if not torch.compiler.is_compiling() and not any(HOOKS_OF_ALL):
             try:
                 signature, tensors = signature_of(args, kwargs)
