@@ -15,6 +15,7 @@ alone, and fusion_report says why; torch.compile(model, backend="mlp_ext") follo
 from __future__ import annotations
 
 import copyreg
+import functools
 import inspect
 import warnings
 import weakref
@@ -172,6 +173,7 @@ class _Plans:
 
 
 def _forward_of_code(original: type[nn.Module], level: str) -> Callable[..., Any]:
+    @functools.wraps(original.forward)  # tools read its signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and not any(HOOKS_OF_ALL):
             try:

@@ -1,6 +1,7 @@
 """fuse changes how a model's forward computes and nothing else, for models written in code."""
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -486,3 +487,10 @@ def test_yardstick() -> None:
 def test_fuse_alone_finds_most() -> None:
     found = sum(found_by_fuse(example) for example in EXAMPLES.values())
     assert found >= 0.88 * sum(example.pairs for example in EXAMPLES.values())
+
+
+def test_signature_is_that_of_the_model() -> None:
+    """transformers' Trainer, torch.export and torch.fx read it."""
+    for name in ("Masked", "Dictionary", "Siamese"):
+        native, fused = EXAMPLES[name].model(), mlp_ext.fuse(EXAMPLES[name].model())
+        assert inspect.signature(fused.forward) == inspect.signature(native.forward)
