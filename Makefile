@@ -1,4 +1,4 @@
-# make demo | check | test | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
+# make demo | check | test | clients | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
 # make release-check: before a release. make wheel: a wheel in dist/, for the torch of the environment.
 # make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
 
@@ -11,7 +11,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test release-check lint bench bench-quick format build wheel cuda-check gpu clean distclean
+.PHONY: demo check test clients release-check lint bench bench-quick format build wheel cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -33,8 +33,20 @@ test: build
 	@echo "== tests"
 	$(PYTEST)
 
+# With other libraries, in an environment of their own.
+CLIENTS := .venv-clients
+clients: build $(CLIENTS)/tools
+	@echo "== tests with the libraries that people use with torch"
+	PYTHONPATH="$(CURDIR)" $(CLIENTS)/bin/python -m pytest tests/clients
+
+$(CLIENTS)/tools: tests/clients/requirements.txt
+	@echo "== making the environment $(CLIENTS) with $(TORCH): 2 GB"
+	@test -x $(CLIENTS)/bin/pip || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" -r $<
+	@touch $@
+
 # Before a release: the sdist too, compiled and installed in an environment of its own.
-release-check: test
+release-check: test clients
 	@echo "== tests of what is released"
 	$(RUN)/python -m pytest -m release
 
@@ -148,4 +160,4 @@ clean:
 	find mlp_ext tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(CUDA)
+	rm -rf $(VENV) $(CUDA) $(CLIENTS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import itertools
 import sys
 import threading
@@ -16,7 +17,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ def _follow(
     reads = _Reads()
     tracer = _Tracer(forward, signature, inlines)
     try:
-        with _LOCK, _NoTensors(), reads.recording():
+        with _LOCK, _NoTensors(), reads.recording():  # type: ignore[no-untyped-call]
             graph = tracer.trace(module)
     except Unfollowable:
         raise
@@ -166,7 +167,7 @@ def _fuse(
         if layers[0] is None:
             return _functional(graph, run[0])
         call = mlp_call([layer for layer in layers if layer], activations)
-        return graph.call_function(_function(call), (input_of(run[0].linear),))
+        return graph.call_function(_function(call), (cast(fx.Node, input_of(run[0].linear)),))
 
     runs = find_runs(graph, is_linear, activation, one_layer=level != "stack")
     for run in runs:
@@ -220,8 +221,8 @@ _LOCK = threading.RLock()
 class _Value(fx.Proxy):
     """A Proxy that refuses to say what it is, since code that asks would see a Proxy."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         if _is_of_torch(sys._getframe(1)):
             return _Value
         raise Unfollowable("asks for the type of a tensor")
@@ -339,13 +340,17 @@ class _Reads:
                 self._read(module, name, sys._getframe(1))
             return object.__getattribute__(module, name)
 
-        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
+        collects = gc.isenabled()
+        gc.disable()  # finalizers and callbacks of the collector are not part of the forward
+        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
         sys.setprofile(self._profile)
         try:
             yield
         finally:
             sys.setprofile(None)
             del nn.Module.__getattribute__
+            if collects:
+                gc.enable()
 
     def _read(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
         in_list = name == "_modules" and frame.f_globals["__name__"] == nn.ModuleList.__module__

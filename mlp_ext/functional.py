@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import Parameter
 
 from mlp_ext.errors import CAUGHT, explain_function
 from mlp_ext.ops import ACTIVATIONS
@@ -13,6 +19,54 @@ from mlp_ext.ops import ACTIVATIONS
 __all__ = ["ACTIVATIONS", "linear_act", "linear_relu", "linear_sigmoid", "linear_tanh"]
 
 _linear_act: Callable[..., Tensor] = torch.ops.mlp_ext.linear_act.default
+
+# A Parameter, its substitute in torch.func.functional_call, and those in tracing.
+PLAIN = frozenset({Parameter, Tensor, FakeTensor, FunctionalTensor})
+EAGER = frozenset({Parameter, Tensor})  # checked first, at every call
+
+
+def needs_native(weight: Any) -> bool:
+    """Whether a weight whose type is not in EAGER must reach F.linear instead of the operators.
+
+    True for other tensor subclasses, such as quantized ones, which implement F.linear; for the
+    proxies of torch.fx; and in torch.export, so that a program consists of PyTorch's operators: it
+    loads without mlp_ext, and quantizers and other backends know it. False in torch.compile.
+    """
+    if not isinstance(weight, (Tensor, torch.fx.Proxy)):
+        return False
+    if torch.compiler.is_exporting():
+        return True
+    if _is_dtensor(weight):
+        from mlp_ext import sharding
+
+        return sharding.needs_native(weight)
+    return type(weight) not in PLAIN
+
+
+def _is_dtensor(tensor: object) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return isinstance(tensor, getattr(distributed, "DTensor", ()))
+
+
+def native(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    name: str,
+    parameters: Sequence[float] | None = None,
+) -> Tensor:
+    """linear_act by PyTorch: the activations have their names in torch.nn.functional."""
+    z = F.linear(input, weight, bias)
+    if _is_dtensor(z):
+        from mlp_ext import sharding
+
+        z = sharding.summed(z)
+    if name == "identity":
+        return z
+    if name == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    activate: Callable[..., Tensor] = getattr(F, name)
+    return activate(z, *(parameters or ()))
 
 
 def linear_act(
@@ -53,6 +107,8 @@ def linear_act(
         RuntimeError: shapes do not match, or devices differ. Each message names the argument, what
             was expected and what was passed.
     """
+    if type(weight) not in EAGER and activation in ACTIVATIONS and needs_native(weight):
+        return native(input, weight, bias, activation, parameters)
     try:
         return _linear_act(input, weight, bias, activation, parameters)
     except CAUGHT as error:
@@ -86,6 +142,8 @@ def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _named(activation: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if type(weight) not in EAGER and needs_native(weight):
+        return native(input, weight, bias, activation)
     try:
         return _linear_act(input, weight, bias, activation)
     except CAUGHT as error:

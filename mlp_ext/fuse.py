@@ -27,7 +27,7 @@ from torch import nn
 
 from mlp_ext.forward_code import TENSOR, Signature, Unfollowable, follow, signature_of
 from mlp_ext.nn import Activation, LinearAct, activation_of, find_override, type_name
-from mlp_ext.plan import HOOKS_OF_ALL, Plan, find_obstacle
+from mlp_ext.plan import HOOKS_OF_ALL, Plan, find_obstacle, without_plans
 from mlp_ext.sequential import Sequential, find_steps, forward, is_layer
 
 LEVELS = ("layers", "stack")
@@ -121,29 +121,30 @@ def fusion_report(model: nn.Module, level: str = "layers") -> FusionReport:
 # ---- the classes of fused modules ----
 
 
-class _Fused:
+class _Fused(nn.Module):
     """Base of the classes that fuse gives to modules."""
 
     fused_from: ClassVar[type[nn.Module]]
     level: ClassVar[str]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
         if reduced[:2] == (copyreg.__newobj__, (type(self),)):  # type: ignore[attr-defined]
-            return _new, (self.fused_from, self.level), *reduced[2:]
+            state, *rest = reduced[2:]
+            state = without_plans(state) if isinstance(state, dict) else state
+            return _new, (self.fused_from, self.level), state, *rest
         return reduced  # from a __reduce__ of the class
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script: the same module, not fused."""
         module = self.fused_from.__new__(self.fused_from)
-        vars(module).update(vars(self))
-        _forget_plans(module)
+        vars(module).update(without_plans(vars(self)))
         return module
 
 
 class _FusedSequential(_Fused):
     def forward(self, input: Any) -> Any:
-        return forward(self, input, self.level)  # type: ignore[arg-type]
+        return forward(self, input, self.level)
 
 
 class _FusedForward(_Fused):
@@ -154,10 +155,12 @@ class _FusedForward(_Fused):
             except Unfollowable:
                 pass
             else:
-                plans = vars(self).get("_plans") or vars(self).setdefault("_plans", _Plans())
+                plans = vars(self).get("_plans")
+                if plans is None:
+                    plans = vars(self)["_plans"] = _Plans()
                 if plan := plans.find(self, signature):
                     return plan.run(self, *tensors)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
 
 class _Plans:
@@ -183,7 +186,7 @@ class _Plans:
         self._plans.append((signature, plan))
         return plan
 
-    def __reduce__(self) -> Any:  # a copy has no plans yet
+    def __reduce__(self) -> Any:  # copies make their own
         return type(None), ()
 
 
@@ -213,13 +216,9 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _set_class(module: nn.Module, kind: type) -> None:
-    _forget_plans(module)
+    for name in vars(module).keys() - without_plans(vars(module)):
+        del vars(module)[name]
     module.__class__ = kind
-
-
-def _forget_plans(module: nn.Module) -> None:
-    for name in ("_plan", "_plans"):
-        vars(module).pop(name, None)
 
 
 # ---- what can be fused ----
@@ -248,9 +247,9 @@ def _callers(model: nn.Module, level: str) -> list[_Caller]:
     callers = []
     for name, module in model.named_modules():
         caller = _Caller(name, module)
-        if _is_chain(original_class(module)) and not find_override(module):
+        if chains(module):
             _read_chain(caller, "stack" if isinstance(module, Sequential) else level)
-        elif not isinstance(module, Sequential) and _calls_linears(module):
+        elif _calls_linears(module):
             _read_code(caller, level)
         else:
             continue
@@ -260,13 +259,11 @@ def _callers(model: nn.Module, level: str) -> list[_Caller]:
 
 def _is_chain(kind: type[nn.Module]) -> bool:
     """Whether modules of this class call their children one after another."""
-    return chains_class(kind, nn.Sequential) or kind is Sequential
-
-
-def chains_class(kind: type, base: type[nn.Sequential]) -> bool:
     methods = ("__call__", "_call_impl", "forward", "__iter__", "__getattribute__")
-    return issubclass(kind, base) and all(
-        getattr(kind, name) is getattr(base, name) for name in methods
+    return any(
+        issubclass(kind, base)
+        and all(getattr(kind, name) is getattr(base, name) for name in methods)
+        for base in (nn.Sequential, Sequential)
     )
 
 
@@ -275,14 +272,15 @@ def chains(module: object) -> bool:
     return (
         isinstance(module, nn.Module)
         and _is_chain(original_class(module))
-        and not any(name in vars(module) for name in ("forward", "_call_impl", "__iter__"))
+        and not find_override(module, of_hooks=False)
     )
 
 
 def _read_chain(caller: _Caller, level: str) -> None:
     children = [*caller.module._modules.values()]
     for indices, activations in find_steps(children, level):
-        caller.fused.update(zip((id(children[index]) for index in indices), activations, strict=False))
+        for index, activation in zip(indices, activations, strict=False):
+            caller.fused[id(children[index])] = activation
 
 
 def _calls_linears(module: nn.Module) -> bool:
@@ -297,10 +295,10 @@ def _calls_linears(module: nn.Module) -> bool:
 
 def _read_code(caller: _Caller, level: str) -> None:
     module, kind = caller.module, original_class(caller.module)
-    if kind.__module__.startswith("torch."):
+    if override := find_override(module, of_hooks=False):
+        caller.reason = f"in a {kind.__name__}, which {override}"
+    elif kind.__module__.startswith("torch."):
         caller.reason = f"in a {kind.__name__}, whose forward belongs to torch"
-    elif "forward" in vars(module):
-        caller.reason = f"in a {kind.__name__} that has a forward of its own"
     elif _overrides_calls(kind):
         caller.reason = f"in a {kind.__name__}, which overrides how modules are called"
     else:
@@ -376,4 +374,6 @@ def _reason(name: str, linear: nn.Module, callers: list[_Caller]) -> str:
         return "last in its Sequential"
     if activation_of(follower) and (obstacle := find_obstacle(follower)):
         return f"its {type(follower).__name__} {obstacle}"
+    if type(follower) in LinearAct.by_module:
+        return f"followed by {follower}, whose options are not supported"
     return f"followed by {type(follower).__name__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,7 @@ def find_runs(
             and node.op == runs[before][0].linear.op == "call_module"
             and not _effect_between(before, node)
         )
-        run = runs.pop(before) if follows else []  # type: ignore[arg-type]
+        run = runs.pop(cast(Node, before)) if follows else []
         runs[pair.activation_node] = [*run, pair]
     return [run for run in runs.values() if len(run) > 1 or run[0].linear in by_linear]
 

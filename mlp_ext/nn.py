@@ -8,11 +8,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mlp_ext.errors import CAUGHT, check_input, rename
-from mlp_ext.functional import _linear_act
+from mlp_ext.functional import EAGER, PLAIN, _linear_act, native, needs_native
 from mlp_ext.ops import ACTIVATIONS, PARAMETERS
 
 Layer = TypeVar("Layer", bound="LinearAct")
@@ -177,18 +175,23 @@ class LinearAct(nn.Linear):
         return None
 
     def forward(self, input: Tensor) -> Tensor:
+        name, parameters = self.read() if self.options else self.default
+        weight, bias = self.weight, self.bias
+        if type(weight) not in EAGER and needs_native(weight):
+            return native(input, weight, bias, name, parameters)
         try:
-            name, parameters = self.read() if self.options else self.default
-            return _linear_act(input, self.weight, self.bias, name, parameters or None)
+            return _linear_act(input, weight, bias, name, parameters or None)
         except CAUGHT as error:
-            check_input(type(self).__name__, input, self.weight)
+            if find_special(self) or getattr(input, "is_nested", False):
+                return native(input, weight, bias, name, parameters)
+            check_input(type(self).__name__, input, weight)
             rename(error, type(self).__name__)
             raise
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
         if self.options and self.torch_module:
-            parts.append(self.torch_module.extra_repr(self))  # type: ignore[arg-type]
+            parts.append(self.torch_module.extra_repr(self))
         return ", ".join(filter(None, parts))
 
     @classmethod
@@ -378,11 +381,11 @@ def find_addition(module: nn.Module) -> str:
     return ""
 
 
-def find_override(module: nn.Module) -> str:
+def find_override(module: nn.Module, of_hooks: bool = True) -> str:
     """What makes a call of `module` compute something else than its class does on its own, as "has
     forward hooks"; "" if nothing does."""
     own = vars(module)
-    for name in _HOOKS:
+    for name in _HOOKS if of_hooks else ():
         if own[name] and "state_dict" not in name:
             return f"has {name.strip('_').replace('_', ' ')}"
     for name in (*MODULE_CODE, "weight", "bias"):
@@ -392,15 +395,16 @@ def find_override(module: nn.Module) -> str:
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A Parameter, its substitute in torch.func.functional_call, and those in tracing.
-_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def find_special(layer: nn.Module) -> str:
     """Which parameter the operators do not support, as "its weight is torch.int8"; "" if none."""
+    for name in ("weight", "bias") if isinstance(layer, nn.Linear) else ():
+        if name not in layer._parameters:
+            return f"its {name} is not a parameter"
     for name, parameter in layer._parameters.items():
         # A subclass is a quantized, sharded or otherwise special tensor.
-        if parameter is not None and type(parameter) not in _PLAIN:
+        if parameter is not None and type(parameter) not in PLAIN:
             return f"its {name} is a {type_name(parameter)}"
         if parameter is not None and parameter.layout is not torch.strided:
             return f"its {name} has layout {parameter.layout}"

@@ -87,8 +87,13 @@ class Plan:
         __dict__ has a plan of another."""
         return self._module() is module and self._guards.holds()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy has no plan yet
+    def __reduce__(self) -> tuple[Any, ...]:  # copies make their own
         return type(None), ()
+
+
+def without_plans(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A module's attributes as they are without fuse."""
+    return {name: value for name, value in attributes.items() if name not in ("_plan", "_plans")}
 
 
 def mlp_call(layers: list[nn.Module], activations: list[Activation]) -> _C.MlpCall:

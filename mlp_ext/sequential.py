@@ -19,6 +19,7 @@ from mlp_ext.plan import (
     call_mlp,
     find_obstacle,
     mlp_call,
+    without_plans,
 )
 
 
@@ -47,21 +48,25 @@ class Sequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         return forward(self, input, "stack")
 
+    def __getstate__(self) -> dict[str, Any]:  # for pickle and copy
+        return without_plans(vars(self))
 
-def forward(model: nn.Sequential, input: Any, level: str) -> Any:
+
+def forward(model: nn.Module, input: Any, level: str) -> Any:
     """The forward of a Sequential that is fused at this level."""
     if torch.compiler.is_compiling():
         return _compiled(model, input, level)
     plan: Plan | None = vars(model).get("_plan")
     if plan is None or not plan.is_for(model):
         plan = vars(model)["_plan"] = _plan(model, level)
-    given, modules = input, model._modules
+    given = input
+    modules: dict[str, Any] = model._modules
     call: Any = None
     try:
         for call in plan.run:
             input = (modules[call] if type(call) is str else call)(input)
     except Untraceable:
-        return nn.Sequential.forward(model, given)
+        return nn.Sequential.forward(model, given)  # type: ignore
     except CAUGHT as error:
         if isinstance(call, _C.MlpCall):  # other children raise their own errors
             check_input("Sequential", input, call.weights[0])
@@ -91,9 +96,9 @@ def find_steps(children: Children[nn.Module | None], level: str) -> list[Step]:
         return [Step((index,), ()) for index in range(len(children))]
     open_run = False  # whether the last step is a run that the next child may continue
     for index, child in enumerate(children):
-        activation = _activation(child) if child is not None else None
-        if activation and find_obstacle(child):
-            activation = None
+        activation = None
+        if child is not None and not find_obstacle(child):
+            activation = _activation(child)
         indices, activations = steps[-1] if open_run else ((), ())
         if activation and is_layer(child):
             steps[len(steps) - open_run :] = [Step((*indices, index), (*activations, activation))]
@@ -123,7 +128,7 @@ def _pairs(run: Step, children: Children[nn.Module | None]) -> list[Step]:
 
 def is_layer(child: nn.Module | None) -> bool:
     """Whether its class computes what nn.Linear or one of the fused layers does."""
-    kinds = (nn.Linear, *LinearAct.by_module.values())
+    kinds: list[type] = [nn.Linear, *LinearAct.by_module.values()]
     return any(computes_as(type(child), kind) for kind in kinds)
 
 
@@ -136,8 +141,9 @@ def _activation(child: nn.Module) -> Activation | None:
     return activation_of(child)
 
 
-def _plan(model: nn.Sequential, level: str) -> Plan:
-    keys, children = [*model._modules], [*model._modules.values()]
+def _plan(model: nn.Module, level: str) -> Plan:
+    keys: list[str] = [*model._modules]
+    children: list[Any] = [*model._modules.values()]
     run: list[Any] = []
     for indices, activations in find_steps(children, level):
         layers = [children[index] for index in indices]
@@ -150,11 +156,11 @@ def _plan(model: nn.Sequential, level: str) -> Plan:
     return Plan(model, run, guards.guards())
 
 
-def _compiled(model: nn.Sequential, input: Any, level: str) -> Any:
+def _compiled(model: nn.Module, input: Any, level: str) -> Any:
     """Forward for torch.compile and torch.export, which have their own guards on modules."""
     children = [*model._modules.values()]
     for indices, activations in find_steps(children, level):
-        layers = [children[index] for index in indices]
+        layers: list[Any] = [children[index] for index in indices]
         if activations:
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
             input = call_mlp(input, weights, biases, activations)

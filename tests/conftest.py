@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from steps import Training, training
 from torch.utils import deterministic
 
 from mlp_ext import TrainStep
+
+# They need packages of their own: `make clients`.
+collect_ignore = [] if find_spec("stable_baselines3") else ["clients"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mlp_ext
-from mlp_ext.bench.training import LOSSES, OPTIMIZERS
+from mlp_ext.bench.training import LOSSES, OPTIMIZERS, Layers
 from mlp_ext.commands import plots
 from mlp_ext.commands import train as train_command
 from mlp_ext.commands.cli import main
@@ -51,7 +51,7 @@ def add_kind(monkeypatch: pytest.MonkeyPatch, stop: BaseException, after: int) -
 
         return stopping
 
-    monkeypatch.setitem(LAYERS, "stops", row)
+    monkeypatch.setitem(LAYERS, "stops", Layers(row))
 
 
 def test_info_prints_the_build(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +150,7 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         "seed": 4,
         "device": "cpu",
         "dtype": "float64",
+        "distributed": None,
     }
     assert record["versions"]["torch"] == torch.__version__
     assert record["build"] == mlp_ext.build_info()
@@ -172,7 +173,7 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_json_has_null_for_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nan = torch.tensor(torch.nan)
-    monkeypatch.setitem(LAYERS, "diverges", lambda *parts: lambda input, target: nan)
+    monkeypatch.setitem(LAYERS, "diverges", Layers(lambda *parts: lambda input, target: nan))
     path = tmp_path / "run.json"
     assert main(["train", "--layers", "all", "--epochs", "2", "--json", str(path)]) == 0
     result = json.loads(path.read_text(), parse_constant=pytest.fail)["results"]["diverges"]

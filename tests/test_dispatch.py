@@ -1,4 +1,4 @@
-"""linear_act is a good citizen of torch: opcheck, compile, export, autocast, modes, profiler."""
+"""linear_act is a good citizen of torch: opcheck, compile, autocast, modes, profiler."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -84,7 +84,7 @@ def test_opcheck_backward(activation: str, mask: tuple[bool, ...]) -> None:
         torch.library.opcheck(BACKWARD, (*arguments, activation, [], mask))
 
 
-# ---- torch.compile and export ----
+# ---- torch.compile ----
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -115,19 +115,6 @@ def test_compile_with_a_dynamic_batch_compiles_once(activation: str) -> None:
         close(found, expected)
         close(gradients(found, tensors), gradients(expected, tensors))
     assert graphs.frame_count == 1
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_export_keeps_the_operator(dynamic: bool) -> None:
-    fused, plain = twins()
-    shapes = {"input": {0: torch.export.Dim("rows")}} if dynamic else None
-    program = torch.export.export(fused, (torch.randn(7, 10),), dynamic_shapes=shapes)
-    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [
-        FORWARD,
-        FORWARD,
-    ]
-    x = torch.randn(3 if dynamic else 7, 10)
-    close(program.module()(x), plain(x))
 
 
 # ---- autocast and modes ----

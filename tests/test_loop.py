@@ -8,6 +8,7 @@ from samples import load
 from torch import Tensor, nn
 
 import mlp_ext
+from mlp_ext.bench.training import Layers
 from mlp_ext.commands.data import Dataset
 from mlp_ext.commands.loop import LAYERS, Step, TrainingRun, accuracy, make_mlp, sgd_step, train
 from mlp_ext.nn import Activation, LinearReLU, LinearSigmoid, activation_of
@@ -52,7 +53,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[str, 
 
             return noting
 
-        monkeypatch.setitem(LAYERS, kind, row)
+        monkeypatch.setitem(LAYERS, kind, Layers(row))
         return seen
 
     return add

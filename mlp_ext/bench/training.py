@@ -6,6 +6,8 @@ To add one, add a row to its table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -58,13 +60,25 @@ def sgd_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Opti
     return step
 
 
-# Make a training step from a torch.nn model, a loss and an optimizer. Steps update the model's own
-# Parameters.
-LAYERS: dict[str, Callable[[nn.Sequential, nn.Module, torch.optim.Optimizer], Step]] = {
-    "native": sgd_step,
-    "fused": lambda model, *rest: sgd_step(fuse(model, level="layers"), *rest),
-    "stack": lambda model, *rest: sgd_step(fuse(model, level="stack"), *rest),
-    "step": TrainStep,
+@dataclass(frozen=True)
+class Layers:
+    """Makes a training step from a torch.nn model, a loss and an optimizer. The step updates the
+    model's own Parameters."""
+
+    step: Callable[[nn.Module, nn.Module, torch.optim.Optimizer], Step]
+    change: Callable[[nn.Module], nn.Module] = lambda model: model  # before the step is made
+
+    def __call__(
+        self, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> Step:
+        return self.step(self.change(model), criterion, optimizer)
+
+
+LAYERS: dict[str, Layers] = {
+    "native": Layers(sgd_step),
+    "fused": Layers(sgd_step, fuse),
+    "stack": Layers(sgd_step, partial(fuse, level="stack")),
+    "step": Layers(TrainStep),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, Step, make_mlp, sgd_step
 from mlp_ext.commands.data import Dataset
+from mlp_ext.commands.distributed import ALONE, Processes
 
 __all__ = ["LAYERS", "Step", "TrainingRun", "accuracy", "make_mlp", "sgd_step", "start", "train"]
 
@@ -28,12 +29,18 @@ class TrainingRun:
 
 
 def start(
-    kind: str, model: nn.Sequential, lr: float, loss: str = "mse", optimizer: str = "sgd"
+    kind: str,
+    model: nn.Module,
+    lr: float,
+    loss: str = "mse",
+    optimizer: str = "sgd",
+    processes: Processes = ALONE,
 ) -> TrainingRun:
     """A run with this row of LAYERS on a copy of `model`."""
-    model = deepcopy(model)
+    layers = LAYERS[kind]
+    model = processes.wrap(layers.change(deepcopy(model)))
     criterion = LOSSES[loss].criterion()
-    step = LAYERS[kind](model, criterion, OPTIMIZERS[optimizer](model.parameters(), lr=lr))
+    step = layers.step(model, criterion, OPTIMIZERS[optimizer](model.parameters(), lr=lr))
     return TrainingRun(kind, model, step)
 
 
@@ -48,6 +55,7 @@ def train(
     seed: int = 0,
     loss: str = "mse",
     optimizer: str = "sgd",
+    processes: Processes = ALONE,
 ) -> Iterator[list[TrainingRun]]:
     """Trains a copy of `model` with each of `kinds`; yields their runs after every epoch.
 
@@ -55,21 +63,25 @@ def train(
     `seed` in each epoch unless there is only one; the last batch may be smaller. A loss is the mean
     over an epoch's rows, computed before the update of each batch. The kinds run in turn within an
     epoch, so that drift affects all of them, and rotate, since the first one has cold caches.
-    """
-    for kind in kinds:  # warm up on a copy
-        start(kind, model, lr, loss, optimizer).step(data.x[:batch_size], data.y[:batch_size])
 
-    runs = [start(kind, model, lr, loss, optimizer) for kind in kinds]
+    Each of several `processes` takes its part of each batch; the losses are those of one process.
+    """
+    first_batch = processes.part(data.x[:batch_size]), processes.part(data.y[:batch_size])
+    for kind in kinds:  # warm up on a copy
+        start(kind, model, lr, loss, optimizer, processes).step(*first_batch)
+
+    runs = [start(kind, model, lr, loss, optimizer, processes) for kind in kinds]
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         batches = _batches(data, batch_size, generator)
+        parts = [(processes.part(x), processes.part(y)) for x, y in batches]
         first = epoch % len(runs)
         for run in runs[first:] + runs[:first]:
             started = _now(data)
-            losses = [run.step(x, y) for x, y in batches]
+            losses = [run.step(x, y) for x, y in parts]
             run.seconds.append(_now(data) - started)
             sums = [loss.item() * len(x) for loss, (x, _) in zip(losses, batches, strict=True)]
-            run.losses.append(sum(sums) / len(data.x))
+            run.losses.append(processes.mean(sum(sums) / len(data.x)))
         yield runs
 
 

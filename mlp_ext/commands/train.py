@@ -20,6 +20,7 @@ from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, make_mlp
 from mlp_ext.commands import arguments, plots
 from mlp_ext.commands.arguments import count, number
 from mlp_ext.commands.data import DATASETS, Dataset, load
+from mlp_ext.commands.distributed import WRAPPERS, Processes, joined
 from mlp_ext.commands.loop import TrainingRun, accuracy, train
 from mlp_ext.ops import ACTIVATIONS, build_info
 
@@ -36,6 +37,7 @@ OPTIONS = (  # recorded in the JSON file
     "seed",
     "device",
     "dtype",
+    "distributed",
 )
 COLUMNS = {  # of the final table: name in _result, format
     "ms_per_epoch": ".3f",
@@ -56,7 +58,10 @@ def add_train(commands: Any) -> None:
         "logits.",
         epilog="--layers all trains the same initial weights on the same batches with every kind "
         "of layer in turn. ms per epoch: in the training steps alone; speed up: native's time over "
-        "this one's; both the median over the epochs. largest difference: of a loss from native's.",
+        "this one's; both the median over the epochs. largest difference: of a loss from native's. "
+        "--distributed trains in the processes of torchrun, which share each batch: the losses are "
+        "those of one process. The times are those of the first. fsdp has no step, so that all "
+        "leaves it out.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -74,6 +79,7 @@ def add_train(commands: Any) -> None:
     add("--seed", type=_seed, default=0, metavar="N", help="of weights, rows and shuffling")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     add("--dtype", choices=FLOATS, default="float32", help="of weights and data")
+    add("--distributed", choices=[*WRAPPERS], help="share each batch, under torchrun")
     add("--plot", type=arguments.file, metavar="FILE.png", help="draw the losses")
     add("--json", type=arguments.file, metavar="FILE", help="write settings, versions and results")
 
@@ -89,6 +95,14 @@ def _widths(text: str) -> list[int]:
 def _train(args: argparse.Namespace) -> None:
     arguments.check_device(args.device, args.fail)
     arguments.check_picture(args.plot, args.fail)
+    if args.distributed == "fsdp" and args.layers == "step":
+        what = "a step needs whole parameters, fsdp shards them; use fused, stack or ddp"
+        args.fail(f"argument --layers: {what}")
+    with joined(args.distributed, args.device, args.fail) as processes:
+        _train_in(processes, args)
+
+
+def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     with arguments.advising(args.fail):
         data = load(args.data, args.seed, dtype, args.device)
@@ -109,18 +123,28 @@ def _train(args: argparse.Namespace) -> None:
         f"{args.loss}, {args.optimizer}, lr {args.lr:g}, batches of {args.batch_size}, "
         f"{args.dtype} on {place}"
     )
-    print(title, flush=True)
+    if args.distributed:
+        title += f" in each of {processes.count} processes, {args.distributed}"
+    if processes.rank == 0:
+        print(title, flush=True)
+        if min(args.batch_size, len(data.x)) % processes.count:
+            print("batches do not divide by the processes: each process trains on all rows")
     kinds = list(LAYERS) if args.layers == "all" else [args.layers]
+    if args.distributed == "fsdp":
+        kinds = [kind for kind in kinds if kind != "step"]
     names = ("epochs", "lr", "batch_size", "seed", "loss", "optimizer")
     settings = {name: getattr(args, name) for name in names}
-    runs = _follow(train(kinds, model, data, **settings), args.epochs)
+    epochs = train(kinds, model, data, **settings, processes=processes)
+    runs = _follow(epochs, args.epochs, shown=processes.rank == 0)
 
     native = runs[0] if len(runs) > 1 else None
     results = {run.kind: _result(run, native, data, args.loss) for run in runs}
+    if processes.rank:
+        return
     print(*_table(results), sep="\n", flush=True)
     try:
         if args.json:
-            _write_json(args, results)
+            _write_json(args, processes.count, results)
         if args.plot:
             with replacing(args.plot) as path:
                 losses = {run.kind: run.losses for run in runs}
@@ -129,9 +153,11 @@ def _train(args: argparse.Namespace) -> None:
         args.fail(str(error))
 
 
-def _follow(epochs: Iterator[list[TrainingRun]], total: int) -> list[TrainingRun]:
-    """Prints a line after each epoch, and a progress bar in long runs on a terminal."""
-    may_have_bar = sys.stderr.isatty() and find_spec("tqdm")
+def _follow(
+    epochs: Iterator[list[TrainingRun]], total: int, shown: bool = True
+) -> list[TrainingRun]:
+    """Prints a line after each epoch, and a progress bar in long runs on a terminal, if `shown`."""
+    may_have_bar = shown and sys.stderr.isatty() and find_spec("tqdm")
     bar: Any = None
     started = time.monotonic()
     runs: list[TrainingRun] = []
@@ -140,7 +166,8 @@ def _follow(epochs: Iterator[list[TrainingRun]], total: int) -> list[TrainingRun
             names = [run.kind for run in runs] if len(runs) > 1 else ["loss"]
             losses = (f"{n}: {run.losses[-1]:.4f}" for n, run in zip(names, runs, strict=True))
             with bar.external_write_mode() if bar else nullcontext():
-                print(f"epoch: {epoch}", *losses, flush=True)
+                if shown:
+                    print(f"epoch: {epoch}", *losses, flush=True)
             if bar:
                 bar.update()
             elif may_have_bar and time.monotonic() - started > BAR_AFTER:
@@ -179,9 +206,12 @@ def _table(results: dict[str, dict[str, Any]]) -> list[str]:
     return ["  ".join(map(str.rjust, row, widths)) for row in rows]
 
 
-def _write_json(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+def _write_json(
+    args: argparse.Namespace, processes: int, results: dict[str, dict[str, Any]]
+) -> None:
     record = {
         "args": {name: getattr(args, name) for name in OPTIONS},
+        "processes": processes,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "build": build_info(),
         "results": results,
