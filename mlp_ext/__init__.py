@@ -12,6 +12,7 @@ from mlp_ext.fuse import fuse, fusion_report, unfuse
 from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation
 from mlp_ext.nn import __all__ as _layers
 from mlp_ext.ops import ACTIVATIONS, build_info
+from mlp_ext.profile import profile
 from mlp_ext.sequential import Sequential
 from mlp_ext.train_step import TrainStep
 
@@ -28,6 +29,7 @@ __all__ = [
     "linear_relu",
     "linear_sigmoid",
     "linear_tanh",
+    "profile",
     "unfuse",
     *_layers,
 ]

@@ -298,10 +298,10 @@ def _is_of_model(frame: types.FrameType | None) -> bool:
 
 
 @functools.cache
-def _torch_functions() -> tuple[set[Any], set[types.CodeType]]:
-    """The functions that torch.fx records, and the code of those that are written in Python."""
-    functions = {f for group in torch.overrides.get_overridable_functions().values() for f in group}
-    return functions, {f.__code__ for f in functions if isinstance(f, types.FunctionType)}
+def _recorded_code() -> set[types.CodeType]:
+    """The code of torch's functions that torch.fx records and that are written in Python."""
+    functions = itertools.chain(*torch.overrides.get_overridable_functions().values())
+    return {f.__code__ for f in functions if isinstance(f, types.FunctionType)}
 
 
 # Code of torch that a forward may run while it is followed, apart from functions that torch.fx
@@ -310,10 +310,15 @@ _MODULES = ("torch.nn.modules", "torch.nn.functional", "torch.functional", "torc
             "torch._jit_internal", "torch._tensor", "torch.compiler", __name__)  # fmt: skip
 _CHANGES = {"__setattr__", "__delattr__", "register_buffer", "register_parameter", "add_module",
             "train", "requires_grad_", "_apply", "apply"}  # fmt: skip
-_SAFE_BUILTINS = {"len", "isinstance", "issubclass", "getattr", "hasattr", "min", "max", "sum",
-                  "abs", "round", "sorted", "any", "all", "callable", "iter", "next", "divmod",
-                  "pow", "repr"}  # fmt: skip
-_SAFE_MODULES = ("math", "_operator", "itertools", "_functools", "_collections")
+# Builtin functions whose result depends on their arguments alone. Those of torch that compute are
+# recorded where an argument comes from the input, and forbidden elsewhere.
+_SAFE_MODULES = ("builtins", "math", "_operator", "itertools", "_functools", "_collections",
+                 "torch._C._nn", "torch._C._special", "torch._C._linalg")  # fmt: skip
+_SAFE_FUNCTIONS = {
+    "builtins": {"len", "isinstance", "issubclass", "getattr", "hasattr", "min", "max", "sum",
+                 "abs", "round", "sorted", "any", "all", "callable", "iter", "next", "divmod",
+                 "pow", "repr"},
+}  # fmt: skip
 _SAFE_OWNERS = (str, tuple, list, dict, set, frozenset, int, float, bool, slice, range)
 _READING_METHODS = {"get", "items", "keys", "values", "index", "count", "copy", "join", "format",
                     "lower", "upper", "startswith", "endswith", "split", "strip"}  # fmt: skip
@@ -398,22 +403,23 @@ class _Reads:
 
     def _enter_torch(self, frame: types.FrameType) -> None:
         code = frame.f_code
-        allowed = code in _torch_functions()[1] or frame.f_globals["__name__"].startswith(_MODULES)
+        allowed = code in _recorded_code() or frame.f_globals["__name__"].startswith(_MODULES)
         if not allowed or code.co_name in _CHANGES:
             raise Unfollowable(f"calls {code.co_name}")
 
     def _call_builtin(self, function: Any) -> None:
         owner = getattr(function, "__self__", None) or getattr(function, "__objclass__", None)
         name = getattr(function, "__name__", "")
-        if isinstance(owner, types.ModuleType):
-            safe = owner.__name__ in _SAFE_MODULES or (
-                owner.__name__ == "builtins" and name in _SAFE_BUILTINS
-            )
-        elif id(owner) in self._ids:
+        if id(owner) in self._ids:
             safe = name in _READING_METHODS
+        elif isinstance(owner, types.ModuleType):
+            safe = name in _SAFE_FUNCTIONS.get(owner.__name__, (name,))
+            safe = safe and owner.__name__.startswith(_SAFE_MODULES)
+        elif owner is None:
+            safe = getattr(torch._C._VariableFunctions, name, None) is function
         else:
             safe = isinstance(owner, _SAFE_OWNERS) or owner in _SAFE_OWNERS
-        if not safe and function not in _torch_functions()[0]:
+        if not safe:
             raise Unfollowable(f"calls {name}")
 
     def restore(self) -> None:

@@ -18,7 +18,7 @@ import copyreg
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -28,7 +28,8 @@ from torch import nn
 from mlp_ext.forward_code import TENSOR, Signature, Unfollowable, follow, signature_of
 from mlp_ext.nn import Activation, LinearAct, activation_of, find_override, type_name
 from mlp_ext.plan import HOOKS_OF_ALL, Plan, find_obstacle, without_plans
-from mlp_ext.sequential import Sequential, find_steps, forward, is_layer
+from mlp_ext.sequential import Sequential, find_steps, is_layer
+from mlp_ext.sequential import forward as run_sequential
 
 LEVELS = ("layers", "stack")
 
@@ -142,27 +143,6 @@ class _Fused(nn.Module):
         return module
 
 
-class _FusedSequential(_Fused):
-    def forward(self, input: Any) -> Any:
-        return forward(self, input, self.level)
-
-
-class _FusedForward(_Fused):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and not any(HOOKS_OF_ALL):
-            try:
-                signature, tensors = signature_of(args, kwargs)
-            except Unfollowable:
-                pass
-            else:
-                plans = vars(self).get("_plans")
-                if plans is None:
-                    plans = vars(self)["_plans"] = _Plans()
-                if plan := plans.find(self, signature):
-                    return plan.run(self, *tensors)
-        return super().forward(*args, **kwargs)
-
-
 class _Plans:
     """The plans of a forward: one for each signature and each state of what it reads."""
 
@@ -171,7 +151,9 @@ class _Plans:
     def __init__(self) -> None:
         self._plans: list[tuple[Signature, Plan | None]] = []
 
-    def find(self, module: Any, signature: Signature) -> Plan | None:
+    def find(
+        self, module: nn.Module, original: type[nn.Module], signature: Signature, level: str
+    ) -> Plan | None:
         """None if the forward has nothing to fuse, or cannot be followed."""
         for known, plan in self._plans:
             if known == signature and (plan is None or plan.is_for(module)):
@@ -179,8 +161,7 @@ class _Plans:
         if len(self._plans) == self.LIMIT or getattr(module, "_is_replica", False):
             return None
         try:
-            followed = follow(module, module.fused_from.forward, signature, module.level)
-            plan = followed.plan
+            plan = follow(module, original.forward, signature, level).plan
         except Unfollowable:
             plan = None
         self._plans.append((signature, plan))
@@ -190,17 +171,42 @@ class _Plans:
         return type(None), ()
 
 
+def _forward_of_code(original: type[nn.Module], level: str) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and not any(HOOKS_OF_ALL):
+            try:
+                signature, tensors = signature_of(args, kwargs)
+            except Unfollowable:
+                pass
+            else:
+                plans = vars(self).get("_plans")
+                if plans is None:
+                    plans = vars(self)["_plans"] = _Plans()
+                if plan := plans.find(self, original, signature, level):
+                    return plan.run(self, *tensors)
+        return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _forward_of_chain(original: type[nn.Module], level: str) -> Callable[..., Any]:
+    def forward(self: nn.Module, input: Any) -> Any:
+        return run_sequential(self, input, level)
+
+    return forward
+
+
 _CLASSES: weakref.WeakValueDictionary[tuple[type, str], type] = weakref.WeakValueDictionary()
 
 
 def _fused_class(original: type[nn.Module], level: str) -> type:
     found = _CLASSES.get((original, level))
     if found is None:
-        base = _FusedSequential if _is_chain(original) else _FusedForward
+        forward = (_forward_of_chain if _is_chain(original) else _forward_of_code)(original, level)
         names = ("__module__", "__qualname__", "__doc__")
         attributes = {name: getattr(original, name) for name in names}
-        attributes |= {"fused_from": original, "level": level}
-        found = _CLASSES[original, level] = type(original.__name__, (base, original), attributes)
+        attributes |= {"fused_from": original, "level": level, "forward": forward}
+        found = _CLASSES[original, level] = type(original.__name__, (_Fused, original), attributes)
     return found
 
 

@@ -82,7 +82,7 @@ def _activations(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
     return sum(name != "identity" for name in names or ["relu"])  # linear_act's default
 
 
-FORWARD = ("linear_act", "_mlp_forward", "mlp")
+FORWARD = ("linear_act", "_linear_act_forward", "mlp", "_mlp_forward")
 
 
 def found_by_compile(example: Example) -> int:

@@ -23,10 +23,17 @@ from mlp_ext.bench.cases import FLOATS, LARGEST, SUITES, Layer, Net, Setting, pa
 from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.machine import Peak
 from mlp_ext.bench.providers import PROVIDERS, Provider
-from mlp_ext.bench.rows import COLUMNS, Row, by_provider, geometric_mean, read_csv, write_csv
+from mlp_ext.bench.rows import (
+    COLUMNS,
+    Row,
+    as_time,
+    by_provider,
+    geometric_mean,
+    read_csv,
+    write_csv,
+)
 from mlp_ext.bench.training import OPTIMIZERS, make_mlp, sgd_step
 from mlp_ext.bench.work import Work, set_up
-from mlp_ext.commands import bench as bench_command
 from mlp_ext.commands.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -646,7 +653,7 @@ def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     ("seconds", "text"), [(2.0, "2 s"), (3.14e-3, "3.14 ms"), (1e-6, "1 us"), (3.5e-7, "350 ns")]
 )
 def test_time_has_a_unit(seconds: float, text: str) -> None:
-    assert bench_command._time(seconds) == text
+    assert as_time(seconds) == text
 
 
 # --- Where it was measured ---

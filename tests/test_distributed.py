@@ -115,13 +115,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(
     "args", ["--distributed ddp", "--distributed fsdp", "--distributed fsdp --layers stack"]
 )
-def test_one_process_alone(args: str, launched: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--epochs", "2"]) == 0
+def test_one_process_alone(
+    args: str, device: str, launched: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    train = ["train", "--epochs", "2", "--device", device]
+    assert main(train) == 0
     expected = capsys.readouterr().out.splitlines()
-    assert main(["train", "--epochs", "2", *args.split()]) == 0
+    assert main([*train, *args.split()]) == 0
     title, *epochs = capsys.readouterr().out.splitlines()[:3]
     assert title == f"{expected[0]} in each of 1 processes, {args.split()[1]}"
     assert epochs == expected[1:3]

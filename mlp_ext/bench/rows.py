@@ -95,6 +95,13 @@ def write_json(rows: Iterable[Row], path: Path) -> None:
         part.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
+def as_time(seconds: float) -> str:
+    """As "1.64 ms", with three digits."""
+    units = ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
+    scale, unit = next((s, u) for s, u in units if seconds * s >= 1)
+    return f"{seconds * scale:.3g} {unit}"
+
+
 def geometric_mean(ratios: Sequence[float]) -> float:
     return exp(fsum(map(log, ratios)) / len(ratios))
 

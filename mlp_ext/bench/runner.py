@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,6 +135,26 @@ def _elapsed(call: Call, loops: int, clock: Clock) -> float:
     return clock() - started
 
 
+class Summary(NamedTuple):
+    """Seconds per step over the rounds; columns of Row."""
+
+    median_s: float
+    q20_s: float
+    q80_s: float
+    ratio_to_native: float  # native's time / this one's, the median over the rounds
+
+
+def summarize(seconds: Mapping[str, list[float]]) -> dict[str, Summary]:
+    """Of what in_turn returns, with native among it."""
+    found = {}
+    for name, samples in seconds.items():
+        quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        q20, middle, q80 = torch.tensor(samples, dtype=torch.float64).quantile(quantiles).tolist()
+        ratios = [n / s for n, s in zip(seconds["native"], samples, strict=True)]
+        found[name] = Summary(middle, q20, q80, median(ratios))
+    return found
+
+
 def _rows(
     case: Case, setting: Setting, seconds: Mapping[str, list[float]], peak: Peak | None
 ) -> list[Row]:
@@ -141,12 +162,8 @@ def _rows(
         return float(f"{value:.6g}")
 
     rows = []
-    for name, samples in seconds.items():
-        q20, middle, q80 = torch.tensor(samples, dtype=torch.float64).quantile(
-            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        )
-        ratios = [n / s for n, s in zip(seconds["native"], samples, strict=True)]
-        seconds_per_call = middle.item()
+    for name, summary in summarize(seconds).items():
+        seconds_per_call = summary.median_s
         share = _share_of_peak(case, setting, seconds_per_call, peak)
         rows.append(
             Row(
@@ -154,10 +171,10 @@ def _rows(
                 case=str(case),
                 device_name=device_name(setting.device),
                 provider=name,
-                median_s=short(seconds_per_call),
-                q20_s=short(q20.item()),
-                q80_s=short(q80.item()),
-                ratio_to_native=short(median(ratios)),
+                median_s=short(summary.median_s),
+                q20_s=short(summary.q20_s),
+                q80_s=short(summary.q80_s),
+                ratio_to_native=short(summary.ratio_to_native),
                 torch=torch.__version__,
                 mlp_ext=build_info()["mlp_ext"],
                 commit=commit(),

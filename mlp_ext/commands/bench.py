@@ -15,7 +15,15 @@ from mlp_ext.bench import plot
 from mlp_ext.bench.cases import DTYPES, SUITES, Case, Setting, parse_all
 from mlp_ext.bench.machine import Peak, device_name, measure_peak
 from mlp_ext.bench.providers import DEFAULT, PROVIDERS
-from mlp_ext.bench.rows import Row, by_provider, geometric_mean, replacing, write_csv, write_json
+from mlp_ext.bench.rows import (
+    Row,
+    as_time,
+    by_provider,
+    geometric_mean,
+    replacing,
+    write_csv,
+    write_json,
+)
 from mlp_ext.bench.runner import WrongResult, measure
 from mlp_ext.bench.training import OPTIMIZERS
 from mlp_ext.commands import arguments
@@ -185,18 +193,12 @@ def _run(
 
 
 def _cell(row: Row) -> str:
-    cell = _time(row.median_s)
+    cell = as_time(row.median_s)
     if row.provider != "native":
         cell += f"  {row.ratio_to_native:5.2f}x"
     if row.share_of_peak is not None:
         cell += f"  {row.share_of_peak:4.0%}"
     return cell
-
-
-def _time(seconds: float) -> str:
-    units = ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
-    scale, unit = next((s, u) for s, u in units if seconds * s >= 1)
-    return f"{seconds * scale:.3g} {unit}"
 
 
 def _threads(threads: int) -> str:

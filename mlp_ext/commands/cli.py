@@ -1,4 +1,4 @@
-"""The command `mlp-ext`: build information, training on real data, benchmarks."""
+"""The command `mlp-ext`: build information, training on real data, benchmarks, profiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from mlp_ext.commands import arguments
 from mlp_ext.commands.bench import add_bench
 from mlp_ext.commands.info import add_info
+from mlp_ext.commands.profile import add_profile
 from mlp_ext.commands.train import add_train
 
 
@@ -39,6 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> arguments.Parser:
     parser = arguments.Parser(prog="mlp-ext", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_info, add_train, add_bench):
+    for add in (add_info, add_train, add_bench, add_profile):
         add(commands)
     return parser
