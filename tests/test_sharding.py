@@ -123,6 +123,7 @@ def process(rank: int, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_compute_as_native(tmp_path: Path) -> None:
     with socket.socket() as free:
