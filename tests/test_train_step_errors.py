@@ -552,17 +552,17 @@ AT_A_STEP: dict[str, tuple[Callable[[Training], tuple], type[Exception], str]] =
     ),
     "dtype": (
         lambda p: (p.input.double(), p.target.double()),
-        TypeError,
+        RuntimeError,
         "TrainStep: input is float64, the model float32; pass input.float()",
     ),
     "dtype of the target": (
         lambda p: (p.input, p.target.half()),
-        TypeError,
+        RuntimeError,
         "TrainStep: target is float16, the model float32; pass target.float()",
     ),
     "integer target": (
         lambda p: (p.input, p.target.long()),
-        TypeError,
+        RuntimeError,
         "TrainStep: target is int64, the model float32; pass target.float()",
     ),
     "device": (
@@ -644,7 +644,7 @@ CLASSES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception]
     ),
     "probabilities of another dtype": (
         lambda y: torch.rand(100, 5).half(),
-        TypeError,
+        RuntimeError,
         "target is float16, the model float32; pass target.float()",
     ),
 }
