@@ -357,13 +357,14 @@ def test_other_batch_sizes(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["Functional", "Methods", "Loop"])
-def test_errors_are_pytorchs(name: str) -> None:
+def test_errors(name: str) -> None:
     fused = mlp_ext.fuse(EXAMPLES[name].model())
-    for x in (torch.randn(4, 9), torch.ones(4, 8, dtype=torch.int64)):
-        with pytest.raises(Exception) as expected:
-            EXAMPLES[name].model()(x)
-        with pytest.raises(type(expected.value)):
-            fused(x)
+    with pytest.raises(RuntimeError):
+        fused(torch.randn(4, 9))
+    with pytest.raises((RuntimeError, TypeError), match="int64"):
+        fused(torch.ones(4, 8, dtype=torch.int64))
+    with pytest.raises(TypeError, match="list"):
+        fused([[0.0] * 8])
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         fused()
 
@@ -484,4 +485,4 @@ def test_yardstick() -> None:
 
 def test_fuse_alone_finds_most() -> None:
     found = sum(found_by_fuse(example) for example in EXAMPLES.values())
-    assert found >= 0.8 * sum(example.pairs for example in EXAMPLES.values())
+    assert found >= 0.88 * sum(example.pairs for example in EXAMPLES.values())

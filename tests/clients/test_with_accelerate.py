@@ -78,6 +78,8 @@ def test_offloaded_layers(level: str) -> None:
     model(rows())
     accelerate.cpu_offload(model, torch.device("cpu"))
     close(model(rows()), expected)
+    mlp_ext.unfuse(model)
+    close(model(rows()), expected)
     accelerate.hooks.remove_hook_from_submodules(model)
     close(model(rows()), expected)
 
