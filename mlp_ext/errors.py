@@ -76,7 +76,7 @@ def explain_function(
         what = f"weight must be {_dtype(input)} to match input, got {_dtype(weight)}; or"
     else:
         what = f"input must be float32, float64, bfloat16 or float16, got {_dtype(input)};"
-    raise TypeError(f"{name}: {what} pass input.{_cast(weight.dtype)}") from None
+    raise RuntimeError(f"{name}: {what} pass input.{_cast(weight.dtype)}") from None
 
 
 def _check_parameters(name: str, activation: str, parameters: object) -> None:
@@ -165,7 +165,7 @@ def check_target(
 def _check_dtype(name: str, argument: str, value: Tensor, weight: Tensor) -> None:
     if value.dtype != weight.dtype:
         what = f"{argument} is {_dtype(value)}, the model {_dtype(weight)}"
-        raise TypeError(f"{name}: {what}; pass {argument}.{_cast(weight.dtype)}") from None
+        raise RuntimeError(f"{name}: {what}; pass {argument}.{_cast(weight.dtype)}") from None
 
 
 def _check_device(name: str, argument: str, value: Tensor, weight: Tensor) -> None:

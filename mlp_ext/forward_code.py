@@ -11,6 +11,7 @@ import enum
 import functools
 import gc
 import itertools
+import operator
 import sys
 import threading
 import types
@@ -226,6 +227,24 @@ class _Value(fx.Proxy):
         if _is_of_torch(sys._getframe(1)):
             return _Value
         raise Unfollowable("asks for the type of a tensor")
+
+
+def _record_in_place(name: str) -> None:
+    """x += 1 changes x. torch.fx alone would record x + 1."""
+    change = getattr(operator, f"i{name}")
+
+    def in_place(x: Any, y: Any) -> Any:
+        return change(x, y)
+
+    def method(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", in_place, (self, other), {})
+
+    setattr(_Value, f"__i{name}__", method)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor",
+              "lshift", "rshift"):  # fmt: skip
+    _record_in_place(_name)
 
 
 class _Tracer(fx.Tracer):

@@ -103,9 +103,9 @@ def linear_act(
 
     Raises:
         ValueError: ``activation`` is unknown, or ``parameters`` has the wrong length.
-        TypeError: an argument is not a tensor, a dtype is not supported, or the dtypes differ.
-        RuntimeError: shapes do not match, or devices differ. Each message names the argument, what
-            was expected and what was passed.
+        TypeError: an argument is not a tensor.
+        RuntimeError: shapes do not match, dtypes or devices differ, or a dtype is not supported.
+            Each message names the argument, what was expected and what was passed.
     """
     if type(weight) not in EAGER and activation in ACTIVATIONS and needs_native(weight):
         return native(input, weight, bias, activation, parameters)

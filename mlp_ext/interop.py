@@ -128,7 +128,7 @@ _register_rule(STACKS, NestedTensor, _by_layer)
 
 
 def _refuse_script(module: torch.nn.Module) -> NoReturn:
-    name = type(module).__name__
+    name = module._get_name()
     raise NotImplementedError(f"{name} does not support torch.jit.script; use torch.export.export")
 
 

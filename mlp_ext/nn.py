@@ -90,6 +90,8 @@ class LinearAct(nn.Linear):
     weight [out_features, in_features], bias [out_features] or None.
     Dtypes: float32, float64, bfloat16, float16, the same for input, weight and bias; under autocast
     like nn.Linear. An input of another shape, dtype or device raises before anything is computed.
+    With another weight, such as a quantized one, in torch.export, and for a nested input with
+    strides, it runs torch.nn.functional.linear and the activation.
     """
 
     activation = _FromActivation(lambda activation: activation.name)

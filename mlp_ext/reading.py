@@ -145,6 +145,14 @@ _GLOBAL_HOOKS: dict[str, Any] = {
 }
 
 
+def _check_own_code(path: str, thing: object) -> None:
+    for name in MODULE_CODE if isinstance(thing, nn.Module) else ("step",):
+        own = vars(thing).get(name)
+        # LR schedulers wrap optimizer.step only to see whether it is called.
+        if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+            _refuse(ValueError, f"{path} has a {name} of its own")
+
+
 def _check_code(path: str, thing: object, hooks: Iterable[str], reading: Reading) -> None:
     """Refuses hooks and instance attributes that change what the class does; guards the rest."""
     own = vars(thing)
@@ -153,10 +161,7 @@ def _check_code(path: str, thing: object, hooks: Iterable[str], reading: Reading
         if own[name]:
             _refuse(ValueError, f"{path} has {name.strip('_').replace('_', ' ')}")
         reading.guard_size(own[name])
-    for name in MODULE_CODE if isinstance(thing, nn.Module) else ("step",):
-        # LR schedulers wrap optimizer.step only to see whether it is called.
-        if name in own and not hasattr(own[name], "_wrapped_by_lr_sched"):
-            _refuse(ValueError, f"{path} has a {name} of its own")
+    _check_own_code(path, thing)
     reading.guard_size(own)
     # The dicts of children, Parameters or hooks may be replaced, as by del model[0].
     reading.guard(own, [name for name, value in own.items() if isinstance(value, dict)])
@@ -280,6 +285,7 @@ def _refuse_module(path: str, module: nn.Module) -> NoReturn:
         for inner in ("_orig_mod", "module"):  # of torch.compile; of DataParallel and others
             if inner in dict(module.named_children()):
                 _refuse(TypeError, what, f"pass its .{inner}, or {INSTEAD}")
+        _check_own_code(path, module)
     _refuse(TypeError, what)
 
 

@@ -26,7 +26,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uni
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 SHARED = 228 * 1024  # bytes of an H100's multiprocessor
 TENSORS = ("x", "w", "bias", "y", "z", "dy", "saved", "dx", "dw", "db", "dz")
-NEED_OUTPUT = ("relu", "sigmoid", "tanh", "leaky_relu", "hardtanh")
+NEED_OUTPUT = ("relu", "sigmoid", "tanh")
 
 
 class Buffer(ctypes.Structure):
@@ -136,9 +136,7 @@ def poisoned(like: Tensor, *sizes: int) -> Tensor:
 
 def needs_z(activation: Activation) -> bool:
     """Whether backward needs z rather than y."""
-    name, parameters = activation
-    negative_slope = name == "leaky_relu" and min(parameters, default=0) < 0
-    return name not in ("identity", *NEED_OUTPUT) or negative_slope
+    return activation.name not in ("identity", *NEED_OUTPUT)
 
 
 # y, and z or None

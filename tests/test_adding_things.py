@@ -166,7 +166,7 @@ def test_python_of_the_page_is_a_row(section: str, table: str) -> None:
     (code,) = snippets(section, "python")
     rows = dict(getattr(reading, table))
     known = dict(rows)
-    exec(code, {"nn": nn, "torch": torch, table: rows})
+    exec(code, {**vars(reading), table: rows})
     ((kind, row),) = (item for item in rows.items() if item[0] not in known)
     assert isinstance(kind, type) and row[0] == functor(section)[2]
     assert {len(other) for other in known.values()} == {len(row)}

@@ -196,12 +196,12 @@ WRONG_INPUTS: dict[str, Wrong] = {
     "none": (None, TypeError, "input must be a tensor, got None"),
     "dtype": (
         cpu(64, 10).double(),
-        TypeError,
+        RuntimeError,
         "input is float64, the model float32; pass input.float()",
     ),
     "integers": (
         cpu(64, 10).int(),
-        TypeError,
+        RuntimeError,
         "input is int32, the model float32; pass input.float()",
     ),
     "device": (
@@ -259,7 +259,7 @@ def test_a_function_tells_types_not_data(function: str, argument: str) -> None:
     ],
 )
 def test_a_function_tells_how_to_cast(function: str, dtype: torch.dtype, message: str) -> None:
-    with pytest.raises(TypeError, match="^" + re.escape(f"{function}: {message}")):
+    with pytest.raises(RuntimeError, match="^" + re.escape(f"{function}: {message}")):
         getattr(mlp_ext, function)(cpu(64, 10, dtype=dtype), cpu(5, 10))
 
 
@@ -324,3 +324,66 @@ def test_bad_arguments_of_the_backward_operator_are_named(
     }
     with pytest.raises(ERRORS, match=rf"^_?linear_act\w*: .*{argument}"):
         torch.ops.mlp_ext._linear_act_backward(**arguments)
+
+
+# --- The kinds of error are those of PyTorch ---
+
+
+def weights(**changed: Any) -> dict[str, Any]:
+    return {"input": cpu(3, 8), "weight": cpu(4, 8), "bias": cpu(4)} | changed
+
+
+LIKE_NATIVE: dict[str, dict[str, Any]] = {
+    **{
+        f"input {d}": weights(input=cpu(3, 8).to(d))
+        for d in (torch.float64, torch.int64, torch.bool)
+    },
+    **{f"weight {d}": weights(weight=cpu(4, 8).to(d)) for d in (torch.float64, torch.int64)},
+    "bias float64": weights(bias=cpu(4).double()),
+    "complex input": weights(input=cpu(3, 8).cfloat()),
+    "width": weights(input=cpu(3, 9)),
+    "no rows": weights(input=cpu(9)),
+    "bias of another length": weights(bias=cpu(5)),
+    "weight with three dimensions": weights(weight=cpu(4, 8, 1)),
+    "list": weights(input=[[1.0] * 8]),
+    "array": weights(input=np.ones((3, 8))),
+    "none": weights(input=None),
+    "text": weights(input="x"),
+    "weight none": weights(weight=None),
+    "bias list": weights(bias=[1.0] * 4),
+    "meta input": weights(input=meta(3, 8)),
+    "meta weight": weights(weight=meta(4, 8), bias=meta(4)),
+}
+
+
+@pytest.mark.parametrize("case", LIKE_NATIVE)
+def test_the_kind_of_error_is_that_of_native(case: str) -> None:
+    given = LIKE_NATIVE[case]
+    with pytest.raises((TypeError, RuntimeError)) as native:
+        torch.relu(torch.nn.functional.linear(**given))
+    with pytest.raises(native.type) as raised:
+        mlp_ext.linear_relu(**given)
+    assert raised.type is native.type
+    if isinstance(given["weight"], Tensor) and not isinstance(given["bias"], list):
+        layer = mlp_ext.LinearReLU(8, 4)
+        for name in ("weight", "bias"):
+            setattr(layer, name, torch.nn.Parameter(given[name], requires_grad=False))
+        for model in (layer, mlp_ext.Sequential(layer)):
+            with pytest.raises(native.type):
+                model(given["input"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_a_layer_of_another_dtype_is_native(dtype: torch.dtype) -> None:
+    layer = mlp_ext.LinearReLU(8, 4)
+    for name, parameter in layer.named_parameters():
+        changed = torch.nn.Parameter(parameter.detach().abs().to(dtype), requires_grad=False)
+        setattr(layer, name, changed)
+    x = torch.ones(3, 8, dtype=dtype)
+    try:
+        expected = torch.relu(torch.nn.functional.linear(x, layer.weight, layer.bias))
+    except RuntimeError as native:
+        with pytest.raises(type(native), match="^" + re.escape(str(native)) + "$"):
+            layer(x)
+    else:
+        torch.testing.assert_close(layer(x), expected)

@@ -151,7 +151,7 @@ ERRORS = [
         r"input must be a tensor, got list; pass torch.as_tensor\(input\)",
     ),
     ({"target": None}, TypeError, "target must be a tensor, got None"),
-    ({"input": torch.zeros(())}, ValueError, "input must have rows, got a tensor of no dimension"),
+    ({"input": torch.zeros(())}, ValueError, r"input must be \[n, \*, K\], got \[\]"),
     ({"input": torch.zeros(9, 10)}, ValueError, "input has 9 rows, target 10"),
     ({"epochs": 0}, ValueError, "epochs must be from 1 to 9223372036854775807, got 0"),
     ({"epochs": -1}, ValueError, "epochs must be from 1 to 9223372036854775807, got -1"),

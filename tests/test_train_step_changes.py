@@ -193,11 +193,11 @@ def test_momentum_in_a_parameters_memory_is_refused() -> None:
         step(torch.randn(5, 4), torch.rand(5, 2))
 
 
-@pytest.mark.parametrize("container", [(1, 2), {1}, "text", None], ids=repr)
+@pytest.mark.parametrize("container", [{1}, "text", None], ids=repr)
 def test_watch_takes_dicts_and_lists_alone(container: object) -> None:
-    with pytest.raises(TypeError, match="container must be a dict or a list, got "):
+    with pytest.raises(TypeError, match="container must be a dict, a list, or an object"):
         _C.Guards([(container, 0, 1)], [])
-    with pytest.raises(TypeError, match="container must be a dict or a list, got "):
+    with pytest.raises(TypeError, match="container must be a dict, a list, or an object"):
         _C.Guards([], [(container, 2)])
 
 

@@ -552,17 +552,17 @@ AT_A_STEP: dict[str, tuple[Callable[[Training], tuple], type[Exception], str]] =
     ),
     "dtype": (
         lambda p: (p.input.double(), p.target.double()),
-        TypeError,
+        RuntimeError,
         "TrainStep: input is float64, the model float32; pass input.float()",
     ),
     "dtype of the target": (
         lambda p: (p.input, p.target.half()),
-        TypeError,
+        RuntimeError,
         "TrainStep: target is float16, the model float32; pass target.float()",
     ),
     "integer target": (
         lambda p: (p.input, p.target.long()),
-        TypeError,
+        RuntimeError,
         "TrainStep: target is int64, the model float32; pass target.float()",
     ),
     "device": (
@@ -644,7 +644,7 @@ CLASSES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception]
     ),
     "probabilities of another dtype": (
         lambda y: torch.rand(100, 5).half(),
-        TypeError,
+        RuntimeError,
         "target is float16, the model float32; pass target.float()",
     ),
 }
@@ -683,7 +683,7 @@ def test_state_of_another_dtype_says_how_to_move_it(fit: bool, options: str) -> 
         "TrainStep: an optimizer state must be float64 to match input, got float32; "
         "call optimizer.load_state_dict(optimizer.state_dict())"
     )
-    with pytest.raises(TypeError, match="^" + re.escape(message)):
+    with pytest.raises(RuntimeError, match="^" + re.escape(message)):
         call(*data)
     part.optimizer.load_state_dict(part.optimizer.state_dict())
     call(*data)

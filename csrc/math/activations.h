@@ -102,10 +102,8 @@ struct LeakyReLU {  // y = z where z > 0, else s z,  dz = dy where z > 0, else s
   static constexpr const char* name = "leaky_relu";
   static constexpr Parameters<1> parameters{{{"negative_slope", 0.01}}};
   double negative_slope = 0.01;
-  // y has the sign of z unless the slope is negative.
-  MLP_EXT_HOST_DEVICE constexpr Needs needs() const {
-    return negative_slope < 0 ? Needs::preactivation : Needs::output;
-  }
+  // y would do unless the slope is negative. But with PyTorch, y may be changed in place.
+  MLP_EXT_HOST_DEVICE constexpr Needs needs() const { return Needs::preactivation; }
   template <class V>
   MLP_EXT_HOST_DEVICE V forward(V z) const {
     return where(V(0) < z, z, V(negative_slope) * z);
@@ -284,27 +282,27 @@ struct Softplus {  // y = log(1 + exp(b z)) / b,  dz = dy sigmoid(b z);  where b
   }
 };
 
-struct Hardtanh {  // y = min(max(z, low), high), NaN propagates,  dz = dy where low < y < high or y is NaN, else 0
+struct Hardtanh {  // y = min(max(z, low), high), NaN propagates,  dz = dy where low < z < high or z is NaN, else 0
   static constexpr const char* name = "hardtanh";
   static constexpr Parameters<2> parameters{{{"min_val", -1}, {"max_val", 1}}};
   double min_val = -1, max_val = 1;
-  MLP_EXT_HOST_DEVICE constexpr Needs needs() const { return Needs::output; }
+  MLP_EXT_HOST_DEVICE constexpr Needs needs() const { return Needs::preactivation; }  // as LeakyReLU
   template <class V>
   MLP_EXT_HOST_DEVICE V forward(V z) const {
     const V low(min_val), high(max_val);
     return where(z < low, low, where(high < z, high, z));
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE V backward(V dy, V y) const {
-    return where((y <= V(min_val)) | (V(max_val) <= y), 0, dy);
+  MLP_EXT_HOST_DEVICE V backward(V dy, V saved) const {
+    return where((saved <= V(min_val)) | (V(max_val) <= saved), 0, dy);
   }
   template <class Tensor>
   Tensor native(const Tensor& z) const {
     return hardtanh(z, min_val, max_val);
   }
   template <class Tensor>
-  Tensor native_backward(const Tensor& dy, const Tensor& y) const {
-    return hardtanh_backward(dy, y, min_val, max_val);
+  Tensor native_backward(const Tensor& dy, const Tensor& saved) const {
+    return hardtanh_backward(dy, saved, min_val, max_val);
   }
 };
 

@@ -82,8 +82,8 @@ template <class Name>
 void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
   check_defined(op, first, name);
   const auto dtype = first.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
-                   ": ", name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op, ": ",
+              name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
 }
 
 // For tensors that passed check_dtype.
@@ -111,9 +111,8 @@ void check_like(const char* op, const at::Tensor& tensor, const Name& name, cons
   check_defined(op, tensor, name);
   TORCH_CHECK(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(), " to match ",
               first_name, ", got ", tensor.device());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " must be ",
-                   dtype_name(first.scalar_type()), " to match ", first_name, ", got ",
-                   dtype_name(tensor.scalar_type()));
+  TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " must be ", dtype_name(first.scalar_type()),
+              " to match ", first_name, ", got ", dtype_name(tensor.scalar_type()));
 }
 
 // Checks a layer's weight [N, K] and bias [N] or none. `source...` names what K must match.

@@ -20,32 +20,39 @@ namespace mlp_ext {
 
 namespace {
 
-// The object itself, or what a weakref refers to; null if that is gone. A new reference, so that it stays alive.
-py::object referent(const py::object& object) {
-  if (!object || !PyWeakref_Check(object.ptr())) return object;
+// Borrowed references below stay valid, since somebody else holds the objects and no Python code runs in between.
+
+// The object itself, or what a weakref refers to; null if that is gone.
+PyObject* referent(PyObject* object) {
+  if (!object || !PyWeakref_Check(object)) return object;
 #if PY_VERSION_HEX >= 0x030D0000
   PyObject* found = nullptr;
-  PyWeakref_GetRef(object.ptr(), &found);
-  return py::reinterpret_steal<py::object>(found);
+  PyWeakref_GetRef(object, &found);
+  Py_XDECREF(found);
 #else
-  PyObject* const found = PyWeakref_GET_OBJECT(object.ptr());
-  return found == Py_None ? py::object() : py::reinterpret_borrow<py::object>(found);
+  PyObject* const found = PyWeakref_GET_OBJECT(object);
 #endif
+  return found == Py_None ? nullptr : found;
 }
 
-py::object item_of(PyObject* container, PyObject* key) {
+PyObject* attributes_of(PyObject* object) {
+  PyObject* const found = PyObject_GenericGetDict(object, nullptr);
+  if (!found) PyErr_Clear();
+  Py_XDECREF(found);
+  return found;
+}
+
+PyObject* item_of(PyObject* container, PyObject* key) {
   PyObject* found = nullptr;
   if (PyDict_Check(container)) {
     found = PyDict_GetItemWithError(container, key);
+    if (!found) PyErr_Clear();
   } else if (PyList_Check(container)) {
     const Py_ssize_t index = PyLong_AsSsize_t(key);
     if (index >= 0 && index < PyList_GET_SIZE(container)) found = PyList_GET_ITEM(container, index);
   }
-  if (!found) PyErr_Clear();
-  return py::reinterpret_borrow<py::object>(found);
+  return found;
 }
-
-bool is_same(const py::object& found, const py::object& expected) { return found && found.is(referent(expected)); }
 
 }  // namespace
 
@@ -61,18 +68,16 @@ Container::Container(const py::object& spec) {
   owner = spec;
 }
 
-py::object Container::find() const {
-  if (!attribute) return owner;
-  const py::object object = referent(owner);
-  if (!object) return {};
-  const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object.ptr(), nullptr));
-  if (!attributes) PyErr_Clear();
-  return !attributes || attribute.is_none() ? attributes : item_of(attributes.ptr(), attribute.ptr());
+PyObject* Container::find() const {
+  if (!attribute) return owner.ptr();
+  PyObject* const object = referent(owner.ptr());
+  PyObject* const attributes = object ? attributes_of(object) : nullptr;
+  return !attributes || attribute.is_none() ? attributes : item_of(attributes, attribute.ptr());
 }
 
-py::object Container::find(py::handle key) const {
-  const py::object container = find();
-  return container ? item_of(container.ptr(), key.ptr()) : container;
+PyObject* Container::find(PyObject* key) const {
+  PyObject* const container = find();
+  return container ? item_of(container, key) : nullptr;
 }
 
 Guards::Guards(const py::iterable& items, const py::iterable& sizes, const py::iterable& types,
@@ -93,9 +98,9 @@ Guards::Guards(const py::iterable& items, const py::iterable& sizes, const py::i
   for (const py::handle entry : tensors) {
     const auto [container, key] = entry.cast<std::pair<object, object>>();
     const Container place(container);
-    const object tensor = place.find(key);
-    if (!tensor || !THPVariable_Check(tensor.ptr())) throw py::type_error("Guards: there is no tensor");
-    tensors_.push_back({place, key, py::type::of(tensor), THPVariable_Unpack(tensor.ptr()).scalar_type()});
+    PyObject* const tensor = place.find(key.ptr());
+    if (!tensor || !THPVariable_Check(tensor)) throw py::type_error("Guards: there is no tensor");
+    tensors_.push_back({place, key, py::type::of(tensor), THPVariable_Unpack(tensor).scalar_type()});
   }
   for (const py::handle entry : class_items) {
     const auto [object, name, expected] = entry.cast<std::tuple<py::object, py::object, py::object>>();
@@ -104,28 +109,30 @@ Guards::Guards(const py::iterable& items, const py::iterable& sizes, const py::i
 }
 
 bool Guards::holds() const {
+  const auto type_of = [](PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)); };
   for (const auto& [container, size] : sizes_) {
-    const py::object c = container.find();
-    if (!c || (PyDict_Check(c.ptr()) ? PyDict_GET_SIZE(c.ptr()) : PyList_GET_SIZE(c.ptr())) != size) return false;
+    PyObject* const c = container.find();
+    if (!c || (PyDict_Check(c) ? PyDict_GET_SIZE(c) : PyList_GET_SIZE(c)) != size) return false;
   }
-  for (const auto& [container, key, expected] : items_)
-    if (!is_same(container.find(key), expected)) return false;
+  for (const auto& [container, key, expected] : items_) {
+    PyObject* const found = container.find(key.ptr());
+    if (!found || (found != expected.ptr() && found != referent(expected.ptr()))) return false;
+  }
   for (const auto& [object, expected] : types_) {
-    const py::object found = referent(object);
-    if (!found || reinterpret_cast<PyObject*>(Py_TYPE(found.ptr())) != expected.ptr()) return false;
+    PyObject* const found = referent(object.ptr());
+    if (!found || type_of(found) != expected.ptr()) return false;
   }
   for (const auto& [container, key, type, dtype] : tensors_) {
-    const py::object found = container.find(key);
-    if (!found || reinterpret_cast<PyObject*>(Py_TYPE(found.ptr())) != type.ptr()) return false;
-    const at::Tensor& tensor = THPVariable_Unpack(found.ptr());
+    PyObject* const found = container.find(key.ptr());
+    if (!found || type_of(found) != type.ptr()) return false;
+    const at::Tensor& tensor = THPVariable_Unpack(found);
     if (tensor.scalar_type() != dtype || tensor.layout() != at::kStrided) return false;
   }
   for (const auto& [object, name, expected] : class_items_) {
-    const py::object found = referent(object);
-    if (!found || _PyType_Lookup(Py_TYPE(found.ptr()), name.ptr()) != expected.ptr()) return false;
-    const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(found.ptr(), nullptr));
-    if (!attributes) PyErr_Clear();
-    if (attributes && PyDict_Contains(attributes.ptr(), name.ptr()) != 0) return false;
+    PyObject* const found = referent(object.ptr());
+    if (!found || _PyType_Lookup(Py_TYPE(found), name.ptr()) != expected.ptr()) return false;
+    PyObject* const attributes = attributes_of(found);
+    if (attributes && PyDict_Contains(attributes, name.ptr()) != 0) return false;
   }
   return true;
 }

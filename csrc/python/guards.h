@@ -15,9 +15,10 @@ class Container {
  public:
   // spec: a dict or list, or a pair of an object and the name of a dict attribute, or None for all attributes.
   explicit Container(const pybind11::object& spec);
-  // All of these return null, without a Python error, if there is no such dict, list or element.
-  pybind11::object find() const;
-  pybind11::object find(pybind11::handle key) const;
+  // Borrowed references, valid until Python code runs; null, without a Python error, if there is no such dict, list or
+  // element.
+  PyObject* find() const;
+  PyObject* find(PyObject* key) const;
 
   pybind11::object owner;      // the object, or the dict or list itself
   pybind11::object attribute;  // null for a dict or list

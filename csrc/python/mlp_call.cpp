@@ -68,9 +68,9 @@ class MlpCall {
   }
 
   static std::optional<at::Tensor> tensor(const Container& layer, py::handle name) {
-    const py::object found = layer.find(name);
-    if (found && THPVariable_Check(found.ptr())) return THPVariable_Unpack(found.ptr());
-    TORCH_CHECK(found && found.is_none() && name.is(names().bias), "a layer's parameters changed during its call");
+    PyObject* const found = layer.find(name.ptr());
+    if (found && THPVariable_Check(found)) return THPVariable_Unpack(found);
+    TORCH_CHECK(found == Py_None && name.is(names().bias), "a layer's parameters changed during its call");
     return std::nullopt;
   }
 
