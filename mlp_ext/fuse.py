@@ -8,7 +8,7 @@ child that was replaced, hooked or wrapped is called as a module, from the next 
 Level "layers": each (Linear, activation) pair is one operator and one autograd node, so gradients
 arrive layer by layer. Level "stack": each run of layers is one.
 
-A forward is fused if torch.fx can follow it with certainty (see forward_code). If not, it is left
+A forward is fused if torch.fx can follow it with certainty (see following.py). If not, it is left
 alone, and fusion_report says why; torch.compile(model, backend="mlp_ext") follows any code.
 """
 
@@ -26,7 +26,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
-from mlp_ext.forward_code import TENSOR, Signature, Unfollowable, follow, signature_of
+from mlp_ext.following import TENSOR, Signature, Unfollowable, signature_of
+from mlp_ext.forward_code import fuse_code
 from mlp_ext.nn import Activation, LinearAct, activation_of, find_override, type_name
 from mlp_ext.plan import HOOKS_OF_ALL, Plan, find_obstacle, without_plans
 from mlp_ext.sequential import Sequential, find_steps, is_layer
@@ -162,7 +163,7 @@ class _Plans:
         if len(self._plans) == self.LIMIT or getattr(module, "_is_replica", False):
             return None
         try:
-            plan = follow(module, original.forward, signature, level).plan
+            plan = fuse_code(module, original.forward, signature, level).plan
         except Unfollowable:
             plan = None
         self._plans.append((signature, plan))
@@ -311,11 +312,11 @@ def _read_code(caller: _Caller, level: str) -> None:
         caller.reason = f"in a {kind.__name__}, which overrides how modules are called"
     else:
         try:
-            followed = follow(module, kind.forward, _usual_signature(kind), level)
+            found = fuse_code(module, kind.forward, _usual_signature(kind), level)
         except Unfollowable as error:
             caller.reason = f"in a {kind.__name__}, whose forward {error}"
         else:
-            for path, activation in followed.pairs.items():
+            for path, activation in found.pairs.items():
                 caller.fused[id(module.get_submodule(path))] = activation
 
 

@@ -41,8 +41,8 @@ class Sequential(nn.Sequential):
     dimensions; output [*, N] of the last layer.
     Dtypes: in a run float32, float64, bfloat16, float16, the same for input and parameters; under
     autocast like nn.Linear.
-    Raises, before the run computes anything, TypeError for another dtype and RuntimeError for
-    shapes or devices that do not match, as "Sequential: input must be [*, K=10], got [64, 9]".
+    Raises, before the run computes anything, RuntimeError for dtypes, shapes or devices that do not
+    match, as "Sequential: input must be [*, K=10], got [64, 9]".
     """
 
     def forward(self, input: Any) -> Any:
@@ -54,6 +54,8 @@ class Sequential(nn.Sequential):
 
 def forward(model: nn.Module, input: Any, level: str) -> Any:
     """The forward of a Sequential that is fused at this level."""
+    if torch.compiler.is_exporting():  # programs have PyTorch's operators only
+        return nn.Sequential.forward(model, input)  # type: ignore
     if torch.compiler.is_compiling():
         return _compiled(model, input, level)
     plan: Plan | None = vars(model).get("_plan")
@@ -157,7 +159,7 @@ def _plan(model: nn.Module, level: str) -> Plan:
 
 
 def _compiled(model: nn.Module, input: Any, level: str) -> Any:
-    """Forward for torch.compile and torch.export, which have their own guards on modules."""
+    """Forward for torch.compile, which has its own guards on modules."""
     children = [*model._modules.values()]
     for indices, activations in find_steps(children, level):
         layers: list[Any] = [children[index] for index in indices]
