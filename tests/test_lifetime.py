@@ -158,7 +158,7 @@ def test_a_thousand_models_at_flat_memory(level: str) -> None:
     before = resident()
     for index in range(1000):
         one()
-        if index % 50 == 0:
+        if index % 250 == 0:
             gc.collect()
     gc.collect()
     assert resident() - before < 64 << 20
