@@ -189,11 +189,14 @@ class _Tracer(fx.Tracer):
         return False
 
 
+_COMPUTES = "computes with tensors that do not come from its input"
+
+
 class _NoTensors(TorchDispatchMode):
     """Forbids computing: a result that does not depend on the input would become a constant."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise Unfollowable("computes with tensors that do not come from its input")
+        raise Unfollowable(_COMPUTES)
 
 
 def _package(frame: types.FrameType) -> str:
@@ -221,8 +224,8 @@ def _recorded_code() -> set[types.CodeType]:
 # Code of torch that a forward may run while it is followed, apart from functions that torch.fx
 # records: what it computes depends on the arguments and on modules alone.
 _MODULES = ("torch.nn.modules", "torch.nn.functional", "torch.functional", "torch.fx",
-            "torch._jit_internal", "torch._tensor", "torch.compiler", "torch._library",
-            "torch.utils._python_dispatch", "torch._compile", __name__)  # fmt: skip
+            "torch._jit_internal", "torch._tensor", "torch.compiler", __name__)  # fmt: skip
+_DISPATCH = ("torch._library", "torch._compile", "torch.utils._python_dispatch")  # to _NoTensors
 _CHANGES = {"__setattr__", "__delattr__", "register_buffer", "register_parameter", "add_module",
             "train", "requires_grad_", "_apply", "apply"}  # fmt: skip
 # Builtin functions whose result depends on their arguments alone. Those of torch that compute are
@@ -322,8 +325,10 @@ class _Reads:
                 raise Unfollowable("asks for types")
 
     def _enter_torch(self, frame: types.FrameType) -> None:
-        code = frame.f_code
-        allowed = code in _recorded_code() or frame.f_globals["__name__"].startswith(_MODULES)
+        code, module = frame.f_code, frame.f_globals["__name__"]
+        if module.startswith(_DISPATCH):
+            raise Unfollowable(_COMPUTES)
+        allowed = code in _recorded_code() or module.startswith(_MODULES)
         if not allowed or code.co_name in _CHANGES:
             raise Unfollowable(f"calls {code.co_name}")
 
