@@ -7,6 +7,7 @@ code while it runs, and either guards what was read or refuses, with a reason.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import gc
@@ -188,11 +189,14 @@ class _Tracer(fx.Tracer):
         return False
 
 
+_COMPUTES = "computes with tensors that do not come from its input"
+
+
 class _NoTensors(TorchDispatchMode):
     """Forbids computing: a result that does not depend on the input would become a constant."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise Unfollowable("computes with tensors that do not come from its input")
+        raise Unfollowable(_COMPUTES)
 
 
 def _package(frame: types.FrameType) -> str:
@@ -221,6 +225,7 @@ def _recorded_code() -> set[types.CodeType]:
 # records: what it computes depends on the arguments and on modules alone.
 _MODULES = ("torch.nn.modules", "torch.nn.functional", "torch.functional", "torch.fx",
             "torch._jit_internal", "torch._tensor", "torch.compiler", __name__)  # fmt: skip
+_DISPATCH = ("torch._library", "torch._compile", "torch.utils._python_dispatch")  # to _NoTensors
 _CHANGES = {"__setattr__", "__delattr__", "register_buffer", "register_parameter", "add_module",
             "train", "requires_grad_", "_apply", "apply"}  # fmt: skip
 # Builtin functions whose result depends on their arguments alone. Those of torch that compute are
@@ -235,6 +240,9 @@ _SAFE_FUNCTIONS = {
 _SAFE_OWNERS = (str, tuple, list, dict, set, frozenset, int, float, bool, slice, range)
 _READING_METHODS = {"get", "items", "keys", "values", "index", "count", "copy", "join", "format",
                     "lower", "upper", "startswith", "endswith", "split", "strip"}  # fmt: skip
+
+
+_HANDLERS = {"PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH"}  # of try and with
 
 
 class _Reads:
@@ -300,6 +308,8 @@ class _Reads:
         if code in self._seen:
             return
         self._seen.add(code)
+        if any(instruction.opname in _HANDLERS for instruction in dis.get_instructions(code)):
+            raise Unfollowable("handles exceptions")
         locals_of_code = {name for seen in self._seen for name in (*seen.co_cellvars, "__class__")}
         if unknown := set(code.co_freevars) - locals_of_code:
             raise Unfollowable(f"reads the variable {min(unknown)!r} of a function around it")
@@ -315,8 +325,10 @@ class _Reads:
                 raise Unfollowable("asks for types")
 
     def _enter_torch(self, frame: types.FrameType) -> None:
-        code = frame.f_code
-        allowed = code in _recorded_code() or frame.f_globals["__name__"].startswith(_MODULES)
+        code, module = frame.f_code, frame.f_globals["__name__"]
+        if module.startswith(_DISPATCH):
+            raise Unfollowable(_COMPUTES)
+        allowed = code in _recorded_code() or module.startswith(_MODULES)
         if not allowed or code.co_name in _CHANGES:
             raise Unfollowable(f"calls {code.co_name}")
 
@@ -349,6 +361,8 @@ class _Reads:
             self._guard_attribute(guards, module, name)
         for (_, name), container in self._globals.items():
             _guard_value(guards, container, name, container[name], f"the global {name}")
+        if len(guards.items) > _MOST_ITEMS:
+            raise Unfollowable("reads too many values to guard")
 
     def _guard_attribute(self, guards: GuardList, module: nn.Module, name: str) -> None:
         ref, own = weakref.ref(module), vars(module)
@@ -382,6 +396,7 @@ def _identities(container: list[Any] | dict[Any, Any]) -> list[int]:
     return [*map(id, container)]
 
 
+_MOST_ITEMS = 500  # each costs about 10 ns in every call
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum,
           types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type,
           functools.partial, range)  # fmt: skip
@@ -423,11 +438,9 @@ def _guard_value(
 
 def _is_simple(value: object) -> bool:
     """Whether its attributes are all that it has, such as a dataclass or a namespace."""
-    kind = type(value)
-    return (
-        hasattr(value, "__dict__")
-        and kind.__getattribute__ is object.__getattribute__
-        and not hasattr(kind, "__getattr__")
-        and not any(isinstance(v, property) for c in kind.__mro__ for v in vars(c).values())
-        and not any(hasattr(kind, name) for name in ("__len__", "__iter__", "__call__"))
+    names = {"__getattr__", "__getattribute__", "__len__", "__iter__", "__call__"}
+    parts = [item for kind in type(value).__mro__ for item in vars(kind).items()]
+    return hasattr(value, "__dict__") and not any(
+        isinstance(v, property) or (isinstance(v, types.FunctionType) and name in names)
+        for name, v in parts
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import NoReturn
 
@@ -15,7 +16,16 @@ MODULES = {
     },
     "mlp_ext.bench.command": "mlp_ext.commands.bench",
 }
-COMPILED = {"Run": "MlpCall", "Stepper": "Trainer", "Watch": "Guards"}
+_GONE = "is gone: unfuse the model where it was fused, save it, and fuse it again"
+NAMES = {
+    "mlp_ext._C": {
+        "Run": "is now mlp_ext._C.MlpCall",
+        "Stepper": "is now mlp_ext._C.Trainer",
+        "Watch": "is now mlp_ext._C.Guards",
+    },
+    "mlp_ext.nn": {"FusedActivation": _GONE},
+    "mlp_ext.sequential": {"FusedSequential": _GONE},
+}
 
 
 class MovedModules:
@@ -29,12 +39,12 @@ class MovedModules:
             raise ImportError(f"{name} has moved: use {MODULES[name]}", name=name)
 
 
-def _compiled(name: str) -> NoReturn:
-    what = f"is now mlp_ext._C.{COMPILED[name]}" if name in COMPILED else "does not exist"
-    raise AttributeError(f"mlp_ext._C.{name} {what}")
-
-
-def explain(compiled: ModuleType) -> None:
-    """Installs the errors for old modules and for old names in the compiled module."""
+def install() -> None:
+    """Installs the errors, once the modules in NAMES are imported."""
     sys.meta_path.append(MovedModules)
-    vars(compiled)["__getattr__"] = _compiled
+    for module in NAMES:
+        vars(sys.modules[module])["__getattr__"] = partial(_missing, module)
+
+
+def _missing(module: str, name: str) -> NoReturn:
+    raise AttributeError(f"{module}.{name} {NAMES[module].get(name, 'does not exist')}")

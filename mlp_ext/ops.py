@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from mlp_ext import moved
-
 _HERE = Path(__file__).parent
 _BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 _IN_PLACE = "pip install --no-build-isolation -e ."
@@ -79,8 +77,6 @@ except (ImportError, RuntimeError) as error:
         f"mlp_ext's compiled part does not load beside torch {torch.__version__}: {error}; type "
         f"`{_BUILD}` in the source tree to rebuild it"
     ) from None
-
-moved.explain(_C)
 
 # Parameters of each activation with their defaults, in the operators' order.
 PARAMETERS: dict[str, dict[str, float]] = _C.activations()

@@ -48,6 +48,13 @@ def test_class_of_the_compiled_module_that_was_renamed(name: str) -> None:
     assert hasattr(_C, CLASSES[name]) and not hasattr(_C, "nonsense")
 
 
+@pytest.mark.parametrize("name", ["nn.FusedActivation", "sequential.FusedSequential"])
+def test_pickle_that_names_a_class_that_is_gone(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    with pytest.raises(AttributeError, match=f"mlp_ext.{name} is gone: unfuse the model where"):
+        pickle.loads(f"cmlp_ext.{module}\n{attribute}\n.".encode())
+
+
 @pytest.mark.parametrize("name", ["LinearReLU", "LinearSigmoid", "LinearTanh"])
 def test_pickled_layer_of_version_0_1_loads_and_runs(name: str) -> None:
     layer = getattr(mlp_ext, name)(7, 5)
