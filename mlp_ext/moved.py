@@ -47,4 +47,6 @@ def install() -> None:
 
 
 def _missing(module: str, name: str) -> NoReturn:
-    raise AttributeError(f"{module}.{name} {NAMES[module].get(name, 'does not exist')}")
+    if name in NAMES[module]:  # not an AttributeError, whose message pickle would replace
+        raise ImportError(f"{module}.{name} {NAMES[module][name]}", name=module)
+    raise AttributeError(f"{module}.{name} does not exist")

@@ -31,6 +31,11 @@ def _uniform(rows: int, N: int, dtype: torch.dtype) -> Tensor:
     return torch.rand(rows, N, dtype=dtype)
 
 
+def _out_of_reach(rows: int, N: int, dtype: torch.dtype) -> Tensor:
+    """So that rounding decides no sign of y - target."""
+    return 100 + torch.rand(rows, N, dtype=dtype)
+
+
 def _classes(rows: int, N: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(N, (rows,))
 
@@ -67,7 +72,7 @@ LOSSES = {
     "bce-logits-weight": Loss(
         lambda N, dtype, **r: nn.BCEWithLogitsLoss(pos_weight=_weights(N, dtype), **r), _uniform
     ),
-    "l1": Loss(lambda N, dtype, **r: nn.L1Loss(**r), _uniform),
+    "l1": Loss(lambda N, dtype, **r: nn.L1Loss(**r), _out_of_reach),
     "smooth-l1": Loss(lambda N, dtype, **r: nn.SmoothL1Loss(beta=0.3, **r), _uniform),
     "huber": Loss(lambda N, dtype, **r: nn.HuberLoss(delta=0.2, **r), _uniform, nn.Sigmoid),
     "nll": Loss(lambda N, dtype, **r: nn.NLLLoss(**r), _classes, nn.Sigmoid),

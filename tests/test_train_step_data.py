@@ -68,7 +68,9 @@ def test_targets_of_float64(criterion: nn.Module) -> None:
 def test_targets_of_float64_that_torch_refuses(criterion: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Sigmoid())
     step = TrainStep(model, criterion, sgd(model.parameters()))
-    with pytest.raises(TypeError, match=r"target is float64, the model float32; pass target.float"):
+    with pytest.raises(
+        RuntimeError, match=r"target is float64, the model float32; pass target.float"
+    ):
         step(torch.randn(10, 8), torch.rand(10, 4).double())
 
 
@@ -108,7 +110,13 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
+def _name(function: Any) -> str:
+    if isinstance(function, partial):
+        return "_".join([function.func.__name__, *function.keywords])
+    return str(function.__name__)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=_name)
 def test_functions_as_criterion(function: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Sigmoid())
     of_classes = getattr(function, "func", function) in CLASSES
