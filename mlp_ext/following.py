@@ -58,7 +58,7 @@ def signature_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signatu
 
     def kind(value: object) -> object:
         if type(value) in _CONSTANTS:
-            return type(value), value
+            return value, repr(value)  # 0.0 == -0.0 == False, but they compute other values
         if type(value) in (Tensor, nn.Parameter) and all(value is not other for other in tensors):
             tensors.append(value)  # type: ignore[arg-type]
             return TENSOR
@@ -165,7 +165,7 @@ class _Tracer(fx.Tracer):
         def argument(value: Any) -> Any:
             if value is TENSOR:
                 return self.create_proxy("placeholder", f"input_{next(count)}", (), {})
-            return value[1]
+            return value[0]
 
         args = [argument(value) for value in self._signature.positional]
         kwargs = {name: argument(value) for name, value in self._signature.keywords}

@@ -57,7 +57,8 @@ def _fuse(
 
     def called(node: fx.Node) -> nn.Module | None:
         """The child that a node calls with one tensor."""
-        is_call = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        given = len(node.args) + len(node.kwargs)
+        is_call = node.op == "call_module" and given == 1 and node.kwargs.keys() <= {"input"}
         child = module.get_submodule(str(node.target)) if is_call else None
         return None if child is None or find_obstacle(child) else child
 

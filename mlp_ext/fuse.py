@@ -130,6 +130,9 @@ class _Fused(nn.Module):
     fused_from: ClassVar[type[nn.Module]]
     level: ClassVar[str]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Leaves out that of the module's class, which may keep a register of its subclasses."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         if reduced[:2] == (copyreg.__newobj__, (type(self),)):  # type: ignore[attr-defined]
@@ -327,7 +330,10 @@ def _overrides_calls(kind: type[nn.Module]) -> bool:
 
 def _usual_signature(kind: type[nn.Module]) -> Signature:
     """A tensor for each argument that has no default."""
-    parameters = [*inspect.signature(kind.forward).parameters.values()][1:]
+    try:
+        parameters = [*inspect.signature(kind.forward).parameters.values()][1:]
+    except (TypeError, ValueError):
+        raise Unfollowable("has no signature") from None
     required = [p for p in parameters if p.default is p.empty]
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in required):
         required = [p for p in required if p.kind is p.POSITIONAL_OR_KEYWORD]

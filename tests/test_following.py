@@ -315,6 +315,18 @@ def test_other_threads_go_on_while_a_forward_is_followed() -> None:
     assert not errors
 
 
+@pytest.mark.parametrize("value", [0.0, -0.0, False, True, 1, None], ids=str)
+def test_constants_among_the_arguments(value: object) -> None:
+    def forward(self: Any, x: Tensor, option: Any = 0) -> Tensor:
+        h = self.hidden(x) * 0 if option is None else self.hidden(x) * option
+        return 1 / (h - 0.0 if option is True else h)
+
+    native = made(forward)
+    fused, x = mlp_ext.fuse(copy.deepcopy(native)), torch.randn(3, 4, dtype=torch.float64)
+    for option in (0.0, value, -0.0):
+        torch.testing.assert_close(fused(x, option), native(x, option))
+
+
 def test_a_forward_that_always_changes_stays_right() -> None:
     native = made(reads_attributes)
     fused = mlp_ext.fuse(copy.deepcopy(native))

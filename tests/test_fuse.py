@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -511,6 +512,29 @@ def test_sequential_with_a_forward_of_its_own_is_fused_as_it_calls(modules: nn.S
     model = (Doubled if isinstance(modules[0], nn.Linear) else Backwards)(*modules)
     expected = results(copy.deepcopy(model))
     assert len(fused_names(mlp_ext.fuse(model))) == 1
+    torch.testing.assert_close(results(model), expected)
+
+
+def test_class_that_registers_its_subclasses() -> None:
+    class Registered(nn.Module):
+        names: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, name: str) -> None:
+            cls.names.append(name)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = linear()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.fc(input=x))
+
+    class Model(Registered, name="model"):
+        pass
+
+    model = Model()
+    expected = results(copy.deepcopy(model))
+    assert fused_names(mlp_ext.fuse(model)) == ["fc"] and Registered.names == ["model"]
     torch.testing.assert_close(results(model), expected)
 
 
