@@ -45,7 +45,7 @@ def torchrun(folder: Path, *args: str) -> str:
     [
         ("breast_cancer", 32, "ddp", [*LAYERS]),  # the last batch has 7 rows
         ("digits", 64, "fsdp", [kind for kind in LAYERS if kind != "step"]),  # 29
-        ("mnist5k", 200, "ddp", [*LAYERS]),
+        pytest.param("mnist5k", 200, "ddp", [*LAYERS], marks=pytest.mark.release),
     ],
 )
 def test_two_processes_have_the_losses_of_one(

@@ -234,7 +234,13 @@ CHANGES = [
 IN_PLACE = {"Statements", "Generator", "InPlace"}
 
 
-@every_model
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(example, id=name, marks=[] if i % 4 == 0 else [pytest.mark.slow])
+        for i, (name, example) in enumerate(EXAMPLES.items())
+    ],
+)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_later_change(example: Example, change: Callable[[nn.Module], None]) -> None:

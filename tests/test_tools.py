@@ -360,9 +360,22 @@ ACTIONS: dict[str, Callable[[nn.Module], Any]] = {
 LOOSE = {"autocast_bfloat16": 3e-2, "autocast_float16": 3e-3, "bfloat16": 3e-2}
 
 
+def _marks(name: str, model: str) -> list[pytest.MarkDecorator]:
+    """Inductor takes seconds: two models in make test, the others before a release."""
+    if name not in ("compile", "compile_dynamic", "compile_step"):
+        return []
+    return [pytest.mark.slow if model in ("sequential", "functional") else pytest.mark.release]
+
+
 @pytest.mark.parametrize("level", ["layers", "stack"])
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("name", ACTIONS)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        pytest.param(name, make, id=f"{name}-{model}", marks=_marks(name, model))
+        for name in ACTIONS
+        for model, make in MODELS.items()
+    ],
+)
 def test_tool(name: str, make: Callable[[], nn.Module], level: str) -> None:
     native, fused = make(), mlp_ext.fuse(make(), level=level)
     gradients(fused)  # it has run before
