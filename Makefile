@@ -130,10 +130,11 @@ CUDA_TORCH ?= torch==2.13.0
 CUDA_PIP   := PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= $(CUDA)/bin/pip install --quiet --disable-pip-version-check
 CUDA_TESTS := $(addprefix tests/test_,build.py cuda.py cuda_plan.py dispatch.py errors.py)
 
+CUDA_ARCHS ?= 8.0 9.0
 cuda-check: $(CUDA)/tools
 	@echo "== compiling for CUDA (about four minutes), log in $(CUDA)/build.log"
 	rm -rf build
-	PATH="$(CURDIR)/$(CUDA)/bin:$$PATH" MLP_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0 9.0" NVCC_APPEND_FLAGS=-Xptxas=-v \
+	PATH="$(CURDIR)/$(CUDA)/bin:$$PATH" MLP_EXT_CUDA=1 MLP_EXT_ISA=native TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-v \
 	    $(CUDA)/bin/pip install -v --no-build-isolation --no-deps --force-reinstall . > $(CUDA)/build.log 2>&1 \
 	    || { tail -50 $(CUDA)/build.log; exit 1; }
 	@grep -q "bytes spill" $(CUDA)/build.log || { echo "ptxas said nothing"; exit 1; }
