@@ -83,7 +83,7 @@ def follow(
     inlines: also follows small layers that the model defines, such as its own GELU, rather than
         calling them.
     """
-    reads = _Reads()
+    reads = _Reads(module)
     tracer = _Tracer(forward, signature, inlines)
     try:
         with _LOCK, _NoTensors(), reads.recording():  # type: ignore[no-untyped-call]
@@ -248,7 +248,8 @@ _HANDLERS = {"PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH"}  # of try and with
 class _Reads:
     """What a forward reads while it is followed, beside its arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: nn.Module) -> None:
+        self._model = {id(module) for module in root.modules()}
         self._attributes: dict[tuple[int, str], nn.Module] = {}
         self._globals: dict[tuple[int, str], dict[str, Any]] = {}
         self._copies: list[tuple[Any, Any]] = []  # of containers that were read, with their copies
@@ -280,8 +281,8 @@ class _Reads:
 
     def _read(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
         in_list = name == "_modules" and frame.f_globals["__name__"] == nn.ModuleList.__module__
-        if not (_is_of_model(frame) or in_list):
-            return
+        if not (_is_of_model(frame) or (in_list and id(module) in self._model)):
+            return  # a slice of a ModuleList is a new one, which nobody can change
         if name in ("__dict__", "__class__"):
             raise Unfollowable(f"reads its {name}")
         self._attributes[id(module), name] = module

@@ -38,6 +38,7 @@ class Base(nn.Module):
         self.cache: list[Tensor] = []
         self.acts = [nn.ReLU()]
         self.register_buffer("count", torch.zeros(()))
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
 
     def hidden(self, x: Tensor) -> Tensor:
         return torch.relu(self.fc(x))
@@ -104,10 +105,16 @@ def calls_the_base(self: Any, x: Tensor) -> Tensor:
     return torch.sigmoid(self.out(Base.hidden(self, x)))
 
 
+def slices_a_list(self: Any, x: Tensor) -> Tensor:
+    for block in self.blocks[:-1]:
+        x = torch.tanh(block(x))
+    return torch.relu(self.blocks[-1](self.hidden(x)))
+
+
 FOLLOWED = [
     *(reads_attributes, reads_a_config, reads_globals, reads_the_mode, reads_sizes),
     *(returns_a_dict, changes_its_input, changes_an_output, uses_a_function, loops),
-    *(draws_for_its_input, calls_the_base),
+    *(draws_for_its_input, calls_the_base, slices_a_list),
 ]
 
 # ---- what is left alone ----
@@ -251,6 +258,8 @@ def changes(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[Callable[
         lambda m: setattr(m, "factor", 0.5),
         lambda m: setattr(m.config, "scale", 0.25),
         lambda m: m.acts.__setitem__(0, nn.GELU()),
+        lambda m: m.blocks.append(m.out),
+        lambda m: m.blocks.__setitem__(0, m.out),
         lambda m: setattr(m, "hidden", lambda x: 2 * m.fc(x)),
         lambda m: monkeypatch.setattr(Base, "factor", 11.0),
         lambda m: monkeypatch.setattr(SETTINGS, "scale", 13.0),
