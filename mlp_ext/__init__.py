@@ -6,7 +6,7 @@ from importlib.util import find_spec
 if find_spec("numpy") is None:  # torch's first import would warn, and nothing here needs NumPy
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
-from mlp_ext import interop, moved  # noqa: F401  interop registers what PyTorch's tools need
+from mlp_ext import interop, machine, moved  # noqa: F401  for what they register and read
 from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid, linear_tanh
 from mlp_ext.fuse import fuse, fusion_report, unfuse
 from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation

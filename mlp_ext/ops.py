@@ -89,7 +89,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict: the versions of ``mlp_ext`` and of the ``torch`` it was built against; ``compiler``;
         ``instruction_sets`` in the build and the ``instruction_set`` in use, which the variable
-        ``ATEN_CPU_CAPABILITY`` (default, avx2, avx512) overrides; ``openmp``, its version date, or
+        ``ATEN_CPU_CAPABILITY`` (default, avx2, avx512) overrides; ``machine``, whose limits between
+        paths are used; ``openmp``, its version date, or
         None without it; ``threads``, torch's setting; ``cuda``, the version that the CUDA kernels
         were built with; ``cuda_archs``, such as sm_80, sm_90a, and compute_90 for PTX; and the
         version of ``cutlass``. If ``cuda`` is None, GPU tensors use native operations: the same
@@ -99,6 +100,7 @@ def build_info() -> dict[str, Any]:
     return {
         **_C.build_info(),
         "instruction_set": _C.instruction_set(),
+        "machine": _C.machine()["name"],
         "threads": torch.get_num_threads(),
         "cuda": _built.CUDA_VERSION,
         "cuda_archs": list(_built.CUDA_ARCHS),

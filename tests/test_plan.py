@@ -1,4 +1,4 @@
-"""The CPU plan: which path a shape takes, on both sides of each boundary, and how it is cut."""
+"""The CPU plan: which path a shape takes on a machine, on both sides of each limit, and how it is cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOAT = 4
 def plan(
     M: int, K: int, N: int, threads: int = 2, item_size: int = FLOAT, **more: Any
 ) -> dict[str, Any]:
-    return _C.plan(M, K, N, item_size, threads, **more)
+    return _C.plan(M, K, N, item_size, threads, **{"machine": "zen4", **more})
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
         ((33, 784, 256), "bf16_dot", "packed", "packed"),
         ((1024, 128, 128), "fma", "packed", "tall"),
         ((1024, 128, 128), "bf16_dot", "packed", "library"),  # 2^24 products
-        ((1024, 128, 128), "amx", "library", "library"),
-        ((1023, 128, 128), "amx", "packed", "tall"),
+        ((32, 128, 128), "amx", "library", "library"),  # 2^19 multiply-adds
+        ((31, 128, 128), "amx", "packed", "packed"),
         ((65536, 24, 16), "amx", "library", "library"),
         ((65536, 23, 16), "amx", "packed", "tall"),
         ((65536, 24, 15), "amx", "packed", "tall"),
-        ((2, 1024, 1024), "amx", "dots", "library"),  # 2^20 weights
-        ((2, 1024, 1023), "amx", "dots", "packed"),
+        ((2, 512, 512), "amx", "dots", "library"),
+        ((2, 512, 510), "amx", "dots", "packed"),
         ((100, 1024, 1024), "bf16_dot", "library", "library"),
         ((1, 4096, 4096), "amx", "dots", "packed"),
         ((256, 1024, 256), "bf16_dot", "library", "library"),
@@ -191,7 +191,7 @@ def test_plan_bounds_the_rows_of_16_bit_pieces() -> None:
     ],
 )
 def test_step_takes_its_path(widths: list[int], batch: int, path: str, pieces: int) -> None:
-    plan = _C.step_plan(widths, batch, item_size=4, threads=2)
+    plan = _C.step_plan(widths, batch, item_size=4, threads=2, machine="zen4")
     assert plan == {"path": path, "pieces": pieces}
 
 

@@ -54,6 +54,7 @@ struct Forward {
   Matrix y;          // [M, N]
   Matrix z;          // [M, N] or nullptr
   const Activation* activation;
+  int64_t block_bytes = kMostBlockBytes;  // of packed B
 };
 
 // A parameter, updated in place.
@@ -75,6 +76,7 @@ struct Backward {
   const Activation* activation;
   // If given, grad_weight updates the parameters instead of storing gradients; dw and db are its accumulators.
   const Update *update_w = nullptr, *update_b = nullptr;
+  int64_t block_bytes = kMostBlockBytes;
 };
 
 // The loss of a network's outputs.
@@ -115,7 +117,7 @@ struct LayerKernels {
   void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
   // dW and db over the rows `samples`, as accumulators; either may be nullptr. db is computed if columns.begin == 0.
   void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
-  // The same for M <= kSkinnyM, as results rather than accumulators.
+  // The same for M <= kMostSkinnyM, as results rather than accumulators.
   void (*grad_weight_skinny_m)(const Backward&, Range rows, Range columns, void* dw, void* db);
   // dx of the rows `samples`, and dW and db over them as accumulators, in one pass. Sizes within plan.h's limits.
   void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);
@@ -142,6 +144,7 @@ struct StepProblem {
   std::span<const StepLayerView> layers;
   size_t lowest;  // lowest layer that learns
   int64_t sums;   // number of accumulators
+  const Limits* limits;
   Loss loss;
 };
 

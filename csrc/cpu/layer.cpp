@@ -1,6 +1,8 @@
 // One layer on raw pointers: runs the plan's path on all threads.
 #include "cpu/layer.h"
 
+#include <ATen/Context.h>
+
 #include <functional>
 #include <memory>
 
@@ -36,7 +38,18 @@ Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
   return {std::min(size, i * lines / n * line), std::min(size, (i + 1) * lines / n * line)};
 }
 
+LayerShape shape_of(int64_t M, int64_t K, int64_t N, DType dtype) {
+  return {M, K, N, item_size(dtype), dot_mode_of(dtype)};
+}
+
+const Limits& limits_of(DType dtype) { return machine().limits(item_size(dtype), dot_mode_of(dtype)); }
+
 namespace {
+
+// torch's GEMM is slow for bfloat16 without oneDNN.
+bool may_use_library(DType dtype) {
+  return item_size(dtype) > 2 || (at::Context::hasMKLDNN() && at::globalContext().userEnabledMkldnn());
+}
 
 // A GEMM split into pieces. run(rows, columns, samples, s) computes one, where s is the index along the samples.
 struct SplitGemm {
@@ -69,13 +82,16 @@ void run(std::initializer_list<SplitGemm> gemms) {
 void forward_layer(const Forward& problem, DType dtype) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const LayerKernels& kernels = variant().layer_kernels(dtype);
-  const Plan plan = make_plan(M, K, N, item_size(dtype), threads(), dot_mode_of(dtype), {.library = may_use_library()});
-  if (plan.forward_path == Path::library) return forward_by_library(problem, kernels);
+  const Plan plan = make_plan(shape_of(M, K, N, dtype), threads(), machine(),
+                              {.library = may_use_library(dtype), .forward = forced_paths.forward});
+  if (plan.forward_path == Path::library) return forward_by_library(problem, kernels, dtype);
   if (plan.forward_path == Path::small)
     return kernels.small_forward(problem, scratch(small_forward_scratch_bytes(K, N)));
   const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
+  Forward f = problem;
+  f.block_bytes = block_bytes(limits_of(dtype));
   run({{plan.forward, M, N, 1,
-        [&](Range rows, Range columns, Range, int64_t) { block(problem, rows, columns, scratch(kScratchBytes)); }}});
+        [&](Range rows, Range columns, Range, int64_t) { block(f, rows, columns, scratch(kScratchBytes)); }}});
 }
 
 namespace {
@@ -95,6 +111,7 @@ class WeightSums {
         dw_(static_cast<char*>(problem.dw)),
         db_(static_cast<char*>(problem.db)),
         size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
+        limits_(limits_of(dtype)),
         item_(skinny_m ? item_size(dtype) : accumulator_size(dtype)),
         update_in_epilogue_(update_in_epilogue) {
     const bool updates = problem.update_w || problem.update_b;
@@ -112,7 +129,7 @@ class WeightSums {
   void finish() const {
     if (!sums_.defined() || update_in_epilogue_) return;
     if (dw_)
-      at::parallel_for(0, size_, ceil_div(kElementsPerThread, pieces_), [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, size_, ceil_div(limits_.elements_per_thread, pieces_), [&](int64_t begin, int64_t end) {
         finish(problem_.update_w, dw_, size_, {begin, end}, problem_.dw);
       });
     if (db_) finish(problem_.update_b, db_, problem_.N, {0, problem_.N}, problem_.db);
@@ -128,7 +145,9 @@ class WeightSums {
   const LayerKernels& kernels_;
   decltype(StepKernels::update) update_;
   char *dw_, *db_;
-  const int64_t size_, item_;
+  const int64_t size_;
+  const Limits& limits_;
+  const int64_t item_;
   const bool update_in_epilogue_;
   at::Tensor sums_;
 };
@@ -148,9 +167,10 @@ void backward_in_one_pass(const Backward& problem, const Plan& plan, const Layer
 // dx and dW as separate GEMMs; db is computed with dW.
 void backward_packed(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
-  const bool skinny_m = M <= kSkinnyM, update_in_epilogue = problem.update_w && !skinny_m;
+  const bool skinny_m = M <= limits_of(dtype).skinny_m, update_in_epilogue = problem.update_w && !skinny_m;
   const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, skinny_m, update_in_epilogue);
   Backward b = problem;
+  b.block_bytes = block_bytes(limits_of(dtype));
   if (!update_in_epilogue) b.update_w = b.update_b = nullptr;
   const SplitGemm grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
                                kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
@@ -177,12 +197,15 @@ void backward_packed(const Backward& problem, const Plan& plan, const LayerKerne
 void backward_layer(const Backward& problem, DType dtype) {
   const bool needs_dw = problem.dw || problem.update_w, updates = problem.update_w || problem.update_b;
   const LayerKernels& kernels = variant().layer_kernels(dtype);
-  Plan plan = make_plan(problem.M, problem.K, problem.N, item_size(dtype), threads(), dot_mode_of(dtype),
-                        {.library = may_use_library(), .both = problem.dx.data && needs_dw, .update = updates});
+  Plan plan = make_plan(shape_of(problem.M, problem.K, problem.N, dtype), threads(), machine(),
+                        {.library = may_use_library(dtype),
+                         .both = problem.dx.data && needs_dw,
+                         .update = updates,
+                         .backward = forced_paths.backward});
   if (!needs_dw) plan.grad_weight.columns = 1;  // db has no columns: two pieces would write the same sums
   switch (plan.backward_path) {
     case Path::library:
-      return backward_by_library(problem, kernels);
+      return backward_by_library(problem, kernels, dtype);
     case Path::tall:
     case Path::one_input:
     case Path::one_output:

@@ -4,8 +4,12 @@
 #include <ATen/Parallel.h>
 
 #include "cpu/kernels.h"
+#include "cpu/machines.h"
 
 namespace mlp_ext::cpu {
+
+// A layer as the plan sees it.
+LayerShape shape_of(int64_t M, int64_t K, int64_t N, DType dtype);
 
 void forward_layer(const Forward& problem, DType dtype);
 // With update_w or update_b, pass no dw and db; the parameters are updated once W is no longer read.
@@ -28,6 +32,9 @@ void for_pieces(int64_t pieces, const F& f) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
+
+// The machine's limits for a dtype.
+const Limits& limits_of(DType dtype);
 
 int64_t threads();  // used by at::parallel_for here
 

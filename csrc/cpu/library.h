@@ -1,11 +1,11 @@
-// A bfloat16 layer on torch's GEMMs, which use the processor's matrix unit.
+// A layer on torch's GEMMs.
 #pragma once
 
 #include "cpu/kernels.h"
 
 namespace mlp_ext::cpu {
 
-void forward_by_library(const Forward& problem, const LayerKernels& kernels);
-void backward_by_library(const Backward& problem, const LayerKernels& kernels);
+void forward_by_library(const Forward& problem, const LayerKernels& kernels, DType dtype);
+void backward_by_library(const Backward& problem, const LayerKernels& kernels, DType dtype);
 
 }  // namespace mlp_ext::cpu

@@ -105,10 +105,12 @@ class BatchStep {
         K_(training.input.size(1)),
         N_(training.layers.back().weight.value->size(0)),
         dtype_(dtype_of(training.input)),
-        kernels_(variant().step_kernels(dtype_)) {
+        kernels_(variant().step_kernels(dtype_)),
+        limits_(limits_of(dtype_)) {
     c10::SmallVector<int64_t, 9> widths{K_};
     for (const TrainedLayer& layer : training.layers) widths.push_back(layer.weight.value->size(0));
-    plan_ = make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads(), dot_mode_of(dtype_));
+    plan_ = make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads(), dot_mode_of(dtype_),
+                           machine());
     if (plan_.path == StepPath::blocks) prepare_rows();
     if (plan_.path == StepPath::panels) prepare_panels();
   }
@@ -144,7 +146,7 @@ class BatchStep {
     scratch_bytes_ = ceil_div(kernels_.scratch_bytes(problem({}, {})), kCacheLine) * kCacheLine;
   }
   StepProblem problem(const ConstMatrix& x, const Loss& loss) const {
-    return {x, {views_.data(), views_.size()}, training_.lowest_learning, sums_size_, loss};
+    return {x, {views_.data(), views_.size()}, training_.lowest_learning, sums_size_, &limits_, loss};
   }
 
   // Each thread takes a range of rows and has its own accumulators, which are added in order.
@@ -162,7 +164,7 @@ class BatchStep {
       const auto piece = [&](int64_t from, int64_t to) {
         kernels_.update(*update, sums + begin * accumulator_size(dtype_), pieces, sums_size_, {from, to});
       };
-      const int64_t size = parameter.value->numel(), each = ceil_div(kElementsPerThread, pieces);
+      const int64_t size = parameter.value->numel(), each = ceil_div(limits_.elements_per_thread, pieces);
       size <= each ? piece(0, size) : at::parallel_for(0, size, each, piece);
     };
     for (size_t l = training_.lowest_learning; l < views_.size(); ++l) {
@@ -226,18 +228,19 @@ class BatchStep {
     };
 
     panels_[0].rows_of_x = x;
-    const int64_t input_pieces = pieces_of(M_ * K_, kElementsPerThread, panels);
+    const int64_t input_pieces = pieces_of(M_ * K_, limits_.elements_per_thread, panels);
     for_pieces(input_pieces,
                [&](int64_t i) { kernels.input(x, rows_piece(i, input_pieces), K_, const_cast<void*>(panels_[0].x)); });
     for (const PanelLayer& l : panels_) {
-      const Grid grid = cut(l.N, M_, pieces_of(M_ * l.K * l.N, kMultiplyAddsPerThread, threads()), kPanelPacking);
+      const Grid grid =
+          cut(l.N, M_, pieces_of(M_ * l.K * l.N, limits_.multiply_adds_per_thread, threads()), kPanelPacking);
       for_pieces(grid.size(), [&](int64_t i) {
         const Range rows = rows_piece(i / grid.rows, grid.columns);
         if (rows.size() > 0)
           kernels.forward(l, piece_of_lines(i % grid.rows, grid.rows, l.N), rows, scratch(kScratchBytes));
       });
     }
-    const int64_t loss_pieces = pieces_of(M_ * N_, kElementsPerThread, panels);
+    const int64_t loss_pieces = pieces_of(M_ * N_, limits_.elements_per_thread, panels);
     const double total = sum_losses(loss_pieces, [&](int64_t i, bool& valid) {
       return kernels.loss(loss, panels_.back(), training_.layers.back().activation, rows_piece(i, loss_pieces),
                           scratch(kScratchBytes), valid);
@@ -245,8 +248,8 @@ class BatchStep {
     for (size_t l = panels_.size(); l-- > training_.lowest_learning;) {
       const PanelLayer& layer = panels_[l];
       const bool by_rows = !layer.dz_below && layer.N > layer.K / 2;
-      const int64_t pieces =
-          pieces_of(2 * M_ * layer.K * layer.N, kMultiplyAddsPerThread, (by_rows ? layer.N : layer.K) / kPanelColumns);
+      const int64_t pieces = pieces_of(2 * M_ * layer.K * layer.N, limits_.multiply_adds_per_thread,
+                                       (by_rows ? layer.N : layer.K) / limits_.panel_columns);
       for_pieces(pieces, [&](int64_t i) {
         const Range rows = piece_of_lines(i, pieces, layer.N), columns = piece_of_lines(i, pieces, layer.K);
         kernels.backward(layer, by_rows ? rows : Range{0, layer.N}, by_rows ? Range{0, layer.K} : columns, rows,
@@ -278,7 +281,7 @@ class BatchStep {
             dtype_);
     }
     at::Tensor dy = empty_cached({M_, N_}, dtype);
-    const int64_t pieces = std::clamp<int64_t>(M_ * N_ / kElementsPerThread, 1, threads());
+    const int64_t pieces = std::clamp<int64_t>(M_ * N_ / limits_.elements_per_thread, 1, threads());
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
       return kernels_.loss(loss, piece(i, pieces, M_), N_, ys.back().const_data_ptr(), dy.mutable_data_ptr(),
                            scratch((3 * kLossRows + 1) * N_ * accumulator_size(dtype_)), valid);
@@ -304,6 +307,7 @@ class BatchStep {
   const int64_t M_, K_, N_;
   const DType dtype_;
   const StepKernels& kernels_;
+  const Limits& limits_;
   const Activation identity_ = choose(Activations{}, index_of(Identity::name, Activations{}), nullptr);
   StepPlan plan_;
   at::Tensor memory_;  // by rows: accumulators of all threads; by panels: the panels
@@ -398,7 +402,7 @@ void update(const TrainedParameter& p, const at::Tensor& gradient) {
   const at::Tensor dense = gradient.contiguous();
   const void* const part = dense.const_data_ptr();
   const auto piece = [&](int64_t begin, int64_t end) { kernels.update_rounded(update, part, 1, 0, {begin, end}); };
-  at::parallel_for(0, dense.numel(), kElementsPerThread, piece);
+  at::parallel_for(0, dense.numel(), limits_of(dtype_of(*p.value)).elements_per_thread, piece);
 }
 
 at::Tensor step_by_layers(const Training& training) {

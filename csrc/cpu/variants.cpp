@@ -76,8 +76,6 @@ DotMode dot_mode_of(DType dtype) {
   return here;
 }
 
-bool may_use_library() { return at::Context::hasMKLDNN() && at::globalContext().userEnabledMkldnn(); }
-
 double peak_flops(double seconds, int64_t threads) {
   const auto fma_loop = variant().fma_loop;
   using Clock = std::chrono::steady_clock;

@@ -24,7 +24,6 @@ const Variant& variant();
 
 // How a dtype is multiplied here.
 DotMode dot_mode_of(DType dtype);
-bool may_use_library();  // torch's GEMM: slow for bfloat16 without oneDNN
 
 // Overrides dot_mode_of bfloat16 in plans, for tests and measurements.
 inline std::atomic<std::optional<DotMode>> forced_dot_mode;

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <deque>
 #include <initializer_list>
 #include <map>
 #include <mutex>
@@ -12,6 +13,7 @@
 #include <thread>
 
 #include "cpu/caching_allocator.h"
+#include "cpu/machines.h"
 #include "cpu/plan.h"
 #include "cpu/variants.h"
 #include "cuda/plan.h"
@@ -86,11 +88,78 @@ void check_cpu(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threa
     throw py::value_error("threads must be from 1 to 65536, got " + std::to_string(threads));
 }
 
+const cpu::Machine& machine_named(const std::optional<std::string>& name) {
+  if (!name) return cpu::machine();
+  if (const cpu::Machine* const found = cpu::find_machine(*name)) return *found;
+  std::string names;
+  for (const cpu::Machine* m : cpu::machines()) names += (names.empty() ? "" : ", ") + std::string(m->name);
+  throw py::value_error("machine must be one of " + names + ", got '" + *name + "'");
+}
+
+// The limits of a machine, one dict for each way of multiplying.
+py::dict machine_limits(const std::optional<std::string>& name) {
+  const cpu::Machine& machine = machine_named(name);
+  py::dict result;
+  result["name"] = machine.name;
+  for (const auto& mode : cpu::kModes) {
+    py::dict limits;
+    for (const cpu::Limit& limit : cpu::kLimits) limits[limit.name] = machine.*mode.limits.*limit.value;
+    result[mode.name] = limits;
+  }
+  return result;
+}
+
+// Uses the limits given, and those of the machine in use for the rest. Raises ValueError, with nothing changed.
+void use_machine(const std::optional<py::dict>& own) {
+  if (!own) return cpu::use_machine(nullptr);
+  struct Own {
+    std::string name;
+    cpu::Machine machine;
+  };
+  static std::deque<Own> kept;  // plans refer to them
+  Own made{"own", cpu::machine()};
+  for (const auto& [key, value] : *own) {
+    const auto name = py::cast<std::string>(key);
+    if (name == "name") {
+      made.name = py::cast<std::string>(value);
+      continue;
+    }
+    const auto mode = std::find_if(std::begin(cpu::kModes), std::end(cpu::kModes),
+                                   [&](const auto& mode) { return name == mode.name; });
+    if (mode == std::end(cpu::kModes))
+      throw py::value_error("expected name, fma, converted, bf16_dot or amx, got '" + name + "'");
+    for (const auto& [limit_key, number] : py::cast<py::dict>(value)) {
+      const auto limit_name = py::cast<std::string>(limit_key);
+      const auto limit = std::find_if(std::begin(cpu::kLimits), std::end(cpu::kLimits),
+                                      [&](const cpu::Limit& limit) { return limit_name == limit.name; });
+      if (limit == std::end(cpu::kLimits)) throw py::value_error(name + " has no limit '" + limit_name + "'");
+      const int64_t n = py::isinstance<py::int_>(number) ? py::cast<int64_t>(number) : -1;
+      if (n < limit->least || n > limit->most)
+        throw py::value_error(name + "." + limit_name + " must be a whole number from " + std::to_string(limit->least) +
+                              " to " + std::to_string(limit->most) + ", got " + std::string(py::repr(number)));
+      made.machine.*(mode->limits).*(limit->value) = n;
+    }
+  }
+  kept.push_back(std::move(made));
+  kept.back().machine.name = kept.back().name.c_str();
+  cpu::use_machine(&kept.back().machine);
+}
+
+std::optional<cpu::Path> cpu_path(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  for (int i = 0; i < cpu::kPaths; ++i)
+    if (*name == cpu::path_name(static_cast<cpu::Path>(i))) return static_cast<cpu::Path>(i);
+  throw py::value_error("path must be small, dots, tall, one_input, one_output, packed or library, got '" + *name +
+                        "'");
+}
+
 py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& mode,
-              bool library, bool update) {
+              bool library, bool update, const std::optional<std::string>& machine,
+              const std::optional<std::string>& forward, const std::optional<std::string>& backward) {
   check_cpu(M, K, N, item_size, threads);
-  const cpu::Plan plan =
-      cpu::make_plan(M, K, N, item_size, threads, dot_mode(mode), {.library = library, .update = update});
+  const cpu::Plan plan = cpu::make_plan(
+      {M, K, N, item_size, dot_mode(mode)}, threads, machine_named(machine),
+      {.library = library, .update = update, .forward = cpu_path(forward), .backward = cpu_path(backward)});
   const auto pieces = [](const cpu::Grid& grid) { return py::make_tuple(grid.rows, grid.columns, grid.samples); };
   py::dict result;
   result["forward_path"] = cpu::path_name(plan.forward_path);
@@ -126,10 +195,11 @@ void check_widths(const std::vector<int64_t>& widths, int64_t batch) {
 }
 
 py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, int64_t threads,
-                   const std::string& mode) {
+                   const std::string& mode, const std::optional<std::string>& machine) {
   check_widths(widths, batch);
   for (size_t l = 1; l < widths.size(); ++l) check_cpu(batch, widths[l - 1], widths[l], item_size, threads);
-  const cpu::StepPlan plan = cpu::make_step_plan(batch, widths, item_size, threads, dot_mode(mode));
+  const cpu::StepPlan plan =
+      cpu::make_step_plan(batch, widths, item_size, threads, dot_mode(mode), machine_named(machine));
   py::dict result;
   result["path"] = cpu::step_path_name(plan.path);
   result["pieces"] = plan.pieces;
@@ -189,10 +259,30 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", cpu::peak_flops, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "Peak float32 FLOP/s, measured with FMAs in registers.");
   m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
-        py::arg("mode") = "fma", py::arg("library") = true, py::arg("update") = false,
+        py::arg("mode") = "fma", py::arg("library") = true, py::arg("update") = false, py::arg("machine") = py::none(),
+        py::arg("forward") = py::none(), py::arg("backward") = py::none(),
         "The CPU plan of a shape: paths, and in how many (rows, columns, samples) each GEMM is split. mode: how the "
         "dtype is multiplied, fma, bf16_dot (AVX512_BF16) or amx; library: whether torch's GEMM may be used; "
-        "update: whether W is updated by dW.");
+        "update: whether W is updated by dW; machine: whose limits; forward, backward: paths forced where supported.");
+  m.def(
+      "machines",
+      [] {
+        py::list names;
+        for (const cpu::Machine* m : cpu::machines()) names.append(m->name);
+        return names;
+      },
+      "Names of the machines whose limits are built in.");
+  m.def("machine", machine_limits, py::arg("name") = py::none(),
+        "The limits of a machine, by default of the one in use: its name, and a dict for each way of multiplying.");
+  m.def("use_machine", use_machine, py::arg("limits"),
+        "Plans with these limits, a dict like that of machine(), from now on; None: with those of this processor.");
+  m.def(
+      "force_paths",
+      [](const std::optional<std::string>& forward, const std::optional<std::string>& backward) {
+        cpu::forced_paths = {cpu_path(forward), cpu_path(backward)};
+      },
+      py::arg("forward"), py::arg("backward"),
+      "Paths of layers on the CPU in this thread, where supported; None: the plan's.");
   m.def(
       "force_dot_mode",
       [](const std::optional<std::string>& name) {
@@ -200,7 +290,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("mode"), "Overrides how the CPU plan multiplies bfloat16; None: as the processor does.");
   m.def("step_plan", step_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("threads"),
-        py::arg("mode") = "fma", "The CPU plan of a training step: its path, and the number of pieces of rows.");
+        py::arg("mode") = "fma", py::arg("machine") = py::none(),
+        "The CPU plan of a training step: its path, and the number of pieces of rows.");
   m.def("cached_bytes", cpu::cached_bytes, "Bytes of freed results cached for reuse.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,

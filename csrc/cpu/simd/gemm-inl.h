@@ -19,7 +19,7 @@ template <class T>
 struct Blocking {  // cache blocking (zen4, 1024x1024x1024)
   static constexpr int depth = kDepthBytes / sizeof(T);
   static constexpr int rows = 8 * Tile<T>::rows;         // A: a quarter of L2; more is no faster
-  static constexpr int columns = 32 * Tile<T>::columns;  // B: half of it packs A twice as often and is 5 % slower
+  static constexpr int columns = 32 * Tile<T>::columns;  // B: at most; see Limits::block_bytes
 };
 
 // Layouts of packed A: element (i, k) is at i / rows * panel + i % rows * row_step + k * depth_step.
@@ -315,14 +315,19 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
 //   finish      epilogue (i, j, vector, lanes) for sums from (i, j) along row i; finish.from(i, j) is that of the block
 //               that begins there. A copy, so that its pointers stay in registers although stores may alias.
 //   block_rows  rows of A packed at a time
+//   block_bytes of B packed at a time
 template <class Layout, class Element, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,
-          Partial<T> partial, const Finish& finish, T* scratch, int64_t block_rows = Blocking<T>::rows) {
+          Partial<T> partial, const Finish& finish, T* scratch, int64_t block_rows = Blocking<T>::rows,
+          int64_t block_bytes = kMostBlockBytes) {
   using Block = Blocking<T>;
   T* const packed_a = scratch;
   T* const packed_b = scratch + kPackedA<T>;
-  for (int64_t j0 = 0; j0 < columns; j0 += Block::columns) {
-    const int64_t nc = std::min<int64_t>(Block::columns, columns - j0);
+  const int64_t tiles_in_block = block_bytes / kDepthBytes / Tile<T>::columns;
+  const int64_t block_columns =
+      std::clamp<int64_t>(tiles_in_block * Tile<T>::columns, Tile<T>::columns, Block::columns);
+  for (int64_t j0 = 0; j0 < columns; j0 += block_columns) {
+    const int64_t nc = std::min(block_columns, columns - j0);
     // B in place: short depth blocks that fit L1, so that its rows are read sequentially.
     const int64_t in_l1 = std::max<int64_t>(8, kBytesInL1 / static_cast<int64_t>(sizeof(T)) / nc);
     const bool in_rows = b.data && b.panel_step == Tile<T>::columns;

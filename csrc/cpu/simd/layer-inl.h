@@ -102,7 +102,7 @@ struct LayerOf {
   // y = act(x W^T + b) for few rows of x or W, where packing does not pay off: lanes run along K.
   static void forward_dots(const Forward& f, Range rows, Range columns, void*) {
     const Sizes sizes{f.M, f.K, f.N};
-    if (f.M * f.K * f.N <= kSmallMultiplyAdds)  // VDPBF16PS flushes subnormals, torch does not here
+    if (f.M * f.K * f.N <= kFlushedMultiplyAdds)  // VDPBF16PS flushes subnormals, torch does not here
       dots<S, Single<T>>(f.x, f.w, sizes, rows, columns, BiasAnyAct<S>{f});
     else
       dots<S, Element>(f.x, f.w, sizes, rows, columns, BiasAnyAct<S>{f});
@@ -135,7 +135,7 @@ struct LayerOf {
     const auto run = [&](const auto& finish) {
       gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(f.K), pack_x, pack_w, Panels<T>{},
                                    partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>),
-                                   finish.from(rows.begin, columns.begin), begin);
+                                   finish.from(rows.begin, columns.begin), begin, Blocking<T>::rows, f.block_bytes);
     };
     const S* const bias = static_cast<const S*>(f.bias);
     S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
@@ -172,8 +172,8 @@ struct LayerOf {
     T* const begin = static_cast<T*>(scratch);
     gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(b.N), pack_dz, pack_w,
                                  in_place_if_read_once<S, T>(b.w, 0, columns.begin, rows.size()),
-                                 partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish,
-                                 begin);
+                                 partial_sums<S>(b.dx, rows, columns, begin + kPackedA<T> + kPackedB<T>), finish, begin,
+                                 Blocking<T>::rows, b.block_bytes);
   }
 
   // Packs a few rows of dz as ColumnsOfA, adding them to db.
@@ -245,7 +245,7 @@ struct LayerOf {
     const auto run = [&](const auto& finish) {
       gemm<ColumnsOfA<T>, Element, T>(rows.size(), columns.size(), elements(samples.size()), pack_dz, pack_x,
                                       in_place_if_read_once<S, T>(b.x, samples.begin, columns.begin, rows.size()),
-                                      Partial<T>{out, b.K}, finish, begin);
+                                      Partial<T>{out, b.K}, finish, begin, Blocking<T>::rows, b.block_bytes);
     };
     b.update_w ? run(UpdateTile<S>{b.update_w, offset, b.K}) : run(StoreSums<T>{out, b.K});
     if (sums) round_sums(totals, rows.size(), sums + rows.begin);
@@ -258,7 +258,7 @@ struct LayerOf {
     for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
       const int64_t n = rows.begin + i;
       const int64_t count = std::min<int64_t>(V::lanes, rows.size() - i);
-      alignas(kVectorBytes) T dz[kSkinnyM * V::lanes];
+      alignas(kVectorBytes) T dz[kMostSkinnyM * V::lanes];
       grad_z_rows<S>(b, {0, b.M}, {n, n + count}, dz, V::lanes);
       V sum;
       for (int64_t m = 0; m < b.M; ++m) sum = sum + load(dz + m * V::lanes, lanes);

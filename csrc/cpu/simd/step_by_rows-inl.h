@@ -164,7 +164,7 @@ struct StepRows {
     double* db[kMostLayers];
     for (size_t l = 0; l < L; ++l) {
       const StepLayerView& layer = p.layers[l];
-      if (l + 1 == L && tiles_mostly_empty(layer.K, layer.N))
+      if (l + 1 == L && p.limits->tiles_mostly_empty(layer.K, layer.N))
         for (int64_t n = 0; n < layer.N; ++n)
           for_vectors<T>(layer.K, [&](int64_t k, auto lanes) {
             store(packed + n * layer.K + k, load(at<S>(layer.w, n, k), lanes), lanes);
@@ -209,7 +209,7 @@ struct StepRows {
       // The loss takes contiguous rows.
       T *const z = y + kBlock, *const top_dz = dz_below;
       const typename Block::AddBias finish{bias[L - 1], z, top.N};
-      if (tiles_mostly_empty(top.K, top.N))
+      if (p.limits->tiles_mostly_empty(top.K, top.N))
         dots<T, Single<T>>({y, kStride}, {wt[L - 1], top.K}, {count, top.K, top.N}, {0, count}, {0, top.N}, finish);
       else
         Block::gemm(y, Panels<T>::packed(wt[L - 1], top.K), top.K, count, top.N, finish);

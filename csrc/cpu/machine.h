@@ -1,0 +1,124 @@
+// What the plan knows about a processor: limits between paths, measured. Pure: no detection, so that tests can ask for
+// any machine. The numbers of a machine are a file in machines/.
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+
+namespace mlp_ext::cpu {
+
+// How this processor multiplies a dtype.
+enum class DotMode {
+  fma,       // 16-bit types are converted to float
+  bf16_dot,  // AVX512_BF16 pairs, in our kernels and in torch's library
+  amx,       // matrix unit, used by torch's library only
+};
+constexpr const char* kDotModes[] = {"fma", "bf16_dot", "amx"};
+
+constexpr int64_t kNever = int64_t(1) << 62;  // a limit that no shape reaches
+
+// Bounds of the workspace: limits may be lower, not higher.
+constexpr int64_t kTallRowBytes = 2048;           // a row of dz fits one depth block
+constexpr int64_t kTallInputs = 1024;             // K of tall
+constexpr int64_t kTallWeights = 1 << 18;         // N K of tall; each thread has its own dW
+constexpr int64_t kOneBreadth = 1 << 16;          // N of one_input, K of one_output
+constexpr int64_t kMostSkinnyM = 4;               // rows of dz on the stack
+constexpr int64_t kDepthBytes = 2048;             // depth block of A; half of it writes partial sums twice as often
+constexpr int64_t kMostBlockBytes = 1 << 21;      // block of packed B
+constexpr int64_t kStepRowBytes = kDepthBytes;    // widest layer of StepPath::blocks; tiles cover the whole depth
+constexpr int64_t kMostPanelBytes = kDepthBytes;  // M of StepPath::panels; dW takes one depth block
+
+// Limits between paths, for one way of multiplying. Shapes are MxKxN. The defaults are the numbers of generic.h.
+struct Limits {
+  // small and dots
+  int64_t small_multiply_adds = 1 << 12;       // M K N; above, packing pays off
+  int64_t multiply_adds_per_thread = 1 << 17;  // below, waking a thread costs more than it saves
+  int64_t small_dot_depth = 8;                 // K / M; above, small layers use dots: no transposed copy of W
+  int64_t dot_rows = 16;                       // M; up to here transposing W costs as much as the GEMM
+  int64_t dot_rows_if_deep = 64;               // M if K >= dot_depth M
+  int64_t dot_depth = 12;                      // K / M
+  int64_t dot_columns = 4;                     // N; up to here tiles are mostly empty
+  int64_t tiny_depth = 24;                     // K; up to here tiles still beat dots
+  // tall
+  int64_t tall_inputs = kTallInputs;    // K; a block of x stays in L2
+  int64_t tall_weights = kTallWeights;  // N K; above, dW of each thread leaves the cache
+  int64_t skinny_m = kMostSkinnyM;      // M; up to here dW is bound by stores, not by arithmetic
+  // library, torch's GEMM, from these sizes on
+  int64_t library_multiply_adds = kNever;  // M K N
+  int64_t library_weights = kNever;        // N K; alternative to M K N for few rows
+  int64_t library_inputs = 24;             // K; below, tall wins
+  int64_t library_outputs = 16;            // N; below, tall wins
+  int64_t library_forward_inputs = 1024;   // K; forward gains only from here
+  // packed
+  int64_t block_bytes = 0;  // of a block of packed B; 0: half of L2
+  // training steps
+  int64_t step_width = kStepRowBytes / 4;  // blocks: widest layer
+  int64_t step_weights = 1 << 18;          // blocks: each thread packs them twice and has its own gradients
+  int64_t step_rows = 32;                  // blocks: M per thread; below, adding the gradients costs more
+  int64_t panel_rows = 32;                 // panels: fewest M
+  int64_t panel_rows_per_empty_lane = 16;  // panels: M / empty lanes of the last vector
+  int64_t panel_columns = 32;              // panels: columns of W per thread
+  // losses and copies
+  int64_t elements_per_thread = 1 << 12;  // copied, or outputs with a loss
+
+  // N is so small that lanes along K (dots) beat tiles with lanes along N.
+  constexpr bool tiles_mostly_empty(int64_t K, int64_t N) const {
+    return N == 1 || (N <= dot_columns && K > tiny_depth);
+  }
+};
+
+// A limit by name, with its range.
+struct Limit {
+  const char* name;
+  int64_t Limits::* value;
+  int64_t least, most;
+};
+constexpr Limit kLimits[] = {
+    {"small_multiply_adds", &Limits::small_multiply_adds, 0, 1 << 16},
+    {"multiply_adds_per_thread", &Limits::multiply_adds_per_thread, 1, kNever},
+    {"small_dot_depth", &Limits::small_dot_depth, 0, kNever},
+    {"dot_rows", &Limits::dot_rows, 0, kNever},
+    {"dot_rows_if_deep", &Limits::dot_rows_if_deep, 0, kNever},
+    {"dot_depth", &Limits::dot_depth, 0, 1 << 20},
+    {"dot_columns", &Limits::dot_columns, 0, kNever},
+    {"tiny_depth", &Limits::tiny_depth, 0, kNever},
+    {"tall_inputs", &Limits::tall_inputs, 0, kTallInputs},
+    {"tall_weights", &Limits::tall_weights, 0, kTallWeights},
+    {"skinny_m", &Limits::skinny_m, 0, kMostSkinnyM},
+    {"library_multiply_adds", &Limits::library_multiply_adds, 0, kNever},
+    {"library_weights", &Limits::library_weights, 0, kNever},
+    {"library_inputs", &Limits::library_inputs, 1, kNever},
+    {"library_outputs", &Limits::library_outputs, 1, kNever},
+    {"library_forward_inputs", &Limits::library_forward_inputs, 0, kNever},
+    {"block_bytes", &Limits::block_bytes, 0, kMostBlockBytes},
+    {"step_width", &Limits::step_width, 0, kStepRowBytes / 4},
+    {"step_weights", &Limits::step_weights, 0, 1 << 22},
+    {"step_rows", &Limits::step_rows, 1, kNever},
+    {"panel_rows", &Limits::panel_rows, 1, kNever},
+    {"panel_rows_per_empty_lane", &Limits::panel_rows_per_empty_lane, 0, 1 << 20},
+    {"panel_columns", &Limits::panel_columns, 1, kNever},
+    {"elements_per_thread", &Limits::elements_per_thread, 1, kNever},
+};
+static_assert(sizeof(Limits) == std::size(kLimits) * sizeof(int64_t), "each limit needs a line in kLimits");
+
+struct Machine {
+  const char* name;
+  Limits fma;        // float32 and float64
+  Limits converted;  // 16-bit types by fma
+  Limits bf16_dot;
+  Limits amx;
+
+  // item_size: bytes per element.
+  constexpr const Limits& limits(int64_t item_size, DotMode mode) const {
+    return mode == DotMode::bf16_dot ? bf16_dot : mode == DotMode::amx ? amx : item_size == 2 ? converted : fma;
+  }
+};
+constexpr struct {
+  const char* name;
+  Limits Machine::* limits;
+} kModes[] = {{"fma", &Machine::fma},
+              {"converted", &Machine::converted},
+              {"bf16_dot", &Machine::bf16_dot},
+              {"amx", &Machine::amx}};
+
+}  // namespace mlp_ext::cpu
