@@ -1,4 +1,4 @@
-"""The CPU plan: which path a shape takes on a machine, on both sides of each limit, and how it is cut."""
+"""The CPU plan: which path a shape takes on each side of a limit, and how it is cut."""
 
 from __future__ import annotations
 

@@ -15,8 +15,6 @@
 
 namespace mlp_ext::cpu {
 
-int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
 void* scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -38,10 +36,6 @@ Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
   return {std::min(size, i * lines / n * line), std::min(size, (i + 1) * lines / n * line)};
 }
 
-LayerShape shape_of(int64_t M, int64_t K, int64_t N, DType dtype) {
-  return {M, K, N, item_size(dtype), dot_mode_of(dtype)};
-}
-
 const Limits& limits_of(DType dtype) { return machine().limits(item_size(dtype), dot_mode_of(dtype)); }
 
 namespace {
@@ -49,6 +43,17 @@ namespace {
 // torch's GEMM is slow for bfloat16 without oneDNN.
 bool may_use_library(DType dtype) {
   return item_size(dtype) > 2 || (at::Context::hasMKLDNN() && at::globalContext().userEnabledMkldnn());
+}
+
+Plan forward_plan(int64_t M, int64_t K, int64_t N, DType dtype) {
+  return make_plan({M, K, N, item_size(dtype), dot_mode_of(dtype)}, threads(), machine(),
+                   {.library = may_use_library(dtype), .forward = forced_paths.forward});
+}
+
+Plan backward_plan(int64_t M, int64_t K, int64_t N, DType dtype, bool both, bool update) {
+  return make_plan(
+      {M, K, N, item_size(dtype), dot_mode_of(dtype)}, threads(), machine(),
+      {.library = may_use_library(dtype), .both = both, .update = update, .backward = forced_paths.backward});
 }
 
 // A GEMM split into pieces. run(rows, columns, samples, s) computes one, where s is the index along the samples.
@@ -78,12 +83,16 @@ void run(std::initializer_list<SplitGemm> gemms) {
 
 }  // namespace
 
+bool takes_library(int64_t M, int64_t K, int64_t N, DType dtype, bool update) {
+  return forward_plan(M, K, N, dtype).forward_path == Path::library ||
+         backward_plan(M, K, N, dtype, true, update).backward_path == Path::library;
+}
+
 // y = act(x W^T + b)
 void forward_layer(const Forward& problem, DType dtype) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const LayerKernels& kernels = variant().layer_kernels(dtype);
-  const Plan plan = make_plan(shape_of(M, K, N, dtype), threads(), machine(),
-                              {.library = may_use_library(dtype), .forward = forced_paths.forward});
+  const Plan plan = forward_plan(M, K, N, dtype);
   if (plan.forward_path == Path::library) return forward_by_library(problem, kernels, dtype);
   if (plan.forward_path == Path::small)
     return kernels.small_forward(problem, scratch(small_forward_scratch_bytes(K, N)));
@@ -129,9 +138,8 @@ class WeightSums {
   void finish() const {
     if (!sums_.defined() || update_in_epilogue_) return;
     if (dw_)
-      at::parallel_for(0, size_, ceil_div(limits_.elements_per_thread, pieces_), [&](int64_t begin, int64_t end) {
-        finish(problem_.update_w, dw_, size_, {begin, end}, problem_.dw);
-      });
+      for_ranges(size_, ceil_div(limits_.elements_per_thread, pieces_),
+                 [&](int64_t begin, int64_t end) { finish(problem_.update_w, dw_, size_, {begin, end}, problem_.dw); });
     if (db_) finish(problem_.update_b, db_, problem_.N, {0, problem_.N}, problem_.db);
   }
 
@@ -197,11 +205,7 @@ void backward_packed(const Backward& problem, const Plan& plan, const LayerKerne
 void backward_layer(const Backward& problem, DType dtype) {
   const bool needs_dw = problem.dw || problem.update_w, updates = problem.update_w || problem.update_b;
   const LayerKernels& kernels = variant().layer_kernels(dtype);
-  Plan plan = make_plan(shape_of(problem.M, problem.K, problem.N, dtype), threads(), machine(),
-                        {.library = may_use_library(dtype),
-                         .both = problem.dx.data && needs_dw,
-                         .update = updates,
-                         .backward = forced_paths.backward});
+  Plan plan = backward_plan(problem.M, problem.K, problem.N, dtype, problem.dx.data && needs_dw, updates);
   if (!needs_dw) plan.grad_weight.columns = 1;  // db has no columns: two pieces would write the same sums
   switch (plan.backward_path) {
     case Path::library:
@@ -209,12 +213,13 @@ void backward_layer(const Backward& problem, DType dtype) {
     case Path::tall:
     case Path::one_input:
     case Path::one_output:
-      return backward_in_one_pass(problem, plan, kernels, dtype);
+      return in_region_if(plan.grad_weight.samples > 1, [&] { backward_in_one_pass(problem, plan, kernels, dtype); });
     case Path::small:
       if (!updates) return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(problem.M, problem.N)));
       [[fallthrough]];
     default:
-      return backward_packed(problem, plan, kernels, dtype);
+      return in_region_if(plan.grad_weight.size() > 1 || plan.concurrent_gemms,
+                          [&] { backward_packed(problem, plan, kernels, dtype); });
   }
 }
 

@@ -65,7 +65,7 @@ void backward_by_library(const Backward& b, const LayerKernels& kernels, DType d
     at::Tensor dw = b.dw ? tensor(Matrix{b.dw, b.K}, b.N, b.K, type) : empty_cached({b.N, b.K}, type);
     at::mm_out(dw, dz.t(), tensor(b.x, b.M, b.K, type));
     if (b.update_w)
-      at::parallel_for(0, b.N * b.K, limits.elements_per_thread, [&](int64_t begin, int64_t end) {
+      for_ranges(b.N * b.K, limits.elements_per_thread, [&](int64_t begin, int64_t end) {
         step.update_rounded(*b.update_w, dw.const_data_ptr(), 1, 0, {begin, end});
       });
   }

@@ -116,6 +116,16 @@ class BatchStep {
   }
 
   int64_t rows() const { return M_; }
+  // Whether it runs in a region: it has several pieces, and none of torch's GEMMs.
+  bool in_one_region() const {
+    if (plan_.pieces == 1) return false;
+    if (plan_.path != StepPath::layers) return true;
+    for (const TrainedLayer& layer : training_.layers) {
+      const at::Tensor& w = *layer.weight.value;
+      if (takes_library(M_, w.size(1), w.size(0), dtype_, true)) return false;
+    }
+    return true;
+  }
 
   // Runs one step; returns the unscaled sum of the losses.
   double run(const ConstMatrix& x, const Loss& loss) {
@@ -165,7 +175,7 @@ class BatchStep {
         kernels_.update(*update, sums + begin * accumulator_size(dtype_), pieces, sums_size_, {from, to});
       };
       const int64_t size = parameter.value->numel(), each = ceil_div(limits_.elements_per_thread, pieces);
-      size <= each ? piece(0, size) : at::parallel_for(0, size, each, piece);
+      for_ranges(size, each, piece);
     };
     for (size_t l = training_.lowest_learning; l < views_.size(); ++l) {
       finish(updates_.of(l, false), training_.layers[l].weight, views_[l].dw);
@@ -402,7 +412,7 @@ void update(const TrainedParameter& p, const at::Tensor& gradient) {
   const at::Tensor dense = gradient.contiguous();
   const void* const part = dense.const_data_ptr();
   const auto piece = [&](int64_t begin, int64_t end) { kernels.update_rounded(update, part, 1, 0, {begin, end}); };
-  at::parallel_for(0, dense.numel(), limits_of(dtype_of(*p.value)).elements_per_thread, piece);
+  for_ranges(dense.numel(), limits_of(dtype_of(*p.value)).elements_per_thread, piece);
 }
 
 at::Tensor step_by_layers(const Training& training) {
@@ -423,8 +433,11 @@ at::Tensor train(const Training& training) {
 
   Updates updates(training);
   std::optional<BatchStep> step;
-  const auto run = [&](const Rows& source, int64_t begin, int64_t M, int64_t i) {
+  const auto prepare = [&](int64_t M) {
     if (!step || step->rows() != M) step.emplace(training, updates, M);
+  };
+  const auto run = [&](const Rows& source, int64_t begin, int64_t M, int64_t i) {
+    prepare(M);
     const Loss loss = source.loss(begin, M);
     updates.begin_step();
     put(losses, i, step->run(source.x(begin), loss) * loss.scale);
@@ -439,11 +452,14 @@ at::Tensor train(const Training& training) {
       return training.order ? at::index_select(t, 0, training.order->narrow(0, first, size)) : t;
     };
     const Rows source(training, part(training.input), part(training.target));
-    int64_t begin = 0;
-    do {
-      run(source, begin, std::min(batch, size - begin), i++);
-      begin += batch;
-    } while (begin < size);
+    prepare(std::min(batch, size));
+    in_region_if(step->in_one_region(), [&] {
+      int64_t begin = 0;
+      do {
+        run(source, begin, std::min(batch, size - begin), i++);
+        begin += batch;
+      } while (begin < size);
+    });
   }
   return losses;
 }

@@ -1,0 +1,174 @@
+// Threads that share loops within one OpenMP region.
+#include "cpu/team.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <exception>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mlp_ext::cpu {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kMostPieces = 256;  // of a loop; more are grouped
+constexpr int kSpins = 4000;          // about 50 to 100 us: longer than the serial parts of a step
+// A thread whose helpers made it wait for longer than it worked, since another process has their core, does without
+// them for some regions, twice as many each time.
+constexpr auto kLate = std::chrono::microseconds(50);
+constexpr int64_t kMostSkipped = 64;
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until ready(value): spins for a bounded time, then sleeps, so that it is right with fewer cores than threads.
+template <class T, class Ready>
+T wait(const std::atomic<T>& value, Ready ready, Clock::duration* slept = nullptr) {
+  for (int i = 0; i < kSpins; ++i, pause())
+    if (const T now = value.load(std::memory_order_acquire); ready(now)) return now;
+  const auto start = Clock::now();
+  T now = value.load(std::memory_order_acquire);
+  for (; !ready(now); now = value.load(std::memory_order_acquire)) value.wait(now, std::memory_order_acquire);
+  if (slept) *slept += Clock::now() - start;
+  return now;
+}
+
+class Team {
+ public:
+  explicit Team(int64_t threads) : threads_(threads) {}
+
+  int64_t threads() const { return threads_; }
+  Clock::duration slept() const { return slept_; }
+
+  // The first thread: runs a loop and returns when all its pieces are done.
+  void run(int64_t pieces, const void* f, void (*piece)(const void*, int64_t)) {
+    const int64_t groups = std::min(pieces, kMostPieces);
+    loop_ = {f, piece, pieces, groups};
+    done_.store(0, std::memory_order_relaxed);
+    ++generation_;
+    post(static_cast<uint64_t>(groups));
+    work(generation_, groups, 0);
+    wait(done_, [&](int64_t done) { return done == groups; }, &slept_);
+    if (!failed_) return;
+    failed_ = false;
+    std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  // Lets the helpers go.
+  void close() {
+    ++generation_;
+    post(0);
+  }
+
+  // A helper, from 1 on: works until close().
+  void help(int64_t member) {
+    for (uint64_t seen = 0;;) {
+      seen = wait(posted_, [&](uint64_t posted) { return posted != seen; });
+      const auto groups = static_cast<int64_t>(seen & 0xffffffff);
+      if (groups == 0) return;
+      work(static_cast<uint32_t>(seen >> 32), groups, member);
+    }
+  }
+
+ private:
+  void post(uint64_t groups) {
+    posted_.store(uint64_t(generation_) << 32 | groups, std::memory_order_release);
+    posted_.notify_all();
+  }
+
+  // Claims groups, a member's own first. A late helper finds all groups of its generation claimed.
+  void work(uint32_t generation, int64_t groups, int64_t member) {
+    for (int64_t k = 0, g = member * groups / threads_; k < groups; ++k, g = g + 1 < groups ? g + 1 : 0) {
+      uint32_t last = claimed_[g].load(std::memory_order_relaxed);
+      if (last >= generation || !claimed_[g].compare_exchange_strong(last, generation, std::memory_order_acq_rel))
+        continue;
+      try {
+        for (int64_t i = g * loop_.pieces / groups; i < (g + 1) * loop_.pieces / groups; ++i) loop_.piece(loop_.f, i);
+      } catch (...) {
+        if (!failed_.exchange(true)) error_ = std::current_exception();
+      }
+      done_.fetch_add(1, std::memory_order_acq_rel);
+      done_.notify_one();
+    }
+  }
+
+  struct Loop {
+    const void* f;
+    void (*piece)(const void*, int64_t);
+    int64_t pieces, groups;
+  };
+  const int64_t threads_;
+  Loop loop_{};
+  uint32_t generation_ = 0;
+  Clock::duration slept_{};
+  std::exception_ptr error_;
+  std::atomic<bool> failed_{false};
+  alignas(64) std::atomic<uint64_t> posted_{0};  // generation, number of groups
+  alignas(64) std::atomic<int64_t> done_{0};
+  std::array<std::atomic<uint32_t>, kMostPieces> claimed_{};  // the last generation in which a group was claimed
+};
+
+thread_local Team* current = nullptr;
+
+struct Entered {
+  explicit Entered(Team& team) { current = &team; }
+  ~Entered() { current = nullptr; }
+};
+
+}  // namespace
+
+int64_t threads() { return current ? current->threads() : at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+void in_region_of(const void* body, void (*run)(const void*)) {
+  const int64_t size = threads();
+  if (current || size == 1) return run(body);
+  thread_local int64_t skip = 0, skipped = 0;
+  Team team(size);
+  if (skip > 0) {
+    --skip;
+    const Entered entered(team);
+    return run(body);
+  }
+  Clock::time_point begin, end;
+  at::parallel_for(0, size, 1, [&](int64_t first, int64_t) {
+    if (first > 0) return team.help(first);
+    const Entered entered(team);
+    begin = Clock::now();
+    try {
+      run(body);
+    } catch (...) {
+      team.close();
+      throw;
+    }
+    end = Clock::now();
+    team.close();
+  });
+  const auto waited = Clock::now() - end + team.slept();
+  const bool late = waited > std::max<Clock::duration>(kLate, end - begin - team.slept());
+  skipped = late ? std::min(kMostSkipped, 2 * skipped + 1) : skipped / 2;
+  skip = late ? skipped : 0;
+}
+
+void run_pieces(int64_t pieces, const void* f, void (*run)(const void*, int64_t)) {
+  if (current) return current->run(pieces, f, run);
+  in_region([&] {
+    if (current) return current->run(pieces, f, run);
+    for (int64_t i = 0; i < pieces; ++i) run(f, i);
+  });
+}
+
+}  // namespace mlp_ext::cpu
