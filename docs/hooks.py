@@ -24,7 +24,9 @@ def in_site(path: Path) -> str:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     outside = {ROOT / name for name in PAGES}
     for page in [*outside, *ROOT.glob("docs/*.md")]:
-        outside |= {(page.parent / target).resolve() for _, target, _ in LINK.findall(page.read_text())}
+        outside |= {
+            (page.parent / target).resolve() for _, target, _ in LINK.findall(page.read_text())
+        }
     for path in sorted(outside):
         if path.is_file() and in_site(path) not in files.src_uris:
             files.append(File.generated(config, in_site(path), abs_src_path=str(path)))
