@@ -99,7 +99,7 @@ format: $(VENV)/tools
 # The documentation as a site; warnings are errors. In an environment of its own, which needs no torch.
 DOCS := .venv-docs
 docs: $(DOCS)/tools
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "== the site is in build/site/index.html"
 
 $(DOCS)/tools: pyproject.toml
