@@ -11,7 +11,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test clients release-check lint bench bench-quick format build wheel cuda-check gpu clean distclean
+.PHONY: demo check test clients release-check lint docs bench bench-quick format build wheel cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -96,6 +96,20 @@ format: $(VENV)/tools
 	$(RUN)/ruff format .
 	$(RUN)/clang-format -i $(CPP)
 
+# The documentation as a site; warnings are errors. In an environment of its own, which needs no torch.
+DOCS := .venv-docs
+docs: $(DOCS)/tools
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "== the site is in build/site/index.html"
+
+$(DOCS)/tools: pyproject.toml
+	@echo "== making the environment $(DOCS)"
+	@test -x $(DOCS)/bin/pip || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check "setuptools>=77"
+	$(DOCS)/bin/python -c 'from setuptools.config.pyprojecttoml import read_configuration as read; print(*read("pyproject.toml", expand=False)["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt
+	@touch $@
+
 # PATH, so that the environment's ninja is found.
 build: $(VENV)/built
 
@@ -161,4 +175,4 @@ clean:
 	find mlp_ext tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(CUDA) $(CLIENTS)
+	rm -rf $(VENV) $(CUDA) $(CLIENTS) $(DOCS)
