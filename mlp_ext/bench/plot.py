@@ -103,10 +103,11 @@ def _label(row: Row) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the rows of CSV files; exits with status 2 and one line after a user's error."""
     from mlp_ext.commands import arguments  # one layer up; only this command needs it
+    from mlp_ext_cli.arguments import Parser, file
 
-    parser = arguments.Parser(prog="python -m mlp_ext.bench.plot", description=__doc__)
+    parser = Parser(prog="python -m mlp_ext.bench.plot", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="+", help="what mlp-ext bench --csv wrote")
-    parser.add_argument("picture", type=arguments.file, help="the file to draw")
+    parser.add_argument("picture", type=file, help="the file to draw")
     args = parser.parse_args(argv)
     arguments.check_picture(args.picture, parser.error, "picture")
     try:

@@ -1,4 +1,4 @@
-"""The command `mlp-ext bench`: its arguments, its table, its files."""
+"""What `mlp-ext bench` does: its table and its files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mlp_ext.bench import plot
-from mlp_ext.bench.cases import DTYPES, SUITES, Case, Setting, parse_all
+from mlp_ext.bench.cases import SUITES, Case, Setting, parse_all
 from mlp_ext.bench.machine import Peak, device_name, measure_peak
 from mlp_ext.bench.providers import DEFAULT, PROVIDERS
 from mlp_ext.bench.rows import (
@@ -27,59 +27,13 @@ from mlp_ext.bench.rows import (
 from mlp_ext.bench.runner import WrongResult, measure
 from mlp_ext.bench.training import OPTIMIZERS
 from mlp_ext.commands import arguments
-from mlp_ext.commands.arguments import count, file
 from mlp_ext.ops import ACTIVATIONS
 
-EPILOG = (
-    "In each round the providers run in turn on the same inputs. A row has the median time of a "
-    "call with its 20 % and 80 % quantiles, and the median over the rounds of native's time over "
-    "this one's: above 1 is faster. full is forward and backward with the gradient of the input, "
-    "forward requires no gradient, backward is backward alone; step is forward, MSELoss, "
-    "zero_grad, backward and the update."
-)
 
-
-def add_bench(commands: Any) -> None:
-    """Adds the command to the subparsers of `mlp-ext`."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure layers and training steps against native torch and its peers",
-        description="Measure layers and training steps against native torch and its peers.",
-        epilog=EPILOG,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=_bench, fail=parser.error, exit=parser.exit, prog=parser.prog)
-    add = parser.add_argument
-    modes = [mode for suite in SUITES.values() for mode in suite.modes]
-    forms = "; ".join(f"{name}: {suite.form}" for name, suite in SUITES.items())
-    known = "; ".join(f"{suite}: {', '.join(table)}" for suite, table in PROVIDERS.items())
-    default = "; ".join(f"{','.join(names)} on {device}" for device, names in DEFAULT.items())
-    add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
-    add("--mode", choices=modes, help="what of it (default: full, in train step)")
-    add(
-        "--cases",
-        type=_list,
-        metavar="C,...",
-        help=f"{forms}; layers: sweep (default: those published)",
-    )
-    add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {default})")
-    add("--activation", choices=ACTIVATIONS, default="relu", help="in train the hidden one")
-    add("--optimizer", choices=[*OPTIMIZERS], help="of train (default: sgd)")
-    add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
-    add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
-    add("--rounds", type=count, default=20, metavar="R", help="samples of each (default: 20)")
-    add("--peak", action="store_true", help="measure the device's limits; alone, only these")
-    add("--csv", type=file, metavar="FILE", help="write the rows")
-    add("--json", type=file, metavar="FILE", help="write the rows")
-    add("--plot", type=file, metavar="FILE.png", help="draw the ratios to native")
-
-
-def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(text.split(",")))
-
-
-def _bench(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    arguments.check_name("--activation", args.activation, ACTIVATIONS, args.fail)
+    if args.optimizer:
+        arguments.check_name("--optimizer", args.optimizer, OPTIMIZERS, args.fail)
     arguments.check_device(args.device, args.fail)
     arguments.check_picture(args.plot, args.fail)
     if args.dtype == "tf32" and args.device == "cpu":
