@@ -28,7 +28,7 @@ BAR = 0.19  # inches
 LOGARITHMIC_FROM = 20  # ratio from which the axis is logarithmic
 
 
-def ratio_bars(rows: Iterable[Row]) -> Figure:
+def ratios(rows: Iterable[Row]) -> Figure:
     """Draws bars of each provider's ratio to native, grouped by case; above 1 is faster.
 
     One panel for each suite, mode, activation, optimizer, dtype, device and number of threads in
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     arguments.check_picture(args.picture, parser.error, "picture")
     try:
-        figure = ratio_bars([row for path in args.csv for row in read_csv(path)])
+        figure = ratios([row for path in args.csv for row in read_csv(path)])
         with replacing(args.picture) as part:
             figure.savefig(part)
     except (OSError, ValueError) as error:

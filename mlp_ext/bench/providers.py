@@ -212,7 +212,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         **{
             path: Provider(
                 _fused,
-                f"the same, by the path {path} where it takes the case",
+                f"fused by the path {path}, where it takes the case",
                 _on_cuda,
                 captured=True,
                 path=path,
