@@ -16,9 +16,7 @@ from mlp_ext.bench.cases import Case, Layer, Setting
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 
-def plan(
-    case: Case, setting: Setting, arch: int = 0, forced: str | None = None
-) -> dict[str, Any]:
+def plan(case: Case, setting: Setting, arch: int = 0, forced: str | None = None) -> dict[str, Any]:
     """The plan of the kernels for this case, as _C has it. arch: of the GPU, as 90; 0 on CPUs.
     forced: a layer's path on GPUs, where it takes the case.
 
