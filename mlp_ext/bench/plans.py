@@ -26,7 +26,7 @@ def plan(case: Case, setting: Setting, arch: int = 0, forced: str | None = None)
     if setting.device == "cuda":
         shared = 1024 * SHARED.get(arch, 48)
         if isinstance(case, Layer):
-            more = {"tf32": tf32, "shared": shared, "path": forced}
+            more: dict[str, Any] = {"tf32": tf32, "shared": shared, "path": forced}
             found = _C.cuda_plan(*case, dtype, setting.activation, arch, **more)
         else:
             found = _C.cuda_step_plan(list(case.widths), case.batch, dtype, arch, shared)
@@ -53,7 +53,7 @@ def capability() -> int:
 
 
 def _has_library() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 @cache

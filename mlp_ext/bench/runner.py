@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from math import isnan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -200,13 +200,14 @@ def _rows(
     rows = []
     for name, summary in summarize(seconds).items():
         low, _, high = _quantiles(_ratios(seconds, name))
+        of_time: dict[str, Any] = {k: short(value) for k, value in summary._asdict().items()}
         rows.append(
             Row(
                 **asdict(setting),
                 case=str(case),
                 device_name=device_name(setting.device),
                 provider=name,
-                **{column: short(value) for column, value in summary._asdict().items()},
+                **of_time,
                 ratio_q20=short(low),
                 ratio_q80=short(high),
                 torch=torch.__version__,

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     print("below each path: the nearest limits when one size varies, and what is beyond")
     for way, path in paths(found).items():
         print("\n" + fill(f"{way}: {_described(way, path, found, case)}", WIDTH))
-        for limit in _limits(case, setting, arch, way) or ["no other path when one size varies"]:
-            print(f"  {limit}")
+        for text in [*map(str, _limits(case, setting, arch, way))] or ["none"]:
+            print(f"  {text}")
 
 
 def _arch(args: argparse.Namespace) -> int:
