@@ -7,6 +7,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from mlp_ext.bench.providers import Provider
+from mlp_ext_cli.arguments import meant
 
 
 def own_provider(file: Path, function: str) -> Provider:
@@ -20,17 +21,15 @@ def own_provider(file: Path, function: str) -> Provider:
         raise ValueError(f"there is no file {file}")
     name = f"mlp_ext_own_{file.stem}"
     spec = spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} must end in .py")
+    assert spec and spec.loader, "the file ends in .py"
     module = module_from_spec(spec)
     sys.modules[name] = module  # for dataclasses and pickle
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(f"{file} fails: {type(error).__name__}: {lines[0]}") from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        defined = [name for name, value in vars(module).items() if callable(value)]
-        raise ValueError(f"{file} has no function {function}, only {', '.join(defined) or 'none'}")
-    return Provider(make, f"{function} of {file}")
+    functions = {name: value for name, value in vars(module).items() if callable(value)}
+    if function not in functions:
+        raise ValueError(f"{file} has no function {function}{meant(function, functions)}")
+    return Provider(functions[function], f"{function} of {file}")

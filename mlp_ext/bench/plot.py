@@ -145,9 +145,9 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
     low, high = min(1.0, *values), max(1.0, *values)
     room = max(1.1, (high / low) ** 0.1)
     low, high = low / room, high * room
-    digits = (1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 5, 7)
+    digits: Sequence[float] = (1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 5, 7)
     if high / low < 2.5:
-        digits = tuple(n / 10 for n in range(10, 100))
+        digits = [n / 10 for n in range(10, 100)]
     ticks = [digit * 10.0**power for power in range(-3, 7) for digit in digits]
     ticks = [tick for tick in ticks if low <= tick <= high]
     axes.set_xscale("log")

@@ -7,10 +7,12 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 from mlp_ext.bench.rows import Row, as_number, as_range, geometric_mean, read_csv
 
+WIDTH = 79  # of a terminal
 Rows = Mapping[tuple[str, str, str], Row]  # by settings, case and provider
 
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     for warning in _warnings(paths, first, second, pairs):
         print(f"{args.prog}: {warning}", file=sys.stderr)
     _print_table(changes)
-    print(_summary(changes, pairs))
+    print("\n" + fill(_summary(changes, pairs), WIDTH))
     if args.fail_if_slower and any(found.verdict == "slower" for found in changes):
         args.exit(1)
 
@@ -101,24 +103,23 @@ def _warnings(
 def _print_table(changes: Sequence[Change]) -> None:
     width = max(22, *(2 + len(found.before.provider) for found in changes))
     settings = case = ""
-    print("times as fast as native; change: after / before, and from 20 % to 80 %:")
-    print("the same where that has 1 in it")
+    print("before, after: times as fast as native. change: after / before, and its range")
+    print("from the quantiles of both: the same if 1 is in it.")
     for found in changes:
         before, after = found.before, found.after
         if before.settings != settings:
             settings, case = before.settings, ""
-            print(f"\n{settings:<{max(width, 46)}}")
-            print(f"{'':{width}}{'before':>8}{'after':>8}{'change':>8}{'20-80 %':>13}")
+            heading = f"{'':{width}}{'before':>8}{'after':>8}{'change':>8}{'20-80 %':>13}"
+            print(f"\n{settings}\n{heading}")
         if before.case != case:
             case = before.case
             print(case)
         ratios = (before.ratio_to_native, after.ratio_to_native, found.ratio)
         cells = "".join(f"{as_number(ratio) + 'x':>8}" for ratio in ratios)
-        paths = f"  {before.path} -> {after.path}" if "" != before.path != after.path != "" else ""
-        print(
-            f"  {before.provider:{width - 2}}{cells}{as_range(found.low, found.high):>13}"
-            f"  {found.verdict}{paths}"
-        )
+        spread = as_range(found.low, found.high)
+        print(f"  {before.provider:{width - 2}}{cells}{spread:>13}  {found.verdict}")
+        if before.path and after.path and before.path != after.path:
+            print(f"    path: {before.path} -> {after.path}")
 
 
 def _summary(changes: Sequence[Change], pairs: Sequence[tuple[Row, Row]]) -> str:
@@ -127,6 +128,5 @@ def _summary(changes: Sequence[Change], pairs: Sequence[tuple[Row, Row]]) -> str
     mean = geometric_mean([found.ratio for found in changes])
     native = [a.median_s / b.median_s for b, a in pairs if b.provider == "native"]
     drift = f"; native took {as_number(geometric_mean(native))}x the time" if native else ""
-    return (
-        f"\n{len(changes)} rows: {counts}; geometric mean of the changes {as_number(mean)}x{drift}"
-    )
+    rows = f"{len(changes)} row{'s' * (len(changes) > 1)}"
+    return f"{rows}: {counts}; geometric mean of the changes {as_number(mean)}x{drift}"
