@@ -36,7 +36,7 @@ def checked(*command: str | Path, **kwargs: object) -> str:
 
 def copy_tree(folder: Path) -> Path:
     """The source tree with what an editable build left in it, which the sdist must not take."""
-    for name in ("csrc", "mlp_ext", "tests", "benchmarks"):
+    for name in ("csrc", "mlp_ext", "mlp_ext_cli", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (p for p in ROOT.iterdir() if p.is_file()):
         shutil.copy(path, folder)

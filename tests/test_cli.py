@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,23 +15,31 @@ import torch
 from torch import Tensor
 
 import mlp_ext
+from mlp_ext.bench import cases
 from mlp_ext.bench.training import LOSSES, OPTIMIZERS, Layers
 from mlp_ext.commands import plots
 from mlp_ext.commands import train as train_command
-from mlp_ext.commands.cli import main
+from mlp_ext.commands.data import DATASETS
+from mlp_ext.commands.distributed import WRAPPERS
 from mlp_ext.commands.loop import LAYERS, Step, sgd_step
+from mlp_ext_cli import arguments, main
+from mlp_ext_cli import bench as bench_arguments
+from mlp_ext_cli import train as train_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUMBER = r"\d\.\d{4}"
 
 
+ENV = {  # finds the package that is tested here; users' output is buffered
+    **{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    "PYTHONPATH": os.pathsep.join([str(Path(mlp_ext.__file__).parents[1]), *sys.path[1:]]),
+}
+
+
 def command(*args: str) -> tuple[list[str], dict[str, object]]:
     """`python -m mlp_ext` in a process of its own, with the package that is tested here."""
-    where = [str(Path(mlp_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, where))}
-    env.pop("PYTHONUNBUFFERED", None)  # users' output is buffered
-    return [sys.executable, "-m", "mlp_ext", *args], {"env": env, "text": True}
+    return [sys.executable, "-m", "mlp_ext", *args], {"env": ENV, "text": True}
 
 
 def epoch_lines(out: str) -> list[str]:
@@ -54,17 +63,28 @@ def add_kind(monkeypatch: pytest.MonkeyPatch, stop: BaseException, after: int) -
     monkeypatch.setitem(LAYERS, "stops", Layers(row))
 
 
-def test_info_prints_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_prints_the_build_and_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 80
+    found = {
+        name: text.split()
+        for name, text in re.findall(r"^(\w+)\s+(.*(?:\n .*)*)", out, flags=re.MULTILINE)
+    }
     build = mlp_ext.build_info()
-    assert lines.keys() == build.keys()
-    assert lines["torch"] == build["torch"]
+    assert found.keys() > build.keys()
+    assert found["torch"] == [build["torch"]]
+    assert found["activations"] == list(mlp_ext.ACTIVATIONS)
+    assert found["losses"] == list(LOSSES)
+    assert found["optimizers"] == list(OPTIMIZERS)
+    assert found["data_sets"] == list(DATASETS)
 
 
-def test_info_as_json_is_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_as_json_holds_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == mlp_ext.build_info()
+    info = json.loads(capsys.readouterr().out)
+    assert info.items() >= mlp_ext.build_info().items()
+    assert info["data_sets"] == list(DATASETS)
 
 
 def test_train_prints_the_tutorials_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,14 +232,14 @@ def test_plot_of_one_epoch_shows_a_point() -> None:
 
 
 ERRORS = [
-    ("--data iris", "argument --data: invalid choice: 'iris'"),
-    ("--layers warped", "argument --layers: invalid choice: 'warped'"),
-    ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
-    ("--device tpu", "argument --device: invalid choice: 'tpu'"),
-    ("--activation swish", "argument --activation: invalid choice: 'swish'"),
-    ("--loss nll", "argument --loss: invalid choice: 'nll'"),
+    ("--data iris", "argument --data: must be one of "),
+    ("--layers warped", "argument --layers: must be one of "),
+    ("--dtype int8", "argument --dtype: must be one of "),
+    ("--device tpu", "argument --device: must be one of "),
+    ("--activation swish", "argument --activation: must be one of "),
+    ("--loss nll", "argument --loss: must be one of "),
     ("--loss cross_entropy", "argument --loss: cross_entropy needs an output for each class"),
-    ("--optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
+    ("--optimizer lion", "argument --optimizer: must be one of "),
     ("--epochs 0", "argument --epochs: must be a whole number from 1 to 2147483647, got '0'"),
     ("--epochs=-1", "argument --epochs: must be a whole number"),
     ("--epochs 1.5", "argument --epochs: must be a whole number"),
@@ -304,11 +324,11 @@ def test_missing_package_is_named(
     assert capsys.readouterr() == ("", f"mlp-ext train: error: {package} {advice}\n")
 
 
-@pytest.mark.parametrize("args", [[], ["nonsense"], ["train", "--nonsense"], ["train", "extra"]])
+@pytest.mark.parametrize("args", [["nonsense"], ["train", "--nonsense"], ["train", "extra"]])
 def test_wrong_command_is_an_error(args: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"mlp-ext: error: .+\n", err)
+    assert re.fullmatch(r"mlp-ext( train)?: error: .+\n", err)
     assert out == ""
 
 
@@ -325,7 +345,7 @@ def test_interrupted_run_leaves_nothing(
 ) -> None:
     pytest.importorskip("matplotlib")
     add_kind(monkeypatch, KeyboardInterrupt(), after=3)
-    args = ["train", "--layers", "stops", "--json", "file", "--plot", "loss.png"]
+    args = ["train", "--layers", "all", "--json", "file", "--plot", "loss.png"]
     assert main(args) == 130
     out, err = capsys.readouterr()
     assert len(epoch_lines(out)) == 2
@@ -421,3 +441,81 @@ def test_full_disk_under_the_output_is_an_error() -> None:
         result = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, **options)
     message = "mlp-ext: error: [Errno 28] No space left on device\n"
     assert (result.returncode, result.stderr) == (2, message)
+
+
+def test_fixed_choices_are_the_librarys() -> None:
+    assert arguments.FLOATS == cases.FLOATS
+    assert bench_arguments.DTYPES == cases.DTYPES
+    assert {name: suite.modes for name, suite in cases.SUITES.items()} == bench_arguments.SUITES
+    assert tuple(LAYERS) == train_arguments.LAYERS
+    assert tuple(WRAPPERS) == train_arguments.WRAPPERS
+
+
+HELP = [[], ["--help"], *([name, "--help"] for name in ("info", "train", "bench", "profile"))]
+
+
+@pytest.mark.parametrize("args", [*HELP, ["--version"], ["train", "--epochs", "0"]], ids=" ".join)
+def test_arguments_are_parsed_without_torch(args: list[str]) -> None:
+    code = f"""
+import sys
+from mlp_ext_cli import main
+main({args!r})
+print({{"torch", "mlp_ext", "numpy"}} & {{name.partition(".")[0] for name in sys.modules}})
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert out.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("args", HELP, ids=" ".join)
+def test_help_fits_80_columns(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    assert "%" not in out.replace("20 %", "").replace("80 %", "")
+    assert err == ""
+    if args[1:]:
+        assert f"examples:\n  mlp-ext {args[0]}" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("trian", "mlp-ext: error: there is no command 'trian'; did you mean train?"),
+        ("--vresion", "mlp-ext: error: unrecognized arguments: --vresion; did you mean --version?"),
+        ("train --epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs?"),
+        ("train --epoch=3", "unrecognized arguments: --epoch=3; did you mean --epochs?"),
+        ("train --layers stak", "got 'stak'; did you mean stack?"),
+        ("train --activation rellu", "got 'rellu'; did you mean relu?"),
+        ("train --loss mes", "got 'mes'; did you mean mse?"),
+        ("train --optimizer adm", "got 'adm'; did you mean adam?"),
+        ("train --data digit", "got 'digit'; did you mean digits?"),
+        ("bench --suite layer", "got 'layer'; did you mean layers?"),
+    ],
+)
+def test_near_miss_suggests(args: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith(f"{message}\n")
+    assert err.count("\n") == 1
+
+
+def test_version_is_the_installed_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", {"mlp_ext": "1.2.3"}.__getitem__)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == ("mlp-ext 1.2.3\n", "")
+
+
+@pytest.mark.parametrize("name", ["info", "train", "bench --peak", "profile a:b --input 1"])
+def test_broken_install_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so:\\n cannot open')")
+    code = f"import sys; from mlp_ext_cli import main; sys.exit(main({name.split()!r}))"
+    env = {**ENV, "PYTHONPATH": os.pathsep.join([str(tmp_path), ENV["PYTHONPATH"]])}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    message = f"mlp-ext {name.split()[0]}: error: libtorch.so: cannot open\n"
+    assert (out.returncode, out.stdout, out.stderr) == (1, "", message)

@@ -1,4 +1,4 @@
-"""The command `mlp-ext train`: the training loop on real data, its table and its files."""
+"""What `mlp-ext train` does: its lines, its table and its files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-from mlp_ext.bench.cases import FLOATS
 from mlp_ext.bench.rows import replacing
 from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, make_mlp
 from mlp_ext.commands import arguments, plots
-from mlp_ext.commands.arguments import count, number
 from mlp_ext.commands.data import DATASETS, Dataset, load
-from mlp_ext.commands.distributed import WRAPPERS, Processes, joined
+from mlp_ext.commands.distributed import Processes, joined
 from mlp_ext.commands.loop import TrainingRun, accuracy, train
 from mlp_ext.ops import ACTIVATIONS, build_info
 
@@ -49,50 +47,15 @@ COLUMNS = {  # of the final table: name in _result, format
 BAR_AFTER = 2.0  # seconds of training after which a progress bar is shown
 
 
-def add_train(commands: Any) -> None:
-    """Adds the command to the subparsers of `mlp-ext`."""
-    parser = commands.add_parser(
-        "train",
-        help="train a multi-layer perceptron",
-        description="Train Linear, activation, ..., Linear, and a Sigmoid unless the loss takes "
-        "logits.",
-        epilog="--layers all trains the same initial weights on the same batches with every kind "
-        "of layer in turn. ms per epoch: in the training steps alone; speed up: native's time over "
-        "this one's; both the median over the epochs. largest difference: of a loss from native's. "
-        "--distributed trains in the processes of torchrun, which share each batch: the losses are "
-        "those of one process. The times are those of the first. fsdp has no step, so that all "
-        "leaves it out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=_train, fail=parser.error)
-    add = parser.add_argument
-    add("--layers", choices=[*LAYERS, "all"], default="native", help="what the model is made of")
-    add("--data", choices=[*DATASETS], default="seed", help="the data set")
-    add("--hidden", type=_widths, default="5", metavar="N[,N...]", help="hidden widths")
-    add("--activation", choices=ACTIVATIONS, default="relu", help="between the layers")
-    add("--loss", choices=[*LOSSES], default="mse", help="the loss")
-    add("--optimizer", choices=[*OPTIMIZERS], default="sgd", help="the optimizer")
-    add("--epochs", type=count, default=50, metavar="N", help="passes over the data")
-    add("--lr", type=_rate, default=0.01, metavar="X", help="learning rate")
-    add("--batch-size", type=count, default=10, metavar="N", help="rows of one step")
-    add("--seed", type=_seed, default=0, metavar="N", help="of weights, rows and shuffling")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
-    add("--dtype", choices=FLOATS, default="float32", help="of weights and data")
-    add("--distributed", choices=[*WRAPPERS], help="share each batch, under torchrun")
-    add("--plot", type=arguments.file, metavar="FILE.png", help="draw the losses")
-    add("--json", type=arguments.file, metavar="FILE", help="write settings, versions and results")
-
-
-_seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
-_rate = number(float, lambda x: 0 < x < float("inf"), "a positive number")
-
-
-def _widths(text: str) -> list[int]:
-    return [count(width) for width in text.split(",")]
-
-
-def _train(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    names = {
+        "--data": (args.data, DATASETS),
+        "--activation": (args.activation, ACTIVATIONS),
+        "--loss": (args.loss, LOSSES),
+        "--optimizer": (args.optimizer, OPTIMIZERS),
+    }
+    for option, (value, known) in names.items():
+        arguments.check_name(option, value, known, args.fail)
     arguments.check_device(args.device, args.fail)
     arguments.check_picture(args.plot, args.fail)
     if args.distributed == "fsdp" and args.layers == "step":
