@@ -14,8 +14,8 @@ DESCRIPTION = """\
 Train a multi-layer perceptron with torch.nn and with mlp_ext, side by side.
 
 The network is Linear, activation, ..., Linear, and a Sigmoid unless the loss
-takes logits or the target is a number. Every kind of layer starts from the same
-weights and trains on the same batches. The kinds are
+takes logits or the target is a number. Every kind of layer starts from the
+same weights and trains on the same batches. The kinds are
   native  torch.nn and the usual training loop
   fused   fuse(model): each Linear and its activation are one operator
   stack   fuse(model, level="stack"): all layers are one operator
@@ -29,12 +29,12 @@ accuracy, the test rows are 20 % that are not trained on.
 
 --csv: the first line has the names of the columns, and all but the target are
 numbers. The target may be text or whole numbers of at most 20 values: these are
-classes. Other numbers are learnt as such, with the losses mse, l1, smooth_l1 and
-huber. Features and numbers to learn are standardised by the training rows.
+classes. Other numbers are learnt as such, with the losses mse, l1, smooth_l1
+and huber. Features and numeric targets are standardised by the training rows.
 
---save: the state_dict of the network as an nn.Sequential, of native if there are
-several kinds. Scaling is part of its weights: it takes features, and predicts
-numbers, as they are in the data set.
+--save: the state_dict of the network as an nn.Sequential, of native if several
+kinds are trained. The scaling is part of its weights: it takes features, and
+predicts numbers, as they are in the data set. 16-bit weights become float32.
 
 --distributed: the processes of torchrun share each batch. The losses are those
 of one process, the times those of the first. fsdp has no step.

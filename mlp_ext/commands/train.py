@@ -150,14 +150,15 @@ def _title(args: argparse.Namespace, data: Dataset, widths: Sequence[int], proce
     if args.csv:
         kind = "a number" if data.is_number else f"{data.classes} classes"
         target = f", target {args.target} ({kind})"
-    place = args.device if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    place = f"{threads} CPU thread{'s' * (threads > 1)}" if args.device == "cpu" else args.device
     title = (
         f"{data.name}: {rows}, {widths[0]} features{target}\n"
         f"network {'-'.join(map(str, widths))}, {args.activation}; {args.loss}, {args.optimizer}, "
         f"lr {args.lr:g}, batches of {args.batch_size}; {args.dtype} on {place}"
     )
     if args.distributed:
-        title += f" in each of {processes} processes, {args.distributed}"
+        title += f"\n{args.distributed} in {processes} process{'es' * (processes > 1)}"
     return title
 
 
