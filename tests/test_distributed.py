@@ -135,10 +135,10 @@ def test_one_process_alone(
     train = ["train", "--layers", "native", "--epochs", "2", "--device", device, "--save"]
     alone, shared = tmp_path / "alone.pt", tmp_path / "shared.pt"
     assert main([*train, str(alone)]) == 0
-    *title, _, _ = expected = capsys.readouterr().out.splitlines()[:4]
+    expected = capsys.readouterr().out.splitlines()[:5]
     assert main([*train, str(shared), *args.split()]) == 0
-    found = capsys.readouterr().out.splitlines()[:5]
-    assert found == [*title, f"{args.split()[1]} in 1 process", *expected[2:]]
+    found = capsys.readouterr().out.splitlines()[:6]
+    assert found == [*expected[:3], f"{args.split()[1]} in 1 process", *expected[3:]]
     weights, expected = (torch.load(path, weights_only=True) for path in (shared, alone))
     torch.testing.assert_close(weights, expected)
     assert not dist.is_initialized()

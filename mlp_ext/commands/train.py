@@ -22,6 +22,7 @@ from mlp_ext.commands import arguments, plots
 from mlp_ext.commands.data import DATASETS, RENAMED, Dataset, load, load_csv
 from mlp_ext.commands.distributed import Processes, joined
 from mlp_ext.commands.loop import TrainingRun, accuracy, test_loss, train, unscaled_state
+from mlp_ext.commands.summary import fastest
 from mlp_ext.ops import ACTIVATIONS, build_info
 
 OPTIONS = (  # recorded in the JSON file
@@ -107,7 +108,8 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     state = unscaled_state(runs[0].model, data) if args.save else {}
     if processes.rank:
         return
-    print(*[""] * shown, *_table(results), "", _sentence(results), sep="\n", flush=True)
+    sentence = textwrap.fill(_sentence(results), 79)
+    print(*[""] * shown, *_table(results), "", sentence, sep="\n", flush=True)
     try:
         if args.json:
             _write_json(args, processes.count, data, results)
@@ -154,8 +156,8 @@ def _title(args: argparse.Namespace, data: Dataset, widths: Sequence[int], proce
     place = f"{threads} CPU thread{'s' * (threads > 1)}" if args.device == "cpu" else args.device
     title = (
         f"{data.name}: {rows}, {widths[0]} features{target}\n"
-        f"network {'-'.join(map(str, widths))}, {args.activation}; {args.loss}, {args.optimizer}, "
-        f"lr {args.lr:g}, batches of {args.batch_size}; {args.dtype} on {place}"
+        f"network {'-'.join(map(str, widths))}, {args.activation}; {args.dtype} on {place}\n"
+        f"{args.loss}, {args.optimizer} with lr {args.lr:g}, batches of {args.batch_size}"
     )
     if args.distributed:
         title += f"\n{args.distributed} in {processes} process{'es' * (processes > 1)}"
@@ -226,12 +228,7 @@ def _sentence(results: dict[str, dict[str, Any]]) -> str:
         trained = as_time(sum(results[first]["seconds"]))
         text = f"{first} trained in {trained}: loss {losses[0]:.4f} in the first epoch, "
         return f"{text}{losses[-1]:.4f} in the last." + _advice(losses)
-    fastest = max(others, key=lambda kind: results[kind]["speed_up"])
-    speed = results[fastest]["speed_up"]
-    digits = 2 if speed < 2 else 1 if speed < 10 else 0
-    text = f"{fastest} was {speed:.{digits}f} times as fast as torch"
-    if speed < 1:
-        text = f"Nothing was faster than torch; {text}"
+    text = fastest({kind: results[kind]["speed_up"] for kind in others})
     if _advice(losses):
         return f"{text}.{_advice(losses)}"
     differences = {kind: results[kind]["largest_difference"] for kind in others}
