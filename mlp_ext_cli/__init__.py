@@ -14,7 +14,9 @@ from importlib import import_module
 
 from mlp_ext_cli.arguments import Help, Parser
 from mlp_ext_cli.bench import add_bench
+from mlp_ext_cli.compare import add_compare
 from mlp_ext_cli.info import add_info
+from mlp_ext_cli.plan import add_plan
 from mlp_ext_cli.profile import add_profile
 from mlp_ext_cli.train import add_train
 
@@ -85,6 +87,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for add in (add_info, add_train, add_bench, add_profile):
+    for add in (add_info, add_train, add_bench, add_compare, add_plan, add_profile):
         add(commands)
     return parser
