@@ -209,15 +209,16 @@ def test_list_says_what_applies(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
 
 
+def test_readme_names_every_provider() -> None:
+    assert [
+        name for table in PROVIDERS.values() for name in table if f"`{name}`" not in README
+    ] == []
+
+
 # --- Own providers ---
 
-OWN = """
-import torch
-
-def mine(setting):
-    assert setting.activation == "relu"
-    return lambda x, w, b: torch.addmm(b, x, w.t()).relu()
-
+README = (ROOT / "benchmarks" / "README.md").read_text()
+FAULTY = """
 def half(setting):
     return lambda x, w, b: mine(setting)(x, w, b) * 0.5
 
@@ -226,23 +227,14 @@ def fails(setting):
 
 def fused(setting):
     return mine(setting)
-
-def descend(model, criterion, optimizer):
-    def step(input, target):
-        loss = criterion(model(input), target)
-        gradients = torch.autograd.grad(loss, [*model.parameters()])
-        with torch.no_grad():
-            for p, gradient in zip(model.parameters(), gradients):
-                p -= optimizer.param_groups[0]["lr"] * gradient
-        return loss
-    return step
 """
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     path = tmp_path / "own.py"
-    path.write_text(OWN)
+    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    path.write_text("\n".join([*examples, FAULTY]))
     return path
 
 

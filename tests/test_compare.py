@@ -111,6 +111,13 @@ def test_two_machines_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == line
 
 
+def test_noisy_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare([ROW], [replace(ROW, ratio_q80=4.0)]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("mlp-ext compare: after.csv is too noisy to cite: 1 of 1 ratios vary")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("before", "message"),
     [

@@ -16,30 +16,32 @@ SPREAD = 1.3
 SHARE = 1.05
 
 
-def noise(rows: Sequence[Row], cpus: int) -> str:
-    """One line that says what is wrong and what to do, or "". cpus: those that the process had."""
-    found, remedies = [], []
-    threads = rows[0].threads if rows[0].device == "cpu" else 1
-    others = max(row.other_cpus or 0.0 for row in rows)
-    if others > max(0, cpus - threads) + OTHER_CPUS:
-        found.append(f"other processes used {others:.1f} of {cpus} CPUs")
-        remedies.append("stop them")
-    peers = [row for row in rows if row.ratio_q20 and row.ratio_q80 and row.provider != "native"]
-    wide = sorted(peers, key=_spread, reverse=True)[: sum(_spread(row) > SPREAD for row in peers)]
+def noise(rows: Sequence[Row], cpus: int | None = None) -> str:
+    """Why rows are too noisy to cite and what to do, in one line; "" if they are not.
+
+    cpus: those that the process had; None does not judge what others used of them.
+    """
+    found, remedy = [], "measure again"
+    shares = [row.share_of_bound for row in rows if row.bound == "compute" and row.share_of_bound]
+    if max(shares, default=0.0) > SHARE:
+        found.append(f"up to {max(shares):.0%} of the compute bound, which was measured too low")
+    peers = [row for row in rows if row.provider != "native" and _spread(row) > 0]
+    wide = [row for row in peers if _spread(row) > SPREAD]
     if wide:
-        row = wide[0]
+        row = max(wide, key=_spread)
         found.append(
             f"{len(wide)} of {len(peers)} ratios vary by over {SPREAD - 1:.0%}, "
             f"{row.provider} at {row.case} {as_range(row.ratio_q20, row.ratio_q80)}"
         )
-        remedies.append("take more --rounds")
-    shares = [row.share_of_bound for row in rows if row.bound == "compute" and row.share_of_bound]
-    if max(shares, default=0.0) > SHARE:
-        found.append(f"up to {max(shares):.0%} of the compute bound, which was measured too low")
-        remedies.append("measure again")
-    return f"too noisy to cite: {'; '.join(found)}: {', '.join(remedies)}" if found else ""
+        remedy = "measure again with more --rounds"
+    threads = rows[0].threads if rows[0].device == "cpu" else 1
+    others = max(row.other_cpus or 0.0 for row in rows)
+    if cpus and others > max(0, cpus - threads) + OTHER_CPUS:
+        found.insert(0, f"other processes used {others:.1f} of {cpus} CPUs")
+        remedy = "stop other programs and measure again"
+    return f"too noisy to cite: {'; '.join(found)}: {remedy}" if found else ""
 
 
 def _spread(row: Row) -> float:
-    assert row.ratio_q20 and row.ratio_q80
-    return row.ratio_q80 / row.ratio_q20
+    """80 % over 20 % quantile; 0 if they are unknown."""
+    return row.ratio_q80 / row.ratio_q20 if row.ratio_q20 and row.ratio_q80 else 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
+from mlp_ext.bench.noise import noise
 from mlp_ext.bench.rows import Row, as_number, as_range, geometric_mean, read_csv
 
 WIDTH = 79  # of a terminal
@@ -97,6 +98,8 @@ def _warnings(
             found.append(f"{only} of {len(rows)} rows are left out: only {path} has them")
         if any(row.ratio_q20 is None for row in rows.values()):
             found.append(f"{path} has no quantiles of ratios: those of times are used")
+        if noisy := noise([*rows.values()]):
+            found.append(f"{path} is {noisy}")
     return found
 
 
