@@ -22,6 +22,14 @@ from mlp_ext_cli.train import add_train
 
 DESCRIPTION = "Train multi-layer perceptrons in PyTorch faster: try it, and measure it."
 
+EPILOG = """\
+examples:
+  mlp-ext info
+  mlp-ext train --data digits --hidden 64 --lr 2 --epochs 20
+  mlp-ext bench --suite train
+  mlp-ext train --help
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own); returns the exit status.
@@ -81,7 +89,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="mlp-ext",
         description=DESCRIPTION,
-        epilog="`mlp-ext COMMAND --help` has the options and examples of a command.",
+        epilog=EPILOG,
         formatter_class=Help,
         allow_abbrev=False,
     )

@@ -19,7 +19,7 @@ def add_info(commands: Any) -> None:
         commands,
         "info",
         "mlp_ext.commands.info:run",
-        help="what was built, what is used here, and the names that options take",
+        help="what was built, and the names that options take",
         description="How this package was built, what it uses on this machine, and the names of\n"
         "activations, losses, optimizers and data sets that the other commands take.",
         epilog=EXAMPLES,

@@ -12,8 +12,8 @@ Say which path of the kernels a layer or a training step takes, how its work is
 split over threads, and the nearest sizes at which another path is taken.
 """
 EPILOG = """\
-A case is a layer, MxKxN: M rows of K features to N outputs; or the training step
-of a network, WIDTHS@BATCH. The limits are found by asking for the plans of
+A case is a layer, MxKxN: M rows of K features to N outputs; or the training
+step of a network, WIDTHS@BATCH. The limits are found by asking for the plans of
 other sizes, one size at a time. Nothing is computed, and a GPU of --arch need
 not be here. The paths: docs/design-cpu.md and docs/design-cuda.md.
 

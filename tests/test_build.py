@@ -130,7 +130,7 @@ print(mlp_ext.__file__, mlp_ext.__version__)
     for command in ([script], [python, "-m", "mlp_ext"]):
         info = json.loads(checked(*command, "info", "--json", cwd=tmp_path, env=env))
         assert (info["mlp_ext"], info["instruction_set"]) == (version, _C.instruction_set())
-    train = ["train", "--layers", "fused", "--data", "seed", "--epochs", "2"]
+    train = ["train", "--layers", "fused", "--data", "tutorial", "--epochs", "2"]
     assert "epoch: 1 loss: 0." in checked(script, *train, cwd=tmp_path, env=env)
 
 

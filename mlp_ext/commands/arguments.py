@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -15,8 +16,16 @@ from mlp_ext_cli.arguments import unknown
 Fail = Callable[[str], NoReturn]  # prints a user's error in one line and exits with status 2
 
 
-def check_name(option: str, value: str, known: Iterable[str], fail: Fail) -> None:
+def check_name(
+    option: str,
+    value: str,
+    known: Iterable[str],
+    fail: Fail,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Fails if the option's value is not in a table of the library."""
+    if value in renamed:
+        fail(f"argument {option}: '{value}' is now called {renamed[value]}")
     if value not in known:
         fail(f"argument {option}: {unknown(value, known)}")
 

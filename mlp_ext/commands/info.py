@@ -7,7 +7,6 @@ import json
 import textwrap
 from typing import Any
 
-from mlp_ext.bench.providers import PROVIDERS
 from mlp_ext.bench.training import LOSSES, OPTIMIZERS
 from mlp_ext.commands.data import DATASETS
 from mlp_ext.ops import ACTIVATIONS, build_info
@@ -20,7 +19,6 @@ def run(args: argparse.Namespace) -> None:
         "losses": [*LOSSES],
         "optimizers": [*OPTIMIZERS],
         "data_sets": [*DATASETS],
-        **{f"providers_{suite}": [*table] for suite, table in PROVIDERS.items()},
     }
     if args.json:
         print(json.dumps(info, indent=2))

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from importlib import import_module
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import nn
 
 from mlp_ext.bench.rows import replacing
 from mlp_ext.commands import arguments
+from mlp_ext.commands.summary import fastest
 from mlp_ext.nn import type_name
-from mlp_ext.profile import profile
+from mlp_ext.profile import Profile, profile
+from mlp_ext_cli.arguments import meant
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,7 +32,9 @@ def run(args: argparse.Namespace) -> None:
             found = profile(model.to(args.device), *inputs, train=args.train, rounds=args.rounds)
         except (TypeError, ValueError, RuntimeError) as error:
             args.fail(str(error).strip().splitlines()[0].removeprefix("profile: "))
-    print(found)
+    for line in str(found).splitlines():  # only reasons are long
+        print(textwrap.fill(line, 79, subsequent_indent="    "))
+    print("", textwrap.fill(_sentence(found), 79), sep="\n")
     if args.json:
         # JSON has no NaN and no infinity: writes null.
         record = json.loads(json.dumps(found.to_dict()), parse_constant=lambda _: None)
@@ -40,6 +45,17 @@ def run(args: argparse.Namespace) -> None:
             args.fail(str(error))
 
 
+def _sentence(found: Profile) -> str:
+    """What happened."""
+    measured = [timing for timing in found.timings if timing.ratio_to_native is not None]
+    others = {t.name: t.ratio_to_native for t in measured[1:] if t.ratio_to_native is not None}
+    if not others:
+        return "Nothing was measured but torch: mlp_ext changes nothing in this model."
+    differences = [d for t in measured for d in (t.output_difference, t.gradient_difference) if d]
+    largest = max(differences, default=0.0)
+    return f"{fastest(others)}; results differ by at most {largest:.0e}."
+
+
 def _make(module: str, factory: str, fail: arguments.Fail) -> nn.Module:
     """Imports and calls it; also from the current folder, as `python -m` does."""
     if os.getcwd() not in sys.path:
@@ -48,7 +64,7 @@ def _make(module: str, factory: str, fail: arguments.Fail) -> nn.Module:
         found: Any = import_module(module)
         for name in factory.split("."):
             if not hasattr(found, name):
-                fail(f"{module} has no {factory}")
+                fail(f"{module} has no {factory}{meant(name, dir(found))}")
             found = getattr(found, name)
         if isinstance(found, nn.Module):
             return found
