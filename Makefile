@@ -11,7 +11,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test clients release-check lint bench bench-quick format build wheel cuda-check gpu clean distclean
+.PHONY: demo check test clients notebooks release-check lint bench bench-quick format build wheel cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -44,6 +44,18 @@ $(CLIENTS)/tools: tests/clients/requirements.txt
 	@test -x $(CLIENTS)/bin/pip || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" -r $<
 	@touch $@
+
+# Executes the notebooks in fresh kernels. OUTPUTS=1: also writes their outputs, as they are committed, without metadata of this machine.
+NOTEBOOKS := examples/*.ipynb
+CLEAR     := --ClearMetadataPreprocessor
+notebooks: build
+	@echo "== executing $(NOTEBOOKS)"
+ifdef OUTPUTS
+	$(RUN)/jupyter-nbconvert --execute --inplace --to notebook $(CLEAR).enabled=True \
+	    $(CLEAR).preserve_nb_metadata_mask='{"kernelspec", ("language_info", "name")}' $(NOTEBOOKS)
+else
+	$(PYTEST) --nbmake --nbmake-timeout=300 --durations=0 $(NOTEBOOKS)
+endif
 
 # Before a release: the sdist too, compiled and installed in an environment of its own.
 release-check: test clients
