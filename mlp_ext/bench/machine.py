@@ -19,7 +19,8 @@ from mlp_ext import _C
 from mlp_ext.bench.cases import Case, Setting
 
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
-PEAK_SECONDS = 0.2  # per measurement; the best of several counts
+PEAK_SECONDS = 0.4  # per measurement, of which the best sample counts
+SAMPLE_SECONDS = 0.002  # of FMAs: shorter than a time slice, so that some are not interrupted
 # Bytes of a copy: from what two cores' L2 holds to more than any cache does. One size on GPUs,
 # where the inputs of a case take turns so that they are not in L2.
 COPIED = {"cpu": tuple(2**n for n in range(20, 29, 2)), "cuda": (2**31,)}
@@ -74,7 +75,8 @@ def _flops(setting: Setting, seconds: Callable[[Callable[[], object]], float]) -
     On GPUs, and in 16 bits, where a processor may have faster instructions, that of a GEMM."""
     flops, itemsize = 0.0, setting.torch_dtype.itemsize
     if setting.device == "cpu":
-        flops = max(_C.peak_flops(PEAK_SECONDS, setting.threads) for _ in range(5))
+        samples = range(round(PEAK_SECONDS / SAMPLE_SECONDS))
+        flops = max(_C.peak_flops(SAMPLE_SECONDS, setting.threads) for _ in samples)
         if itemsize >= 4:
             return flops * 4 / itemsize
     n = GEMM[setting.device]
