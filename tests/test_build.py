@@ -107,8 +107,9 @@ def test_sdist_holds_its_tests(sdist: Path) -> None:
 def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"mlp_ext/py.typed", "mlp_ext/_C.pyi", "mlp_ext/_built.py"} <= {*names}
+    assert "mlp_ext_cli/__init__.py" in names
     assert [n for n in names if n.startswith("mlp_ext/_C.") and n.endswith(".so")]
-    assert not [n for n in names if not n.startswith(("mlp_ext/", "mlp_ext-"))]
+    assert not [n for n in names if not n.startswith(("mlp_ext/", "mlp_ext_cli/", "mlp_ext-"))]
 
 
 @pytest.mark.slow

@@ -553,12 +553,31 @@ def test_long_run_has_no_bar_in_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train_command, "BAR_AFTER", 0.0)
-    assert main(["train", "--epochs", "20"]) == 0
+    assert main(["train", "--layers", "step", "--epochs", "20"]) == 0
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("others", "trained", "threads", "says"),
+    [
+        (0.1, 5.0, 4, False),
+        (0.5, 5.0, 4, True),
+        (1.1, 5.0, 3, False),  # beside our threads
+        (1.5, 5.0, 3, True),
+        (4.0, 0.5, 4, False),  # too short to tell
+        (math.nan, 5.0, 4, False),
+    ],
+)
+def test_busy_machine_is_told(
+    others: float, trained: float, threads: int, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_command, "cpus", lambda: {0, 1, 2, 3})
+    busy = f"the times are too noisy to cite: other processes used {others:.1f} of 4 CPUs"
+    assert train_command._busy(others, trained, threads) == (busy if says else "")
+
+
 def test_module_runs_as_a_command() -> None:
-    args, options = command("train", "--layers", "all", "--epochs", "2")
+    args, options = command("train", "--layers", "step", "--epochs", "2")
     result = subprocess.run(args, capture_output=True, **options)
     assert result.returncode == 0
     assert result.stderr == ""

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from mlp_ext.bench.machine import cpus, other_cpu_seconds
+from mlp_ext.bench.noise import OTHER_CPUS
 from mlp_ext.bench.rows import as_time, replacing
 from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, make_mlp
 from mlp_ext.commands import arguments, plots
@@ -101,7 +103,9 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in names}
     epochs = train(kinds, model, data, **settings, processes=processes)
     every = args.log_every or math.ceil(args.epochs / LINES)
+    others, started = other_cpu_seconds(), time.perf_counter()
     runs = _follow(epochs, args.epochs, every, shown)
+    others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
 
     native = runs[0] if len(runs) > 1 else None
     results = {run.kind: _result(run, native, data, args.loss) for run in runs}
@@ -110,6 +114,9 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
         return
     sentence = textwrap.fill(_sentence(results), 79)
     print(*[""] * shown, *_table(results), "", sentence, sep="\n", flush=True)
+    trained = sum(sum(run.seconds) for run in runs)
+    if args.device == "cpu" and (busy := _busy(others, trained, torch.get_num_threads())):
+        print(f"{args.prog}: {busy}", file=sys.stderr)
     try:
         if args.json:
             _write_json(args, processes.count, data, results)
@@ -238,6 +245,17 @@ def _sentence(results: dict[str, dict[str, Any]]) -> str:
     return (
         f"{text}; the losses of {largest} differ from torch's by up to {differences[largest]:.2g}."
     )
+
+
+def _busy(others: float, trained: float, threads: int) -> str:
+    """Warns of times taken while others needed our CPUs. others: the CPUs that they used.
+
+    trained: seconds in training steps. Less than one is too short for the system's clock ticks.
+    """
+    here = len(cpus())
+    if trained < 1 or not others > max(0, here - threads) + OTHER_CPUS:
+        return ""
+    return f"the times are too noisy to cite: other processes used {others:.1f} of {here} CPUs"
 
 
 def _nan_last(value: float) -> float:
