@@ -1,4 +1,4 @@
-"""The notebooks in examples/, as committed: executed, without traces of a machine, both languages alike.
+"""The committed notebooks: executed, without traces of a machine, both languages alike.
 
 `make notebooks` executes them.
 """
