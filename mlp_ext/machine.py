@@ -25,8 +25,9 @@ def read(path: str) -> None:
     if not isinstance(limits, dict):
         raise ValueError("the file must hold an object")
     for name, value in limits.items():
-        if not isinstance(value, str if name == "name" else dict):
-            raise ValueError(f"{name} must be {'a string' if name == 'name' else 'an object'}")
+        is_text = name in ("name", "bfloat16")
+        if not isinstance(value, str if is_text else dict):
+            raise ValueError(f"{name} must be {'a string' if is_text else 'an object'}")
     _C.use_machine(limits)
 
 

@@ -36,7 +36,7 @@ def own_machine() -> Iterator[None]:
 def test_a_machine_has_all_limits(machine: str) -> None:
     limits = _C.machine(machine)
     assert limits["name"] == machine
-    assert set(limits) == {"name", *DTYPES}
+    assert set(limits) == {"name", "bfloat16", *DTYPES}
     for mode in DTYPES:
         assert limits[mode].keys() == limits["fma"].keys()
 

@@ -103,6 +103,7 @@ static_assert(sizeof(Limits) == std::size(kLimits) * sizeof(int64_t), "each limi
 
 struct Machine {
   const char* name;
+  DotMode bfloat16;  // how it multiplies bfloat16
   Limits fma;        // float32 and float64
   Limits converted;  // 16-bit types by fma
   Limits bf16_dot;

@@ -8,6 +8,7 @@
 #include "cpu/machines/generic.h"
 #include "cpu/machines/sapphire_rapids.h"
 #include "cpu/machines/zen4.h"
+#include "cpu/machines/zen5.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -17,7 +18,7 @@ namespace mlp_ext::cpu {
 
 namespace {
 
-constexpr const Machine* kMachines[] = {&kZen4, &kSapphireRapids, &kGeneric};
+constexpr const Machine* kMachines[] = {&kZen4, &kZen5, &kSapphireRapids, &kGeneric};
 
 // The processor's vendor and family decide: models of a family share their cores' design.
 const Machine& detect() {
@@ -27,7 +28,8 @@ const Machine& detect() {
   const std::string_view name(reinterpret_cast<const char*>(vendor), sizeof(vendor));
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return kGeneric;
   const unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
-  if (name == "AuthenticAMD" && family >= 25) return kZen4;  // Zen 3 to Zen 5
+  if (name == "AuthenticAMD" && family == 25) return kZen4;  // also Zen 3
+  if (name == "AuthenticAMD" && family == 26) return kZen5;
   const bool has_leaf = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
   if (name == "GenuineIntel" && has_leaf && (edx >> 22 & 1)) return kSapphireRapids;  // AMX
 #endif

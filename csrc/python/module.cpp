@@ -101,6 +101,7 @@ py::dict machine_limits(const std::optional<std::string>& name) {
   const cpu::Machine& machine = machine_named(name);
   py::dict result;
   result["name"] = machine.name;
+  result["bfloat16"] = cpu::kDotModes[static_cast<int>(machine.bfloat16)];
   for (const auto& mode : cpu::kModes) {
     py::dict limits;
     for (const cpu::Limit& limit : cpu::kLimits) limits[limit.name] = machine.*mode.limits.*limit.value;
@@ -120,10 +121,9 @@ void use_machine(const std::optional<py::dict>& own) {
   Own made{"own", cpu::machine()};
   for (const auto& [key, value] : *own) {
     const auto name = py::cast<std::string>(key);
-    if (name == "name") {
-      made.name = py::cast<std::string>(value);
-      continue;
-    }
+    if (name == "name") made.name = py::cast<std::string>(value);
+    if (name == "bfloat16") made.machine.bfloat16 = dot_mode(py::cast<std::string>(value));
+    if (name == "name" || name == "bfloat16") continue;
     const auto mode = std::find_if(std::begin(cpu::kModes), std::end(cpu::kModes),
                                    [&](const auto& mode) { return name == mode.name; });
     if (mode == std::end(cpu::kModes))
@@ -171,7 +171,7 @@ py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t thread
   return result;
 }
 
-DType cuda_dtype(const std::string& name) {
+DType dtype_named(const std::string& name) {
   static const std::map<std::string, DType> dtypes{{"float32", DType::float32},
                                                    {"float64", DType::float64},
                                                    {"bfloat16", DType::bfloat16},
@@ -210,7 +210,7 @@ py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, co
                    bool tf32, bool aligned, bool cutlass, int64_t shared, const std::optional<std::string>& path) {
   check_sizes({M, K, N});
   const cuda::Plan plan =
-      cuda::make_plan({M, K, N, cuda_dtype(dtype), activation, arch, tf32, aligned, cutlass, shared, cuda_path(path)});
+      cuda::make_plan({M, K, N, dtype_named(dtype), activation, arch, tf32, aligned, cutlass, shared, cuda_path(path)});
   py::dict result;
   result["forward"] = cuda::path_name(plan.forward);
   result["forward_reason"] = plan.forward_reason;
@@ -224,7 +224,7 @@ py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const
                         int64_t shared) {
   check_widths(widths, batch);
   const auto layers = static_cast<int64_t>(widths.size()) - 1;
-  const cuda::StepPlan plan = cuda::make_step_plan({widths.data(), layers, batch, cuda_dtype(dtype), arch, shared});
+  const cuda::StepPlan plan = cuda::make_step_plan({widths.data(), layers, batch, dtype_named(dtype), arch, shared});
   py::dict result;
   result["path"] = cuda::step_path_name(plan.path);
   result["reason"] = plan.reason;
@@ -289,6 +289,10 @@ PYBIND11_MODULE(_C, m) {
         cpu::forced_dot_mode = name ? std::optional(dot_mode(*name)) : std::nullopt;
       },
       py::arg("mode"), "Overrides how the CPU plan multiplies bfloat16; None: as the processor does.");
+  m.def(
+      "dot_mode",
+      [](const std::string& dtype) { return cpu::kDotModes[static_cast<int>(cpu::dot_mode_of(dtype_named(dtype)))]; },
+      py::arg("dtype"), "How the CPU plan multiplies a dtype here: fma, bf16_dot or amx.");
   m.def("step_plan", step_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("threads"),
         py::arg("mode") = "fma", py::arg("machine") = py::none(),
         "The CPU plan of a training step: its path, and the number of pieces of rows.");

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,9 @@ def _layer(
         def call(i: int) -> Call:
             return MODES[setting.mode](function, [x[i], w, b], sets[i][1])
 
-        if provider.captured:
+        if provider.path and setting.device == "cpu":
+            call = partial(_forced, call, provider.path)
+        elif provider.captured:
             leaves = [[x[i], w, b] for i in range(len(sets))]
             call = cache(lambda i, make=call: _captured(partial(make, i), leaves[i], provider.path))
 
@@ -116,6 +118,20 @@ def _full(function: Function, leaves: list[Tensor], grad_output: Tensor) -> Call
         return output
 
     return call
+
+
+def _forced(call: Callable[[int], Call], path: str, i: int) -> Call:
+    """By this path of the CPU, forward and backward, where it takes them."""
+
+    def forced() -> Tensor:
+        _C.force_paths(path, path)
+        try:
+            return run()
+        finally:
+            _C.force_paths(None, None)
+
+    run = call(i)
+    return forced
 
 
 def _captured(make: Callable[[], Call], leaves: list[Tensor], path: str | None) -> Call:
@@ -176,7 +192,9 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
             (group,) = optimizer.param_groups
             usual = {name: group[name] for name in CHECKED if name in group}
             group.update({name: CHECKED[name] for name in usual})
-            loss = torch.tensor(float(step(*sets[0])), dtype=torch.float64)
+            loss: Any = step(*sets[0])
+            loss = loss.detach() if isinstance(loss, Tensor) else loss  # jax has its own arrays
+            loss = torch.tensor(float(loss), dtype=torch.float64)
             getattr(step, "save", lambda: None)()  # peers with their own parameters
             group.update(usual)
             after = [p.detach().clone() for p in parameters]

@@ -7,6 +7,7 @@ namespace mlp_ext::cpu {
 
 constexpr Machine kGeneric{
     .name = "generic",
+    .bfloat16 = DotMode::fma,
     .fma = {},
     .converted = {.dot_rows_if_deep = 0},
     .bf16_dot = {.dot_rows_if_deep = 32,

@@ -7,6 +7,7 @@ namespace mlp_ext::cpu {
 
 constexpr Machine kZen4{
     .name = "zen4",
+    .bfloat16 = DotMode::bf16_dot,
     .fma =
         {
             .dot_rows_if_deep = 64,   // 24x784x256 dots, 32x300x256 packed
