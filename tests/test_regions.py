@@ -1,5 +1,4 @@
-"""Loops that threads share within one parallel region: right, reproducible and without hanging, also
-with more threads than cores and beside a busy core."""
+"""Loops that threads share in one parallel region: reproducible, and right beside busy cores."""
 
 from __future__ import annotations
 
