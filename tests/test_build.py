@@ -180,11 +180,11 @@ from distutils.core import run_setup
 from torch.utils import cpp_extension
 (e,) = run_setup("setup.py", ["build_ext"], stop_after="init").ext_modules
 macros = dict(e.define_macros)
-nvcc, link = e.extra_compile_args["nvcc"], e.extra_link_args
-print(json.dumps([e.sources, nvcc, link, macros, cpp_extension.CUDA_HOME]))
+cxx, nvcc = e.extra_compile_args["cxx"], e.extra_compile_args["nvcc"]
+print(json.dumps([e.sources, cxx, nvcc, e.extra_link_args, macros, cpp_extension.CUDA_HOME]))
 """
     told = checked(sys.executable, "-c", code, cwd=ROOT, env=env).strip().splitlines()
-    keys = ("sources", "nvcc", "link", "macros", "CUDA_HOME")
+    keys = ("sources", "cxx", "nvcc", "link", "macros", "CUDA_HOME")
     return dict(zip(keys, json.loads(told[-1]), strict=True))
 
 
@@ -250,6 +250,21 @@ def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path)
         site.write("torch.cuda.get_arch_list = lambda: ['sm_90']\n")
         site.write("torch.cuda.get_device_capability = lambda *_: (9, 0)\n")
     assert cuda in extension(env)["sources"]
+
+
+@pytest.mark.parametrize("wish", ["all", "native"])
+def test_arm_gets_the_generic_kernels_without_flags_for_x86(tmp_path: Path, wish: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import platform, torch\n"
+        "platform.machine = lambda: 'aarch64'\n"
+        "torch.backends.cpu.get_cpu_capability = lambda: 'SVE256'\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "MLP_EXT_CUDA": "0", "MLP_EXT_ISA": wish}
+    found = extension(env)
+    assert found["macros"]["MLP_EXT_TARGETS(DO)"] == "DO(generic)"
+    targets = {Path(s).name for s in found["sources"] if s.startswith("csrc/cpu/targets/")}
+    assert targets == {p.name for p in (ROOT / "csrc/cpu/targets").glob("generic_*.cpp")}
+    assert not [flag for flag in found["cxx"] if flag.startswith("-m")]
 
 
 def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ const LayerKernels& layer_kernels(DType dtype) {
 
 // Enough independent chains to hide the latency of FMA.
 int64_t fma_loop(int64_t rounds) {
-  constexpr int chains = kVectorBytes == 64 ? 24 : 12;
+  constexpr int chains = std::min(24, 2 * kTileRows);
   Vec<float> sums[chains];
   const Vec<float> factor = 0.5f;
   for (int64_t round = 0; round < rounds; ++round)
