@@ -97,7 +97,7 @@ class LayerTest {
     grad_z();
     if (packs()) grad_input();
     grad_weight();
-    if (M_ <= kMostSkinnyM) grad_weight_skinny_m();
+    if (supports(Path::few_rows, shape(), false)) few_rows();
     if (supports(Path::tall, shape(), false)) one_pass("backward_tall", kernels_.backward_tall);
     if (supports(Path::one_input, shape(), false)) one_pass("backward_k1", kernels_.backward_k1);
     if (supports(Path::one_output, shape(), false)) one_pass("backward_n1", kernels_.backward_n1);
@@ -233,13 +233,15 @@ class LayerTest {
     report_.compare(rounded, db_, "db alone");
   }
 
-  void grad_weight_skinny_m() {
-    Array<S> dw(N_, K_), db(1, N_);
-    for (const Range rows : pieces_of(N_))
-      for (const Range columns : pieces_of(K_))
-        kernels_.grad_weight_skinny_m(problem(nullptr, nullptr, nullptr), rows, columns, dw.data(), db.data());
-    report_.compare(dw, dw_, "grad_weight_skinny_m: dW");
-    report_.compare(db, db_, "grad_weight_skinny_m: db");
+  void few_rows() {
+    Array<S> dx(M_, K_, gap_of(K_)), dw(N_, K_), db(1, N_);
+    Scratch scratch(kScratchBytes);
+    for (const Range columns : pieces_of(K_))
+      kernels_.backward_few_rows(problem(&dx, dw.data(), db.data()), columns, scratch.data());
+    report_.compare(dx, dx_, "few_rows: dx");
+    report_.compare(dw, dw_, "few_rows: dW");
+    if (K_ > 0) report_.compare(db, db_, "few_rows: db");
+    check_scratch(scratch, "few_rows");
   }
 
   void one_pass(const char* what, decltype(LayerKernels::backward_tall) kernel) {
