@@ -11,13 +11,13 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test clients notebooks release-check lint bench bench-quick format build wheel cuda-check gpu clean distclean
+.PHONY: demo check test clients notebooks release-check lint docs bench bench-quick format build wheel cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
 	$(RUN)/mlp-ext train --layers all --data breast_cancer --hidden 16 --epochs $(EPOCHS) --batch-size 32 --lr 0.1
 	@echo "== the tutorial: 10 random rows, 10-5-1"
-	$(RUN)/mlp-ext train --layers all --data seed --epochs $(EPOCHS)
+	$(RUN)/mlp-ext train --layers all --data tutorial --epochs $(EPOCHS)
 
 # As many workers as cores, each with one thread. WORKERS=0: one process, as pytest does by itself.
 WORKERS ?= auto
@@ -88,7 +88,7 @@ bench: build
 	$(SWEEP) --mode forward --threads 1 --csv $(RESULTS)/sweep-forward-relu-1thread.csv
 	@echo "== the demo's times"
 	$(TRAIN) --data breast_cancer --hidden 16 --batch-size 32 --lr 0.1 --json $(RESULTS)/demo-breast_cancer.json
-	$(TRAIN) --data seed --json $(RESULTS)/demo-seed.json
+	$(TRAIN) --data tutorial --json $(RESULTS)/demo-tutorial.json
 
 bench-quick: build
 	@echo "== native and ours, layers and training steps"
@@ -107,6 +107,20 @@ format: $(VENV)/tools
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 	$(RUN)/clang-format -i $(CPP)
+
+# The documentation as a site; warnings are errors. In an environment of its own, which needs no torch.
+DOCS := .venv-docs
+docs: $(DOCS)/tools
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "== the site is in build/site/index.html"
+
+$(DOCS)/tools: pyproject.toml
+	@echo "== making the environment $(DOCS)"
+	@test -x $(DOCS)/bin/pip || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check "setuptools>=77"
+	$(DOCS)/bin/python -c 'from setuptools.config.pyprojecttoml import read_configuration as read; print(*read("pyproject.toml", expand=False)["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r $(DOCS)/requirements.txt
+	@touch $@
 
 # PATH, so that the environment's ninja is found.
 build: $(VENV)/built
@@ -173,4 +187,4 @@ clean:
 	find mlp_ext tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(CUDA) $(CLIENTS)
+	rm -rf $(VENV) $(CUDA) $(CLIENTS) $(DOCS)

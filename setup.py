@@ -1,7 +1,7 @@
 """Builds mlp_ext._C against the torch that is installed: CPU kernels and, on request, CUDA kernels.
 
 Only commands that compile need torch; an sdist is made without it. A wheel requires the minor
-version of torch that it was built against, and its version ends in it, as 0.2.0+torch2.15.
+version of torch that it was built against, and its version ends in it, as 0.3.0+torch2.15.
 
 MLP_EXT_CUDA = auto (default: CUDA where a GPU is here or TORCH_CUDA_ARCH_LIST is set), 1 (CUDA or
 an error), 0 (never look). MLP_EXT_ISA = all (default), native (the CPU kernels of this processor

@@ -8,11 +8,23 @@ if find_spec("numpy") is None:  # torch's first import would warn, and nothing h
 
 from mlp_ext import interop, moved  # noqa: F401  interop registers what PyTorch's tools need
 from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid, linear_tanh
-from mlp_ext.fuse import fuse, fusion_report, unfuse
-from mlp_ext.nn import *  # noqa: F403  the layers, one for each activation
-from mlp_ext.nn import __all__ as _layers
+from mlp_ext.fuse import FusionReport, Level, Site, fuse, fusion_report, unfuse
+from mlp_ext.nn import (
+    LinearELU,
+    LinearGELU,
+    LinearHardtanh,
+    LinearLeakyReLU,
+    LinearMish,
+    LinearReLU,
+    LinearReLU6,
+    LinearSELU,
+    LinearSigmoid,
+    LinearSiLU,
+    LinearSoftplus,
+    LinearTanh,
+)
 from mlp_ext.ops import ACTIVATIONS, build_info
-from mlp_ext.profile import profile
+from mlp_ext.profile import Profile, Timing, profile
 from mlp_ext.sequential import Sequential
 from mlp_ext.train_step import TrainStep
 
@@ -21,7 +33,24 @@ __version__: str = build_info()["mlp_ext"]
 
 __all__ = [
     "ACTIVATIONS",
+    "FusionReport",
+    "Level",
+    "LinearELU",
+    "LinearGELU",
+    "LinearHardtanh",
+    "LinearLeakyReLU",
+    "LinearMish",
+    "LinearReLU",
+    "LinearReLU6",
+    "LinearSELU",
+    "LinearSiLU",
+    "LinearSigmoid",
+    "LinearSoftplus",
+    "LinearTanh",
+    "Profile",
     "Sequential",
+    "Site",
+    "Timing",
     "TrainStep",
     "build_info",
     "fuse",
@@ -32,5 +61,4 @@ __all__ = [
     "linear_tanh",
     "profile",
     "unfuse",
-    *_layers,
 ]

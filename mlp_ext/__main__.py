@@ -2,7 +2,7 @@
 
 import sys
 
-from mlp_ext.commands.cli import main
+from mlp_ext_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -76,36 +76,48 @@ def linear_act(
     activation: str = "relu",
     parameters: Sequence[float] | None = None,
 ) -> Tensor:
-    r"""``activation(input @ weight.T + bias)`` as one operator.
+    """Computes `activation(input @ weight.T + bias)` as one operator, forward and backward.
 
-    .. math:: y = \sigma(x W^T + b), \quad dz = \sigma'(dy, saved), \quad
-              dx = dz\,W, \quad dW = dz^T x, \quad db = \textstyle\sum_m dz_m
+    Equals `torch.relu(F.linear(input, weight, bias))` and the like, in values and all derivatives:
 
-    Equals ``torch.relu(F.linear(input, weight, bias))`` etc., in values and all derivatives.
-    Backward (Rumelhart, Hinton and Williams, Nature 1986) reads the output y, or z = x W^T + b if
-    the derivative needs it, and computes only what requires a gradient. 16-bit types are
-    accumulated in float32 and rounded once. Under autocast it behaves like ``F.linear``.
-    Second derivatives, forward-mode AD, ``torch.func`` and devices without our kernels use an
-    equivalent composite of native operations.
+        z = x W^T + b        y = act(z)
+        dz = dy act'(z)      dx = dz W      dW = dz^T x      db = sum of dz over rows
+
+    Backward (Rumelhart, Hinton and Williams, Nature 1986) computes only what requires a gradient.
+    16-bit types are accumulated in float32. Under autocast, it behaves like `F.linear`. Second
+    derivatives, forward-mode AD, `torch.func` and devices without our kernels run PyTorch's own
+    operations.
 
     Args:
-        input: ``[*, K]`` with any number of leading dimensions and any strides; float32, float64,
-            bfloat16 or float16.
-        weight: ``[N, K]``, with the same dtype and device.
-        bias: ``[N]`` or None.
-        activation: a name in :data:`mlp_ext.ACTIVATIONS`.
-        parameters: all parameters of the activation, in the order of PyTorch's function:
-            ``[negative_slope]`` of leaky_relu, ``[alpha]`` of elu, ``[beta, threshold]`` of
-            softplus, ``[min_val, max_val]`` of hardtanh. None: PyTorch's defaults.
+        input (Tensor): x, with any strides; float32, float64, bfloat16 or float16.
+        weight (Tensor): W, of the same dtype and device.
+        bias (Tensor, optional): b, of the same dtype and device.
+        activation (str): a name in `mlp_ext.ACTIVATIONS`. Default: "relu".
+        parameters (sequence of float, optional): all parameters of the activation, in the order of
+            PyTorch's function: `[negative_slope]` for leaky_relu, `[alpha]` for elu,
+            `[beta, threshold]` for softplus, `[min_val, max_val]` for hardtanh. Default: PyTorch's
+            defaults.
+
+    Shape:
+        - input: `(*, K)`, with any number of leading dimensions, including none.
+        - weight: `(N, K)`.
+        - bias: `(N)`.
+        - Output: `(*, N)`.
 
     Returns:
-        ``[*, N]``, with the dtype of ``input``.
+        Tensor: y, of the dtype of `input`.
 
     Raises:
-        ValueError: ``activation`` is unknown, or ``parameters`` has the wrong length.
-        TypeError: an argument is not a tensor.
-        RuntimeError: shapes do not match, dtypes or devices differ, or a dtype is not supported.
-            Each message names the argument, what was expected and what was passed.
+        TypeError: an argument is not of the type above.
+        ValueError: `activation` is unknown, or `parameters` has the wrong length.
+        RuntimeError: shapes, dtypes or devices do not match, or the dtype is not supported. The
+            message names the argument, what was expected and what was passed.
+
+    Examples:
+        >>> x, w, b = torch.randn(128, 20), torch.randn(30, 20), torch.randn(30)
+        >>> y = mlp_ext.linear_act(x, w, b, "leaky_relu", parameters=[0.2])
+        >>> torch.allclose(y, F.leaky_relu(F.linear(x, w, b), 0.2), atol=1e-5)
+        True
     """
     if type(weight) not in EAGER and activation in ACTIVATIONS and needs_native(weight):
         return native(input, weight, bias, activation, parameters)
@@ -117,26 +129,97 @@ def linear_act(
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``relu(input @ weight.T + bias)``; shapes, dtypes and errors as in :func:`linear_act`.
+    """Computes `relu(input @ weight.T + bias)` as one operator.
 
-    relu(z) = max(z, 0) (Nair and Hinton, ICML 2010); as in torch, relu(NaN) is NaN and the
-    derivative at 0 is 0.
+    relu(z) = max(z, 0). As in PyTorch, relu(NaN) is NaN, and the derivative at 0 is 0. Source: Nair
+    and Hinton, ICML 2010.
+
+    Args:
+        input (Tensor): x; float32, float64, bfloat16 or float16.
+        weight (Tensor): W, of the same dtype and device.
+        bias (Tensor, optional): b, of the same dtype and device.
+
+    Shape:
+        - input: `(*, K)`, with any number of leading dimensions, including none.
+        - weight: `(N, K)`.
+        - bias: `(N)`.
+        - Output: `(*, N)`.
+
+    Returns:
+        Tensor: y, of the dtype of `input`.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        RuntimeError: shapes, dtypes or devices do not match, or the dtype is not supported.
+
+    Examples:
+        >>> x, w, b = torch.randn(128, 20), torch.randn(30, 20), torch.randn(30)
+        >>> mlp_ext.linear_relu(x, w, b).shape
+        torch.Size([128, 30])
     """
     return _named("relu", input, weight, bias)
 
 
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``sigmoid(input @ weight.T + bias)``; shapes, dtypes and errors as in :func:`linear_act`.
+    """Computes `sigmoid(input @ weight.T + bias)` as one operator.
 
-    sigmoid(z) = 1 / (1 + exp(-z)); as in torch, it saturates to exactly 0 and 1.
+    sigmoid(z) = 1 / (1 + e^-z). As in PyTorch, it saturates to exactly 0 and 1. Source: Rumelhart
+    et al., Nature 1986.
+
+    Args:
+        input (Tensor): x; float32, float64, bfloat16 or float16.
+        weight (Tensor): W, of the same dtype and device.
+        bias (Tensor, optional): b, of the same dtype and device.
+
+    Shape:
+        - input: `(*, K)`, with any number of leading dimensions, including none.
+        - weight: `(N, K)`.
+        - bias: `(N)`.
+        - Output: `(*, N)`.
+
+    Returns:
+        Tensor: y, of the dtype of `input`.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        RuntimeError: shapes, dtypes or devices do not match, or the dtype is not supported.
+
+    Examples:
+        >>> x, w, b = torch.randn(128, 20), torch.randn(30, 20), torch.randn(30)
+        >>> mlp_ext.linear_sigmoid(x, w, b).shape
+        torch.Size([128, 30])
     """
     return _named("sigmoid", input, weight, bias)
 
 
 def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``tanh(input @ weight.T + bias)``; shapes, dtypes and errors as in :func:`linear_act`.
+    """Computes `tanh(input @ weight.T + bias)` as one operator.
 
-    As in torch, it saturates to exactly -1 and 1.
+    tanh(z) = (e^z - e^-z) / (e^z + e^-z). As in PyTorch, it saturates to exactly -1 and 1. Source:
+    LeCun et al., Efficient BackProp, 1998.
+
+    Args:
+        input (Tensor): x; float32, float64, bfloat16 or float16.
+        weight (Tensor): W, of the same dtype and device.
+        bias (Tensor, optional): b, of the same dtype and device.
+
+    Shape:
+        - input: `(*, K)`, with any number of leading dimensions, including none.
+        - weight: `(N, K)`.
+        - bias: `(N)`.
+        - Output: `(*, N)`.
+
+    Returns:
+        Tensor: y, of the dtype of `input`.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        RuntimeError: shapes, dtypes or devices do not match, or the dtype is not supported.
+
+    Examples:
+        >>> x, w, b = torch.randn(128, 20), torch.randn(30, 20), torch.randn(30)
+        >>> mlp_ext.linear_tanh(x, w, b).shape
+        torch.Size([128, 30])
     """
     return _named("tanh", input, weight, bias)
 

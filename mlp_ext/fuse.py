@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -33,15 +33,29 @@ from mlp_ext.plan import HOOKS_OF_ALL, Plan, find_obstacle, without_plans
 from mlp_ext.sequential import Sequential, find_steps, is_layer
 from mlp_ext.sequential import forward as run_sequential
 
-LEVELS = ("layers", "stack")
-
+Level = Literal["layers", "stack"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 Status = Literal["fused", "would fuse", "not fused"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear of a model: its path, the activation after it, its status and the reason."""
+    """One Linear of a model, in a `FusionReport`.
+
+    Attributes:
+        name (str): its path in the model, as in `named_modules`; "" if it is the model.
+        activation (str or None): the activation that is fused with it, a name in
+            `mlp_ext.ACTIVATIONS`; "identity" if none is. None if the Linear is not fused.
+        status (str): "fused", "would fuse" or "not fused".
+        reason (str): why it is not fused, or "".
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
+        >>> (site,) = mlp_ext.fusion_report(model)
+        >>> site.name, site.activation, site.status
+        ('0', 'relu', 'would fuse')
+    """
 
     name: str
     activation: str | None
@@ -51,7 +65,18 @@ class Site:
 
 @dataclass(frozen=True, repr=False)
 class FusionReport:
-    """Every Linear of a model in order; prints as a table, one line each."""
+    """Every Linear of a model, in the order of `named_modules`. Prints as a table.
+
+    `len(report)` is their number, and iterating yields each `Site`.
+
+    Attributes:
+        sites (list of Site): the same as a list.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
+        >>> [site.reason for site in mlp_ext.fusion_report(model) if site.status == "not fused"]
+        ['last in its Sequential']
+    """
 
     sites: list[Site]
 
@@ -70,13 +95,35 @@ class FusionReport:
     __repr__ = __str__
 
 
-def fuse(model: Model, level: str = "layers") -> Model:
-    """Fuse the layers of the model in place; returns `model`.
+def fuse(model: Model, level: Level = "layers") -> Model:
+    """Fuses the linear layers and activations of a model, in place.
 
-    Level "layers" fuses each (Linear, activation) pair into one operator, level "stack" each run of
-    layers. Fusing again changes nothing, or the level. fusion_report(model, level) lists what is
-    not fused, and why; a UserWarning points to it if nothing is.
-    Raises TypeError if `model` is not an nn.Module, ValueError if `level` is not in LEVELS.
+    Results stay the same, up to rounding. Children, Parameters, hooks and `state_dict` stay as they
+    are, so an optimizer made before stays valid. Layers are found in every `nn.Sequential`, and in
+    `forward` code that torch.fx can follow with certainty. Later changes of the model take effect
+    in the next call. Fusing again changes nothing, or the level.
+
+    Args:
+        model (nn.Module): the model.
+        level (str): "layers" makes each Linear and the activation after it one operator, so that
+            gradients arrive layer by layer. "stack" makes each run of layers one operator and one
+            autograd node, which is faster. Default: "layers".
+
+    Returns:
+        nn.Module: `model` itself.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: `level` is unknown.
+
+    Warns:
+        UserWarning: nothing can be fused. `fusion_report` says why.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
+        >>> model = mlp_ext.fuse(model, level="stack")
+        >>> model(torch.randn(128, 20)).shape
+        torch.Size([128, 1])
     """
     callers = _callers(model, level)
     sites = _sites(model, callers)
@@ -96,11 +143,25 @@ def fuse(model: Model, level: str = "layers") -> Model:
 
 
 def unfuse(model: Model) -> Model:
-    """Undo fuse in place: every module gets its class back; returns `model`.
+    """Undoes `fuse`, in place.
 
-    Layers written as mlp_ext.LinearReLU or mlp_ext.Sequential are kept.
-    Raises TypeError if `model` is not an nn.Module; ValueError, with nothing changed, if the class
-    of a fused module was changed again, as by fully_shard.
+    Layers written as `LinearReLU` or `Sequential` of mlp_ext are kept.
+
+    Args:
+        model (nn.Module): the model, fused or not.
+
+    Returns:
+        nn.Module: `model` itself.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: the class of a fused module was changed after `fuse`, as `fully_shard` does.
+            Nothing is changed then.
+
+    Examples:
+        >>> model = mlp_ext.fuse(nn.Sequential(nn.Linear(20, 30), nn.ReLU()))
+        >>> print(mlp_ext.fusion_report(mlp_ext.unfuse(model)))
+        0  would fuse  relu
     """
     _check(model)
     fused = [(name, m) for name, m in model.named_modules() if isinstance(m, _Fused)]
@@ -113,10 +174,25 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def fusion_report(model: nn.Module, level: str = "layers") -> FusionReport:
-    """What is fused in `model`, what fuse would fuse, and why it would not fuse the other Linears.
+def fusion_report(model: nn.Module, level: Level = "layers") -> FusionReport:
+    """Lists every Linear of a model: whether it is fused, or would be, and why not.
 
-    Raises the same errors as fuse.
+    Args:
+        model (nn.Module): the model, fused or not. It is not changed.
+        level (str): "layers" or "stack", as for `fuse`. Default: "layers".
+
+    Returns:
+        FusionReport: a `Site` for each Linear. Prints as a table.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        ValueError: `level` is unknown.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
+        >>> print(mlp_ext.fusion_report(model))
+        0  would fuse  relu
+        2  not fused   -     last in its Sequential
     """
     return FusionReport(_sites(model, _callers(model, level)))
 
@@ -246,14 +322,14 @@ class _Caller:
     reason: str = ""  # why the other layers are not fused
 
 
-def _check(model: nn.Module, level: str = "layers") -> None:
+def _check(model: nn.Module, level: Level = "layers") -> None:
     if level not in LEVELS:
         raise ValueError(f"fuse: level must be one of {', '.join(LEVELS)}, got {level!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"mlp_ext: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _callers(model: nn.Module, level: str) -> list[_Caller]:
+def _callers(model: nn.Module, level: Level) -> list[_Caller]:
     """The analysis shared by fuse and fusion_report."""
     _check(model, level)
     callers = []

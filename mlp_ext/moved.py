@@ -12,8 +12,9 @@ from typing import NoReturn
 MODULES = {
     **{
         f"mlp_ext.{name}": f"mlp_ext.commands.{name}"
-        for name in ("arguments", "cli", "data", "loop", "plots")
+        for name in ("arguments", "data", "loop", "plots")
     },
+    "mlp_ext.cli": "mlp_ext_cli",
     "mlp_ext.bench.command": "mlp_ext.commands.bench",
 }
 _GONE = "is gone: unfuse the model where it was fused, save it, and fuse it again"

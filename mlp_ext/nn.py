@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from inspect import cleandoc, signature
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -73,25 +74,68 @@ class _FromActivation(Generic[T]):
         raise AttributeError(f"the activation of a {type(layer).__name__} follows from {options}")
 
 
-class LinearAct(nn.Linear):
-    """y = act(x W^T + b): an nn.Linear and the activation after it in one operator.
+# What follows the formula in the docstring of each layer.
+LAYER_DOC = """
+Equals `nn.Sequential(nn.Linear(in_features, out_features), nn.{module}({arguments}))`, as one
+operator forward and one backward. Initialization, parameters and `state_dict` are those of
+`nn.Linear`.
 
-    Everything but forward is nn.Linear's: arguments, initialisation, state_dict, repr. A subclass
-    with the activation's name and the equivalent torch.nn module declares a layer:
+Args:
+    in_features (int): size of each input sample, K.
+    out_features (int): size of each output sample, N.
+    bias (bool): if False, the layer has no bias b. Default: True.
+    device (torch.device or str): device of weight and bias. Default: PyTorch's default device.
+    dtype (torch.dtype): float32, float64, bfloat16 or float16, for weight and bias. Default:
+        PyTorch's default dtype.
+{options}
+Shape:
+    - Input: `(*, K)`, with any number of leading dimensions and the dtype of the weight. Under
+      autocast, any dtype that `nn.Linear` accepts.
+    - Output: `(*, N)`.
+    - weight: `(N, K)`.
+    - bias: `(N)`, or None.
+
+Raises:
+    TypeError: the input is not a tensor, or an option does not exist.
+    ValueError: the value of an option is not supported.
+    RuntimeError: the input's shape, dtype or device does not match the weight. Raised before
+        anything is computed.
+
+Examples:
+    >>> layer = mlp_ext.{name}(20, 30)
+    >>> layer(torch.randn(128, 20)).shape
+    torch.Size([128, 30])
+"""
+
+
+def _document(layer: type[LinearAct], module: type[nn.Module]) -> str:
+    """The docstring of a layer: its own, and what all layers share."""
+    known = signature(module).parameters
+    defaults = {name: known[name].default for name in layer.options if name in known}
+    options = "".join(
+        f"    {name} ({type(value).__name__}): as in `nn.{module.__name__}`. Default: {value!r}.\n"
+        for name, value in defaults.items()
+    )
+    shared = LAYER_DOC.format(
+        name=layer.__name__,
+        module=module.__name__,
+        arguments=", ".join(defaults),
+        options=options,
+    )
+    return f"{cleandoc(layer.__doc__ or '')}\n{shared}"
+
+
+class LinearAct(nn.Linear):
+    """Base class of the layers. A class statement declares one, and its docstring has the formula:
 
         class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
 
-    The options of that module are keyword arguments and attributes of the layer:
-    LinearLeakyReLU(10, 5, negative_slope=0.2).negative_slope is 0.2. Setting such an attribute
-    takes effect in the next call. If an option selects another activation, `variants` maps the
-    names of the activations to the options that select them.
+    The options of `module` become keyword arguments and attributes of the layer. If an option
+    selects another activation, `variants` maps the names of the activations to the options that
+    select them. LAYER_DOC adds what all layers share to the docstring.
 
-    Shape: input [*, in_features], output [*, out_features], with any number of leading dimensions;
-    weight [out_features, in_features], bias [out_features] or None.
-    Dtypes: float32, float64, bfloat16, float16, the same for input, weight and bias; under autocast
-    like nn.Linear. An input of another shape, dtype or device raises before anything is computed.
-    With another weight, such as a quantized one, in torch.export, and for a nested input with
-    strides, it runs torch.nn.functional.linear and the activation.
+    With a weight that the operators do not support, such as a quantized one, in torch.export, and
+    for a nested input with strides, a layer runs torch.nn.functional.linear and the activation.
     """
 
     activation = _FromActivation(lambda activation: activation.name)
@@ -130,6 +174,7 @@ class LinearAct(nn.Linear):
         default = cls.read_from(module())
         assert default is not None
         cls.default = default
+        cls.__doc__ = _document(cls, module)
         LinearAct.by_module[module] = cls
         for name, options in cls.variants.items():
             MODULES.setdefault(name, partial(module, **options))
@@ -198,10 +243,25 @@ class LinearAct(nn.Linear):
 
     @classmethod
     def from_linear(cls: type[Layer], linear: nn.Linear, **options: Any) -> Layer:
-        """A layer that shares the Parameters of `linear`, without a copy, and its training flag.
+        """Makes a layer that shares the Parameters of an existing `nn.Linear`, without a copy.
 
-        Raises TypeError unless `linear` is exactly an nn.Linear, since a subclass may compute
-        something else; ValueError if it has something that would be lost, such as hooks.
+        Args:
+            linear (nn.Linear): the existing layer.
+            **options: options of the activation, as in the constructor.
+
+        Returns:
+            The new layer, in the same mode (train or eval).
+
+        Raises:
+            TypeError: `linear` is not exactly an `nn.Linear`: a subclass may compute something
+                else.
+            ValueError: `linear` has something that would be lost, such as hooks.
+
+        Examples:
+            >>> linear = nn.Linear(20, 30)
+            >>> layer = mlp_ext.LinearReLU.from_linear(linear)
+            >>> layer.weight is linear.weight
+            True
         """
         if type(linear) is not nn.Linear:
             raise TypeError(
@@ -218,58 +278,52 @@ class LinearAct(nn.Linear):
 
 
 class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
-    """y = relu(x W^T + b), relu(z) = max(z, 0) and relu'(0) = 0 (Nair and Hinton, ICML 2010).
+    """y = relu(x W^T + b) with relu(z) = max(z, 0).
 
-    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    As in PyTorch, relu(NaN) is NaN, and the derivative at 0 is 0. Source: Nair and Hinton, ICML
+    2010.
     """
 
 
 class LinearSigmoid(LinearAct, activation="sigmoid", module=nn.Sigmoid):
-    """y = sigmoid(x W^T + b), sigmoid(z) = 1 / (1 + e^-z) (Rumelhart et al., Nature 1986).
+    """y = sigmoid(x W^T + b) with sigmoid(z) = 1 / (1 + e^-z).
 
-    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    As in PyTorch, it saturates to exactly 0 and 1. Source: Rumelhart et al., Nature 1986.
     """
 
 
 class LinearTanh(LinearAct, activation="tanh", module=nn.Tanh):
-    """y = tanh(x W^T + b) (LeCun et al., Efficient BackProp, 1998).
+    """y = tanh(x W^T + b).
 
-    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    As in PyTorch, it saturates to exactly -1 and 1. Source: LeCun et al., Efficient BackProp, 1998.
     """
 
 
 class LinearLeakyReLU(LinearAct, activation="leaky_relu", module=nn.LeakyReLU):
-    """y = leaky_relu(x W^T + b), z where z > 0, else negative_slope z (Maas et al., ICML 2013).
+    """y = leaky_relu(x W^T + b) with leaky_relu(z) = z if z > 0, else negative_slope z.
 
-    Arguments and state_dict of torch.nn.Linear, and negative_slope=0.01; shapes, dtypes and errors
-    of :func:`mlp_ext.linear_act`.
+    Source: Maas et al., ICML 2013.
     """
 
 
 class LinearELU(LinearAct, activation="elu", module=nn.ELU):
-    """y = elu(x W^T + b), z where z > 0, else alpha (e^z - 1) (Clevert et al., ICLR 2016).
+    """y = elu(x W^T + b) with elu(z) = z if z > 0, else alpha (e^z - 1).
 
-    Arguments and state_dict of torch.nn.Linear, and alpha=1.0; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    Source: Clevert et al., ICLR 2016.
     """
 
 
 class LinearSELU(LinearAct, activation="selu", module=nn.SELU):
-    """y = selu(x W^T + b), 1.0507 elu(z) with alpha = 1.6733 (Klambauer et al., NeurIPS 2017).
+    """y = selu(x W^T + b) with selu(z) = 1.0507 elu(z), alpha = 1.6733.
 
-    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    Source: Klambauer et al., NeurIPS 2017.
     """
 
 
 class LinearSiLU(LinearAct, activation="silu", module=nn.SiLU):
-    """y = silu(x W^T + b), silu(z) = z sigmoid(z) (Elfwing et al., Neural Networks 2018).
+    """y = silu(x W^T + b) with silu(z) = z sigmoid(z).
 
-    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    Source: Elfwing et al., Neural Networks 2018.
     """
 
 
@@ -279,61 +333,39 @@ class LinearGELU(
     module=nn.GELU,
     variants={"gelu": {"approximate": "none"}, "gelu_tanh": {"approximate": "tanh"}},
 ):
-    """y = gelu(x W^T + b), gelu(z) = z (1 + erf(z / sqrt 2)) / 2 (Hendrycks and Gimpel, 2016).
+    """y = gelu(x W^T + b) with gelu(z) = z (1 + erf(z / sqrt(2))) / 2.
 
-    With approximate="tanh": z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2. Arguments and
-    state_dict of torch.nn.Linear, and approximate="none"; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    With approximate="tanh", gelu(z) = z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2. Source:
+    Hendrycks and Gimpel, 2016.
     """
 
 
 class LinearSoftplus(LinearAct, activation="softplus", module=nn.Softplus):
-    """y = softplus(x W^T + b), log(1 + e^(beta z)) / beta, z where beta z > threshold (Dugas et
-    al., NeurIPS 2000).
+    """y = softplus(x W^T + b) with softplus(z) = log(1 + e^(beta z)) / beta.
 
-    Arguments and state_dict of torch.nn.Linear, and beta=1.0, threshold=20.0; shapes, dtypes and
-    errors of :func:`mlp_ext.linear_act`.
+    Where beta z > threshold, softplus(z) = z. Source: Dugas et al., NeurIPS 2000.
     """
 
 
 class LinearHardtanh(LinearAct, activation="hardtanh", module=nn.Hardtanh):
-    """y = hardtanh(x W^T + b), min(max(z, min_val), max_val) (Collobert, 2004).
+    """y = hardtanh(x W^T + b) with hardtanh(z) = min(max(z, min_val), max_val).
 
-    Arguments and state_dict of torch.nn.Linear, and min_val=-1.0, max_val=1.0; shapes, dtypes and
-    errors of :func:`mlp_ext.linear_act`.
+    Source: Collobert, 2004.
     """
 
 
 class LinearReLU6(LinearAct, activation="hardtanh", module=nn.ReLU6):
-    """y = relu6(x W^T + b), relu6(z) = min(max(z, 0), 6) (Krizhevsky, 2010).
+    """y = relu6(x W^T + b) with relu6(z) = min(max(z, 0), 6).
 
-    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    Source: Krizhevsky, 2010.
     """
 
 
 class LinearMish(LinearAct, activation="mish", module=nn.Mish):
-    """y = mish(x W^T + b), mish(z) = z tanh(log(1 + e^z)) (Misra, BMVC 2020).
+    """y = mish(x W^T + b) with mish(z) = z tanh(log(1 + e^z)).
 
-    Arguments and state_dict of torch.nn.Linear; shapes, dtypes and errors of
-    :func:`mlp_ext.linear_act`.
+    Source: Misra, BMVC 2020.
     """
-
-
-__all__ = [
-    "LinearELU",
-    "LinearGELU",
-    "LinearHardtanh",
-    "LinearLeakyReLU",
-    "LinearMish",
-    "LinearReLU",
-    "LinearReLU6",
-    "LinearSELU",
-    "LinearSiLU",
-    "LinearSigmoid",
-    "LinearSoftplus",
-    "LinearTanh",
-]  # public: the layers, listed for type checkers
 
 
 def option_items(module: nn.Module) -> Iterator[tuple[str, object]]:

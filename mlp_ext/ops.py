@@ -84,17 +84,26 @@ ACTIVATIONS: tuple[str, ...] = tuple(PARAMETERS)
 
 
 def build_info() -> dict[str, Any]:
-    """How this package was built and what it uses here.
+    """Says how mlp_ext was built, and what it uses on this machine.
 
     Returns:
-        A dict: the versions of ``mlp_ext`` and of the ``torch`` it was built against; ``compiler``;
-        ``instruction_sets`` in the build and the ``instruction_set`` in use, which the variable
-        ``ATEN_CPU_CAPABILITY`` (default, avx2, avx512) overrides; ``openmp``, its version date, or
-        None without it; ``threads``, torch's setting; ``cuda``, the version that the CUDA kernels
-        were built with; ``cuda_archs``, such as sm_80, sm_90a, and compute_90 for PTX; and the
-        version of ``cutlass``. If ``cuda`` is None, GPU tensors use native operations: the same
-        values, not fused. If ``cutlass`` is None, large layers with an activation that cuBLASLt
-        lacks use a GEMM followed by an elementwise pass.
+        dict: a value for each of these names.
+
+            - `mlp_ext`, `torch`: versions of this package and of the torch it was built against.
+            - `compiler`: its name and version.
+            - `instruction_sets`: those in the build; `instruction_set`: the one in use, which the
+              environment variable `ATEN_CPU_CAPABILITY` (default, avx2, avx512) overrides.
+            - `openmp`: its version date, or None if it was built without.
+            - `threads`: `torch.get_num_threads()`.
+            - `cuda`: version of the toolkit that compiled the CUDA kernels. If None, GPU tensors
+              run PyTorch's own operations: the same values, not fused.
+            - `cuda_archs`: such as sm_80, sm_90a, and compute_90 for PTX.
+            - `cutlass`: its version. If None, large layers on GPUs with an activation that cuBLASLt
+              lacks run a GEMM and an elementwise pass.
+
+    Examples:
+        >>> mlp_ext.build_info()["mlp_ext"] == mlp_ext.__version__
+        True
     """
     return {
         **_C.build_info(),

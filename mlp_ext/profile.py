@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mlp_ext.fuse import LEVELS, FusionReport, fuse, fusion_report, unfuse
+from mlp_ext.fuse import LEVELS, FusionReport, Level, fuse, fusion_report, unfuse
 from mlp_ext.nn import type_name
 from mlp_ext.train_step import TrainStep
 
@@ -25,22 +25,56 @@ CHECKED_LR = 1e4
 
 @dataclass(frozen=True)
 class Timing:
-    """One way to compute the model, beside native."""
+    """The time of one variant of a model, in a `Profile`.
 
-    name: str  # native, fused (level "layers"), stack or step (TrainStep)
-    left_out: str = ""  # why it is not measured
-    median_s: float | None = None  # seconds per call, over the rounds
+    Attributes:
+        name (str): "native", "fused" (`fuse` at level "layers"), "stack", or "step" (`TrainStep`).
+        left_out (str): why it was not measured, or "". If not measured, all numbers are None.
+        median_s (float): seconds per call, the median over the rounds.
+        q20_s (float): the 20% quantile, in seconds.
+        q80_s (float): the 80% quantile, in seconds.
+        ratio_to_native (float): native's time / this one's, the median over the rounds. Above 1 is
+            faster than native.
+        output_difference (float): largest |difference| from native's output / largest |value| of
+            native's output. For the step, the same for the loss.
+        gradient_difference (float): the same for gradients of the parameters; 0 without `train`.
+
+    Examples:
+        >>> found = mlp_ext.profile(nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8), rounds=1)
+        >>> [timing.name for timing in found.timings if timing.left_out]
+        ['fused']
+    """
+
+    name: str
+    left_out: str = ""
+    median_s: float | None = None
     q20_s: float | None = None
     q80_s: float | None = None
-    ratio_to_native: float | None = None  # native's time / this one's, the median over the rounds
-    # Largest |difference| from native / largest |value| of native's; of the step, the loss's.
+    ratio_to_native: float | None = None
     output_difference: float | None = None
-    gradient_difference: float | None = None  # of the parameters; 0 without train
+    gradient_difference: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
 class Profile:
-    """The result of profile; prints as text, to_dict() is for JSON."""
+    """The result of `profile`. Prints as text with tables.
+
+    Attributes:
+        model (str): the class of the model.
+        inputs (list of list of int): the shape of each input.
+        train (bool): whether training steps were measured, or forward.
+        device (str): "cpu" or "cuda".
+        device_name (str): the name of the processor or GPU.
+        threads (int): `torch.get_num_threads()`.
+        reports (dict of str to FusionReport): what `fuse` finds at each level.
+        timings (list of Timing): native, fused, stack and, with `train`, step.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
+        >>> found = mlp_ext.profile(model, torch.randn(64, 20), rounds=1)
+        >>> found.model, found.inputs, len(found.reports["layers"])
+        ('Sequential', [[64, 20]], 2)
+    """
 
     model: str
     inputs: list[list[int]]
@@ -48,11 +82,20 @@ class Profile:
     device: str
     device_name: str
     threads: int
-    reports: dict[str, FusionReport]  # of each level
+    reports: dict[Level, FusionReport]
     timings: list[Timing]
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts."""
+        """Gives the profile as numbers, strings, lists and dicts, for JSON.
+
+        Returns:
+            dict: the attributes by name, with `reports` as lists of sites under "fusion".
+
+        Examples:
+            >>> found = mlp_ext.profile(nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8), rounds=1)
+            >>> found.to_dict()["fusion"]["layers"][0]["reason"]
+            'last in its Sequential'
+        """
         fusion = {
             level: [asdict(site) for site in report] for level, report in self.reports.items()
         }
@@ -90,21 +133,31 @@ class Profile:
 
 
 def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 20) -> Profile:
-    """What fuse finds in `model`, and native, fused, stack and step measured in turn.
+    """Measures how much faster a model gets with `fuse`, at both levels, and with `TrainStep`.
 
-    model is called as model(*inputs); anything with tensors is an output. It is copied and not
-    changed: copies are set to evaluation or training, without what fuse did to the model before,
-    and torch's random state is restored.
+    The model is copied and not changed, and PyTorch's random state is restored. In each round, all
+    variants run in turn for 20 ms each, so that a drifting machine affects all alike.
 
-    train=False: forward under no_grad. train=True: a training step: forward, mean squared error of
-    the outputs against zeros, zero_grad, backward and an update by SGD; the step is
-    mlp_ext.TrainStep, for a model that it supports.
+    Args:
+        model (nn.Module): the model. If it is fused, the copies are unfused first.
+        *inputs: the arguments of the model, usually tensors.
+        train (bool): False measures forward in eval mode under no_grad. True measures a training
+            step with SGD and the mean squared error of the outputs against zeros, also with
+            `TrainStep` if it supports the model. Default: False.
+        rounds (int): number of samples per variant. Default: 20.
 
-    In each of `rounds` rounds, all are called in turn for 20 ms each, so that a drifting machine
-    affects all alike.
+    Returns:
+        Profile: what `fuse` finds, the largest differences from native, and times in seconds.
 
-    Raises TypeError if `model` is not an nn.Module; RuntimeError if it cannot be copied, or native
-    fails on these inputs.
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+        RuntimeError: the model cannot be copied, or fails on these inputs.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
+        >>> found = mlp_ext.profile(model, torch.randn(64, 20), train=True, rounds=1)
+        >>> [timing.name for timing in found.timings]
+        ['native', 'fused', 'stack', 'step']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"profile: model must be a torch.nn.Module, got {type_name(model)}")

@@ -24,25 +24,33 @@ from mlp_ext.plan import (
 
 
 class Sequential(nn.Sequential):
-    r"""An nn.Sequential in which each run of linear layers and activations is one operator.
+    """An `nn.Sequential` in which each run of linear layers and activations is one operator.
 
-    .. math:: y_0 = x, \quad y_l = \sigma_l(y_{l-1} W_l^T + b_l)
+        y_0 = x,   y_l = act_l(y_{l-1} W_l^T + b_l)
 
-    Everything but forward is nn.Sequential's: children, state_dict, repr, indices and slices. A run
-    consists of nn.Linear layers, each alone or followed by an activation of torch.nn that has a
-    layer in mlp_ext (ReLU, GELU, ...), and of those layers (LinearReLU, LinearGELU, ...). It is one
-    call of ``torch.ops.mlp_ext.mlp`` and one autograd node (backpropagation: Rumelhart, Hinton and
-    Williams, Nature 1986), with the values and derivatives of calling its children one by one.
-    Other children are called as modules, and so are children with hooks, parametrizations, instance
-    attributes or special parameters; with global module hooks, all children are. Later changes of
-    children, options or hooks take effect in the next call.
+    Arguments, children, `state_dict`, repr, indices and slices are those of `nn.Sequential`. A run
+    consists of `nn.Linear` and layers such as `LinearReLU`, each with or without an activation of
+    `torch.nn` after it. It is one autograd node (backpropagation: Rumelhart, Hinton and Williams,
+    Nature 1986), with the values and derivatives of calling the children one by one.
 
-    Shape: input [*, K] where the first layer is Linear(K, N), with any number of leading
-    dimensions; output [*, N] of the last layer.
-    Dtypes: in a run float32, float64, bfloat16, float16, the same for input and parameters; under
-    autocast like nn.Linear.
-    Raises, before the run computes anything, RuntimeError for dtypes, shapes or devices that do not
-    match, as "Sequential: input must be [*, K=10], got [64, 9]".
+    Other children are called as modules. So are children with hooks, parametrizations, instance
+    attributes or special parameters. Later changes of children, options or hooks take effect in the
+    next call.
+
+    Shape:
+        - Input: `(*, K)`, where the first layer is `nn.Linear(K, ...)`, with any number of leading
+          dimensions; float32, float64, bfloat16 or float16, the dtype of the parameters.
+        - Output: `(*, N)`, where the last layer is `nn.Linear(..., N)`.
+
+    Raises:
+        TypeError: the input of a run is not a tensor.
+        RuntimeError: the input's shape, dtype or device does not match the first weight of a run.
+            Raised before the run computes anything.
+
+    Examples:
+        >>> model = mlp_ext.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1), nn.Sigmoid())
+        >>> model(torch.randn(128, 20)).shape
+        torch.Size([128, 1])
     """
 
     def forward(self, input: Any) -> Any:

@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ from mlp_ext.step_graph import graphed
 
 
 class TrainStep:
-    """step(input, target) equals a training step of torch in one call:
+    """Forward, loss, backward and the optimizer's update in one call.
+
+    `step(input, target)` equals
 
         loss = criterion(model(input), target)
         optimizer.zero_grad()
@@ -34,30 +38,43 @@ class TrainStep:
         optimizer.step()
 
     It updates the model's own Parameters in place, with the optimizer's own settings and state. LR
-    schedulers, checkpoints and ordinary eager steps keep working. One difference: .grad is not
-    written. After model.to(dtype), convert the optimizer's state with
-    optimizer.load_state_dict(optimizer.state_dict()).
+    schedulers, checkpoints and ordinary eager steps keep working. `.grad` is not written. Sources:
+    Rumelhart, Hinton and Williams, Nature 1986, for backward; `torch.optim` for each optimizer.
 
-    model: an nn.Sequential (may be nested or fused), a single layer, or a module whose forward only
-        calls its children one after another. Supported modules are nn.Linear, the layers of
-        mlp_ext, nn.Identity, activations that have such a layer, each after a Linear, nn.Dropout,
-        and nn.Flatten at the start. All parameters are float32, float64, bfloat16 or float16.
-        DistributedDataParallel of such a model: gradients are averaged over its process group.
-    criterion: nn.MSELoss, nn.BCELoss, nn.BCEWithLogitsLoss (with pos_weight), nn.L1Loss,
-        nn.SmoothL1Loss, nn.HuberLoss, nn.CrossEntropyLoss or nn.NLLLoss (with weight, ignore_index
-        and label_smoothing), or its function of torch.nn.functional, also in a functools.partial
-        with these as keywords; reduction mean or sum.
-    optimizer: SGD, Adam, AdamW, RMSprop or Adagrad of torch.optim, with any options except
-        differentiable and capturable, read at each call. Parameters that it does not have, or that
-        do not require a gradient, are not updated.
-    max_norm: clips the norm of all gradients that learn, as torch.nn.utils.clip_grad_norm_ does.
-    accumulate: the optimizer updates at every accumulate-th call, with the mean of the gradients of
-        these calls, as if each loss was divided by accumulate. fit applies an incomplete group at
-        its end.
+    Changes of the model, criterion or optimizer take effect in the next call, which raises what the
+    constructor would raise. After `model.to(dtype)`, convert the optimizer's state with
+    `optimizer.load_state_dict(optimizer.state_dict())`. A copy or pickle is a step on copies of the
+    three, which are read at its first call, so a model may hold its own step.
 
-    Raises TypeError or ValueError, naming what is not supported: at construction, or at the next
-    call after model, criterion or optimizer were changed. A copy (or pickle) is a TrainStep on
-    copies of the three, which are read at its first call, so a model may hold its own TrainStep.
+    Args:
+        model (nn.Module): an `nn.Sequential` (may be nested or fused), a single layer, a module
+            whose forward only calls its children one after another, or `DistributedDataParallel`
+            of one. Its modules: `nn.Linear`, the layers of mlp_ext, the activations that have such
+            a layer, each after a Linear, `nn.Identity`, `nn.Dropout`, and `nn.Flatten` at the
+            start. All Parameters have the same dtype: float32, float64, bfloat16 or float16.
+        criterion (nn.Module or function): `nn.MSELoss`, `L1Loss`, `SmoothL1Loss`, `HuberLoss`,
+            `BCELoss`, `BCEWithLogitsLoss` (with pos_weight), `CrossEntropyLoss` (with weight,
+            ignore_index, label_smoothing) or `NLLLoss` (with weight, ignore_index), with the
+            reduction mean or sum. Or the function in `torch.nn.functional`, or a
+            `functools.partial` of it.
+        optimizer (torch.optim.Optimizer): `SGD`, `Adam`, `AdamW`, `RMSprop` or `Adagrad`, with any
+            options except differentiable and capturable. Its settings are read at each call.
+            Parameters that it does not have, or that do not require a gradient, are not updated.
+        max_norm (float, optional): clips the norm of all gradients, as
+            `torch.nn.utils.clip_grad_norm_` does. Default: no clipping.
+        accumulate (int): number of calls per update. An update uses the mean of their gradients, as
+            if each loss was divided by it. Default: 1.
+
+    Raises:
+        TypeError: a module, the criterion or the optimizer is of a type that is not supported. The
+            message names it, and what to use instead.
+        ValueError: they have options, hooks, shared Parameters or the like that are not supported.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 1), nn.Sigmoid())
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> mlp_ext.TrainStep(model, nn.MSELoss(), optimizer, max_norm=1.0)
+        TrainStep(10-5-1 relu sigmoid, MSELoss(), SGD(lr=0.1), max_norm=1.0)
     """
 
     def __init__(
@@ -84,6 +101,17 @@ class TrainStep:
         self._trainer: Any = graphed(trainer, widths)
         self._step = self._trainer.step
 
+    def __repr__(self) -> str:
+        model, criterion, optimizer = self._parts
+        max_norm, accumulate = self._settings
+        return "TrainStep({}, {}, {}{}{})".format(
+            _model_text(model),
+            _criterion_text(criterion),
+            _optimizer_text(optimizer),
+            f", {max_norm=}" if max_norm is not None else "",
+            f", {accumulate=}" if accumulate != 1 else "",
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {"_parts": self._parts, "_settings": self._settings}
 
@@ -95,20 +123,41 @@ class TrainStep:
         self._step = self._trainer.step
 
     def __call__(self, input: Tensor, target: Tensor) -> Tensor:
-        """Runs one step; returns the detached loss [] before the update, which may not be finite.
+        """Runs one step.
 
-        input: [*, K] before any Flatten, with the parameters' dtype and device; [M, K] for
-            nn.CrossEntropyLoss and nn.NLLLoss.
-        target: [*, N] like the output (for nn.CrossEntropyLoss probabilities), or classes [M] of
-            int64 or uint8 for nn.CrossEntropyLoss and nn.NLLLoss. Where torch promotes a float64
-            target of a float32 model, the loss is float64.
+        Args:
+            input (Tensor): a batch, of the dtype and device of the Parameters.
+            target (Tensor): its targets, of the same dtype and device, or classes of int64 or
+                uint8.
 
-        Raises TypeError, ValueError, IndexError or RuntimeError, with nothing changed, if a shape,
-        dtype or device does not match; a class is out of range; outputs or targets of nn.BCELoss
-        are not in [0, 1]; input or target requires a gradient or has a tangent; no parameter
-        learns; or torch's global state requires what a step does not support: no_grad,
-        inference_mode, autocast, anomaly detection, saved-tensor hooks, a torch.func transform or a
-        torch function mode (full list in docs/train-step.md).
+        Shape:
+            - input: `(*, K)`, or what the model's `nn.Flatten` makes `(M, K)`. With classes, only
+              `(M, K)`.
+            - target: `(*, N)`, as the output; or classes `(M)` from 0 to N - 1.
+            - Output: `()`.
+
+        Returns:
+            Tensor: the detached loss before the update. It may not be finite. Its dtype is the
+                model's, or float64 where PyTorch promotes a float64 target of a float32 model.
+
+        Raises:
+            TypeError: input or target is not a tensor, or classes are not int64 or uint8; also, as
+                ValueError, if the model, criterion or optimizer was changed to something that is
+                not supported.
+            IndexError: a class is out of range.
+            RuntimeError: a shape, dtype or device does not match; input or target requires a
+                gradient; values are not in [0, 1] with `nn.BCELoss`; no Parameter learns; or
+                PyTorch is in a state that a step does not support, such as no_grad, inference_mode
+                or autocast (full list in docs/train-step.md).
+
+        After any of these errors, nothing has changed.
+
+        Examples:
+            >>> model = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 3))
+            >>> optimizer = torch.optim.Adam(model.parameters())
+            >>> step = mlp_ext.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+            >>> step(torch.randn(64, 10), torch.randint(3, (64,))).shape
+            torch.Size([])
         """
         try:
             while (loss := self._step(input, target)) is None:
@@ -128,7 +177,7 @@ class TrainStep:
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Train for `epochs` passes over the rows of input [n, *, K] and target [n, ...].
+        """Trains for a number of epochs, without Python between the steps.
 
         Each epoch runs the same steps, in the same order, as
 
@@ -136,15 +185,42 @@ class TrainStep:
             for rows in order.split(batch_size or n):
                 step(input[rows], target[rows])
 
-        The last batch may be smaller; without rows there are no steps. The optimizer's settings are
-        read once, at the start. If stderr is a terminal, progress shows a bar, or plain text
-        without tqdm.
+        The optimizer's settings are read once, at the start. An incomplete group of `accumulate`
+        calls is applied at the end. Ctrl-C raises KeyboardInterrupt within 50 ms or one step. After
+        any error, all completed steps remain in effect.
 
-        Returns the losses [epochs] on the CPU, in the input's dtype or float32 if that is 16-bit:
-        the mean of each epoch over its rows, or the sum with the reduction "sum".
+        Args:
+            input (Tensor): all rows, of the dtype and device of the Parameters.
+            target (Tensor): the target of each row, as in a call of the step.
+            epochs (int): number of passes over the rows. Default: 50.
+            batch_size (int, optional): rows per step; the last batch may be smaller. Default: all.
+            shuffle (bool): whether to shuffle the rows in each epoch. Default: False.
+            generator (torch.Generator, optional): random generator for `shuffle`, on the CPU.
+                Default: PyTorch's default generator.
+            progress (bool): whether to show a progress bar in a terminal or notebook, with tqdm if
+                installed. Default: False.
 
-        Raises the same errors as a step. Ctrl-C raises KeyboardInterrupt within 50 ms or one step.
-        After any error, all completed steps remain in effect.
+        Shape:
+            - input: `(n, *, K)`.
+            - target: `(n, *, N)`, or classes `(n)`.
+            - Output: `(epochs)`.
+
+        Returns:
+            Tensor: the loss of each epoch, on the CPU: the mean over its rows, or the sum with the
+                reduction "sum". Its dtype is the input's, or float32 if that is 16-bit.
+
+        Raises:
+            TypeError, ValueError: an argument is of another type or out of range, or as in a call.
+            IndexError, RuntimeError: as in a call of the step.
+
+        Examples:
+            >>> x, y = torch.randn(1000, 10), torch.rand(1000, 1)
+            >>> model = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 1), nn.Sigmoid())
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> step = mlp_ext.TrainStep(model, nn.MSELoss(), optimizer)
+            >>> losses = step.fit(x, y, epochs=20, batch_size=32, shuffle=True)
+            >>> losses.shape
+            torch.Size([20])
         """
         _check_fit(input, target, shuffle, generator)
         rows = max(1, len(input))
@@ -184,6 +260,41 @@ class TrainStep:
         rename(error, "TrainStep")
 
 
+def _model_text(model: nn.Module) -> str:
+    """As "10-5-1 relu sigmoid"; the class of a model that a step does not support any more."""
+    try:
+        layers = read_model(model).layers
+        shapes = [layer.parameters[0].shape for layer in layers]
+        widths = [shapes[0][1], *(shape[0] for shape in shapes)]
+    except Exception:
+        return type(model).__name__
+    activations = [layer.activation.name if layer.activation else "identity" for layer in layers]
+    return f"{'-'.join(map(str, widths))} {' '.join(activations)}"
+
+
+def _criterion_text(criterion: Any) -> str:
+    if isinstance(criterion, partial):
+        keywords = ", ".join(f"{name}={kind(value)}" for name, value in criterion.keywords.items())
+        return f"{criterion.func.__name__}({keywords})"
+    return repr(criterion) if isinstance(criterion, nn.Module) else criterion.__name__
+
+
+def _optimizer_text(optimizer: torch.optim.Optimizer) -> str:
+    """With lr and the options that are not defaults; lists where groups differ."""
+    _, *options = signature(type(optimizer)).parameters.values()
+    texts = []
+    for option in options:
+        values = [_short(group.get(option.name)) for group in optimizer.param_groups]
+        if option.name == "lr" or not {*values} <= {_short(option.default)}:
+            value = values[0] if len({*values}) == 1 else f"[{', '.join(values)}]"
+            texts.append(f"{option.name}={value}")
+    return f"{type(optimizer).__name__}({', '.join(texts)})"
+
+
+def _short(value: object) -> str:
+    return f"({', '.join(map(kind, value))})" if isinstance(value, tuple) else kind(value)
+
+
 class _Unread:
     """Placeholder for the Trainer of a copy: never current, so that the first call reads."""
 
@@ -197,10 +308,6 @@ class _Unread:
 def _check_fit(
     input: Tensor, target: Tensor, shuffle: bool, generator: torch.Generator | None
 ) -> None:
-    def check(name: str, value: object, fits: bool, what: str) -> None:
-        if not fits:
-            raise TypeError(f"TrainStep.fit: {name} must be {what}, got {kind(value)}")
-
     for name, tensor in (("input", input), ("target", target)):
         check_tensor("TrainStep.fit", name, tensor)
         if tensor.dim() < (2 if name == "input" else 1):
@@ -209,13 +316,14 @@ def _check_fit(
     if len(input) != len(target):
         rows = f"input has {len(input)} rows, target {len(target)}"
         raise ValueError(f"TrainStep.fit: {rows}")
-    check("shuffle", shuffle, isinstance(shuffle, bool), "True or False")
-    if generator is not None:
-        fits = isinstance(generator, torch.Generator)
-        check("generator", generator, fits, "a torch.Generator or None")
-        if generator.device.type != "cpu":
-            what = f"generator must be on the cpu, as for torch.randperm, got {generator.device}"
-            raise ValueError(f"TrainStep.fit: {what}")
+    if not isinstance(shuffle, bool):
+        raise TypeError(f"TrainStep.fit: shuffle must be True or False, got {kind(shuffle)}")
+    if not isinstance(generator, (torch.Generator, type(None))):
+        what = f"generator must be a torch.Generator or None, got {kind(generator)}"
+        raise TypeError(f"TrainStep.fit: {what}")
+    if generator is not None and generator.device.type != "cpu":
+        what = f"generator must be on the cpu, as for torch.randperm, got {generator.device}"
+        raise ValueError(f"TrainStep.fit: {what}")
 
 
 def _count(caller: str, name: str, value: Any) -> int:
@@ -237,11 +345,11 @@ AfterEpoch = Callable[[int, float], None]
 
 @contextmanager
 def _progress(epochs: int) -> Iterator[AfterEpoch | None]:
-    """A callback that shows each epoch's loss; None if stderr is not a terminal."""
-    if not sys.stderr.isatty():
+    """A callback that shows each epoch's loss; None where nobody would see a bar."""
+    if not (sys.stderr.isatty() or _is_notebook()):
         yield None
     elif find_spec("tqdm"):
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         with tqdm(total=epochs, unit="epoch") as bar:
 
@@ -263,3 +371,10 @@ def _progress(epochs: int) -> Iterator[AfterEpoch | None]:
             yield write
         finally:
             print(file=sys.stderr)
+
+
+def _is_notebook() -> bool:
+    """Whether this is a Jupyter kernel, as tqdm.auto finds it out."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config

@@ -36,7 +36,7 @@ def checked(*command: str | Path, **kwargs: object) -> str:
 
 def copy_tree(folder: Path) -> Path:
     """The source tree with what an editable build left in it, which the sdist must not take."""
-    for name in ("csrc", "mlp_ext", "tests", "benchmarks"):
+    for name in ("csrc", "mlp_ext", "mlp_ext_cli", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (p for p in ROOT.iterdir() if p.is_file()):
         shutil.copy(path, folder)
@@ -107,8 +107,9 @@ def test_sdist_holds_its_tests(sdist: Path) -> None:
 def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"mlp_ext/py.typed", "mlp_ext/_C.pyi", "mlp_ext/_built.py"} <= {*names}
+    assert "mlp_ext_cli/__init__.py" in names
     assert [n for n in names if n.startswith("mlp_ext/_C.") and n.endswith(".so")]
-    assert not [n for n in names if not n.startswith(("mlp_ext/", "mlp_ext-"))]
+    assert not [n for n in names if not n.startswith(("mlp_ext/", "mlp_ext_cli/", "mlp_ext-"))]
 
 
 @pytest.mark.slow
@@ -130,7 +131,7 @@ print(mlp_ext.__file__, mlp_ext.__version__)
     for command in ([script], [python, "-m", "mlp_ext"]):
         info = json.loads(checked(*command, "info", "--json", cwd=tmp_path, env=env))
         assert (info["mlp_ext"], info["instruction_set"]) == (version, _C.instruction_set())
-    train = ["train", "--layers", "fused", "--data", "seed", "--epochs", "2"]
+    train = ["train", "--layers", "fused", "--data", "tutorial", "--epochs", "2"]
     assert "epoch: 1 loss: 0." in checked(script, *train, cwd=tmp_path, env=env)
 
 

@@ -2,35 +2,47 @@
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import mlp_ext
+from mlp_ext.bench import cases
 from mlp_ext.bench.training import LOSSES, OPTIMIZERS, Layers
 from mlp_ext.commands import plots
 from mlp_ext.commands import train as train_command
-from mlp_ext.commands.cli import main
-from mlp_ext.commands.loop import LAYERS, Step, sgd_step
+from mlp_ext.commands.data import DATASETS
+from mlp_ext.commands.distributed import WRAPPERS
+from mlp_ext.commands.loop import LAYERS, Step, TrainingRun, sgd_step
+from mlp_ext_cli import arguments, main
+from mlp_ext_cli import bench as bench_arguments
+from mlp_ext_cli import train as train_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUMBER = r"\d\.\d{4}"
 
 
+ENV = {  # finds the package that is tested here; users' output is buffered
+    **{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    "PYTHONPATH": os.pathsep.join([str(Path(mlp_ext.__file__).parents[1]), *sys.path[1:]]),
+}
+
+
 def command(*args: str) -> tuple[list[str], dict[str, object]]:
     """`python -m mlp_ext` in a process of its own, with the package that is tested here."""
-    where = [str(Path(mlp_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, where))}
-    env.pop("PYTHONUNBUFFERED", None)  # users' output is buffered
-    return [sys.executable, "-m", "mlp_ext", *args], {"env": env, "text": True}
+    return [sys.executable, "-m", "mlp_ext", *args], {"env": ENV, "text": True}
 
 
 def epoch_lines(out: str) -> list[str]:
@@ -54,33 +66,70 @@ def add_kind(monkeypatch: pytest.MonkeyPatch, stop: BaseException, after: int) -
     monkeypatch.setitem(LAYERS, "stops", Layers(row))
 
 
-def test_info_prints_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_prints_the_build_and_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 80
+    found = {
+        name: text.split()
+        for name, text in re.findall(r"^(\w+)\s+(.*(?:\n .*)*)", out, flags=re.MULTILINE)
+    }
     build = mlp_ext.build_info()
-    assert lines.keys() == build.keys()
-    assert lines["torch"] == build["torch"]
+    assert found.keys() > build.keys()
+    assert found["torch"] == [build["torch"]]
+    assert found["activations"] == list(mlp_ext.ACTIVATIONS)
+    assert found["losses"] == list(LOSSES)
+    assert found["optimizers"] == list(OPTIMIZERS)
+    assert found["data_sets"] == list(DATASETS)
 
 
-def test_info_as_json_is_the_build(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_as_json_holds_the_build(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == mlp_ext.build_info()
+    info = json.loads(capsys.readouterr().out)
+    assert info.items() >= mlp_ext.build_info().items()
+    assert info["data_sets"] == list(DATASETS)
 
 
 def test_train_prints_the_tutorials_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train"]) == 0
+    assert main(["train", "--layers", "native", "--log-every", "1"]) == 0
     lines = epoch_lines(capsys.readouterr().out)
     assert len(lines) == 50
     for epoch, line in enumerate(lines):
         assert re.fullmatch(f"epoch: {epoch} loss: {NUMBER}", line)
 
 
-def test_train_all_prints_losses_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "epochs"),
+    [
+        ("--epochs 1", [0]),
+        ("--epochs 10", [*range(10)]),
+        ("--epochs 11", [0, 2, 4, 6, 8, 10]),
+        ("--epochs 50", [0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 49]),
+        ("--epochs 1000", [*range(0, 1000, 100), 999]),
+        ("--epochs 10 --log-every 4", [0, 4, 8, 9]),
+        ("--epochs 10 --log-every 100", [0, 9]),
+        ("--epochs 10 --quiet", []),
+    ],
+)
+def test_about_ten_epochs_are_printed(
+    args: str, epochs: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--layers", "step", *args.split()]) == 0
+    lines = epoch_lines(capsys.readouterr().out)
+    assert [int(line.split()[1]) for line in lines] == epochs
+
+
+def test_train_prints_losses_of_all_layers_side_by_side(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("sklearn")
-    assert main(["train", "--layers", "all", "--data", "breast_cancer", "--epochs", "3"]) == 0
+    assert main(["train", "--data", "breast_cancer", "--epochs", "3"]) == 0
     out = capsys.readouterr().out
-    title = "breast_cancer: 455 rows, 30-5-1 relu, mse, sgd, lr 0.01, batches of 10, float32 on "
-    assert out.startswith(title)
+    assert out.splitlines()[:3] == [
+        "breast_cancer: 455 rows and 114 to test, 30 features",
+        "network 30-5-1, relu; float32 on 1 CPU thread",
+        "mse, sgd with lr 0.01, batches of 10",
+    ]
     lines = epoch_lines(out)
     assert len(lines) == 3
     for epoch, line in enumerate(lines):
@@ -89,18 +138,81 @@ def test_train_all_prints_losses_side_by_side(capsys: pytest.CaptureFixture[str]
         assert [float(v) for v in values] == pytest.approx(
             [float(values[0])] * len(LAYERS), abs=2e-4
         )
-    heading, *rows = [re.split(r" {2,}", line.strip()) for line in out.splitlines()[4:]]
-    columns = ["ms per epoch", "speed up", "largest difference", "accuracy", "held out"]
+    table = out.splitlines()[7:-2]
+    heading, *rows = [re.split(r" {2,}", line.strip()) for line in table]
+    columns = ["ms per epoch", "speed", "loss differs by", "train accuracy", "test accuracy"]
     assert heading == columns
     assert [row[0] for row in rows] == list(LAYERS)
-    assert rows[0][2:4] == ["1.00", "0"]
+    assert rows[0][2:4] == ["1.00x", "0"]
     assert all(len(row) == 6 and float(row[3]) < 1e-5 for row in rows)
     assert all(re.fullmatch(r"\d+\.\d%", cell) for row in rows for cell in row[4:])
+    assert max(map(len, out.splitlines())) < 80
+
+
+def test_quiet_prints_the_table_and_the_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--quiet"]) == 0
+    heading, *rows, blank, sentence = capsys.readouterr().out.splitlines()
+    assert heading.split("  ")[-1] == "loss differs by"
+    assert [row.split()[0] for row in rows] == list(LAYERS)
+    assert (blank, sentence[-1]) == ("", ".")
 
 
 def test_one_kind_alone_is_compared_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--layers", "fused", "--epochs", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2].split() == ["ms", "per", "epoch"]
+    assert main(["train", "--layers", "fused", "--epochs", "2"]) == 0
+    *_, first, last, _, heading, _, _, sentence = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ms", "per", "epoch"]
+    first, last = (line.split()[-1] for line in (first, last))
+    losses = f"loss {first} in the first epoch, {last} in the last"
+    assert re.fullmatch(rf"fused trained in [\d.]+ [mu]?s: {losses}\.", sentence)
+
+
+def result(speed: float, difference: float = 0.0, last: float = 0.2) -> dict[str, object]:
+    losses = [0.3, last]
+    return {"speed_up": speed, "largest_difference": difference, "losses": losses}
+
+
+@pytest.mark.parametrize(
+    ("fused", "step", "sentence"),
+    [
+        (result(1.3), result(32.4), "step was 32 times as fast as torch, with the same losses."),
+        (result(1.3), result(3.24), "step was 3.2 times as fast as torch, with the same losses."),
+        (result(1.3), result(1.25), "fused was 1.30 times as fast as torch, with the same losses."),
+        (
+            result(1.3),
+            result(2.0, 2e-5),
+            "step was 2.0 times as fast as torch, with the same losses.",
+        ),
+        (
+            result(1.3, 0.001),
+            result(32.0),
+            "step was 32 times as fast as torch; the losses of fused differ from torch's by up to "
+            "0.001.",
+        ),
+        (
+            result(1.3, 0.001),
+            result(32.0, math.nan),
+            "step was 32 times as fast as torch; the losses of step differ from torch's by up to "
+            "nan.",
+        ),
+        (
+            result(0.9),
+            result(0.8),
+            "Nothing was faster than torch; fused was 0.90 times as fast as torch, with the same "
+            "losses.",
+        ),
+    ],
+)
+def test_sentence_says_what_is_true(
+    fused: dict[str, object], step: dict[str, object], sentence: str
+) -> None:
+    results = {"native": result(1.0), "fused": fused, "step": step}
+    assert train_command._sentence(results) == sentence
+
+
+def test_sentence_on_losses_that_are_not_finite() -> None:
+    results = {"native": result(1.0, 0.0, math.inf), "step": result(32.0, math.nan, math.inf)}
+    advice = "The loss is not finite: try a smaller --lr."
+    assert train_command._sentence(results) == f"step was 32 times as fast as torch. {advice}"
 
 
 def test_layers_change_the_way_not_the_losses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +252,8 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["args"] == {
         "layers": "all",
         "data": "digits",
+        "csv": None,
+        "target": None,
         "hidden": [8, 6],
         "activation": "tanh",
         "loss": "cross_entropy",
@@ -191,35 +305,81 @@ def test_plot_is_drawn(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_plot_shows_every_curve() -> None:
+def drawn(*kinds: tuple[str, list[float]]) -> Any:
+    runs = [
+        TrainingRun(kind, nn.Identity(), sgd_step, losses, [0.1] * len(losses))
+        for kind, losses in kinds
+    ]
+    return plots.loss_curves(runs, "the title")
+
+
+def test_plot_is_of_losses_over_epochs_and_time() -> None:
     pytest.importorskip("matplotlib")
     losses = {"native": [0.3, 0.2], "fused": [0.3, 0.2], "other": [0.3, 0.1]}
-    (axes,) = plots.loss_curves(losses, "the title").axes
-    assert [list(line.get_ydata()) for line in axes.lines] == list(losses.values())
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(losses)
-    assert len({(line.get_linewidth(), str(line._dash_pattern)) for line in axes.lines}) == 3
-    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == (
-        "the title",
-        "epoch",
-        "loss",
-    )
+    figure = drawn(*losses.items())
+    epochs, time = figure.axes
+    for axes, steps in ((epochs, [0, 1]), (time, [0.1, 0.2])):
+        assert [list(line.get_ydata()) for line in axes.lines] == list(losses.values())
+        assert [list(line.get_xdata()) for line in axes.lines] == [steps] * 3
+    assert [text.get_text() for text in time.get_legend().get_texts()] == list(losses)
+    assert figure.get_suptitle() == "the title"
+    assert (epochs.get_xlabel(), epochs.get_ylabel()) == ("epoch", "loss")
+    assert time.get_xlabel().startswith("time in training steps")
 
 
-def test_plot_of_one_epoch_shows_a_point() -> None:
+@pytest.mark.parametrize("epochs", [1, 40])
+def test_plot_shows_every_one_of_equal_curves(epochs: int) -> None:
     pytest.importorskip("matplotlib")
-    (axes,) = plots.loss_curves({"native": [0.3]}, "").axes
-    assert axes.lines[0].get_marker() == "o"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgb
+
+    losses = [0.3 / (1 + epoch) for epoch in range(epochs)]
+    figure = drawn(*((kind, losses) for kind in LAYERS))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = torch.from_numpy(np.asarray(canvas.buffer_rgba())[:, :, :3].copy()).float() / 255
+    left, *_ = figure.axes
+    pixels = image[:, : int(left.bbox.x1)]  # without the legend
+    for line in left.lines:
+        own = (pixels - torch.tensor(to_rgb(line.get_color()))).abs().amax(-1) < 0.02
+        assert own.sum() > 50, line.get_label()
+
+
+def test_plot_of_equal_losses_does_not_show_their_rounding() -> None:
+    pytest.importorskip("matplotlib")
+    figure = drawn(("native", [0.3]), ("fused", [0.3 + 1e-8]))
+    assert figure.axes[0].get_ylim() == pytest.approx((0, 0.6))
+
+
+@pytest.mark.parametrize("layers", ["all", "step"])
+def test_saved_weights_are_those_of_a_sequential(layers: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    path, csv = tmp_path / "model.pt", tmp_path / "own.csv"
+    generator = torch.Generator().manual_seed(0)
+    x = 100 + 10 * torch.rand(200, 3, dtype=torch.float64, generator=generator)
+    y = 1000 + 7 * x[:, 0] - 3 * x[:, 1]
+    rows = [",".join(map(repr, [*r.tolist(), t.item()])) for r, t in zip(x, y, strict=True)]
+    csv.write_text("\n".join(["a,b,c,y", *rows]))
+    args = "--hidden 8 --dtype float64 --optimizer adam --epochs 40 --activation tanh --quiet"
+    files = ["--csv", str(csv), "--target", "y", "--save", str(path)]
+    assert main(["train", "--layers", layers, *args.split(), *files]) == 0
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    with torch.no_grad():
+        error = model(x).squeeze(1) - y  # of features and targets as they are in the file
+    assert error.square().mean() < 0.05 * y.var()
+    assert set(tmp_path.iterdir()) == {path, csv}
 
 
 ERRORS = [
-    ("--data iris", "argument --data: invalid choice: 'iris'"),
-    ("--layers warped", "argument --layers: invalid choice: 'warped'"),
-    ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
-    ("--device tpu", "argument --device: invalid choice: 'tpu'"),
-    ("--activation swish", "argument --activation: invalid choice: 'swish'"),
-    ("--loss nll", "argument --loss: invalid choice: 'nll'"),
+    ("--data iris", "argument --data: must be one of "),
+    ("--layers warped", "argument --layers: must be one of "),
+    ("--dtype int8", "argument --dtype: must be one of "),
+    ("--device tpu", "argument --device: must be one of "),
+    ("--activation swish", "argument --activation: must be one of "),
+    ("--loss nll", "argument --loss: must be one of "),
     ("--loss cross_entropy", "argument --loss: cross_entropy needs an output for each class"),
-    ("--optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
+    ("--optimizer lion", "argument --optimizer: must be one of "),
     ("--epochs 0", "argument --epochs: must be a whole number from 1 to 2147483647, got '0'"),
     ("--epochs=-1", "argument --epochs: must be a whole number"),
     ("--epochs 1.5", "argument --epochs: must be a whole number"),
@@ -234,6 +394,15 @@ ERRORS = [
     ("--lr fast", "argument --lr: must be a positive number, got 'fast'"),
     ("--seed=-1", "argument --seed: must be a whole number from 0 to 4294967295, got '-1'"),
     ("--plot missing/loss.png", "argument --plot: cannot write 'missing/loss.png': No such file"),
+    ("--save missing/model.pt", "argument --save: cannot write 'missing/model.pt': No such file"),
+    ("--data seed", "argument --data: 'seed' is now called tutorial"),
+    ("--target y", "argument --target: is for --csv FILE"),
+    ("--csv file", "argument --csv: add --target COLUMN, the column to predict"),
+    ("--csv none --target y", "argument --csv: cannot read 'none': No such file or directory"),
+    ("--csv folder --target y", "argument --csv: cannot read 'folder': Is a directory"),
+    ("--csv file --target y", "argument --csv: file has the column 'before' alone, and needs "),
+    ("--csv file --target y --data digits", "argument --data: not allowed with argument --csv"),
+    ("--log-every 0", "argument --log-every: must be a whole number"),
     ("--json missing/run.json", "argument --json: cannot write 'missing/run.json': No such file"),
     ("--json file/run.json", "argument --json: cannot write 'file/run.json': Not a directory"),
     ("--json folder", "argument --json: 'folder' is not a file"),
@@ -304,11 +473,11 @@ def test_missing_package_is_named(
     assert capsys.readouterr() == ("", f"mlp-ext train: error: {package} {advice}\n")
 
 
-@pytest.mark.parametrize("args", [[], ["nonsense"], ["train", "--nonsense"], ["train", "extra"]])
+@pytest.mark.parametrize("args", [["nonsense"], ["train", "--nonsense"], ["train", "extra"]])
 def test_wrong_command_is_an_error(args: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"mlp-ext: error: .+\n", err)
+    assert re.fullmatch(r"mlp-ext( train)?: error: .+\n", err)
     assert out == ""
 
 
@@ -316,7 +485,7 @@ def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     options = "layers data hidden activation loss optimizer epochs lr batch-size seed device dtype"
-    options += " plot json"
+    options += " distributed csv target log-every quiet plot save json"
     assert all(f"--{option} " in out for option in options.split())
 
 
@@ -325,7 +494,7 @@ def test_interrupted_run_leaves_nothing(
 ) -> None:
     pytest.importorskip("matplotlib")
     add_kind(monkeypatch, KeyboardInterrupt(), after=3)
-    args = ["train", "--layers", "stops", "--json", "file", "--plot", "loss.png"]
+    args = ["train", "--log-every", "1", "--json", "file", "--plot", "loss.png"]
     assert main(args) == 130
     out, err = capsys.readouterr()
     assert len(epoch_lines(out)) == 2
@@ -369,7 +538,7 @@ def test_long_run_has_a_bar_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["train", "--epochs", "20"]) == 0
     assert "/20 [" in terminal.getvalue()
-    assert len(epoch_lines(capsys.readouterr().out)) == 20
+    assert len(epoch_lines(capsys.readouterr().out)) == 11
 
 
 def test_short_run_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,12 +553,31 @@ def test_long_run_has_no_bar_in_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train_command, "BAR_AFTER", 0.0)
-    assert main(["train", "--epochs", "20"]) == 0
+    assert main(["train", "--layers", "step", "--epochs", "20"]) == 0
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("others", "trained", "threads", "says"),
+    [
+        (0.1, 5.0, 4, False),
+        (0.5, 5.0, 4, True),
+        (1.1, 5.0, 3, False),  # beside our threads
+        (1.5, 5.0, 3, True),
+        (4.0, 0.5, 4, False),  # too short to tell
+        (math.nan, 5.0, 4, False),
+    ],
+)
+def test_busy_machine_is_told(
+    others: float, trained: float, threads: int, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_command, "cpus", lambda: {0, 1, 2, 3})
+    busy = f"the times are too noisy to cite: other processes used {others:.1f} of 4 CPUs"
+    assert train_command._busy(others, trained, threads) == (busy if says else "")
+
+
 def test_module_runs_as_a_command() -> None:
-    args, options = command("train", "--layers", "all", "--epochs", "2")
+    args, options = command("train", "--layers", "step", "--epochs", "2")
     result = subprocess.run(args, capture_output=True, **options)
     assert result.returncode == 0
     assert result.stderr == ""
@@ -405,10 +593,10 @@ def test_module_exits_2_without_traceback() -> None:
 
 
 def test_closed_pipe_is_silent() -> None:
-    args, options = command("train", "--epochs", "1000000")
+    args, options = command("train", "--layers", "step", "--epochs", "1000000", "--log-every", "1")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(args, **pipes, **options) as process:
-        assert process.stdout.readline().startswith("seed: 10 rows")
+        assert process.stdout.readline().startswith("tutorial: 10 rows")
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 141
@@ -421,3 +609,82 @@ def test_full_disk_under_the_output_is_an_error() -> None:
         result = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, **options)
     message = "mlp-ext: error: [Errno 28] No space left on device\n"
     assert (result.returncode, result.stderr) == (2, message)
+
+
+def test_fixed_choices_are_the_librarys() -> None:
+    assert arguments.FLOATS == cases.FLOATS
+    assert bench_arguments.DTYPES == cases.DTYPES
+    assert {name: suite.modes for name, suite in cases.SUITES.items()} == bench_arguments.SUITES
+    assert tuple(LAYERS) == train_arguments.LAYERS
+    assert tuple(WRAPPERS) == train_arguments.WRAPPERS
+
+
+COMMANDS = ("info", "train", "bench", "compare", "plan", "profile")
+HELP = [[], ["--help"], *([name, "--help"] for name in COMMANDS)]
+
+
+@pytest.mark.parametrize("args", [*HELP, ["--version"], ["train", "--epochs", "0"]], ids=" ".join)
+def test_arguments_are_parsed_without_torch(args: list[str]) -> None:
+    code = f"""
+import sys
+from mlp_ext_cli import main
+main({args!r})
+print({{"torch", "mlp_ext", "numpy"}} & {{name.partition(".")[0] for name in sys.modules}})
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert out.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("args", HELP, ids=" ".join)
+def test_help_fits_80_columns(
+    args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    assert "%%" not in out and "%(" not in out
+    assert err == ""
+    _, examples = out.split("\nexamples:\n")
+    assert " ".join(["  mlp-ext", *args[:-1]]) in examples
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("trian", "mlp-ext: error: there is no command 'trian'; did you mean train?"),
+        ("--vresion", "mlp-ext: error: unrecognized arguments: --vresion; did you mean --version?"),
+        ("train --epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs?"),
+        ("train --epoch=3", "unrecognized arguments: --epoch=3; did you mean --epochs?"),
+        ("train --layers stak", "got 'stak'; did you mean stack?"),
+        ("train --activation rellu", "got 'rellu'; did you mean relu?"),
+        ("train --loss mes", "got 'mes'; did you mean mse?"),
+        ("train --optimizer adm", "got 'adm'; did you mean adam?"),
+        ("train --data digit", "got 'digit'; did you mean digits?"),
+        ("bench --suite layer", "got 'layer'; did you mean layers?"),
+    ],
+)
+def test_near_miss_suggests(args: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith(f"{message}\n")
+    assert err.count("\n") == 1
+
+
+def test_version_is_the_installed_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", {"mlp_ext": "1.2.3"}.__getitem__)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == ("mlp-ext 1.2.3\n", "")
+
+
+@pytest.mark.parametrize("name", ["info", "train", "bench --peak", "profile a:b --input 1"])
+def test_broken_install_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so:\\n cannot open')")
+    code = f"import sys; from mlp_ext_cli import main; sys.exit(main({name.split()!r}))"
+    env = {**ENV, "PYTHONPATH": os.pathsep.join([str(tmp_path), ENV["PYTHONPATH"]])}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    message = f"mlp-ext {name.split()[0]}: error: libtorch.so: cannot open\n"
+    assert (out.returncode, out.stdout, out.stderr) == (1, "", message)

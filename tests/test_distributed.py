@@ -18,9 +18,9 @@ from torch import nn
 
 import mlp_ext
 from mlp_ext.bench.training import sgd_step
-from mlp_ext.commands.cli import main
 from mlp_ext.commands.distributed import LAUNCHED, Processes
 from mlp_ext.commands.loop import LAYERS
+from mlp_ext_cli import main
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -53,9 +53,13 @@ def test_two_processes_have_the_losses_of_one(
 ) -> None:
     load(name)  # or skip
     args = f"train --layers all --data {name} --hidden 16 --lr 0.2 --dtype float64"
-    args += f" --epochs 2 --batch-size {batch_size} --json"
-    assert main([*args.split(), str(tmp_path / "one.json")]) == 0
-    shared = [*args.split(), str(tmp_path / "two.json"), "--distributed", way]
+    args += f" --epochs 2 --batch-size {batch_size}"
+
+    def files(name: str) -> list[str]:
+        return ["--json", str(tmp_path / f"{name}.json"), "--save", str(tmp_path / f"{name}.pt")]
+
+    assert main([*args.split(), *files("one")]) == 0
+    shared = [*args.split(), *files("two"), "--distributed", way]
     out = torchrun(tmp_path, "-m", "mlp_ext", *shared)
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -65,6 +69,10 @@ def test_two_processes_have_the_losses_of_one(
         assert result["losses"] == pytest.approx(native["losses"], rel=1e-9), kind
         for part in ("accuracy", "held_out"):
             assert result[part] == native[part], kind
+    weights, expected = (
+        torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("two", "one")
+    )
+    torch.testing.assert_close(weights, expected)
     assert [line.split()[:2] for line in out.splitlines() if line.startswith("epoch")] == [
         ["epoch:", "0"],
         ["epoch:", "1"],
@@ -120,17 +128,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     "args", ["--distributed ddp", "--distributed fsdp", "--distributed fsdp --layers stack"]
 )
 def test_one_process_alone(
-    args: str, device: str, launched: None, capsys: pytest.CaptureFixture[str]
+    args: str, device: str, launched: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    train = ["train", "--epochs", "2", "--device", device]
-    assert main(train) == 0
-    expected = capsys.readouterr().out.splitlines()
-    assert main([*train, *args.split()]) == 0
-    title, *epochs = capsys.readouterr().out.splitlines()[:3]
-    assert title == f"{expected[0]} in each of 1 processes, {args.split()[1]}"
-    assert epochs == expected[1:3]
+    train = ["train", "--layers", "native", "--epochs", "2", "--device", device, "--save"]
+    alone, shared = tmp_path / "alone.pt", tmp_path / "shared.pt"
+    assert main([*train, str(alone)]) == 0
+    expected = capsys.readouterr().out.splitlines()[:5]
+    assert main([*train, str(shared), *args.split()]) == 0
+    found = capsys.readouterr().out.splitlines()[:6]
+    assert found == [*expected[:3], f"{args.split()[1]} in 1 process", *expected[3:]]
+    weights, expected = (torch.load(path, weights_only=True) for path in (shared, alone))
+    torch.testing.assert_close(weights, expected)
     assert not dist.is_initialized()
 
 
@@ -159,7 +169,7 @@ ERRORS = [
     ("--distributed ddp", {}, f"the launcher has not set {UNSET}; {COMMAND} ddp"),
     ("--distributed fsdp", {}, f"the launcher has not set {UNSET}; {COMMAND} fsdp"),
     ("--distributed fsdp --layers step", {}, "argument --layers: a step needs whole parameters"),
-    ("--distributed zero", {}, "argument --distributed: invalid choice: 'zero'"),
+    ("--distributed zero", {}, "argument --distributed: must be one of "),
 ]
 
 

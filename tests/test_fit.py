@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,6 +242,16 @@ def test_plain_text_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith("\repoch: 0 loss: 0.")
     assert "\repoch: 29 loss: 0." in text
     assert text.endswith("\n")
+
+
+def test_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stderr is not a terminal."""
+    pytest.importorskip("tqdm.auto")  # which chooses its bar when it is imported: that of text
+    kernel = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    assert "30/30 [" in shown(monkeypatch, io.StringIO())
+    kernel.config.clear()  # IPython's own terminal
+    assert shown(monkeypatch, io.StringIO()) == ""
 
 
 def test_nothing_in_a_pipe_or_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

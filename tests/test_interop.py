@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import mlp_ext
+from mlp_ext.nn import LinearAct
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -21,7 +22,7 @@ pytestmark = [
 ]
 close = torch.testing.assert_close
 OPS = torch.ops.mlp_ext
-LAYERS = [getattr(mlp_ext, name) for name in mlp_ext.nn.__all__]
+LAYERS = [*LinearAct.by_module.values()]
 
 
 class Layers(nn.Module):

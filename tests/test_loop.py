@@ -75,13 +75,13 @@ def test_native_is_the_tutorial() -> None:
         loss.backward()
         optimizer.step()
 
-    (run,) = finish(["native"], make_mlp([10, 5, 1], seed=7), load("seed", seed=7), 50, seed=7)
+    (run,) = finish(["native"], make_mlp([10, 5, 1], seed=7), load("tutorial", seed=7), 50, seed=7)
     assert run.losses == pytest.approx(losses, rel=1e-6)
     assert losses[-1] < losses[0] - 1e-3  # so 1e-6 says something
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("name", ["seed", "breast_cancer"])
+@pytest.mark.parametrize("name", ["tutorial", "breast_cancer"])
 def test_every_kind_has_natives_losses(name: str, dtype: torch.dtype) -> None:
     data = load(name, dtype=dtype)
     model = make_mlp([data.x.shape[1], 16, 8, 1]).to(dtype)
@@ -101,14 +101,14 @@ def test_every_kind_ends_at_natives_weights() -> None:
 
 
 def test_fused_is_fused() -> None:
-    native, fused = finish(["native", "fused"], make_mlp([10, 5, 1]), load("seed"), epochs=1)
+    native, fused = finish(["native", "fused"], make_mlp([10, 5, 1]), load("tutorial"), epochs=1)
     assert type(native.model) is nn.Sequential
     assert [s.status for s in mlp_ext.fusion_report(fused.model)] == ["fused", "fused"]
 
 
 def test_the_model_given_stays_as_it_was() -> None:
     model = make_mlp([10, 5, 1])
-    finish(list(LAYERS), model, load("seed"), epochs=3)
+    finish(list(LAYERS), model, load("tutorial"), epochs=3)
     torch.testing.assert_close(
         model.state_dict(), make_mlp([10, 5, 1]).state_dict(), atol=0, rtol=0
     )
@@ -145,7 +145,7 @@ def test_one_batch_stays_in_order(watched, batch_size: int) -> None:
 
 def test_loss_is_the_mean_over_rows() -> None:
     """Without learning it is that of the whole, though the last batch is short."""
-    data, model = load("seed"), make_mlp([10, 5, 1])
+    data, model = load("tutorial"), make_mlp([10, 5, 1])
     (run,) = finish(["native"], model, data, epochs=2, lr=0.0, batch_size=7)
     assert run.losses == pytest.approx([nn.MSELoss()(model(data.x), data.y).item()] * 2, rel=1e-6)
 
@@ -160,7 +160,7 @@ def test_training_follows_the_seed() -> None:
 
 
 def test_each_epoch_is_told_as_it_ends() -> None:
-    epochs = train(["native", "fused"], make_mlp([10, 5, 1]), load("seed"), epochs=3)
+    epochs = train(["native", "fused"], make_mlp([10, 5, 1]), load("tutorial"), epochs=3)
     for count, runs in enumerate(epochs, start=1):
         assert [run.kind for run in runs] == ["native", "fused"]
         assert all(len(run.losses) == len(run.seconds) == count for run in runs)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import mlp_ext
-from mlp_ext.commands.cli import main
 from mlp_ext.profile import Profile, Timing
+from mlp_ext_cli import main
 
 MODULE = sys.modules["mlp_ext.profile"]  # mlp_ext.profile is the function
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -10,15 +12,17 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from mlp_ext import nn
 from mlp_ext.bench.rows import geometric_mean, read_csv
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+DOCS = ROOT / "docs"
+README, PERFORMANCE = ROOT / "README.md", DOCS / "performance.md"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     ROOT / "benchmarks" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(DOCS.glob("*.md")),
 ]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -34,11 +38,15 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links(page: Path) -> list[str]:
+    """Those to files of the repository."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    return [target for target in targets if not re.match(r"https?://", target)]
+
+
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
-    relative = [target for target in targets if not re.match(r"https?://", target)]
-    for target in relative:
+    for target in links(page):
         name, _, anchor = target.partition("#")
         found = (page.parent / name).resolve() if name else page
         assert found.exists(), f"{target} does not exist"
@@ -52,8 +60,13 @@ def test_readme_is_one_screen() -> None:
 
 
 def test_every_page_is_reached_from_readme() -> None:
-    text = README.read_text()
-    assert [page for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in text] == []
+    reached, found = set(), [README]
+    while found:
+        page = found.pop()
+        reached.add(page)
+        targets = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
+        found += [target for target in targets - reached if target.suffix == ".md"]
+    assert reached >= set(PAGES)
 
 
 EXAMPLE = re.compile(
@@ -62,15 +75,43 @@ EXAMPLE = re.compile(
 )
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "usage.md"], ids=["README", "usage"])
-def test_code_runs_and_prints_what_is_said(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# The pages with code, and what comes before it where it is a part of a program.
+CODE = {
+    README: "",
+    DOCS / "usage.md": "",
+    DOCS / "data.md": "",
+    DOCS / "train-step.md": """
+import mlp_ext, torch
+from mlp_ext import TrainStep
+model = torch.nn.Linear(3, 1)
+criterion, optimizer = torch.nn.MSELoss(), torch.optim.SGD(model.parameters())
+input, target, parameters, calls = torch.ones(2, 3), torch.ones(2, 1), [*model.parameters()], 4
+""",
+}
+ELSEWHERE = {  # in tests of their own
+    DOCS / "adding-things.md",
+    DOCS / "distributed.md",
+    ROOT / "benchmarks" / "README.md",
+}
+
+
+@pytest.mark.parametrize("page", CODE, ids=lambda page: page.stem)
+def test_code_runs_and_prints_what_is_said(
+    page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
+    exec(CODE[page], names)
     examples = list(EXAMPLE.finditer(page.read_text()))
-    assert any(example["line"] or example["lines"] for example in examples)
+    assert examples
     for example in examples:
         exec(example["code"], names)
         said = example["lines"] or (f"{example['line']}\n" if example["line"] else "")
         assert capsys.readouterr().out == said
+
+
+def test_all_code_runs() -> None:
+    assert {page for page in PAGES if "```python" in page.read_text()} == {*CODE} | ELSEWHERE
 
 
 def says(text: str, value: float) -> bool:
@@ -126,15 +167,18 @@ class Rows:
         return self.seconds[provider, case] if what == "time" else ratios[case]
 
 
-def test_tables_of_performance_are_rows() -> None:
+@pytest.mark.parametrize(
+    "page, least", [(PERFORMANCE, 100), (DOCS / "compare.md", 40)], ids=["performance", "compare"]
+)
+def test_tables_are_rows(page: Path, least: int) -> None:
     checked = 0
-    for table in tables(PERFORMANCE):
+    for table in tables(page):
         for cells in table.body:
             own = re.search(r"\(([^)]*\.csv)\)", " ".join(cells))
             csv = own[1] if own else table.csv
             if csv is None:
                 continue
-            rows = Rows(PERFORMANCE.parent / csv)
+            rows = Rows(DOCS / csv)
             for column, before, text in zip(table.head, ["", *table.head], cells, strict=False):
                 if column == "at":
                     ratios = rows.ratios(before.partition(",")[0])
@@ -142,12 +186,12 @@ def test_tables_of_performance_are_rows() -> None:
                 elif (value := rows.expected(column, cells[0])) is not None:
                     assert says(text, value), f"{column} of {cells}: {value} in {csv}"
                     checked += 1
-    assert checked > 100  # they were found
+    assert checked > least  # they were found
 
 
 def test_table_of_the_demo_is_what_it_wrote() -> None:
     (table,) = (t for t in tables(PERFORMANCE) if t.head[0] == "data")
-    for name, cells in zip(("breast_cancer", "seed"), table.body, strict=True):
+    for name, cells in zip(("breast_cancer", "tutorial"), table.body, strict=True):
         results = json.loads((RESULTS / f"demo-{name}.json").read_text())["results"]
         said = dict(zip(table.head, cells, strict=True))
         assert says(said["native"], results["native"]["ms_per_epoch"] / 1e3)
@@ -176,3 +220,18 @@ def test_figures_in_readme_are_rows() -> None:
     for figure in figures:
         values = ratios if figure.endswith("x") else seconds
         assert any(says(figure, value) for value in values), figure
+
+
+def test_table_of_layers_is_complete() -> None:
+    (table,) = (t for t in tables(DOCS / "api.md") if t.head[0] == "Layer")
+    said = {
+        layer.strip("`"): (module.strip("`"), re.findall(r"(\w+)=([^`]+)`", options))
+        for layer, module, options in table.body
+    }
+    assert said.keys() == {layer.__name__ for layer in nn.LinearAct.by_module.values()}
+    for name, (module, options) in said.items():
+        layer = getattr(nn, name)
+        assert module == f"nn.{layer.torch_module.__name__}"
+        taken = inspect.signature(layer.torch_module).parameters
+        assert [option for option, _ in options] == [o for o in layer.options if o in taken]
+        assert all(getattr(layer(1, 1), key) == ast.literal_eval(value) for key, value in options)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlp_ext import _C
-from mlp_ext.bench.cases import Case, Layer, Setting
+from mlp_ext.bench.cases import Case, Setting
 from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.jax_step import ACTIVATIONS as JAX_ACTIVATIONS
 from mlp_ext.bench.jax_step import JaxStep
+from mlp_ext.bench.plans import capability, paths, plan
 from mlp_ext.bench.training import LAYERS, Step, sgd_step
 from mlp_ext.functional import linear_act
 from mlp_ext.nn import MODULES
@@ -78,14 +78,9 @@ def _fused(setting: Setting) -> Function:
     return lambda input, weight, bias: linear_act(input, weight, bias, activation)
 
 
-def _path_takes(path: str) -> Callable[[Case, Setting], bool]:
+def _path_takes(forced: str) -> Callable[[Case, Setting], bool]:
     def takes(case: Case, setting: Setting) -> bool:
-        assert isinstance(case, Layer)
-        major, minor = torch.cuda.get_device_capability()
-        dtype, tf32 = setting.dtype.replace("tf32", "float32"), setting.dtype == "tf32"
-        arch = 10 * major + minor
-        plan = _C.cuda_plan(*case, dtype, setting.activation, arch, tf32=tf32, path=path)
-        return plan["forward"] == path
+        return paths(plan(case, setting, capability(), forced))["forward"] == forced
 
     return takes
 
@@ -176,7 +171,9 @@ class Provider(NamedTuple):
     """`make` takes a Setting in layers; in train it is called like training.LAYERS."""
 
     make: Callable[..., Any]
+    about: str = ""  # one line
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
+    planned: bool = False  # it runs the path of `plan`
     captured: bool = False  # in layers: captured in a CUDA graph and replayed
     options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # in train: optimizer options
     has_epochs: bool = False  # in train: a call may run several steps, and reports the time of one
@@ -184,35 +181,68 @@ class Provider(NamedTuple):
     takes: Callable[[Case, Setting], bool] = lambda case, setting: True
 
 
+def path(case: Case, setting: Setting, provider: Provider) -> str:
+    """The path of our kernels that it runs, forward/backward in mode full; "" for others."""
+    if provider.path or not provider.planned:
+        return provider.path or ""
+    arch = capability() if setting.device == "cuda" else 0
+    found = paths(plan(case, setting, arch))
+    return "/".join(dict.fromkeys(found[way] for way in found if setting.mode in (way, "full")))
+
+
 PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
     "layers": {
-        "native": Provider(_native),
-        "native_inplace": Provider(_native_inplace, _relu_only),
-        "compile": Provider(_compile, _compiler_here),
-        "compile-max-autotune": Provider(lambda s: _compile(s, "max-autotune"), _compiler_here),
-        "mkldnn": Provider(_mkldnn, _onednn_here),
-        "cudagraph": Provider(_native, _on_cuda, captured=True),
-        "addmm_activation": Provider(_addmm_activation, _cublaslt_here),
-        "fused": Provider(_fused),
-        "fused-cudagraph": Provider(_fused, _on_cuda, captured=True),
+        "native": Provider(_native, "F.linear and the activation"),
+        "native_inplace": Provider(_native_inplace, "the same with relu_", _relu_only),
+        "compile": Provider(_compile, "torch.compile of native", _compiler_here),
+        "compile-max-autotune": Provider(
+            lambda setting: _compile(setting, "max-autotune"),
+            "the same with mode max-autotune; takes minutes",
+            _compiler_here,
+        ),
+        "mkldnn": Provider(_mkldnn, "oneDNN's fused forward, as torch has it", _onednn_here),
+        "cudagraph": Provider(_native, "native in a CUDA graph", _on_cuda, captured=True),
+        "addmm_activation": Provider(
+            _addmm_activation, "torch's product with cuBLASLt's ReLU", _cublaslt_here
+        ),
+        "fused": Provider(_fused, "mlp_ext.linear_act", planned=True),
+        "fused-cudagraph": Provider(
+            _fused, "fused in a CUDA graph", _on_cuda, planned=True, captured=True
+        ),
         **{
-            path: Provider(_fused, _on_cuda, captured=True, path=path, takes=_path_takes(path))
+            path: Provider(
+                _fused,
+                f"fused by the path {path}, where it takes the case",
+                _on_cuda,
+                captured=True,
+                path=path,
+                takes=_path_takes(path),
+            )
             for path in ("small", "tall", "large")
         },
     },
     "train": {
-        "native": Provider(LAYERS["native"]),
+        "native": Provider(LAYERS["native"], "the eager loop"),
         "native_fused": Provider(
-            LAYERS["native"], _fused_optimizer_here, options=lambda setting: {"fused": True}
+            LAYERS["native"],
+            "the same with the optimizer's fused=True",
+            _fused_optimizer_here,
+            options=lambda setting: {"fused": True},
         ),
-        "cudagraph": Provider(_captured_step, _capturable_here, options=_capturable),
-        "compile": Provider(_compiled_model, _compiler_here),
-        "compile-step": Provider(compiled_step, _compiler_here),
-        "fused": Provider(LAYERS["fused"]),
-        "stack": Provider(LAYERS["stack"]),
-        "step": Provider(LAYERS["step"]),
-        "fit": Provider(_fit, has_epochs=True),
-        "jax": Provider(JaxStep, _jax_here),
+        "cudagraph": Provider(
+            _captured_step, "native in a CUDA graph", _capturable_here, options=_capturable
+        ),
+        "compile": Provider(_compiled_model, "torch.compile of the model", _compiler_here),
+        "compile-step": Provider(
+            compiled_step, "torch.compile of the whole step, as one graph", _compiler_here
+        ),
+        "fused": Provider(LAYERS["fused"], "mlp_ext.fuse(model)"),
+        "stack": Provider(LAYERS["stack"], 'mlp_ext.fuse(model, level="stack")'),
+        "step": Provider(LAYERS["step"], "mlp_ext.TrainStep", planned=True),
+        "fit": Provider(
+            _fit, "TrainStep.fit, many epochs of one batch", planned=True, has_epochs=True
+        ),
+        "jax": Provider(JaxStep, "the jitted step in JAX, which chooses its threads", _jax_here),
     },
 }
 DEFAULT = {  # by device; those that the suite has

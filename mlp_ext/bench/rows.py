@@ -29,16 +29,32 @@ class Row:
     q20_s: float
     q80_s: float
     ratio_to_native: float  # native's time / this one's, the median over the rounds
+    ratio_q20: float | None  # over the rounds; None in files of older versions
+    ratio_q80: float | None
     torch: str
     mlp_ext: str
     commit: str
     timestamp: str  # UTC, ISO 8601
     gflops: float  # operations of the GEMMs / median_s, in 10^9 per second
-    share_of_peak: float | None  # see benchmarks/README.md; None if not measured
+    bound: str  # compute, memory or latency: which allows the least speed; "" if not measured
+    share_of_bound: float | None  # the least time that it allows / median_s
+    path: str  # of our kernels, as `mlp-ext plan` has it; "" for native and peers
+    other_cpus: float | None  # CPUs that other processes kept busy during the measurement
+
+    @property
+    def settings(self) -> str:
+        """What the rows of a run share, as "train step relu sgd float32 cpu, 2 threads"."""
+        what = (self.suite, self.mode, self.activation, self.optimizer, self.dtype, self.device)
+        return " ".join(filter(None, what)) + (
+            f", {as_threads(self.threads)}" if self.device == "cpu" else ""
+        )
 
 
 COLUMNS = [field.name for field in fields(Row)]
-_DEFAULT_OPTIMIZER = {"layers": "", "train": "sgd"}  # in files without that column
+# Older versions had share_of_peak, on CPUs of the compute bound alone, and none of NEWER.
+NEWER = ("ratio_q20", "ratio_q80", "bound", "share_of_bound", "path", "other_cpus")
+OLDER_COLUMNS = [name for name in COLUMNS if name not in NEWER] + ["share_of_peak"]
+_OPTIMIZER = {"layers": "", "train": "sgd"}  # by suite, in files without that column
 _READ: dict[str, Any] = {
     "str": str,
     "int": int,
@@ -68,25 +84,31 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Reads files of write_csv, also of versions without the column `optimizer`.
-
-    Raises OSError, and ValueError for any other file.
-    """
-    with path.open(newline="") as file:
+    """Reads files of write_csv, also of older versions. Raises OSError, and ValueError for any
+    other file."""
+    with path.open(newline="", errors="replace") as file:
         table = csv.DictReader(file, strict=True)
-        older = [name for name in COLUMNS if name != "optimizer"]
-        if table.fieldnames not in (COLUMNS, older):
+        oldest = [name for name in OLDER_COLUMNS if name != "optimizer"]
+        if table.fieldnames not in (COLUMNS, OLDER_COLUMNS, oldest):
             raise ValueError(f"{path} does not have the columns {', '.join(COLUMNS)}")
         try:
             types = {field.name: _READ[str(field.type)] for field in fields(Row)}
             return [
                 Row(**{name: types[name](row[name]) for name in COLUMNS})
-                for row in (
-                    {"optimizer": _DEFAULT_OPTIMIZER.get(row["suite"])} | row for row in table
-                )
+                for row in map(_newer, table)
             ]
         except (TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {table.line_num}: {error}") from None
+
+
+def _newer(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the columns of this version."""
+    row = {"optimizer": _OPTIMIZER.get(row["suite"])} | row
+    if "share_of_peak" not in row:
+        return row
+    share = row["share_of_peak"]
+    bound = "compute" if share and row["device"] == "cpu" else ""
+    return dict.fromkeys(NEWER, "") | {"bound": bound, "share_of_bound": share} | row
 
 
 def write_json(rows: Iterable[Row], path: Path) -> None:
@@ -97,9 +119,24 @@ def write_json(rows: Iterable[Row], path: Path) -> None:
 
 def as_time(seconds: float) -> str:
     """As "1.64 ms", with three digits."""
+    seconds = float(f"{seconds:.3g}")
     units = ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
     scale, unit = next((s, u) for s, u in units if seconds * s >= 1)
     return f"{seconds * scale:.3g} {unit}"
+
+
+def as_number(ratio: float) -> str:
+    """As "0.97", "1.35", "50.6" or "105"."""
+    return f"{ratio:.{2 if ratio < 9.995 else 1 if ratio < 99.95 else 0}f}"
+
+
+def as_range(low: float | None, high: float | None) -> str:
+    """As "1.30-1.41"; "" if either is unknown."""
+    return "" if low is None or high is None else f"{as_number(low)}-{as_number(high)}"
+
+
+def as_threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
-from statistics import median
-from typing import NamedTuple
+from math import isnan
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlp_ext.bench.cases import Case, Setting
-from mlp_ext.bench.machine import Peak, commit, device_name, now, torch_set
-from mlp_ext.bench.providers import PROVIDERS
+from mlp_ext.bench.machine import (
+    Peak,
+    commit,
+    device_name,
+    now,
+    other_cpu_seconds,
+    torch_set,
+)
+from mlp_ext.bench.providers import Provider, path
 from mlp_ext.bench.rows import Row
 from mlp_ext.bench.work import Call, Work, set_up
 from mlp_ext.ops import build_info
@@ -35,7 +44,7 @@ class WrongResult(Exception):
 def measure(
     case: Case,
     setting: Setting,
-    providers: Sequence[str],
+    providers: Mapping[str, Provider],
     rounds: int,
     peak: Peak | None = None,
     after_round: Callable[[], object] = lambda: None,
@@ -44,52 +53,64 @@ def measure(
 
     Raises WrongResult before anything is timed, RuntimeError if out of memory.
     """
-    known = PROVIDERS[setting.suite]
-    providers = [name for name in providers if known[name].takes(case, setting)]
+    providers = {name: p for name, p in providers.items() if p.takes(case, setting)}
     try:
-        seconds = _seconds(case, setting, providers, rounds, after_round)
+        with torch_set(setting):
+            start = set_up(case, setting)
+            works = _checked(start, providers, case, setting)
+            others, started = other_cpu_seconds(), time.perf_counter()
+            seconds = in_turn(works, rounds, partial(now, setting), after_round)
+            others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
     finally:
         _forget()
-    return _rows(case, setting, seconds, peak)
+    paths = {name: path(case, setting, p) for name, p in providers.items()}
+    return _rows(case, setting, seconds, peak, paths, None if isnan(others) else max(0.0, others))
 
 
-def _seconds(
+def _checked(
+    start: Callable[[Provider], Work],
+    providers: Mapping[str, Provider],
     case: Case,
     setting: Setting,
-    providers: Sequence[str],
-    rounds: int,
-    after_round: Callable[[], object],
-) -> dict[str, list[float]]:
-    with torch_set(setting):
-        start = set_up(case, setting)
-        works = {name: start(PROVIDERS[setting.suite][name]) for name in providers}
-        check(works, case, setting)
-        return in_turn(works, rounds, partial(now, setting), after_round)
+) -> dict[str, Work]:
+    works = {}
+    for name, provider in providers.items():
+        with _blaming(name, case, setting):
+            works[name] = start(provider)
+    check(works, case, setting)
+    return works
+
+
+@contextmanager
+def _blaming(name: str, case: Case, setting: Setting) -> Iterator[None]:
+    """Raises WrongResult for any exception of the body."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        what = f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+        raise WrongResult(f"{name} fails in {setting.name} {case}: {what}") from error
 
 
 def check(works: Mapping[str, Work], case: Case, setting: Setting) -> None:
     """Compares the results of each provider with those of the first, native; raises WrongResult."""
-    place = f"in {setting.name} {case}"
     expected: dict[str, Tensor] = {}
     for name, work in works.items():
-        try:
+        with _blaming(name, case, setting):
             found = work.results()
-        except Exception as error:
-            message = str(error).strip().splitlines() or [type(error).__name__]
-            raise WrongResult(f"{name} fails {place}: {message[0]}") from error
-        expected = expected or found
-        for what in expected:
-            distance = _distance(found[what], expected[what])
+            expected = expected or found
+            distances = {what: _distance(found.get(what), expected[what]) for what in expected}
+        for what, distance in distances.items():
             if not distance <= TOLERANCE[setting.dtype]:  # also NaN
                 raise WrongResult(
-                    f"{name} is wrong {place}: "
+                    f"{name} is wrong in {setting.name} {case}: "
                     f"its {what} differs from native's by {distance:.2g} of the norm"
                 )
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(found: Tensor | None, expected: Tensor) -> float:
     """|found - expected| / |expected|; 0 if they are equal, NaN if the shapes differ."""
-    if found.shape != expected.shape:
+    if found is None or found.shape != expected.shape:
         return float("nan")
     norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     difference = norm(found.detach() - expected.detach())
@@ -148,53 +169,59 @@ def summarize(seconds: Mapping[str, list[float]]) -> dict[str, Summary]:
     """Of what in_turn returns, with native among it."""
     found = {}
     for name, samples in seconds.items():
-        quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        q20, middle, q80 = torch.tensor(samples, dtype=torch.float64).quantile(quantiles).tolist()
-        ratios = [n / s for n, s in zip(seconds["native"], samples, strict=True)]
-        found[name] = Summary(middle, q20, q80, median(ratios))
+        q20, middle, q80 = _quantiles(samples)
+        found[name] = Summary(middle, q20, q80, _quantiles(_ratios(seconds, name))[1])
+    return found
+
+
+def _ratios(seconds: Mapping[str, list[float]], name: str) -> list[float]:
+    return [native / own for native, own in zip(seconds["native"], seconds[name], strict=True)]
+
+
+def _quantiles(samples: list[float]) -> list[float]:
+    """20 %, 50 % and 80 %."""
+    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    found: list[float] = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
     return found
 
 
 def _rows(
-    case: Case, setting: Setting, seconds: Mapping[str, list[float]], peak: Peak | None
+    case: Case,
+    setting: Setting,
+    seconds: Mapping[str, list[float]],
+    peak: Peak | None,
+    paths: Mapping[str, str],
+    other_cpus: float | None,
 ) -> list[Row]:
     def short(value: float) -> float:
         return float(f"{value:.6g}")
 
+    bound, least = peak.bound(case, setting) if peak else ("", None)
     rows = []
     for name, summary in summarize(seconds).items():
-        seconds_per_call = summary.median_s
-        share = _share_of_peak(case, setting, seconds_per_call, peak)
+        low, _, high = _quantiles(_ratios(seconds, name))
+        of_time: dict[str, Any] = {k: short(value) for k, value in summary._asdict().items()}
         rows.append(
             Row(
                 **asdict(setting),
                 case=str(case),
                 device_name=device_name(setting.device),
                 provider=name,
-                median_s=short(summary.median_s),
-                q20_s=short(summary.q20_s),
-                q80_s=short(summary.q80_s),
-                ratio_to_native=short(summary.ratio_to_native),
+                **of_time,
+                ratio_q20=short(low),
+                ratio_q80=short(high),
                 torch=torch.__version__,
                 mlp_ext=build_info()["mlp_ext"],
                 commit=commit(),
                 timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                gflops=short(case.operations(setting.mode) / seconds_per_call / 1e9),
-                share_of_peak=None if share is None else short(share),
+                gflops=short(case.operations(setting.mode) / summary.median_s / 1e9),
+                bound=bound,
+                share_of_bound=None if least is None else short(least / summary.median_s),
+                path=paths[name],
+                other_cpus=None if other_cpus is None else round(other_cpus, 2),
             )
         )
     return rows
-
-
-def _share_of_peak(case: Case, setting: Setting, seconds: float, peak: Peak | None) -> float | None:
-    """The shortest time possible at peak performance, as a share of `seconds`."""
-    if peak is None or (setting.device == "cpu" and setting.dtype != "float32"):
-        return None
-    least = case.operations(setting.mode) / peak.flops
-    if setting.device == "cuda":  # on the CPU only FLOPs count
-        moved = case.elements(setting.mode) * setting.torch_dtype.itemsize
-        least = max(least, moved / peak.bandwidth)
-    return least / seconds
 
 
 def _forget() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +176,9 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
             (group,) = optimizer.param_groups
             usual = {name: group[name] for name in CHECKED if name in group}
             group.update({name: CHECKED[name] for name in usual})
-            loss = torch.tensor(float(step(*sets[0])), dtype=torch.float64)
+            loss: Any = step(*sets[0])
+            loss = loss.detach() if isinstance(loss, Tensor) else loss  # jax has its own arrays
+            loss = torch.tensor(float(loss), dtype=torch.float64)
             getattr(step, "save", lambda: None)()  # peers with their own parameters
             group.update(usual)
             after = [p.detach().clone() for p in parameters]

@@ -1,57 +1,33 @@
-"""Types and checks shared by the commands' arguments."""
+"""Checks of the commands' arguments that need torch, before anything is computed."""
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import MappingProxyType
+from typing import NoReturn
 
 import torch
 
 from mlp_ext.commands import plots
-
-Number = TypeVar("Number", int, float)
+from mlp_ext_cli.arguments import unknown
 
 Fail = Callable[[str], NoReturn]  # prints a user's error in one line and exits with status 2
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Prints one line, without argparse's usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], what: str) -> Any:
-    """An argparse type; `what` ends the message "must be ..."."""
-
-    def parse(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {what}, got '{text}'")
-        return value
-
-    return parse
-
-
-count = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2147483647")
-
-
-def file(text: str) -> Path:
-    """An argparse type: a file that can be written, checked before anything is computed."""
-    path = Path(text)
-    try:
-        if path.exists() and not path.is_file():
-            raise argparse.ArgumentTypeError(f"'{text}' is not a file")
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write '{text}': {error.strerror}") from None
+def check_name(
+    option: str,
+    value: str,
+    known: Iterable[str],
+    fail: Fail,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Fails if the option's value is not in a table of the library."""
+    if value in renamed:
+        fail(f"argument {option}: '{value}' is now called {renamed[value]}")
+    if value not in known:
+        fail(f"argument {option}: {unknown(value, known)}")
 
 
 def check_device(device: str, fail: Fail) -> None:

@@ -1,22 +1,28 @@
-"""The command `mlp-ext bench`: its arguments, its table, its files."""
+"""What `mlp-ext bench` does: its tables and its files."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
+from textwrap import fill
 from typing import Any
 
 import torch
 
 from mlp_ext.bench import plot
-from mlp_ext.bench.cases import DTYPES, SUITES, Case, Setting, parse_all
-from mlp_ext.bench.machine import Peak, device_name, measure_peak
-from mlp_ext.bench.providers import DEFAULT, PROVIDERS
+from mlp_ext.bench.cases import SUITES, Case, Setting, parse_all
+from mlp_ext.bench.machine import Peak, cpus, device_name, measure_peak
+from mlp_ext.bench.noise import noise
+from mlp_ext.bench.own import own_provider
+from mlp_ext.bench.providers import DEFAULT, PROVIDERS, Provider
 from mlp_ext.bench.rows import (
     Row,
+    as_number,
+    as_range,
+    as_threads,
     as_time,
     by_provider,
     geometric_mean,
@@ -27,88 +33,36 @@ from mlp_ext.bench.rows import (
 from mlp_ext.bench.runner import WrongResult, measure
 from mlp_ext.bench.training import OPTIMIZERS
 from mlp_ext.commands import arguments
-from mlp_ext.commands.arguments import count, file
 from mlp_ext.ops import ACTIVATIONS
+from mlp_ext_cli.arguments import meant
 
-EPILOG = (
-    "In each round the providers run in turn on the same inputs. A row has the median time of a "
-    "call with its 20 % and 80 % quantiles, and the median over the rounds of native's time over "
-    "this one's: above 1 is faster. full is forward and backward with the gradient of the input, "
-    "forward requires no gradient, backward is backward alone; step is forward, MSELoss, "
-    "zero_grad, backward and the update."
-)
+WIDTH = 79  # of a terminal; tables fit in it
 
 
-def add_bench(commands: Any) -> None:
-    """Adds the command to the subparsers of `mlp-ext`."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure layers and training steps against native torch and its peers",
-        description="Measure layers and training steps against native torch and its peers.",
-        epilog=EPILOG,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=_bench, fail=parser.error, exit=parser.exit, prog=parser.prog)
-    add = parser.add_argument
-    modes = [mode for suite in SUITES.values() for mode in suite.modes]
-    forms = "; ".join(f"{name}: {suite.form}" for name, suite in SUITES.items())
-    known = "; ".join(f"{suite}: {', '.join(table)}" for suite, table in PROVIDERS.items())
-    default = "; ".join(f"{','.join(names)} on {device}" for device, names in DEFAULT.items())
-    add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
-    add("--mode", choices=modes, help="what of it (default: full, in train step)")
-    add(
-        "--cases",
-        type=_list,
-        metavar="C,...",
-        help=f"{forms}; layers: sweep (default: those published)",
-    )
-    add("--providers", type=_list, metavar="P,...", help=f"{known} (default: {default})")
-    add("--activation", choices=ACTIVATIONS, default="relu", help="in train the hidden one")
-    add("--optimizer", choices=[*OPTIMIZERS], help="of train (default: sgd)")
-    add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
-    add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
-    add("--rounds", type=count, default=20, metavar="R", help="samples of each (default: 20)")
-    add("--peak", action="store_true", help="measure the device's limits; alone, only these")
-    add("--csv", type=file, metavar="FILE", help="write the rows")
-    add("--json", type=file, metavar="FILE", help="write the rows")
-    add("--plot", type=file, metavar="FILE.png", help="draw the ratios to native")
-
-
-def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(text.split(",")))
-
-
-def _bench(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    arguments.check_name("--activation", args.activation, ACTIVATIONS, args.fail)
+    if args.optimizer:
+        arguments.check_name("--optimizer", args.optimizer, OPTIMIZERS, args.fail)
+    if args.list:
+        _print_list(args)
+        return
     arguments.check_device(args.device, args.fail)
     arguments.check_picture(args.plot, args.fail)
-    if args.dtype == "tf32" and args.device == "cpu":
-        args.fail("argument --dtype: tf32 is for --device cuda")
-    suite = args.suite or "layers"
-    mode = args.mode or SUITES[suite].modes[0]
-    if mode not in SUITES[suite].modes:
-        args.fail(f"argument --mode: {suite} has {', '.join(SUITES[suite].modes)}, got '{mode}'")
-    if args.optimizer and not SUITES[suite].optimizer:
-        args.fail(f"argument --optimizer: {suite} has none, use --suite train")
-    optimizer = args.optimizer or SUITES[suite].optimizer
-    threads = args.threads or torch.get_num_threads()
-    setting = Setting(suite, mode, args.activation, optimizer, args.dtype, args.device, threads)
+    setting = _setting(args, args.suite or "layers")
     requested = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
-    if args.peak and not any(requested):
-        _print_peak(measure_peak(setting), setting)
+    if args.peak and not any((*requested, args.provider)):
+        print(_machine(setting))
+        print(_peak(measure_peak(setting), setting))
         return
     try:
-        cases = parse_all(suite, args.cases or ()) or SUITES[suite].published(args.device)
+        cases = parse_all(setting.suite, args.cases or ())
     except ValueError as error:
         args.fail(f"argument --cases: {error}")
+    cases = cases or [*SUITES[setting.suite].published(args.device)]
     providers = _providers(args, setting)
-    if args.plot and providers == ["native"]:
+    if args.plot and [*providers] == ["native"]:
         args.fail("argument --plot: nothing to draw: no provider besides native")
-
-    peak = measure_peak(setting) if args.peak else None
-    if peak:
-        _print_peak(peak, setting)
-    rows = _run(args, cases, setting, providers, peak)
+    rows = _measure(args, cases, setting, providers)
     try:
         if args.csv:
             write_csv(rows, args.csv)
@@ -116,43 +70,73 @@ def _bench(args: argparse.Namespace) -> None:
             write_json(rows, args.json)
         if args.plot:
             with replacing(args.plot) as path:
-                plot.ratio_bars(rows).savefig(path)
+                plot.ratios(rows).savefig(path)
     except OSError as error:
         args.fail(str(error))
 
 
-def _providers(args: argparse.Namespace, setting: Setting) -> list[str]:
+def _setting(args: argparse.Namespace, suite: str) -> Setting:
+    modes = SUITES[suite].modes
+    if args.dtype == "tf32" and args.device == "cpu":
+        args.fail("argument --dtype: tf32 is for --device cuda")
+    if (mode := args.mode or modes[0]) not in modes:
+        args.fail(f"argument --mode: {suite} has {', '.join(modes)}, got '{mode}'")
+    if args.optimizer and not SUITES[suite].optimizer:
+        args.fail(f"argument --optimizer: {suite} has none, use --suite train")
+    optimizer = args.optimizer or SUITES[suite].optimizer
+    threads = args.threads or torch.get_num_threads()
+    return Setting(suite, mode, args.activation, optimizer, args.dtype, args.device, threads)
+
+
+def _providers(args: argparse.Namespace, setting: Setting) -> dict[str, Provider]:
     """native, then the selected providers; prints which of them do not apply, and why."""
     known = PROVIDERS[setting.suite]
-    found = ["native"]
+    found = {"native": known["native"]}
     for name in args.providers or [n for n in DEFAULT[setting.device] if n in known]:
         if name not in known:
-            args.fail(f"argument --providers: {setting.suite} has {', '.join(known)}, got '{name}'")
+            has = f"{setting.suite} has {', '.join(known)}, got '{name}'"
+            args.fail(f"argument --providers: {has}{meant(name, known)}")
         if obstacle := known[name].obstacle(setting):
             print(f"{args.prog}: {name} is left out: {obstacle}", file=sys.stderr)
-        elif name != "native":
-            found.append(name)
+        else:
+            found[name] = known[name]
+    for file, function in args.provider:
+        try:
+            own = own_provider(file, function)
+        except ValueError as error:
+            args.fail(f"argument --provider: {error}")
+        if function in known or function in found:
+            args.fail(f"argument --provider: there is a provider {function} already: rename yours")
+        found[function] = own
     return found
 
 
-def _run(
+def _print_list(args: argparse.Namespace) -> None:
+    """The suites, their modes and providers, and whether these apply with the arguments here."""
+    for suite in [args.suite] if args.suite else SUITES:
+        setting = _setting(args, suite)
+        print(f"{suite}: cases {SUITES[suite].form}; --mode {', '.join(SUITES[suite].modes)}")
+        print(f"  {'provider':22}here")
+        for name, provider in PROVIDERS[suite].items():
+            obstacle = provider.obstacle(setting)
+            line = f"  {name:22}{'no ' if obstacle else 'yes'}  {provider.about}"
+            print(fill(line + f": {obstacle}" * bool(obstacle), WIDTH, subsequent_indent=" " * 29))
+
+
+def _measure(
     args: argparse.Namespace,
     cases: Sequence[Case],
     setting: Setting,
-    providers: Sequence[str],
-    peak: Peak | None,
+    providers: Mapping[str, Provider],
 ) -> list[Row]:
-    """Measures and prints; exits with status 1 if a provider's results are wrong."""
-    machine = f"{device_name(setting.device)}, {_threads(setting.threads)}"
-    print(f"{setting.suite} {setting.name} on {machine}")
-    print("median time of a call, times as fast as native" + ", share of peak" * bool(peak))
-    first = max(len("geometric mean"), *(len(str(case)) for case in cases))
-    other = max(24 if peak else 16, first, *map(len, providers))
-
-    def line(name: str, cells: Sequence[str]) -> str:
-        return "  ".join([name.ljust(first), *(cell.rjust(other) for cell in cells)])
-
-    print(line("", providers), flush=True)
+    """Measures and prints; exits with status 1 if a provider fails or its results are wrong."""
+    print(f"{setting.suite} {setting.name}", _machine(setting), sep="\n", flush=True)
+    peak = measure_peak(setting) if args.peak else None
+    if peak:
+        print(_peak(peak, setting))
+    width = max(22, *(2 + len(name) for name in providers))
+    heading = f"{'':{width}}{'time':>9}{'speed':>8}{'20-80 %':>13}{'of bound' * bool(peak):>10}"
+    print(f"{heading}  path", flush=True)
     rows: list[Row] = []
     bar = _progress_bar(len(cases) * args.rounds)
     try:
@@ -163,8 +147,10 @@ def _run(
             part = measure(case, setting, providers, args.rounds, peak, after_round)
             rows += part
             with bar.external_write_mode() if bar else nullcontext():
-                cells = {row.provider: _cell(row) for row in part}
-                print(line(str(case), [cells.get(name, "-") for name in providers]), flush=True)
+                bound = peak.bound(case, setting) if peak else None
+                print(f"{case}" + (f", {bound[0]} bound: {as_time(bound[1])}" if bound else ""))
+                for row in part:
+                    print(_line(row, width), flush=True)
     except WrongResult as error:
         args.exit(1, f"{args.prog}: error: {error}\n")
     except RuntimeError as error:  # out of memory
@@ -172,46 +158,46 @@ def _run(
     finally:
         if bar:
             bar.close()
-
-    peers = by_provider(rows)
-    if not peers:
-        return rows
-
-    def summary(name: str, of: Callable[[list[Row]], str]) -> str:
-        return line(name, [of(peers[p]) if p in peers else "" for p in providers])
-
-    def least(part: list[Row]) -> Row:
-        return min(part, key=lambda row: row.ratio_to_native)
-
-    def mean(part: list[Row]) -> str:
-        return f"{geometric_mean([row.ratio_to_native for row in part]):.2f}x"
-
-    print(summary("geometric mean", mean))
-    print(summary("minimum", lambda part: f"{least(part).ratio_to_native:.2f}x"))
-    print(summary("  at", lambda part: least(part).case))
+    if len(cases) > 1:
+        for line in _summary(rows, width):
+            print(line)
+    if line := noise(rows, len(cpus())):
+        print(fill(line, WIDTH))
     return rows
 
 
-def _cell(row: Row) -> str:
-    cell = as_time(row.median_s)
-    if row.provider != "native":
-        cell += f"  {row.ratio_to_native:5.2f}x"
-    if row.share_of_peak is not None:
-        cell += f"  {row.share_of_peak:4.0%}"
-    return cell
+def _line(row: Row, width: int) -> str:
+    ratio = "" if row.provider == "native" else f"{as_number(row.ratio_to_native)}x"
+    spread = as_range(row.ratio_q20, row.ratio_q80) if ratio else ""
+    share = "" if row.share_of_bound is None else f"{row.share_of_bound:.0%}"
+    cells = f"{as_time(row.median_s):>9}{ratio:>8}{spread:>13}{share:>{10 if share else 0}}"
+    return f"  {row.provider:{width - 2}}{cells}  {row.path}".rstrip()
 
 
-def _threads(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}"
+def _summary(rows: Sequence[Row], width: int) -> list[str]:
+    """The mean and the least ratio of each provider."""
+    lines = []
+    for name, part in by_provider(rows).items():
+        least = min(part, key=lambda row: row.ratio_to_native)
+        mean = as_number(geometric_mean([row.ratio_to_native for row in part]))
+        lines.append(
+            f"  {name:{width - 2}}{'':9}{mean + 'x':>8}"
+            f"  least {as_number(least.ratio_to_native)}x at {least.case}"
+        )
+    return ["geometric mean", *lines] if lines else []
 
 
-def _print_peak(peak: Peak, setting: Setting) -> None:
-    on_cpu = setting.device == "cpu"
-    print(
-        f"peak {f'with {_threads(setting.threads)} ' * on_cpu}of {device_name(setting.device)}: "
-        f"{peak.flops / 1e9:.1f} GFLOP/s {'float32' if on_cpu else setting.dtype}, "
-        f"copy {peak.bandwidth / 1e9:.1f} GB/s",
-        flush=True,
+def _machine(setting: Setting) -> str:
+    name = device_name(setting.device)
+    return f"{name}, {as_threads(setting.threads)}" if setting.device == "cpu" else name
+
+
+def _peak(peak: Peak, setting: Setting) -> str:
+    copies = [f"{peak.bandwidth[size] / 1e9:.0f}" for size in sorted(peak.bandwidth)]
+    cached = f" (cached {copies[0]})" if len(copies) > 1 else ""
+    return (
+        f"peak: {peak.flops / 1e9:.0f} GFLOP/s {setting.dtype}, "
+        f"copy {copies[-1]} GB/s{cached}, call {as_time(peak.latency)}"
     )
 
 

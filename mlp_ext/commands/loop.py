@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,18 @@ from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, Step, make_mlp, s
 from mlp_ext.commands.data import Dataset
 from mlp_ext.commands.distributed import ALONE, Processes
 
-__all__ = ["LAYERS", "Step", "TrainingRun", "accuracy", "make_mlp", "sgd_step", "start", "train"]
+__all__ = [
+    "LAYERS",
+    "Step",
+    "TrainingRun",
+    "accuracy",
+    "make_mlp",
+    "sgd_step",
+    "start",
+    "test_loss",
+    "train",
+    "unscaled_state",
+]
 
 
 @dataclass
@@ -97,6 +109,38 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, loss: str = "mse") -> float
         (output > threshold) == (y > 0.5) if y.shape[1] == 1 else output.argmax(1) == y.argmax(1)
     )
     return float(found.double().mean())
+
+
+def test_loss(model: nn.Module, data: Dataset, loss: str = "mse") -> float:
+    """The loss of `model` on the test rows."""
+    with torch.no_grad():
+        return float(LOSSES[loss].criterion()(model(data.x_test), data.y_test))
+
+
+def unscaled_state(model: nn.Module, data: Dataset) -> dict[str, Any]:
+    """The state_dict, on the CPU, of the MLP that takes features and predicts targets unscaled;
+    float64 if that is the model's dtype, else float32.
+
+    With several processes, all must call it, and the first one gets the tensors.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    layers = [name.removesuffix("weight") for name in state if name.endswith("weight")]
+    unscaled = {name: value.double() for name, value in state.items()}
+    for layer in layers[:1]:  # W (x - mean) / std + b = (W / std) x + (b - (W / std) mean)
+        unscaled[f"{layer}weight"] /= data.std
+        unscaled[f"{layer}bias"] -= (unscaled[f"{layer}weight"] * data.mean).sum(1)
+    for layer in layers[-1:]:
+        unscaled[f"{layer}weight"] *= data.y_std
+        unscaled[f"{layer}bias"] *= data.y_std
+        unscaled[f"{layer}bias"] += data.y_mean
+    # 16 bits are too few for a bias that holds means.
+    return {
+        name: value.to(torch.promote_types(state[name].dtype, torch.float32))
+        for name, value in unscaled.items()
+    }
 
 
 def _batches(

@@ -1,12 +1,12 @@
-"""The command `mlp-ext profile`: what fuse finds in one's own model, and what it gains."""
+"""What `mlp-ext profile` does."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import re
 import sys
+import textwrap
 from importlib import import_module
 from typing import Any
 
@@ -15,57 +15,13 @@ from torch import nn
 
 from mlp_ext.bench.rows import replacing
 from mlp_ext.commands import arguments
-from mlp_ext.commands.arguments import count, file
+from mlp_ext.commands.summary import fastest
 from mlp_ext.nn import type_name
-from mlp_ext.profile import profile
+from mlp_ext.profile import Profile, profile
+from mlp_ext_cli.arguments import meant
 
 
-def add_profile(commands: Any) -> None:
-    """Adds the command to the subparsers of `mlp-ext`."""
-    parser = commands.add_parser(
-        "profile",
-        help="what fuse finds in your model, and what it gains",
-        description="What fuse finds in your model, how far its results are from native's, and the "
-        "times of native, fused, stack and, with --train, step. In each round they run in turn.",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=_profile, fail=parser.error)
-    add = parser.add_argument
-    add(
-        "factory",
-        type=_factory,
-        metavar="package.module:factory",
-        help="a function or class that makes the model when called without arguments",
-    )
-    add(
-        "--input",
-        type=_sizes,
-        action="append",
-        required=True,
-        metavar="64x784",
-        help="sizes of a random float32 input; again for a second one",
-    )
-    add("--train", action="store_true", help="measure training steps (default: forward)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
-    add("--rounds", type=count, default=20, metavar="R", help="samples of each (default: 20)")
-    add("--json", type=file, metavar="FILE", help="write the results")
-
-
-def _factory(text: str) -> tuple[str, str]:
-    name = r"[^\W\d]\w*"
-    if not re.fullmatch(rf"{name}(\.{name})*:{name}(\.{name})*", text):
-        raise argparse.ArgumentTypeError(f"must be package.module:factory, got '{text}'")
-    module, _, factory = text.partition(":")
-    return module, factory
-
-
-def _sizes(text: str) -> list[int]:
-    if not re.fullmatch("[1-9][0-9]{0,9}(x[1-9][0-9]{0,9})*", text):
-        raise argparse.ArgumentTypeError(f"must be sizes such as 64x784, got '{text}'")
-    return [int(size) for size in text.split("x")]
-
-
-def _profile(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     arguments.check_device(args.device, args.fail)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -76,7 +32,9 @@ def _profile(args: argparse.Namespace) -> None:
             found = profile(model.to(args.device), *inputs, train=args.train, rounds=args.rounds)
         except (TypeError, ValueError, RuntimeError) as error:
             args.fail(str(error).strip().splitlines()[0].removeprefix("profile: "))
-    print(found)
+    for line in str(found).splitlines():  # only reasons are long
+        print(textwrap.fill(line, 79, subsequent_indent="    "))
+    print("", textwrap.fill(_sentence(found), 79), sep="\n")
     if args.json:
         # JSON has no NaN and no infinity: writes null.
         record = json.loads(json.dumps(found.to_dict()), parse_constant=lambda _: None)
@@ -87,6 +45,17 @@ def _profile(args: argparse.Namespace) -> None:
             args.fail(str(error))
 
 
+def _sentence(found: Profile) -> str:
+    """What happened."""
+    measured = [timing for timing in found.timings if timing.ratio_to_native is not None]
+    others = {t.name: t.ratio_to_native for t in measured[1:] if t.ratio_to_native is not None}
+    if not others:
+        return "Nothing was measured but torch: mlp_ext changes nothing in this model."
+    differences = [d for t in measured for d in (t.output_difference, t.gradient_difference) if d]
+    largest = max(differences, default=0.0)
+    return f"{fastest(others)}; results differ by at most {largest:.0e}."
+
+
 def _make(module: str, factory: str, fail: arguments.Fail) -> nn.Module:
     """Imports and calls it; also from the current folder, as `python -m` does."""
     if os.getcwd() not in sys.path:
@@ -95,7 +64,7 @@ def _make(module: str, factory: str, fail: arguments.Fail) -> nn.Module:
         found: Any = import_module(module)
         for name in factory.split("."):
             if not hasattr(found, name):
-                fail(f"{module} has no {factory}")
+                fail(f"{module} has no {factory}{meant(name, dir(found))}")
             found = getattr(found, name)
         if isinstance(found, nn.Module):
             return found

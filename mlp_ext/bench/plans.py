@@ -1,0 +1,65 @@
+"""Plans of the kernels: which path a case takes. csrc/cpu/plan.h and csrc/cuda/plan.h say why."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlp_ext import _C
+from mlp_ext.bench.cases import Case, Layer, Setting
+
+# KiB of shared memory that a block may have, by architecture; CUDA programming guide, technical
+# specifications per compute capability.
+SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+
+
+def plan(case: Case, setting: Setting, arch: int = 0, forced: str | None = None) -> dict[str, Any]:
+    """The plan of the kernels for this case, as _C has it. arch: of the GPU, as 90; 0 on CPUs.
+    forced: a layer's path on GPUs, where it takes the case.
+
+    Raises ValueError for sizes that they do not take.
+    """
+    dtype, tf32 = setting.dtype.replace("tf32", "float32"), setting.dtype == "tf32"
+    if setting.device == "cuda":
+        shared = 1024 * SHARED.get(arch, 48)
+        if isinstance(case, Layer):
+            more: dict[str, Any] = {"tf32": tf32, "shared": shared, "path": forced}
+            found = _C.cuda_plan(*case, dtype, setting.activation, arch, **more)
+        else:
+            found = _C.cuda_step_plan(list(case.widths), case.batch, dtype, arch, shared)
+    else:
+        kind = (setting.torch_dtype.itemsize, setting.threads, _dot_mode(dtype))
+        if isinstance(case, Layer):
+            found = _C.plan(*case, *kind, library=_has_library())
+        else:
+            found = _C.step_plan(list(case.widths), case.batch, *kind)
+    return dict(found)
+
+
+def paths(plan: dict[str, Any]) -> dict[str, str]:
+    """Of a plan: forward and backward of a layer, step of a network."""
+    if "path" in plan:
+        return {"step": plan["path"]}
+    return {way: plan.get(f"{way}_path") or plan[way] for way in ("forward", "backward")}
+
+
+def capability() -> int:
+    """The architecture of the GPU in use, as 90."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _has_library() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+@cache
+def _dot_mode(dtype: str) -> str:
+    """How this processor multiplies the dtype, as dot_mode_of in csrc/cpu/variants.cpp."""
+    if dtype != "bfloat16" or _C.instruction_set() != "avx512":
+        return "fma"
+    flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    return "fma" if "avx512_bf16" not in flags else "amx" if "amx_bf16" in flags else "bf16_dot"

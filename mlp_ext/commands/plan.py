@@ -1,0 +1,177 @@
+"""What `mlp-ext plan` does: prints a plan of the kernels, and the limits that decided it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from math import log
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import torch
+
+from mlp_ext.bench.cases import LARGEST, Case, Layer, Net, Setting, parse
+from mlp_ext.bench.machine import device_name
+from mlp_ext.bench.plans import SHARED, capability, paths, plan
+from mlp_ext.bench.rows import as_threads
+from mlp_ext.commands import arguments
+from mlp_ext.ops import ACTIVATIONS
+
+MOST_THREADS = 1024  # that limits are searched for
+WIDTH = 79  # of a terminal
+SHOWN = 4  # limits, the nearest ones
+NEIGHBOURS = 64  # sizes tried one by one: some limits are multiples
+STEP = 1.02  # then by this factor
+
+
+def run(args: argparse.Namespace) -> None:
+    arguments.check_name("--activation", args.activation, ACTIVATIONS, args.fail)
+    suite = "train" if "@" in args.case else "layers"
+    try:
+        case = parse(suite, args.case)
+    except ValueError:
+        forms = "MxKxN, as 64x784x256, or WIDTHS@BATCH, as 784-256-10@64"
+        args.fail(f"argument case: must be {forms}, got '{args.case}'")
+    arch = _arch(args)
+    threads = args.threads or torch.get_num_threads()
+    mode = "step" if isinstance(case, Net) else "full"
+    setting = Setting(suite, mode, args.activation, "", args.dtype, args.device, threads)
+    try:
+        found = plan(case, setting, arch)
+    except ValueError as error:
+        args.fail(str(error))
+
+    on_layer = f" {args.activation}" if isinstance(case, Layer) else ""
+    print(f"{case}{on_layer} {args.dtype}")
+    print(f"GPU of architecture {arch}" if arch else f"{device_name('cpu')}, {as_threads(threads)}")
+    print("below each path: the nearest limits when one size varies, and what is beyond")
+    for way, path in paths(found).items():
+        print("\n" + fill(f"{way}: {_described(way, path, found, case)}", WIDTH))
+        for text in [*map(str, _limits(case, setting, arch, way))] or ["none"]:
+            print(f"  {text}")
+
+
+def _arch(args: argparse.Namespace) -> int:
+    """0 on CPUs."""
+    if args.device == "cpu":
+        if args.arch:
+            args.fail("argument --arch: is for --device cuda")
+        if args.dtype == "tf32":
+            args.fail("argument --dtype: tf32 is for --device cuda")
+        return 0
+    if args.threads:
+        args.fail("argument --threads: is for --device cpu")
+    if args.arch:
+        if args.arch not in SHARED:
+            known = ", ".join(map(str, SHARED))
+            args.fail(f"argument --arch: must be one of {known}, got '{args.arch}'")
+        return int(args.arch)
+    if not torch.cuda.is_available():
+        args.fail("argument --arch: is needed, as --arch 90: torch finds no cuda device here")
+    return capability()
+
+
+def _described(way: str, path: str, found: dict[str, Any], case: Case) -> str:
+    """Path and pieces on the CPU, path and reason on a GPU."""
+    reason = found.get("reason") or found.get(f"{way}_reason")
+    if reason:
+        return f"{path} ({reason})"
+    if isinstance(case, Net):
+        if path == "layers":
+            first = Layer(case.batch, *case.widths[:2])
+            return f"layers, each by its own path: see mlp-ext plan {first}"
+        return f"{path}, {_pieces(found['pieces'])}{' of rows' * (path == 'blocks')}"
+    if path == "library":
+        return "library, split by torch's GEMM"
+    if way == "forward":
+        return f"{path}, {_grid('y', found['forward'])}"
+    dx, dw = found["grad_input"], found["grad_weight"]
+    if path != "packed":  # in one pass
+        return f"{path}, {_pieces(max(dx[2], dw[2]))} of rows"
+    at_once = ", at once" if found["concurrent_gemms"] else ", one after the other"
+    return f"{path}, {_grid('dx', dx)}, {_grid('dW', dw)}{at_once}"
+
+
+def _grid(name: str, grid: tuple[int, int, int]) -> str:
+    rows, columns, samples = grid
+    if rows * columns * samples == 1:
+        return f"{name} in 1 piece"
+    return f"{name} in {rows} x {columns}{f' x {samples}' * (samples > 1)} pieces"
+
+
+def _pieces(count: int) -> str:
+    return f"{count} piece{'s' * (count != 1)}"
+
+
+class Limit(NamedTuple):
+    """The path is taken up to, or from, this size; the next one has another path."""
+
+    name: str
+    upper: bool
+    size: int
+    other: str
+    distance: float  # of the sizes' logarithms, from the case's
+
+    def __str__(self) -> str:
+        sign, following = ("<=", self.size + 1) if self.upper else (">=", self.size - 1)
+        return f"{self.name} {sign} {self.size} ({following}: {self.other})"
+
+
+def _limits(case: Case, setting: Setting, arch: int, way: str) -> list[Limit]:
+    """The nearest limits of this path, one size varied at a time."""
+    if isinstance(case, Layer):
+        names, sizes = [*case._fields], [*case]
+    else:
+        names = ["batch", *(f"width {i + 1}" for i in range(len(case.widths)))]
+        sizes = [case.batch, *case.widths]
+    if setting.device == "cpu":
+        names.append("threads")
+        sizes.append(setting.threads)
+
+    def path(place: int, size: int) -> str | None:
+        """With another size there; None where that is too large."""
+        tried = [*sizes[:place], size, *sizes[place + 1 :]]
+        threads = tried.pop() if setting.device == "cpu" else 1
+        other = Layer(*tried) if isinstance(case, Layer) else Net(tuple(tried[1:]), tried[0])
+        try:
+            return paths(plan(other, replace(setting, threads=threads), arch))[way]
+        except ValueError:
+            return None
+
+    found = []
+    for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        for end in (1, MOST_THREADS if name == "threads" else LARGEST):
+            limit = _limit(name, size, end, partial(path, place))
+            found += [limit] if limit else []
+    return sorted(found, key=lambda limit: limit.distance)[:SHOWN]
+
+
+def _limit(name: str, size: int, end: int, path: Callable[[int], str | None]) -> Limit | None:
+    """The one between `size` and `end`, if there is any."""
+    here, last = path(size), size
+    for tried in _outward(size, end):
+        other = path(tried)
+        if other is None:
+            return None
+        if other != here:
+            while abs(tried - last) > 1:  # the path changes between them
+                middle = (tried + last) // 2
+                found = path(middle)
+                if found == here:
+                    last = middle
+                else:
+                    tried, other = middle, str(found)
+            return Limit(name, end > size, last, other, abs(log(last / size)))
+        last = tried
+    return None
+
+
+def _outward(size: int, end: int) -> Iterator[int]:
+    """Sizes after `size`, farther and farther apart, to `end`."""
+    sign, at = (1 if end > size else -1), size
+    while at != end:
+        step = 1 if abs(at - size) < NEIGHBOURS else max(1, int(at * (STEP - 1)))
+        at = min(at + step, end) if sign > 0 else max(at - step, end)
+        yield at

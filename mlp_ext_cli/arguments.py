@@ -1,0 +1,98 @@
+"""What the commands' parsers share: errors in one line that suggest what was meant, types of
+arguments, and the sets of values that do not grow."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+DEVICES = ("cpu", "cuda")
+FLOATS = ("float32", "float64", "bfloat16", "float16")
+
+Number = TypeVar("Number", int, float)
+Help = argparse.RawDescriptionHelpFormatter  # descriptions and examples keep their lines
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Prints one line, without argparse's usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Fails on what is left over: a command's own parser knows which option was meant."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            options = [option for action in self._actions for option in action.option_strings]
+            close = meant(rest[0].partition("=")[0], options)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{close}")
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        if action.dest == "command":
+            self.error(f"there is no command '{value}'{meant(value, action.choices)}")
+        raise argparse.ArgumentError(action, unknown(value, action.choices))
+
+
+def add_command(commands: Any, name: str, run: str, help: str, **texts: str) -> Parser:
+    """Adds a command to the subparsers of `mlp-ext`.
+
+    run: module:function that is called with the Namespace. In it are also fail(message), which
+    prints a user's error in one line and exits with status 2, exit(status, message), and prog.
+    """
+    parser: Parser = commands.add_parser(
+        name, help=help, formatter_class=Help, allow_abbrev=False, **texts
+    )
+    parser.set_defaults(run=run, fail=parser.error, exit=parser.exit, prog=parser.prog)
+    return parser
+
+
+def unknown(value: str, known: Iterable[str]) -> str:
+    """The end of an error: what there is, and which of it was probably meant."""
+    return f"must be one of {', '.join(known)}, got '{value}'{meant(value, known)}"
+
+
+def meant(value: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' if one of `known` is close to `value`."""
+    close = get_close_matches(value, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], what: str) -> Any:
+    """An argparse type; `what` ends the message "must be ..."."""
+
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, got '{text}'")
+        return value
+
+    return parse
+
+
+count = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2147483647")
+
+
+def listed(text: str) -> list[str]:
+    """An argparse type: names separated by commas, each once."""
+    return list(dict.fromkeys(text.split(",")))
+
+
+def file(text: str) -> Path:
+    """An argparse type: a file that can be written, checked before anything is computed."""
+    path = Path(text)
+    try:
+        if path.exists() and not path.is_file():
+            raise argparse.ArgumentTypeError(f"'{text}' is not a file")
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write '{text}': {error.strerror}") from None

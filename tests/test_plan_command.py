@@ -1,0 +1,131 @@
+"""The command `mlp-ext plan`: the path that is taken, and limits that hold."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from mlp_ext import _C
+from mlp_ext.bench import plans
+from mlp_ext_cli import main
+
+LIMIT = re.compile(
+    r"  (?P<name>[\w ]+) (?P<sign><=|>=) (?P<last>\d+) \((?P<next>\d+): (?P<path>\w+)\)"
+)
+
+
+def planned(args: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
+    """The lines under each way: its description, then its limits."""
+    assert main(["plan", *args.split()]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert all(len(line) <= 80 for line in out.splitlines())
+    blocks = [block.splitlines() for block in out.split("\n\n")[1:]]
+    return {lines[0].partition(":")[0]: lines for lines in blocks}
+
+
+def path(lines: list[str]) -> str:
+    found = re.match(r"\w+: (\w+)", lines[0])
+    assert found
+    return found[1]
+
+
+def test_layer_has_paths_pieces_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned("64x784x256 --threads 2", capsys)
+    assert found["forward"] == [
+        "forward: dots, y in 1 x 2 pieces",
+        "  M <= 64 (65: packed)",
+        "  K >= 768 (767: packed)",
+    ]
+    assert found["backward"][0] == "backward: packed, dx in 1 piece, dW in 1 piece, at once"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("case", ["64x784x256", "10x10x5", "65536x64x64", "1000x1x1", "1x1x1"])
+@pytest.mark.parametrize("threads", [1, 8])
+def test_limits_of_a_layer_hold(
+    case: str, dtype: str, threads: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = dict(zip("MKN", map(int, case.split("x")), strict=True))
+
+    def taken(way: str, **other: int) -> str:
+        every = {**sizes, "threads": threads, **other}
+        shape = "x".join(str(every[name]) for name in "MKN")
+        args = f"{shape} --dtype {dtype} --threads {every['threads']}"
+        return path(planned(args, capsys)[way])
+
+    for way, lines in planned(f"{case} --dtype {dtype} --threads {threads}", capsys).items():
+        here = path(lines)
+        for line in lines[1:]:
+            limit = LIMIT.fullmatch(line)
+            assert limit, line
+            assert taken(way, **{limit["name"]: int(limit["last"])}) == here
+            assert taken(way, **{limit["name"]: int(limit["next"])}) == limit["path"] != here
+
+
+def test_step_has_its_path_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned("784-256-10@64 --threads 2", capsys)
+    assert [*found] == ["step"]
+    assert found["step"][:3] == [
+        "step: panels, 2 pieces",
+        "  batch <= 64 (65: layers)",
+        "  batch >= 61 (60: layers)",
+    ]
+    assert "step: blocks, 1 piece of rows" in planned("10-5-1@10", capsys)["step"]
+    layers = planned("1024-1024-1024@256 --threads 2 --dtype bfloat16", capsys)["step"]
+    assert layers[0].endswith("see mlp-ext plan 256x1024x1024")
+
+
+def test_gpu_of_an_architecture_need_not_be_here(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned("4096x64x64 --device cuda --arch 90 --activation gelu", capsys)
+    expected = _C.cuda_plan(4096, 64, 64, "float32", "gelu", 90)
+    for way, lines in found.items():
+        assert path(lines) == expected[way]
+        assert expected[f"{way}_reason"] in " ".join(lines[0:2]).replace("  ", " ")
+    assert path(planned("10-5-1@10 --device cuda --arch 80", capsys)["step"]) == "one_block"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dot_mode"),
+    [("avx512f", "fma"), ("avx512_bf16", "bf16_dot"), ("avx512_bf16 amx_bf16", "amx")],
+)
+def test_bfloat16_is_multiplied_as_the_processor_does(
+    flags: str, dot_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_C, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(
+        plans.Path, "read_text", lambda self: f"x: 1\nflags\t\t: fpu {flags}\nbugs:"
+    )
+    assert plans._dot_mode.__wrapped__("bfloat16") == dot_mode
+    assert plans._dot_mode.__wrapped__("float16") == "fma"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            "64x784",
+            "argument case: must be MxKxN, as 64x784x256, or WIDTHS@BATCH, as 784-256-10@64",
+        ),
+        ("10@64", "argument case: must be "),
+        ("64x784x256 --activation gelux", "argument --activation: must be one of "),
+        ("64x784x256 --dtype int8", "argument --dtype: must be one of "),
+        ("64x784x256 --dtype tf32", "argument --dtype: tf32 is for --device cuda"),
+        ("64x784x256 --arch 90", "argument --arch: is for --device cuda"),
+        ("64x784x256 --device cuda --threads 2 --arch 90", "argument --threads: is for --device"),
+        ("64x784x256 --device cuda --arch 91", "argument --arch: must be one of 80, 86, "),
+        ("64x784x256 --device cuda", "argument --arch: is needed, as --arch 90: torch finds no"),
+        ("64x784x256 --threads 70000", "threads must be from 1 to 65536"),
+        ("2147483647x2147483647x2147483647", "the product of the sizes must be at most 2^53"),
+    ],
+)
+def test_error_is_one_line(
+    args: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["plan", *args.split()]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"mlp-ext plan: error: {message}")
+    assert (out, err.count("\n")) == ("", 1)
