@@ -1,4 +1,4 @@
-"""mkdocs: README is the home page, notebooks are pages, and the site has the files that pages link to."""
+"""mkdocs: README is the home page, notebooks are pages, files that pages link to are in the site."""
 
 from __future__ import annotations
 
