@@ -1,4 +1,4 @@
-"""mkdocs: README is the home page, notebooks are pages, files that pages link to are in the site."""
+"""mkdocs: README is the home page, notebooks are pages, files that pages link to are copied."""
 
 from __future__ import annotations
 
