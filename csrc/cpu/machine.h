@@ -18,13 +18,14 @@ constexpr const char* kDotModes[] = {"fma", "bf16_dot", "amx"};
 constexpr int64_t kNever = int64_t(1) << 62;  // a limit that no shape reaches
 
 // Bounds of the workspace: limits may be lower, not higher.
-constexpr int64_t kTallRowBytes = 2048;           // a row of dz fits one depth block
-constexpr int64_t kTallInputs = 1024;             // K of tall
-constexpr int64_t kTallWeights = 1 << 18;         // N K of tall; each thread has its own dW
-constexpr int64_t kOneBreadth = 1 << 16;          // N of one_input, K of one_output
-constexpr int64_t kMostFewRows = 16;              // M of few_rows
-constexpr int64_t kDepthBytes = 2048;             // depth block of A; half of it writes partial sums twice as often
-constexpr int64_t kMostBlockBytes = 1 << 21;      // block of packed B
+constexpr int64_t kTallRowBytes = 2048;       // a row of dz fits one depth block
+constexpr int64_t kTallInputs = 1024;         // K of tall
+constexpr int64_t kTallWeights = 1 << 18;     // N K of tall; each thread has its own dW
+constexpr int64_t kOneBreadth = 1 << 16;      // N of one_input, K of one_output
+constexpr int64_t kMostFewRows = 16;          // M of few_rows
+constexpr int64_t kDepthBytes = 2048;         // depth block of A; half of it writes partial sums twice as often
+constexpr int64_t kMostBlockBytes = 1 << 21;  // block of packed B
+constexpr int64_t kLeastBlockBytes = 1 << 17;
 constexpr int64_t kStepRowBytes = kDepthBytes;    // widest layer of StepPath::blocks; tiles cover the whole depth
 constexpr int64_t kMostPanelBytes = kDepthBytes;  // M of StepPath::panels; dW takes one depth block
 

@@ -45,6 +45,7 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["instruction_sets"] = instruction_sets();
+  info["l2_per_core"] = cpu::l2_per_core();
 #if defined(_OPENMP)
   info["openmp"] = _OPENMP;
 #else
