@@ -77,7 +77,7 @@ def test_opcheck_forward_with_frozen_operands(live: tuple[bool, ...], dtype: tor
 )
 @activations
 def test_opcheck_backward(activation: str, mask: tuple[bool, ...]) -> None:
-    for shape in (ONE_ROW, SMALL, THREE_LEADING):
+    for shape in (ONE_ROW, SMALL, THREE_LEADING) if all(mask) else [SMALL]:
         x, w, _ = operands(shape).values()
         output = None if activation == "identity" else native(x, w, None, activation)
         arguments = (grad_output(shape), output, x if mask[1] else None, w if mask[0] else None)
