@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import in_forks
 
 import mlp_ext
 from mlp_ext import _C
@@ -33,29 +34,6 @@ def checked(*command: str | Path, **kwargs: object) -> str:
     result = run(*command, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
-
-
-FORKS = """
-import json, os, sys, traceback, torch
-code, cases = sys.argv[1:]
-for variables in json.loads(cases):
-    if os.fork() == 0:
-        os.environ.update(variables)
-        try:
-            exec(code)
-        except BaseException:
-            traceback.print_exc(file=sys.stdout)
-        sys.stdout.flush()
-        os._exit(0)
-    os.wait()
-    print(end="\\0", flush=True)
-"""
-
-
-def in_forks(code: str, cases: Iterable[dict[str, str]], **kwargs: object) -> list[str]:
-    """What `code` prints or raises with each of the environments, after one import of torch."""
-    command = [sys.executable, "-S", "-c", FORKS, code, json.dumps([*cases])]
-    return checked(*command, **kwargs).split("\0")[:-1]
 
 
 def copy_tree(folder: Path) -> Path:
@@ -205,7 +183,9 @@ def extensions(
 ) -> list[Any]:
     """What setup.py would compile with each case's variables, or why it exits."""
     env = env | {"PYTHONPATH": os.pathsep.join(SITE_PACKAGES)}
-    last = [told.splitlines()[-1] for told in in_forks(torch + SETUP, cases, cwd=ROOT, env=env)]
+    last = [
+        told.splitlines()[-1] for told in in_forks(torch + SETUP, cases, "-S", cwd=ROOT, env=env)
+    ]
     return [told if told.startswith("SystemExit: ") else json.loads(told) for told in last]
 
 
@@ -419,7 +399,7 @@ def errors_of_imports(folder: Path, *changes: Callable[[Path], object]) -> list[
         change(folder / str(i) / "mlp_ext")
         cases.append({"FOLDER": str(folder / str(i))})
     code = "sys.path.insert(0, os.environ['FOLDER']); import mlp_ext"
-    return in_forks(code, cases, env=env, cwd=folder)
+    return in_forks(code, cases, "-S", env=env, cwd=folder)
 
 
 def edited(change: Callable[[str], str]) -> Callable[[Path], object]:
