@@ -242,8 +242,19 @@ CHANGES = [
 IN_PLACE = {"Statements", "Generator", "InPlace"}
 
 
-@some_models
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+# The quick tests take each change with some models, and each model with some changes.
+MODELS_AND_CHANGES = [
+    pytest.param(
+        *(example, change),
+        id=f"{name}-{change.__name__}",
+        marks=[] if (i + j) % 6 == 0 else [pytest.mark.slow],
+    )
+    for i, (name, example) in enumerate(EXAMPLES.items())
+    for j, change in enumerate(CHANGES)
+]
+
+
+@pytest.mark.parametrize(("example", "change"), MODELS_AND_CHANGES)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_later_change(example: Example, change: Callable[[nn.Module], None]) -> None:
     if change is backward_hooks and example.make.__name__ in IN_PLACE:
