@@ -146,6 +146,7 @@ e = names["extension"]
 print()
 print(json.dumps({
     "sources": e.sources,
+    "cxx": e.extra_compile_args["cxx"],
     "nvcc": e.extra_compile_args["nvcc"],
     "link": e.extra_link_args,
     "macros": dict(e.define_macros),
@@ -178,22 +179,6 @@ def with_toolkit(folder: Path, version: str) -> dict[str, str]:
     return {**env, "CUDA_VISIBLE_DEVICES": ""}
 
 
-<<<<<<< HEAD
-def extension(env: dict[str, str]) -> dict[str, Any]:
-    """What setup.py would compile."""
-    code = """
-import json
-from distutils.core import run_setup
-from torch.utils import cpp_extension
-(e,) = run_setup("setup.py", ["build_ext"], stop_after="init").ext_modules
-macros = dict(e.define_macros)
-cxx, nvcc = e.extra_compile_args["cxx"], e.extra_compile_args["nvcc"]
-print(json.dumps([e.sources, cxx, nvcc, e.extra_link_args, macros, cpp_extension.CUDA_HOME]))
-"""
-    told = checked(sys.executable, "-c", code, cwd=ROOT, env=env).strip().splitlines()
-    keys = ("sources", "cxx", "nvcc", "link", "macros", "CUDA_HOME")
-    return dict(zip(keys, json.loads(told[-1]), strict=True))
-=======
 def extensions(
     cases: Iterable[dict[str, str]], env: dict[str, str], torch: str = TORCH_WITH_CUDA
 ) -> list[Any]:
@@ -212,7 +197,6 @@ def test_wishes_for_cuda_where_there_is_none() -> None:
     assert unmet.startswith("SystemExit: MLP_EXT_CUDA=1 needs")
     assert unknown == "SystemExit: MLP_EXT_CUDA must be auto, 0 or 1, got 'maybe'"
     assert all(other["sources"] for other in others)
->>>>>>> main
 
 
 def test_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
@@ -260,19 +244,20 @@ def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path)
     assert built == [False, True, True]  # torch and toolkit alone do not ask for it
 
 
-@pytest.mark.parametrize("wish", ["all", "native"])
-def test_arm_gets_the_generic_kernels_without_flags_for_x86(tmp_path: Path, wish: str) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import platform, torch\n"
-        "platform.machine = lambda: 'aarch64'\n"
-        "torch.backends.cpu.get_cpu_capability = lambda: 'SVE256'\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "MLP_EXT_CUDA": "0", "MLP_EXT_ISA": wish}
-    found = extension(env)
-    assert found["macros"]["MLP_EXT_TARGETS(DO)"] == "DO(generic)"
-    targets = {Path(s).name for s in found["sources"] if s.startswith("csrc/cpu/targets/")}
-    assert targets == {p.name for p in (ROOT / "csrc/cpu/targets").glob("generic_*.cpp")}
-    assert not [flag for flag in found["cxx"] if flag.startswith("-m")]
+ARM = """
+import platform
+platform.machine = lambda: "aarch64"
+torch.backends.cpu.get_cpu_capability = lambda: "SVE256"
+"""
+
+
+def test_arm_gets_the_generic_kernels_without_flags_for_x86() -> None:
+    cases = [{"MLP_EXT_CUDA": "0", "MLP_EXT_ISA": wish} for wish in ("all", "native")]
+    for found in extensions(cases, {**os.environ}, torch=ARM):
+        assert found["macros"]["MLP_EXT_TARGETS(DO)"] == "DO(generic)"
+        targets = {Path(s).name for s in found["sources"] if s.startswith("csrc/cpu/targets/")}
+        assert targets == {p.name for p in (ROOT / "csrc/cpu/targets").glob("generic_*.cpp")}
+        assert not [flag for flag in found["cxx"] if flag.startswith("-m")]
 
 
 def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path: Path) -> None:
