@@ -19,6 +19,7 @@ from mlp_ext_cli.info import add_info
 from mlp_ext_cli.plan import add_plan
 from mlp_ext_cli.profile import add_profile
 from mlp_ext_cli.train import add_train
+from mlp_ext_cli.tune import add_tune
 
 DESCRIPTION = "Train multi-layer perceptrons in PyTorch faster: try it, and measure it."
 
@@ -95,6 +96,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for add in (add_info, add_train, add_bench, add_compare, add_plan, add_profile):
+    for add in (add_info, add_train, add_bench, add_compare, add_plan, add_tune, add_profile):
         add(commands)
     return parser

@@ -35,11 +35,17 @@ def noise(rows: Sequence[Row], cpus: int | None = None) -> str:
         )
         remedy = "measure again with more --rounds"
     threads = rows[0].threads if rows[0].device == "cpu" else 1
-    others = max(row.other_cpus or 0.0 for row in rows)
-    if cpus and others > max(0, cpus - threads) + OTHER_CPUS:
-        found.insert(0, f"other processes used {others:.1f} of {cpus} CPUs")
+    if cpus and (busy := busy_cpus(max(row.other_cpus or 0.0 for row in rows), threads, cpus)):
+        found.insert(0, busy)
         remedy = "stop other programs and measure again"
     return f"too noisy to cite: {'; '.join(found)}: {remedy}" if found else ""
+
+
+def busy_cpus(others: float, threads: int, cpus: int) -> str:
+    """Says that other processes used CPUs that our threads need; "" if they did not."""
+    if others > max(0, cpus - threads) + OTHER_CPUS:
+        return f"other processes used {others:.1f} of {cpus} CPUs"
+    return ""
 
 
 def _spread(row: Row) -> float:

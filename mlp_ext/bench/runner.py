@@ -122,9 +122,14 @@ def in_turn(
     rounds: int,
     clock: Clock,
     after_round: Callable[[], object] = lambda: None,
+    sample_seconds: float | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per step of each, one number per round; rounds rotate the order."""
-    loops = {name: _loops(work.prepare(0), clock) for name, work in works.items()}
+    """Seconds per step of each, one number per round; rounds rotate the order.
+
+    sample_seconds: default SAMPLE_SECONDS.
+    """
+    sample = sample_seconds or SAMPLE_SECONDS
+    loops = {name: _loops(work.prepare(0), clock, sample) for name, work in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     gc.disable()
@@ -141,10 +146,10 @@ def in_turn(
     return seconds
 
 
-def _loops(call: Call, clock: Clock) -> int:
-    """Number of calls per sample; warms up."""
+def _loops(call: Call, clock: Clock, sample: float) -> int:
+    """Number of calls per sample of so many seconds; warms up."""
     loops = 1
-    while _elapsed(call, loops, clock) < SAMPLE_SECONDS:
+    while _elapsed(call, loops, clock) < sample:
         loops *= 2
     return loops
 
