@@ -77,7 +77,7 @@ def add_bench(commands: Any) -> None:
         "--activation",
         default="relu",
         metavar="NAME",
-        help="in train, of the hidden layers (default: relu)",
+        help="of the layer; in train: of hidden layers (default: relu)",
     )
     add("--optimizer", metavar="NAME", help="for train (default: sgd)")
     add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")

@@ -45,5 +45,5 @@ def add_plan(commands: Any) -> None:
         "--arch",
         type=count,
         metavar="90",
-        help="compute capability of the GPU (default: that of your GPU)",
+        help="compute capability (default: of your GPU)",
     )

@@ -104,7 +104,7 @@ def add_train(commands: Any) -> None:
     add(
         "--distributed",
         choices=WRAPPERS,
-        help="share each batch among the processes started by torchrun",
+        help="share each batch among the processes of torchrun",
     )
 
     rows = parser.add_argument_group("data")
@@ -114,7 +114,7 @@ def add_train(commands: Any) -> None:
     )
     source.add_argument("--csv", type=Path, metavar="FILE", help="your own data; needs --target")
     rows.add_argument("--target", metavar="COLUMN", help="the column of --csv to predict")
-    rows.add_argument("--regression", action="store_true", help="the target is a number")
+    rows.add_argument("--regression", action="store_true", help="treat the target as a number")
 
     add = parser.add_argument_group("output").add_argument
     add(

@@ -82,27 +82,29 @@ def train(
     loss, optimizer: names in LOSSES and OPTIMIZERS. All kinds see the same batches, shuffled with
     `seed` in each epoch unless there is only one; the last batch may be smaller. A loss is the mean
     over an epoch's rows, computed before the update of each batch. The kinds take turns, so that
-    drift affects all of them. A turn is an epoch, or as many as take the fastest kind GROUP_SECONDS,
-    after two steps on a copy that warm up the caches.
+    drift affects all of them. A turn is an epoch; or, if epochs are short, as many as take the
+    fastest kind GROUP_SECONDS, after two steps on a copy that warm up the caches.
 
     Each of several `processes` takes its part of each batch; the losses are those of one process.
     """
     options = (model, lr, loss, optimizer, seed, processes)
     first_batch = replace(data, x=data.x[:batch_size], y=data.y[:batch_size])
-    copies = [start(kind, *options) for kind in kinds]
-    for copy in 2 * copies:  # warm up, then time steps
-        _train(copy, first_batch, 2, batch_size, processes)
-    seconds = min(copy.seconds[-1] for copy in copies) * math.ceil(len(data.x) / batch_size)
-    count = int(GROUP_SECONDS / processes.mean(seconds))  # the mean, so that all processes agree
-    count = max(1, min(count, math.ceil(epochs / TURNS)))
+    seconds = []  # of a step of each kind, on a copy
+    for kind in kinds:
+        copy = start(kind, *options)
+        for _ in range(2):  # the first time sets up
+            _train(copy, first_batch, 2, batch_size, processes)
+        seconds.append(copy.seconds[-1])
+    epoch = processes.mean(min(seconds)) * math.ceil(len(data.x) / batch_size)
+    count = max(1, min(int(GROUP_SECONDS / epoch), math.ceil(epochs / TURNS)))
 
     runs = [start(kind, *options) for kind in kinds]
-    pairs = list(zip(copies, runs, strict=True))
+    copies = [start(kind, *options) for kind in kinds] if count > 1 else []
     for turn, done in enumerate(range(0, epochs, count)):
-        first = turn % len(pairs)
-        for copy, run in pairs[first:] + pairs[:first]:
-            if count > 1:
-                _train(copy, first_batch, 2, batch_size, processes)
+        for place in range(turn, turn + len(runs)):
+            if copies:
+                _train(copies[place % len(runs)], first_batch, 2, batch_size, processes)
+            run = runs[place % len(runs)]
             _train(run, data, min(count, epochs - done), batch_size, processes)
         yield runs
 

@@ -129,12 +129,11 @@ class Range(NamedTuple):
         return min(abs(log(limit.size / self.size)) for limit in (self.low, self.high) if limit)
 
     def __str__(self) -> str:
-        if self.low and self.high:
-            sizes = f"{self.low.size} to {self.high.size}"
-        else:
-            sizes = f">= {self.low.size}" if self.low else f"<= {self.high.size}"
-        limits = [f"{l.next}: {l.other}" for l in (self.low, self.high) if l]
-        return f"{self.name} {sizes} ({', '.join(limits)})"
+        low, high = self.low, self.high
+        sizes = f"{low.size} to {high.size}" if low and high else ""
+        sizes = sizes or (f">= {low.size}" if low else f"<= {high.size}" if high else "")
+        beyond = ", ".join(f"{limit.next}: {limit.other}" for limit in (low, high) if limit)
+        return f"{self.name} {sizes} ({beyond})"
 
 
 def _ranges(case: Case, setting: Setting, arch: int, way: str) -> list[Range]:

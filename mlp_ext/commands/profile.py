@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> None:
     arguments.check_device(args.device, args.fail)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _make(*args.model, args.fail)
+        source, name = args.model
+        model = _make(source, name, args.fail)
         try:
             inputs = [torch.randn(sizes).to(args.device) for sizes in args.input]
             found = profile(model.to(args.device), *inputs, train=args.train, rounds=args.rounds)

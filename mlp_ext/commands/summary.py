@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mlp_ext.bench.noise import SPREAD
 
-Speed = tuple[float, float, float]  # torch's time / its own: median, 20% and 80% quantile
+Speed = tuple[Any, Any, Any]  # torch's time / its own: median, 20% and 80% quantile
 
 
 def fastest(speeds: Mapping[str, Speed]) -> str:

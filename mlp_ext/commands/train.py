@@ -55,8 +55,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # name in _result: hea
     "held_out": ("test acc", "{:.1%}".format),
     "test_loss": ("test loss", "{:.4f}".format),
 }
-# Kinds that a way of --distributed has not: fit draws its own batches, a step needs whole parameters.
-LEFT_OUT = {None: (), "ddp": ("fit",), "fsdp": ("step", "fit")}
+# Kinds that --distributed does not have: fit draws its own batches, step needs whole parameters.
+LEFT_OUT: dict[str | None, tuple[str, ...]] = {None: (), "ddp": ("fit",), "fsdp": ("step", "fit")}
 OF_PROBABILITIES = ("bce", "bce_with_logits", "cross_entropy")  # losses for classes only
 LINES = 10  # of epochs, about
 SAME = 1e-4  # losses are called the same if they differ by at most this part of the largest
@@ -279,7 +279,7 @@ def _sentence(results: dict[str, dict[str, Any]], noise: str = "") -> str:
 
 def _loading(args: argparse.Namespace, model: nn.Sequential, data: Dataset) -> list[str]:
     """The code that loads the saved weights."""
-    modules = model[:-1] if isinstance(model[-1], nn.Identity) else model
+    modules = [*model][: -1 if isinstance(model[-1], nn.Identity) else None]
     sequential = f"nn.Sequential({', '.join(map(_code, modules))})"
     if args.dtype == "float64":
         sequential += ".double()"
