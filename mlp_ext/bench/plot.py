@@ -56,7 +56,7 @@ def ratios(rows: Iterable[Row]) -> Figure:
         if row.provider != "native":
             panels.setdefault((row.settings, row.device_name), []).append(row)
     if not panels:
-        raise ValueError("nothing to draw: no provider besides native")
+        raise ValueError("nothing to plot: native is the only provider")
     heights = [
         LINE * (len(part) + len({row.case for row in part})) + 1.5 for part in panels.values()
     ]

@@ -42,9 +42,9 @@ class TrainingRun:
     kind: str
     model: nn.Module
     step: Step
-    generator: torch.Generator = field(default_factory=torch.Generator)  # shuffles the rows
     losses: list[float] = field(default_factory=list)  # per epoch
     seconds: list[float] = field(default_factory=list)  # per epoch, the mean of its group
+    generator: torch.Generator = field(default_factory=torch.Generator)  # shuffles the rows
 
 
 def start(
@@ -61,7 +61,7 @@ def start(
     model = processes.wrap(layers.change(deepcopy(model)))
     criterion = LOSSES[loss].criterion()
     step = layers.step(model, criterion, OPTIMIZERS[optimizer](model.parameters(), lr=lr))
-    return TrainingRun(kind, model, step, torch.Generator().manual_seed(seed))
+    return TrainingRun(kind, model, step, generator=torch.Generator().manual_seed(seed))
 
 
 def train(
