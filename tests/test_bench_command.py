@@ -335,7 +335,7 @@ ERRORS = [
     ("--suite train --optimizer lion", "argument --optimizer: must be one of "),
     ("--optimizer adam", "argument --optimizer: layers has none; use --suite train"),
     ("--dtype int8", "argument --dtype: must be one of "),
-    ("--dtype tf32", "argument --dtype: tf32 is for --device cuda"),
+    ("--dtype tf32", "argument --dtype: tf32 requires --device cuda"),
     ("--device tpu", "argument --device: must be one of "),
     ("--threads 0", "argument --threads: must be a whole number from 1 to 2147483647, got '0'"),
     ("--rounds 0", "argument --rounds: must be a whole number from 1 to 2147483647, got '0'"),

@@ -356,7 +356,8 @@ def test_plot_is_of_losses_over_epochs_and_time() -> None:
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(losses)
     figure.draw_without_rendering()
-    assert not any(legend.get_window_extent().overlaps(axes.bbox) for axes in figure.axes)
+    box, others = legend.get_window_extent(), [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(box.overlaps(other) for other in [*others, figure._suptitle.get_tightbbox()])
     assert figure.get_suptitle() == "the title"
     assert (epochs.get_xlabel(), epochs.get_ylabel()) == ("epoch", "loss")
     assert time.get_xlabel().startswith("training time")
@@ -471,8 +472,8 @@ ERRORS = [
     ("--plot missing/loss.png", "argument --plot: cannot write 'missing/loss.png': No such file"),
     ("--save missing/model.pt", "argument --save: cannot write 'missing/model.pt': No such file"),
     ("--data seed", "argument --data: 'seed' is now called tutorial"),
-    ("--target y", "argument --target: is for --csv FILE"),
-    ("--regression", "argument --regression: is for --csv FILE"),
+    ("--target y", "argument --target: requires --csv FILE"),
+    ("--regression", "argument --regression: requires --csv FILE"),
     ("--csv file", "argument --csv: add --target COLUMN, the column to predict"),
     ("--csv none --target y", "argument --csv: cannot read 'none': No such file or directory"),
     ("--csv folder --target y", "argument --csv: cannot read 'folder': Is a directory"),

@@ -17,7 +17,7 @@ SHAPES = {  # rows to train on, rows held out, features, targets, classes
     "digits": (1437, 360, 64, 10, 10),
     "mnist5k": (4000, 1000, 784, 10, 10),
 }
-LABELLED = ["breast_cancer", "digits", "mnist5k"]
+LABELED = ["breast_cancer", "digits", "mnist5k"]
 
 
 def tensors(data: Dataset) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_tutorial_is_the_tutorials() -> None:
     assert data.y.flatten().tolist() == [1, 0, 0, 1, 1, 1, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", LABELED)
 def test_targets_are_classes(name: str) -> None:
     data = load(name)
     for y in (data.y, data.y_test):
@@ -62,7 +62,7 @@ def test_targets_are_classes(name: str) -> None:
             assert torch.equal(y.sum(1), torch.ones(len(y)))
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", LABELED)
 def test_held_out_rows_have_the_classes_in_proportion(name: str) -> None:
     data = load(name)
     train, test = (labels(y).long().bincount() for y in (data.y, data.y_test))

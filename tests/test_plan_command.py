@@ -127,9 +127,9 @@ def test_bfloat16_is_multiplied_as_the_processor_does(
         ("10@64", "argument case: must be "),
         ("64x784x256 --activation gelux", "argument --activation: must be one of "),
         ("64x784x256 --dtype int8", "argument --dtype: must be one of "),
-        ("64x784x256 --dtype tf32", "argument --dtype: tf32 is for --device cuda"),
-        ("64x784x256 --arch 90", "argument --arch: is for --device cuda"),
-        ("64x784x256 --device cuda --threads 2 --arch 90", "argument --threads: is for --device"),
+        ("64x784x256 --dtype tf32", "argument --dtype: tf32 requires --device cuda"),
+        ("64x784x256 --arch 90", "argument --arch: requires --device cuda"),
+        ("64x784x256 --device cuda --threads 2 --arch 90", "argument --threads: requires --device"),
         ("64x784x256 --device cuda --arch 91", "argument --arch: must be one of 80, 86, "),
         (
             "64x784x256 --device cuda",

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 def _setting(args: argparse.Namespace, suite: str) -> Setting:
     modes = SUITES[suite].modes
     if args.dtype == "tf32" and args.device == "cpu":
-        args.fail("argument --dtype: tf32 is for --device cuda")
+        args.fail("argument --dtype: tf32 requires --device cuda")
     if (mode := args.mode or modes[0]) not in modes:
         elsewhere = _elsewhere(mode, {name: s.modes for name, s in SUITES.items()})
         args.fail(f"argument --mode: {suite} has {', '.join(modes)}, got '{mode}'{elsewhere}")

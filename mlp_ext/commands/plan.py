@@ -63,12 +63,12 @@ def _arch(args: argparse.Namespace) -> int:
     """0 on CPUs."""
     if args.device == "cpu":
         if args.arch:
-            args.fail("argument --arch: is for --device cuda")
+            args.fail("argument --arch: requires --device cuda")
         if args.dtype == "tf32":
-            args.fail("argument --dtype: tf32 is for --device cuda")
+            args.fail("argument --dtype: tf32 requires --device cuda")
         return 0
     if args.threads:
-        args.fail("argument --threads: is for --device cpu")
+        args.fail("argument --threads: requires --device cpu")
     if args.arch:
         if args.arch not in SHARED:
             known = ", ".join(map(str, SHARED))

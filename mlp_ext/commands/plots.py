@@ -49,5 +49,5 @@ def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
     for axes in (epochs, time):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    figure.legend(*epochs.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs))
+    figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
     return figure

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
             fail("argument --csv: add --target COLUMN, the column to predict")
     elif args.target is not None or args.regression:
         option = "--regression" if args.target is None else "--target"
-        fail(f"argument {option}: is for --csv FILE")
+        fail(f"argument {option}: requires --csv FILE")
     else:
         args.data = args.data or "tutorial"
         arguments.check_name("--data", args.data, DATASETS, fail, RENAMED)
