@@ -27,7 +27,9 @@ ROUNDS, MORE_ROUNDS = 3, 9  # of a visit; more where calls are short
 SHORT = 10**7  # FLOPs of a call
 LARGEST_BYTES = 2**26  # of a case's operands and results
 HALF_OF_L2 = 2**19  # for block_bytes of 0, where L2 has 1 MiB
-MARGIN = 0.02  # a limit stays where another is faster by less
+MOST = 0.25  # of a logarithm counts, so that one rung does not outweigh many
+MARGIN = 0.02  # a limit stays where another is faster by less,
+ERRORS = 3  # or by less than so many standard errors: the best of many limits is chosen
 
 
 class Sides(NamedTuple):
@@ -262,6 +264,12 @@ class Choice(NamedTuple):
         return self.points[0].table
 
     @property
+    def texts(self) -> list[str]:
+        """The old limit, and the new one if it moves."""
+        limits = [self.old, self.new] if self.moved else [self.old]
+        return ["never" if limit == NEVER else str(limit) for limit in limits]
+
+    @property
     def measured(self) -> bool:
         return all(len(p.ratios) >= ROUNDS for p in self.points)
 
@@ -293,17 +301,19 @@ def choose(points: Sequence[Point], old: int) -> Choice:
     up_to = points[0].rule.sides.up_to
     sizes = sorted({p.size for p in points})
     rungs = [[p for p in points if p.size == size] for size in sizes]
-    raw = [median(p.ratio for p in rung) for rung in rungs]
+    raw = [median(max(-MOST, min(MOST, p.ratio)) for p in rung) for rung in rungs]
     windows = zip(raw, raw[1:], raw[2:], strict=False)
     smooth = raw[:1] + [median(three) for three in windows] + raw[1:][-1:]
     before = sum(size < old or (size == old and up_to) for size in sizes)
     gains = [r + MARGIN if i < before else r - MARGIN for i, r in enumerate(smooth)]
     sums = [0.0, *accumulate(gains)]  # gained by a limit with so many sizes below
     cut = max(range(len(sums)), key=lambda i: (sums[i], -abs(i - before)))
-    moved = [p for rung in rungs[min(cut, before) : max(cut, before)] for p in rung]
-    gained = [p.ratio if cut > before else -p.ratio for p in moved]
-    error = sqrt(fsum(p.error**2 for p in moved))
-    if not moved or sum(gained) <= max(2 * error, max(gained)):
+    first, last = sorted((cut, before))
+    sign = 1 if cut > before else -1
+    moved = [p for rung in rungs[first:last] for p in rung]
+    agree = sum(sign * p.ratio > 0 for p in moved)
+    error = sqrt(fsum(fmean(p.error for p in rung) ** 2 for rung in rungs[first:last]))
+    if sign * fsum(smooth[first:last]) <= ERRORS * error or agree < max(2, len(moved) / 2):
         return stay
     return Choice(points, old, _limit(points[0], sizes, cut), moved)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mlp_ext.bench.tuning import Choice
     from mlp_ext.commands.loop import TrainingRun
+
+PANELS = 4  # in a row
+RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20)  # ticks
 
 
 def file_types() -> set[str]:
@@ -51,3 +55,50 @@ def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
         axes.set_axisbelow(True)
     figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
     return figure
+
+
+def limits(choices: Sequence[Choice], place: str) -> Figure:
+    """Draws for each limit where its paths win, along the sizes that it bounds; those that move
+    first."""
+    from matplotlib.figure import Figure
+
+    shown = sorted((c for c in choices if c.measured), key=lambda c: not c.moved)
+    rows = max(1, -(-len(shown) // PANELS))
+    figure = Figure(figsize=(4.5 * PANELS, 3 * rows + 1), dpi=100, layout="constrained")
+    figure.suptitle(
+        f"{place}. Above 1 the path below the limit is faster; whiskers: 20 % to 80 % of the "
+        "rounds; dashed: the limit so far, solid: the new one"
+    )
+    for i, choice in enumerate(shown):
+        _limit(figure.add_subplot(rows, PANELS, i + 1), choice)
+    return figure
+
+
+def _limit(axes: Any, choice: Choice) -> None:
+    rule = choice.points[0].rule
+    for k, family in enumerate(rule.families.split()):
+        part = [p for p in choice.points if p.family == family]
+        x = [p.size * 1.06 ** (k - 1) for p in part]  # side by side
+        low, high = ([math.exp(p.range[end]) for p in part] for end in (0, 1))
+        axes.vlines(x, low, high, color=f"C{k}", linewidth=1, alpha=0.5)
+        y = [math.exp(p.ratio) for p in part]
+        axes.plot(x, y, "o", color=f"C{k}", markersize=3, label=family)
+    axes.axhline(1, color="black", linewidth=0.8)
+    between = 1.15 if rule.sides.up_to else 1 / 1.15  # sizes of the ladder
+    for style, limit in (("--", choice.old), ("-", choice.new))[: len(choice.texts)]:
+        if limit <= 2 * rule.ladder[-1]:
+            axes.axvline(max(limit, rule.ladder[0] / 1.3) * between, color="C3", linestyle=style)
+    axes.set(xscale="log", yscale="log")
+    middles = [math.exp(p.ratio) for p in choice.points]  # long whiskers are cut off
+    axes.set_yticks(RATIOS, [f"{ratio:g}" for ratio in RATIOS], fontsize="x-small")
+    axes.set_ylim(min(0.7, *middles) / 1.2, max(1.4, *middles) * 1.2)
+    sizes = rule.ladder[::2]
+    names = [f"2^{n.bit_length() - 1}" if n >= 1024 else str(n) for n in sizes]
+    axes.set_xticks(sizes, names, fontsize="x-small")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    below, _, above = rule.names.partition(", ")
+    axes.set_ylabel(f"{above} / {below}", fontsize="small")
+    title = f"{choice.limit}, {choice.table}: {' to '.join(choice.texts)}"
+    axes.set_title(title, fontsize="small")
+    axes.legend(fontsize="xx-small", frameon=False, handletextpad=0)
