@@ -118,7 +118,7 @@ def cpus() -> set[int]:
 
 
 def now(setting: Setting) -> float:
-    """The time in seconds, after synchronising the device."""
+    """The time in seconds, after synchronizing the device."""
     if setting.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

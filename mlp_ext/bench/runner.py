@@ -163,23 +163,22 @@ class Summary(NamedTuple):
     q20_s: float
     q80_s: float
     ratio_to_native: float  # native's time / this one's, the median over the rounds
+    ratio_q20: float
+    ratio_q80: float
 
 
 def summarize(seconds: Mapping[str, list[float]]) -> dict[str, Summary]:
     """Of what in_turn returns, with native among it."""
     found = {}
     for name, samples in seconds.items():
-        q20, middle, q80 = _quantiles(samples)
-        found[name] = Summary(middle, q20, q80, _quantiles(_ratios(seconds, name))[1])
+        ratios = [native / own for native, own in zip(seconds["native"], samples, strict=True)]
+        (low, middle, high), (q20, ratio, q80) = _quantiles(samples), _quantiles(ratios)
+        found[name] = Summary(middle, low, high, ratio, q20, q80)
     return found
 
 
-def _ratios(seconds: Mapping[str, list[float]], name: str) -> list[float]:
-    return [native / own for native, own in zip(seconds["native"], seconds[name], strict=True)]
-
-
 def _quantiles(samples: list[float]) -> list[float]:
-    """20 %, 50 % and 80 %."""
+    """20%, 50% and 80%."""
     at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     found: list[float] = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
     return found
@@ -199,7 +198,6 @@ def _rows(
     bound, least = peak.bound(case, setting) if peak else ("", None)
     rows = []
     for name, summary in summarize(seconds).items():
-        low, _, high = _quantiles(_ratios(seconds, name))
         of_time: dict[str, Any] = {k: short(value) for k, value in summary._asdict().items()}
         rows.append(
             Row(
@@ -208,8 +206,6 @@ def _rows(
                 device_name=device_name(setting.device),
                 provider=name,
                 **of_time,
-                ratio_q20=short(low),
-                ratio_q80=short(high),
                 torch=torch.__version__,
                 mlp_ext=build_info()["mlp_ext"],
                 commit=commit(),
