@@ -54,9 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if arch:
         print(f"GPU of architecture {arch}")
     else:
-        print(
-            f"{args.machine or device_name('cpu')}, {as_threads(threads)}; a piece is the work of one thread"
-        )
+        place = f"{args.machine or device_name('cpu')}, {as_threads(threads)}"
+        print(f"{place}; a piece is the work of one thread")
     for way, path in paths(found).items():
         print(f"\n{way}: {path}{_split(way, path, found, case)}")
         reason = found.get("reason") or found.get(f"{way}_reason") or PATHS[path]
