@@ -84,6 +84,11 @@ def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], wha
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2147483647")
 
 
+def counts(text: str) -> list[int]:
+    """An argparse type: counts separated by commas."""
+    return [count(one) for one in text.split(",")]
+
+
 def listed(text: str) -> list[str]:
     """An argparse type: names separated by commas, each once."""
     return list(dict.fromkeys(text.split(",")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, code, count, file, listed
+from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, code, count, counts, file, listed
 
 SUITES = {"layers": ("full", "forward", "backward"), "train": ("step",)}  # their modes
 DTYPES = (*FLOATS, "tf32")
@@ -82,7 +82,13 @@ def add_bench(commands: Any) -> None:
     add("--optimizer", metavar="NAME", help="for train (default: sgd)")
     add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
-    add("--threads", type=count, metavar="N", help="CPU threads (default: torch's)")
+    add(
+        "--threads",
+        type=counts,
+        metavar="N,...",
+        help="CPU threads (default: torch's); 1,2 measures 2 and, in turn, 1, e.g. as step@1",
+    )
+    add("--beside-load", action="store_true", help="keep one core busy meanwhile")
     add("--rounds", type=count, default=20, metavar="R", help="samples per provider (default: 20)")
     add(
         "--peak",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,6 +116,17 @@ def other_cpu_seconds() -> float:
 def cpus() -> set[int]:
     """The CPUs that this process may use."""
     return os.sched_getaffinity(0)
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that keeps a core busy, as other programs do on a laptop."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def now(setting: Setting) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from mlp_ext.bench import plot
 from mlp_ext.bench.cases import SUITES, Case, Setting, parse_all
-from mlp_ext.bench.machine import Peak, cpus, device_name, measure_peak
+from mlp_ext.bench.machine import Peak, busy_core, cpus, device_name, measure_peak
 from mlp_ext.bench.noise import noise
 from mlp_ext.bench.own import own_provider
 from mlp_ext.bench.providers import DEFAULT, PROVIDERS, Provider
@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> None:
     providers = _providers(args, setting)
     if args.plot and [*providers] == ["native"]:
         args.fail("argument --plot: nothing to plot: native is the only provider")
-    rows = _measure(args, cases, setting, providers)
+    if args.peak and len(args.threads or ()) > 1:
+        args.fail("argument --peak: allows one number of threads only")
+    with busy_core() if args.beside_load else nullcontext():
+        rows = _measure(args, cases, setting, providers)
     try:
         if args.csv:
             write_csv(rows, args.csv)
@@ -86,7 +89,7 @@ def _setting(args: argparse.Namespace, suite: str) -> Setting:
     if args.optimizer and not SUITES[suite].optimizer:
         args.fail(f"argument --optimizer: {suite} has none; use --suite train")
     optimizer = args.optimizer or SUITES[suite].optimizer
-    threads = args.threads or torch.get_num_threads()
+    threads = max(args.threads or [torch.get_num_threads()])
     return Setting(suite, mode, args.activation, optimizer, args.dtype, args.device, threads)
 
 
@@ -143,6 +146,7 @@ def _measure(
     peak = measure_peak(setting) if args.peak else None
     if peak:
         print(_peak(peak, setting))
+    fewer = sorted({*(args.threads or ())} - {setting.threads})
     width = max(22, *(2 + len(name) for name in providers))
     heading = f"{'':{width}}{'time':>9}{'speed':>8}{'20-80%':>13}{'of bound' * bool(peak):>10}"
     print(f"{heading}  path", flush=True)
@@ -153,7 +157,7 @@ def _measure(
             if bar:
                 bar.set_description(str(case))
             after_round = bar.update if bar else (lambda: None)
-            part = measure(case, setting, providers, args.rounds, peak, after_round)
+            part = measure(case, setting, providers, args.rounds, peak, after_round, fewer)
             rows += part
             with bar.external_write_mode() if bar else nullcontext():
                 bound = peak.bound(case, setting) if peak else None
@@ -170,7 +174,7 @@ def _measure(
     if len(cases) > 1:
         for line in _summary(rows, width):
             print(line)
-    if line := noise(rows, len(cpus())):
+    if line := noise(rows, None if args.beside_load else len(cpus())):
         print(fill(line, WIDTH))
     return rows
 
