@@ -63,7 +63,8 @@ release-check: test clients
 	$(RUN)/python -m pytest -m release
 
 # The figures and charts of README and docs/performance.md. Leave the machine alone meanwhile.
-RESULTS := benchmarks/results
+# A folder by the name of your machine.
+RESULTS ?= benchmarks/results
 BENCH   := $(RUN)/mlp-ext bench
 LAYERS  := $(BENCH) --suite layers --peak
 SWEEP   := $(LAYERS) --cases sweep --providers native,fused --rounds 9
