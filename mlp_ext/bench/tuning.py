@@ -24,7 +24,7 @@ Machine = dict[str, Any]  # as _C.machine()
 NEVER = 2**62  # kNever
 SAMPLE_SECONDS = 0.0005  # far below a time slice, so that other programs interrupt few samples
 ROUNDS, MORE_ROUNDS = 3, 9  # of a visit; more where calls are short
-SHORT = 10**7  # FLOPs of a call
+SHORT = 10**8  # FLOPs of a call
 LARGEST_BYTES = 2**26  # of a case's operands and results
 HALF_OF_L2 = 2**19  # for block_bytes of 0, where L2 has 1 MiB
 MOST = 0.25  # of a logarithm counts, so that one rung does not outweigh many
@@ -156,9 +156,10 @@ class Point:
 
     @property
     def error(self) -> float:
-        """Standard error of the median, if the noise is normal."""
-        low, high = self.range
-        return 1.25 * (high - low) / 1.68 / sqrt(len(self.ratios))
+        """Standard error of the median, by ranks: interrupted samples are not normal noise."""
+        ordered, n = sorted(self.ratios), len(self.ratios)
+        skipped = int((n - 1 - sqrt(n)) / 2)
+        return (ordered[n - 1 - skipped] - ordered[skipped]) / 2
 
 
 def points(machine: Machine, dtypes: Iterable[str], threads: int) -> list[Point]:
