@@ -1,6 +1,6 @@
 # make demo | check | test | clients | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
 # make release-check: before a release. make wheel: a wheel in dist/, for the torch of the environment.
-# make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
+# make arm-check: the CPU kernels on ARM, in emulation. make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -11,7 +11,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test clients notebooks release-check lint docs bench bench-quick format build wheel cuda-check gpu clean distclean
+.PHONY: demo check test clients notebooks release-check lint docs bench bench-quick format build wheel arm-check cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -95,7 +95,7 @@ bench-quick: build
 	$(RUN)/mlp-ext bench --suite layers --providers native,fused --rounds 10
 	$(RUN)/mlp-ext bench --suite train --providers native,fused,step,fit --rounds 10
 
-CPP = $(shell find csrc tests/cuda_on_cpu -type f) tests/vector_functions.cpp
+CPP = $(shell find csrc tests/cpu_kernels tests/cuda_on_cpu -type f) tests/vector_functions.cpp
 lint: $(VENV)/tools
 	@echo "== lint: ruff, clang-format, mypy"
 	$(RUN)/ruff check .
@@ -180,6 +180,14 @@ $(CUDA)/tools: Makefile
 STEPS := build measure tests sanitize
 gpu:
 	PYTHON="$(PYTHON)" benchmarks/gpu.sh $(RESULTS) $(STEPS)
+
+# The CPU kernels on ARM, cross-compiled by Debian's compiler and run in emulation.
+arm-check: build
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null \
+	    || { mkdir -p build && { apt-get update -qq && apt-get install -qqy --no-install-recommends g++-aarch64-linux-gnu qemu-user; } > build/arm-check.log 2>&1; } \
+	    || { echo "make arm-check needs a cross-compiler and an emulator, which apt-get did not install (build/arm-check.log): type sudo apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	@echo "== the CPU kernels on ARM, in emulation (about two minutes)"
+	$(RUN)/python -m pytest -k aarch64 tests/test_cpu_kernels.py tests/test_vector_functions.py
 
 clean:
 	rm -rf build dist *.egg-info mlp_ext/_built.py mlp_ext/*.so $(VENV)/built

@@ -83,10 +83,9 @@ def linear_act(
         z = x W^T + b        y = act(z)
         dz = dy act'(z)      dx = dz W      dW = dz^T x      db = sum of dz over rows
 
-    Backward (Rumelhart, Hinton and Williams, Nature 1986) computes only what requires a gradient.
-    16-bit types are accumulated in float32. Under autocast, it behaves like `F.linear`. Second
-    derivatives, forward-mode AD, `torch.func` and devices without our kernels run PyTorch's own
-    operations.
+    Backward computes only what requires a gradient. 16-bit types are accumulated in float32. Under
+    autocast, it behaves like `F.linear`. Second derivatives, forward-mode AD, `torch.func` and
+    devices without our kernels run PyTorch's own operations.
 
     Args:
         input (Tensor): x, with any strides; float32, float64, bfloat16 or float16.
@@ -95,7 +94,7 @@ def linear_act(
         activation (str): a name in `mlp_ext.ACTIVATIONS`. Default: "relu".
         parameters (sequence of float, optional): all parameters of the activation, in the order of
             PyTorch's function: `[negative_slope]` for leaky_relu, `[alpha]` for elu,
-            `[beta, threshold]` for softplus, `[min_val, max_val]` for hardtanh. Default: PyTorch's
+            `[beta, threshold]` for softplus, `[min_val, max_val]` for hardtanh. None uses PyTorch's
             defaults.
 
     Shape:
@@ -131,8 +130,7 @@ def linear_act(
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes `relu(input @ weight.T + bias)` as one operator.
 
-    relu(z) = max(z, 0). As in PyTorch, relu(NaN) is NaN, and the derivative at 0 is 0. Source: Nair
-    and Hinton, ICML 2010.
+    relu(z) = max(z, 0). As in PyTorch, relu(NaN) is NaN, and the derivative at 0 is 0.
 
     Args:
         input (Tensor): x; float32, float64, bfloat16 or float16.
@@ -163,8 +161,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes `sigmoid(input @ weight.T + bias)` as one operator.
 
-    sigmoid(z) = 1 / (1 + e^-z). As in PyTorch, it saturates to exactly 0 and 1. Source: Rumelhart
-    et al., Nature 1986.
+    sigmoid(z) = 1 / (1 + e^-z). As in PyTorch, it saturates to exactly 0 and 1.
 
     Args:
         input (Tensor): x; float32, float64, bfloat16 or float16.
@@ -195,8 +192,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 def linear_tanh(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes `tanh(input @ weight.T + bias)` as one operator.
 
-    tanh(z) = (e^z - e^-z) / (e^z + e^-z). As in PyTorch, it saturates to exactly -1 and 1. Source:
-    LeCun et al., Efficient BackProp, 1998.
+    tanh(z) = (e^z - e^-z) / (e^z + e^-z). As in PyTorch, it saturates to exactly -1 and 1.
 
     Args:
         input (Tensor): x; float32, float64, bfloat16 or float16.

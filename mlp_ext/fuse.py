@@ -36,6 +36,7 @@ from mlp_ext.sequential import forward as run_sequential
 Level = Literal["layers", "stack"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 Status = Literal["fused", "would fuse", "not fused"]
+FUSED: dict[Status, str] = {"fused": "yes", "would fuse": "would be", "not fused": "no"}
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -87,10 +88,14 @@ class FusionReport:
         return len(self.sites)
 
     def __str__(self) -> str:
-        rows = [(s.name or "(model)", s.status, s.activation or "-", s.reason) for s in self]
+        if not self.sites:
+            return "no Linear in this model"
+        rows = [("layer", "fused", "with", "reason")]
+        for s in self:
+            activation = "(no activation)" if s.activation == "identity" else s.activation or ""
+            rows.append((s.name or "(model)", FUSED[s.status], activation, s.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join(lines) or "no Linear in this model"
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     __repr__ = __str__
 
@@ -161,7 +166,8 @@ def unfuse(model: Model) -> Model:
     Examples:
         >>> model = mlp_ext.fuse(nn.Sequential(nn.Linear(20, 30), nn.ReLU()))
         >>> print(mlp_ext.fusion_report(mlp_ext.unfuse(model)))
-        0  would fuse  relu
+        layer  fused     with  reason
+        0      would be  relu
     """
     _check(model)
     fused = [(name, m) for name, m in model.named_modules() if isinstance(m, _Fused)]
@@ -191,8 +197,9 @@ def fusion_report(model: nn.Module, level: Level = "layers") -> FusionReport:
     Examples:
         >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
         >>> print(mlp_ext.fusion_report(model))
-        0  would fuse  relu
-        2  not fused   -     last in its Sequential
+        layer  fused     with  reason
+        0      would be  relu
+        2      no              last in its Sequential
     """
     return FusionReport(_sites(model, _callers(model, level)))
 

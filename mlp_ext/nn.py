@@ -84,8 +84,8 @@ Args:
     in_features (int): size of each input sample, K.
     out_features (int): size of each output sample, N.
     bias (bool): if False, the layer has no bias b. Default: True.
-    device (torch.device or str): device of weight and bias. Default: PyTorch's default device.
-    dtype (torch.dtype): float32, float64, bfloat16 or float16, for weight and bias. Default:
+    device (torch.device or str): device of weight and bias. None uses PyTorch's default device.
+    dtype (torch.dtype): float32, float64, bfloat16 or float16, for weight and bias. None uses
         PyTorch's default dtype.
 {options}
 Shape:
@@ -280,37 +280,30 @@ class LinearAct(nn.Linear):
 class LinearReLU(LinearAct, activation="relu", module=nn.ReLU):
     """y = relu(x W^T + b) with relu(z) = max(z, 0).
 
-    As in PyTorch, relu(NaN) is NaN, and the derivative at 0 is 0. Source: Nair and Hinton, ICML
-    2010.
+    As in PyTorch, relu(NaN) is NaN, and the derivative at 0 is 0.
     """
 
 
 class LinearSigmoid(LinearAct, activation="sigmoid", module=nn.Sigmoid):
     """y = sigmoid(x W^T + b) with sigmoid(z) = 1 / (1 + e^-z).
 
-    As in PyTorch, it saturates to exactly 0 and 1. Source: Rumelhart et al., Nature 1986.
+    As in PyTorch, it saturates to exactly 0 and 1.
     """
 
 
 class LinearTanh(LinearAct, activation="tanh", module=nn.Tanh):
     """y = tanh(x W^T + b).
 
-    As in PyTorch, it saturates to exactly -1 and 1. Source: LeCun et al., Efficient BackProp, 1998.
+    As in PyTorch, it saturates to exactly -1 and 1.
     """
 
 
 class LinearLeakyReLU(LinearAct, activation="leaky_relu", module=nn.LeakyReLU):
-    """y = leaky_relu(x W^T + b) with leaky_relu(z) = z if z > 0, else negative_slope z.
-
-    Source: Maas et al., ICML 2013.
-    """
+    """y = leaky_relu(x W^T + b) with leaky_relu(z) = z if z > 0, else negative_slope z."""
 
 
 class LinearELU(LinearAct, activation="elu", module=nn.ELU):
-    """y = elu(x W^T + b) with elu(z) = z if z > 0, else alpha (e^z - 1).
-
-    Source: Clevert et al., ICLR 2016.
-    """
+    """y = elu(x W^T + b) with elu(z) = z if z > 0, else alpha (e^z - 1)."""
 
 
 class LinearSELU(LinearAct, activation="selu", module=nn.SELU):
@@ -321,10 +314,7 @@ class LinearSELU(LinearAct, activation="selu", module=nn.SELU):
 
 
 class LinearSiLU(LinearAct, activation="silu", module=nn.SiLU):
-    """y = silu(x W^T + b) with silu(z) = z sigmoid(z).
-
-    Source: Elfwing et al., Neural Networks 2018.
-    """
+    """y = silu(x W^T + b) with silu(z) = z sigmoid(z)."""
 
 
 class LinearGELU(
@@ -343,22 +333,16 @@ class LinearGELU(
 class LinearSoftplus(LinearAct, activation="softplus", module=nn.Softplus):
     """y = softplus(x W^T + b) with softplus(z) = log(1 + e^(beta z)) / beta.
 
-    Where beta z > threshold, softplus(z) = z. Source: Dugas et al., NeurIPS 2000.
+    Where beta z > threshold, softplus(z) = z.
     """
 
 
 class LinearHardtanh(LinearAct, activation="hardtanh", module=nn.Hardtanh):
-    """y = hardtanh(x W^T + b) with hardtanh(z) = min(max(z, min_val), max_val).
-
-    Source: Collobert, 2004.
-    """
+    """y = hardtanh(x W^T + b) with hardtanh(z) = min(max(z, min_val), max_val)."""
 
 
 class LinearReLU6(LinearAct, activation="hardtanh", module=nn.ReLU6):
-    """y = relu6(x W^T + b) with relu6(z) = min(max(z, 0), 6).
-
-    Source: Krizhevsky, 2010.
-    """
+    """y = relu6(x W^T + b) with relu6(z) = min(max(z, 0), 6)."""
 
 
 class LinearMish(LinearAct, activation="mish", module=nn.Mish):

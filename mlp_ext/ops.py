@@ -94,6 +94,7 @@ def build_info() -> dict[str, Any]:
             - `instruction_sets`: those in the build; `instruction_set`: the one in use, which the
               environment variable `ATEN_CPU_CAPABILITY` (default, avx2, avx512) overrides.
             - `machine`: the processor whose limits between paths are used, such as zen4.
+            - `l2_per_core`: bytes of L2 cache that a core has to itself.
             - `openmp`: its version date, or None if it was built without.
             - `threads`: `torch.get_num_threads()`.
             - `cuda`: version of the toolkit that compiled the CUDA kernels. If None, GPU tensors

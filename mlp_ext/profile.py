@@ -1,8 +1,9 @@
-"""profile(model, input): what fuse finds in a model, how far its results are from native's, and how
-fast they come."""
+"""profile(model, input): what fuse finds in a model, how much the results differ from native's, and
+how fast the model gets."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ class Timing:
         q80_s (float): the 80% quantile, in seconds.
         ratio_to_native (float): native's time / this one's, the median over the rounds. Above 1 is
             faster than native.
+        ratio_q20 (float): the 20% quantile of the ratio over the rounds.
+        ratio_q80 (float): the 80% quantile of the ratio over the rounds.
         output_difference (float): largest |difference| from native's output / largest |value| of
             native's output. For the step, the same for the loss.
         gradient_difference (float): the same for gradients of the parameters; 0 without `train`.
@@ -51,6 +54,8 @@ class Timing:
     q20_s: float | None = None
     q80_s: float | None = None
     ratio_to_native: float | None = None
+    ratio_q20: float | None = None
+    ratio_q80: float | None = None
     output_difference: float | None = None
     gradient_difference: float | None = None
 
@@ -68,6 +73,7 @@ class Profile:
         threads (int): `torch.get_num_threads()`.
         reports (dict of str to FusionReport): what `fuse` finds at each level.
         timings (list of Timing): native, fused, stack and, with `train`, step.
+        noise (str): why the timings are unreliable, or "".
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
@@ -84,6 +90,7 @@ class Profile:
     threads: int
     reports: dict[Level, FusionReport]
     timings: list[Timing]
+    noise: str
 
     def to_dict(self) -> dict[str, Any]:
         """Gives the profile as numbers, strings, lists and dicts, for JSON.
@@ -105,38 +112,44 @@ class Profile:
     def __str__(self) -> str:
         what = "training step" if self.train else "forward"
         sizes = ", ".join("x".join(map(str, size)) or "scalar" for size in self.inputs)
-        place = f"{self.threads} threads" if self.device == "cpu" else self.device
+        place = f"{self.threads} CPU threads" if self.device == "cpu" else self.device
         lines = [f"{self.model}, {what} of {sizes} on {self.device_name}, {place}"]
         for level, report in self.reports.items():
             count = sum(site.status != "not fused" for site in report)
-            lines += ["", f'fuse(model, "{level}"): {count} of {len(report)} Linear', str(report)]
+            layers = f"{count} of {len(report)} Linear layers"
+            lines += ["", f'fuse(model, "{level}") fuses {layers}', str(report)]
         return "\n".join([*lines, "", *self._table()])
 
     __repr__ = __str__
 
     def _table(self) -> Iterator[str]:
-        from mlp_ext.bench.rows import as_time
+        from mlp_ext.bench.rows import as_number, as_range, as_time
 
-        columns = 4 + self.train
-        rows = [["", "time", "speed", "output differs by", "gradients by"][:columns]]
+        columns = 5 + self.train
+        rows = [["", "time", "speed", "20-80%", "output diff", "gradient diff"][:columns]]
         for timing in self.timings:
-            if timing.median_s is not None:
+            if timing.median_s is not None and timing.ratio_to_native is not None:
                 differences = (timing.output_difference, timing.gradient_difference)
-                cells = [timing.name, as_time(timing.median_s), f"{timing.ratio_to_native:.2f}x"]
-                cells += ["" if timing.name == "native" else f"{d:.1e}" for d in differences]
-                rows.append(cells[:columns])
+                compared = [as_range(timing.ratio_q20, timing.ratio_q80)]
+                compared += [f"{difference:.1e}" for difference in differences]
+                if timing.name == "native":
+                    compared = ["", "", ""]
+                speed = f"{as_number(timing.ratio_to_native)}x"
+                rows.append([timing.name, as_time(timing.median_s), speed, *compared][:columns])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         yield from ("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
         for timing in self.timings:
             if timing.left_out:
-                yield f"{timing.name} is left out: {timing.left_out}"
+                yield f"{timing.name} skipped: {timing.left_out}"
+        if self.noise:
+            yield f"Timings unreliable: {self.noise}"
 
 
 def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 20) -> Profile:
     """Measures how much faster a model gets with `fuse`, at both levels, and with `TrainStep`.
 
-    The model is copied and not changed, and PyTorch's random state is restored. In each round, all
-    variants run in turn for 20 ms each, so that a drifting machine affects all alike.
+    The model is copied and not changed, and PyTorch's random state is restored. In each round, the
+    variants take turns of 20 ms, so that drift of the machine affects all alike.
 
     Args:
         model (nn.Module): the model. If it is fused, the copies are unfused first.
@@ -162,7 +175,8 @@ def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 2
     if not isinstance(model, nn.Module):
         raise TypeError(f"profile: model must be a torch.nn.Module, got {type_name(model)}")
     from mlp_ext.bench.cases import Setting
-    from mlp_ext.bench.machine import device_name, now
+    from mlp_ext.bench.machine import cpus, device_name, now, other_cpu_seconds
+    from mlp_ext.bench.noise import busy, wide
     from mlp_ext.bench.runner import in_turn, summarize
     from mlp_ext.bench.work import Work
 
@@ -191,7 +205,14 @@ def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 2
                 left_out["step"] = _first_line(error)
         setting = Setting("profile", "", device=device.type, threads=torch.get_num_threads())
         works = {name: Work(partial(_same, call), dict) for name, call in calls.items()}
+        others, started = other_cpu_seconds(), time.perf_counter()
         seconds = summarize(in_turn(works, rounds, partial(now, setting)))
+        others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
+    threads = setting.threads if device.type == "cpu" else 1
+    spread = wide(
+        (name, s.ratio_q20, s.ratio_q80) for name, s in seconds.items() if name != "native"
+    )
+    noise = "; ".join(filter(None, (busy(others, threads, len(cpus())), spread)))
 
     expected = results["native"]
 
@@ -212,6 +233,7 @@ def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 2
         setting.threads,
         reports,
         [timing(name) for name in ("native", *LEVEL_NAMES.values(), "step")[: 3 + train]],
+        noise,
     )
 
 

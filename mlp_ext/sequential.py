@@ -30,8 +30,8 @@ class Sequential(nn.Sequential):
 
     Arguments, children, `state_dict`, repr, indices and slices are those of `nn.Sequential`. A run
     consists of `nn.Linear` and layers such as `LinearReLU`, each with or without an activation of
-    `torch.nn` after it. It is one autograd node (backpropagation: Rumelhart, Hinton and Williams,
-    Nature 1986), with the values and derivatives of calling the children one by one.
+    `torch.nn` after it. It is one autograd node, with the values and derivatives of calling the
+    children one by one.
 
     Other children are called as modules. So are children with hooks, parametrizations, instance
     attributes or special parameters. Later changes of children, options or hooks take effect in the

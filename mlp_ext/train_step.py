@@ -38,8 +38,7 @@ class TrainStep:
         optimizer.step()
 
     It updates the model's own Parameters in place, with the optimizer's own settings and state. LR
-    schedulers, checkpoints and ordinary eager steps keep working. `.grad` is not written. Sources:
-    Rumelhart, Hinton and Williams, Nature 1986, for backward; `torch.optim` for each optimizer.
+    schedulers, checkpoints and ordinary eager steps keep working. `.grad` is not written.
 
     Changes of the model, criterion or optimizer take effect in the next call, which raises what the
     constructor would raise. After `model.to(dtype)`, convert the optimizer's state with
@@ -61,7 +60,7 @@ class TrainStep:
             options except differentiable and capturable. Its settings are read at each call.
             Parameters that it does not have, or that do not require a gradient, are not updated.
         max_norm (float, optional): clips the norm of all gradients, as
-            `torch.nn.utils.clip_grad_norm_` does. Default: no clipping.
+            `torch.nn.utils.clip_grad_norm_` does. None does not clip.
         accumulate (int): number of calls per update. An update uses the mean of their gradients, as
             if each loss was divided by it. Default: 1.
 
@@ -148,7 +147,7 @@ class TrainStep:
             RuntimeError: a shape, dtype or device does not match; input or target requires a
                 gradient; values are not in [0, 1] with `nn.BCELoss`; no Parameter learns; or
                 PyTorch is in a state that a step does not support, such as no_grad, inference_mode
-                or autocast (full list in docs/train-step.md).
+                or autocast ([full list](train-step.md#pytorchs-global-state)).
 
         After any of these errors, nothing has changed.
 
@@ -193,10 +192,11 @@ class TrainStep:
             input (Tensor): all rows, of the dtype and device of the Parameters.
             target (Tensor): the target of each row, as in a call of the step.
             epochs (int): number of passes over the rows. Default: 50.
-            batch_size (int, optional): rows per step; the last batch may be smaller. Default: all.
+            batch_size (int, optional): rows per step; the last batch may be smaller. None takes all
+                rows.
             shuffle (bool): whether to shuffle the rows in each epoch. Default: False.
-            generator (torch.Generator, optional): random generator for `shuffle`, on the CPU.
-                Default: PyTorch's default generator.
+            generator (torch.Generator, optional): random generator for `shuffle`, on the CPU. None
+                uses PyTorch's default generator.
             progress (bool): whether to show a progress bar in a terminal or notebook, with tqdm if
                 installed. Default: False.
 

@@ -21,7 +21,7 @@ from mlp_ext_cli.profile import add_profile
 from mlp_ext_cli.train import add_train
 from mlp_ext_cli.tune import add_tune
 
-DESCRIPTION = "Train multi-layer perceptrons in PyTorch faster: try it, and measure it."
+DESCRIPTION = "Train multi-layer perceptrons in PyTorch faster: try it and measure it."
 
 EPILOG = """\
 examples:
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: success; 1: wrong results, or a broken installation; 2: a user's error; 130: Ctrl-C; 141:
     broken pipe. All but the last are explained in one line on stderr.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     parser = _parser()
     try:
         args = parser.parse_args(argv)

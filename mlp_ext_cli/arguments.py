@@ -4,6 +4,7 @@ arguments, and the sets of values that do not grow."""
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 DEVICES = ("cpu", "cuda")
 FLOATS = ("float32", "float64", "bfloat16", "float16")
+SHORT = {"fp16": "float16", "fp32": "float32", "fp64": "float64", "bf16": "bfloat16"}
 
 Number = TypeVar("Number", int, float)
 Help = argparse.RawDescriptionHelpFormatter  # descriptions and examples keep their lines
@@ -59,7 +61,8 @@ def unknown(value: str, known: Iterable[str]) -> str:
 
 def meant(value: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' if one of `known` is close to `value`."""
-    close = get_close_matches(value, known, n=1)
+    # At the default cutoff of 0.6, iris is close to digits.
+    close = get_close_matches(SHORT.get(value, value), known, n=1, cutoff=0.65)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -81,9 +84,23 @@ def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], wha
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2147483647")
 
 
+def counts(text: str) -> list[int]:
+    """An argparse type: counts separated by commas."""
+    return [count(one) for one in text.split(",")]
+
+
 def listed(text: str) -> list[str]:
     """An argparse type: names separated by commas, each once."""
     return list(dict.fromkeys(text.split(",")))
+
+
+def code(text: str) -> tuple[str, str]:
+    """An argparse type: module or FILE.py, and a name in it."""
+    name = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+    if not re.fullmatch(rf"({name}|.+\.py):{name}", text):
+        raise argparse.ArgumentTypeError(f"must be module:name or FILE.py:name, got '{text}'")
+    source, _, name = text.rpartition(":")
+    return source, name
 
 
 def file(text: str) -> Path:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import re
-from pathlib import Path
 from typing import Any
 
-from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, count, file, listed
+from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, code, count, counts, file, listed
 
 SUITES = {"layers": ("full", "forward", "backward"), "train": ("step",)}  # their modes
 DTYPES = (*FLOATS, "tf32")
@@ -16,20 +13,21 @@ DESCRIPTION = """\
 Measure layers and training steps against native torch and its peers.
 """
 EPILOG = """\
-In each round the providers run in turn on the same inputs, and their results
-are compared with native's before. time: the median of a call. speed: native's
-time over this one's, the median over the rounds; above 1 is faster. 20-80 %:
-its quantiles over the rounds. of bound, with --peak: the least time that the
-machine's arithmetic, memory or latency allows, over the time. path: of our
-kernels; `mlp-ext plan` explains it.
+The results of each provider are first checked against native's. Then, in each
+round, the providers take turns on the same inputs. time: the median time of a
+call. speed: native's time divided by the provider's in the same round, the
+median over the rounds, and its 20% and 80% quantiles; above 1 is faster. of
+bound, with --peak: the shortest time that the machine's arithmetic, memory or
+latency allows, divided by the time. path: of our kernels; see `mlp-ext plan`.
 
-full is forward and backward with the gradient of the input, forward requires no
-gradient, backward is backward alone; step is forward, MSELoss, zero_grad,
-backward and the update.
+full is forward and backward, including the input's gradient; forward computes
+no gradients; backward is backward alone; step is forward, MSELoss, zero_grad,
+backward and update.
 
-Your own provider is a function. In layers, make(setting) returns
-function(input, weight, bias); in train, make(model, criterion, optimizer)
-returns step(input, target), which updates the model and returns the loss:
+Your own provider is a function. In the suite layers, it takes a setting and
+returns function(input, weight, bias); in train, it takes model, criterion and
+optimizer and returns step(input, target), which updates the model and returns
+the loss:
 
   def mine(setting):
       return lambda x, w, b: torch.addmm(b, x, w.t()).relu_()
@@ -57,38 +55,46 @@ def add_bench(commands: Any) -> None:
     add = parser.add_argument
     modes = [mode for suite in SUITES.values() for mode in suite]
     add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
-    add("--mode", choices=modes, help="what of it (default: full, in train step)")
+    add("--mode", choices=modes, help="pass to measure (default: full; in train: step)")
     add(
         "--cases",
         type=listed,
         metavar="C,...",
-        help="layers: MxKxN, as 64x784x256, or sweep; train: WIDTHS@BATCH, as 784-256-10@64 "
-        "(default: those published)",
+        help="layers: MxKxN, e.g. 64x784x256, or sweep; train: WIDTHS@BATCH, e.g. 784-256-10@64 "
+        "(default: the published cases)",
     )
-    add("--providers", type=listed, metavar="P,...", help="what to compare; --list has them")
+    add("--providers", type=listed, metavar="P,...", help="what to compare; see --list")
     add(
         "--provider",
-        type=_function,
+        type=code,
         action="append",
         default=[],
         metavar="FILE.py:FUNCTION",
-        help="your own, beside them; again for a second one",
+        help="your own provider, also module:function; repeatable",
     )
     add("--list", action="store_true", help="list suites, modes and providers; measure nothing")
-    add("--activation", default="relu", metavar="NAME", help="in train the hidden one")
-    add("--optimizer", metavar="NAME", help="of train (default: sgd)")
+    add(
+        "--activation",
+        default="relu",
+        metavar="NAME",
+        help="of the layer; in train: of hidden layers (default: relu)",
+    )
+    add("--optimizer", metavar="NAME", help="for train (default: sgd)")
     add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
-    add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
-    add("--rounds", type=count, default=20, metavar="R", help="samples of each (default: 20)")
-    add("--peak", action="store_true", help="measure the machine's bounds; alone, only these")
-    add("--csv", type=file, metavar="FILE", help="write the rows")
-    add("--json", type=file, metavar="FILE", help="write the rows")
-    add("--plot", type=file, metavar="FILE.png", help="draw the speeds")
-
-
-def _function(text: str) -> tuple[Path, str]:
-    path, _, function = text.rpartition(":")
-    if not re.fullmatch(r".+\.py", path) or not function.isidentifier():
-        raise argparse.ArgumentTypeError(f"must be FILE.py:FUNCTION, got '{text}'")
-    return Path(path), function
+    add(
+        "--threads",
+        type=counts,
+        metavar="N,...",
+        help="CPU threads (default: torch's); 1,2 measures 2 and, in turn, 1, e.g. as step@1",
+    )
+    add("--beside-load", action="store_true", help="keep one core busy meanwhile")
+    add("--rounds", type=count, default=20, metavar="R", help="samples per provider (default: 20)")
+    add(
+        "--peak",
+        action="store_true",
+        help="measure the machine's limits; with no other option, only these",
+    )
+    add("--csv", type=file, metavar="FILE", help="write the results as CSV")
+    add("--json", type=file, metavar="FILE", help="write the results as JSON")
+    add("--plot", type=file, metavar="FILE.png", help="plot the speeds")

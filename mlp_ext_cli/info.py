@@ -19,9 +19,9 @@ def add_info(commands: Any) -> None:
         commands,
         "info",
         "mlp_ext.commands.info:run",
-        help="what was built, and the names that options take",
-        description="How this package was built, what it uses on this machine, and the names of\n"
-        "activations, losses, optimizers and data sets that the other commands take.",
+        help="show the build, and the names that mlp-ext train takes",
+        description="Show how this package was built, what it uses on this machine, and the names\n"
+        "that the options of mlp-ext train take.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")

@@ -8,14 +8,14 @@ from mlp_ext_cli.arguments import DEVICES, add_command, count
 from mlp_ext_cli.bench import DTYPES
 
 DESCRIPTION = """\
-Say which path of the kernels a layer or a training step takes, how its work is
-split over threads, and the nearest sizes at which another path is taken.
+Show which kernel path a layer or a training step takes, how its work is split
+among threads, and the nearest sizes at which the path changes.
 """
 EPILOG = """\
-A case is a layer, MxKxN: M rows of K features to N outputs; or the training
-step of a network, WIDTHS@BATCH. The limits are found by asking for the plans of
-other sizes, one size at a time. Nothing is computed, and a GPU of --arch need
-not be here. The paths: docs/design-cpu.md and docs/design-cuda.md.
+A case is a layer, MxKxN: M rows, K input features, N outputs; or the training
+step of a network, WIDTHS@BATCH. The ranges are found by changing one size at a
+time. Nothing is computed, and no GPU is needed for --arch. More about the
+paths: docs/design-cpu.md and docs/design-cuda.md.
 
 examples:
   mlp-ext plan 64x784x256
@@ -31,15 +31,20 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         "mlp_ext.commands.plan:run",
-        help="which path of the kernels a layer or a step takes, and why",
+        help="show which kernel path a layer or a training step takes, and why",
         description=DESCRIPTION,
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add("case", help="MxKxN, as 64x784x256, or WIDTHS@BATCH, as 784-256-10@64")
+    add("case", help="MxKxN, e.g. 64x784x256, or WIDTHS@BATCH, e.g. 784-256-10@64")
     add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    add("--activation", default="relu", metavar="NAME", help="of a layer on GPUs (default: relu)")
+    add("--activation", default="relu", metavar="NAME", help="of a layer, for GPUs (default: relu)")
     add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
-    add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
-    add("--machine", metavar="NAME", help="another processor's limits, as zen4 (default: here)")
-    add("--arch", type=count, metavar="90", help="of the GPU (default: of the one here)")
+    add("--threads", type=count, metavar="N", help="CPU threads (default: torch's)")
+    add("--machine", metavar="NAME", help="another processor's limits, e.g. zen4 (default: yours)")
+    add(
+        "--arch",
+        type=count,
+        metavar="90",
+        help="compute capability (default: of your GPU)",
+    )

@@ -6,16 +6,16 @@ import argparse
 import re
 from typing import Any
 
-from mlp_ext_cli.arguments import DEVICES, add_command, count, file
+from mlp_ext_cli.arguments import DEVICES, add_command, code, count, file
 
 DESCRIPTION = """\
-What fuse finds in your model, how far its results are from native's, and the
-times of native, fused, stack and, with --train, step. In each round they run in
-turn.
+Show which layers of your model fuse finds, how much the results differ from
+native's, and the times of native, fused, stack and, with --train, step. They
+take turns in each round.
 """
 EXAMPLES = """\
 examples:
-  mlp-ext profile my_package.models:make_model --input 64x784
+  mlp-ext profile my_models.py:make_model --input 64x784
   mlp-ext profile my_package.models:make_model --input 64x784 --train
 """
 
@@ -26,16 +26,16 @@ def add_profile(commands: Any) -> None:
         commands,
         "profile",
         "mlp_ext.commands.profile:run",
-        help="what fuse finds in your model, and what it gains",
+        help="show what fuse finds in your model, and how much faster it gets",
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
     add = parser.add_argument
     add(
-        "factory",
-        type=_factory,
-        metavar="package.module:factory",
-        help="a function or class that makes the model when called without arguments",
+        "model",
+        type=code,
+        metavar="MODULE:NAME",
+        help="a function or class, called without arguments, or a model, in a module or FILE.py",
     )
     add(
         "--input",
@@ -43,23 +43,15 @@ def add_profile(commands: Any) -> None:
         action="append",
         required=True,
         metavar="64x784",
-        help="sizes of a random float32 input; again for a second one",
+        help="shape of a random float32 input; repeatable",
     )
-    add("--train", action="store_true", help="measure training steps (default: forward)")
+    add("--train", action="store_true", help="measure training steps (default: forward passes)")
     add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
-    add("--rounds", type=count, default=20, metavar="R", help="samples of each (default: 20)")
-    add("--json", type=file, metavar="FILE", help="write the results")
-
-
-def _factory(text: str) -> tuple[str, str]:
-    name = r"[^\W\d]\w*"
-    if not re.fullmatch(rf"{name}(\.{name})*:{name}(\.{name})*", text):
-        raise argparse.ArgumentTypeError(f"must be package.module:factory, got '{text}'")
-    module, _, factory = text.partition(":")
-    return module, factory
+    add("--rounds", type=count, default=20, metavar="R", help="samples per variant (default: 20)")
+    add("--json", type=file, metavar="FILE", help="write the results as JSON")
 
 
 def _sizes(text: str) -> list[int]:
     if not re.fullmatch("[1-9][0-9]{0,9}(x[1-9][0-9]{0,9})*", text):
-        raise argparse.ArgumentTypeError(f"must be sizes such as 64x784, got '{text}'")
+        raise argparse.ArgumentTypeError(f"must be a shape, e.g. 64x784, got '{text}'")
     return [int(size) for size in text.split("x")]

@@ -7,37 +7,42 @@ from typing import Any
 
 from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, count, file, number
 
-LAYERS = ("native", "fused", "stack", "step")
+LAYERS = ("native", "fused", "stack", "step", "fit")
 WRAPPERS = ("ddp", "fsdp")
 
 DESCRIPTION = """\
 Train a multi-layer perceptron with torch.nn and with mlp_ext, side by side.
 
 The network is Linear, activation, ..., Linear, and a Sigmoid unless the loss
-takes logits or the target is a number. Every kind of layer starts from the
-same weights and trains on the same batches. The kinds are
+takes logits or the target is a number. Every kind starts from the same weights
+and trains on the same batches. The kinds are
   native  torch.nn and the usual training loop
   fused   fuse(model): each Linear and its activation are one operator
   stack   fuse(model, level="stack"): all layers are one operator
   step    TrainStep: forward, loss, backward and update in one call
+  fit     TrainStep.fit: whole epochs in one call
 """
 EPILOG = """\
-The table: the median time of an epoch's training steps; how many times as fast
-as native, the median over the epochs; the largest difference of an epoch's loss
-from native's. Losses that differ by less than 0.01 % are called the same. With
-accuracy, the test rows are 20 % that are not trained on.
+time per epoch: the median time to shuffle the rows, split them into batches and
+run all steps. The kinds take turns; short epochs are timed in groups, so that
+caches are warm. speed: native's time divided by this kind's, the median over
+the epochs, and its 20% and 80% quantiles; above 1 is faster. max loss diff: the
+largest difference from native's loss in any epoch; up to 0.01% counts as the
+same. test acc, test loss: on the 20% of the rows held out for testing.
 
---csv: the first line has the names of the columns, and all but the target are
-numbers. The target may be text or whole numbers of at most 20 values: these are
-classes. Other numbers are learnt as such, with the losses mse, l1, smooth_l1
-and huber. Features and numeric targets are standardised by the training rows.
+--csv: the first line names the columns; all except the target must be numbers.
+A target of text, or of whole numbers with at most 20 distinct values, is a
+class; any other is a number, and so is every target with --regression. Numbers
+take the losses mse, l1, smooth_l1 and huber. Features and numeric targets are
+standardized with the mean and standard deviation of the training rows.
 
---save: the state_dict of the network as an nn.Sequential, of native if several
-kinds are trained. The scaling is part of its weights: it takes features, and
-predicts numbers, as they are in the data set. 16-bit weights become float32.
+--save: the state_dict of an nn.Sequential; native's if several kinds train. The
+scaling is folded into the weights, so the model takes and predicts values in
+the units of the data set. 16-bit weights are saved as float32.
 
---distributed: the processes of torchrun share each batch. The losses are those
-of one process, the times those of the first. fsdp has no step.
+--distributed: the processes started by torchrun share each batch. The losses
+match those of a single process; the times are those of the first process. ddp
+has no fit, and fsdp has neither step nor fit.
 
 examples:
   mlp-ext train
@@ -67,16 +72,27 @@ def add_train(commands: Any) -> None:
         choices=[*LAYERS, "all"],
         default="all",
         metavar="KIND",
-        help=f"{', '.join(LAYERS)}, or all in turn (default: all)",
+        help=f"{', '.join(LAYERS)} or all (default: all)",
     )
-    add("--hidden", type=_widths, default="5", metavar="N,...", help="hidden widths (default: 5)")
-    add("--activation", default="relu", metavar="NAME", help="between the layers (default: relu)")
+    add(
+        "--hidden",
+        type=_widths,
+        default="5",
+        metavar="N,...",
+        help="widths of the hidden layers (default: 5)",
+    )
+    add(
+        "--activation",
+        default="relu",
+        metavar="NAME",
+        help="hidden-layer activation (default: relu)",
+    )
     add("--loss", default="mse", metavar="NAME", help="(default: mse)")
     add("--optimizer", default="sgd", metavar="NAME", help="(default: sgd)")
     add("--lr", type=_rate, default=0.01, metavar="X", help="learning rate (default: 0.01)")
-    add("--epochs", type=count, default=50, metavar="N", help="passes over the rows (default: 50)")
-    add("--batch-size", type=count, default=10, metavar="N", help="rows of a step (default: 10)")
-    add("--seed", type=_seed, default=0, metavar="N", help="of weights and order (default: 0)")
+    add("--epochs", type=count, default=50, metavar="N", help="passes over the data (default: 50)")
+    add("--batch-size", type=count, default=10, metavar="N", help="rows per step (default: 10)")
+    add("--seed", type=_seed, default=0, metavar="N", help="random seed (default: 0)")
     add(
         "--dtype",
         choices=FLOATS,
@@ -85,27 +101,32 @@ def add_train(commands: Any) -> None:
         help=f"{', '.join(FLOATS)} (default: float32)",
     )
     add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
-    add("--distributed", choices=WRAPPERS, help="share each batch, under torchrun")
+    add(
+        "--distributed",
+        choices=WRAPPERS,
+        help="share each batch among the processes of torchrun",
+    )
 
     rows = parser.add_argument_group("data")
     source = rows.add_mutually_exclusive_group()
     source.add_argument(
-        "--data", metavar="NAME", help="a data set of mlp-ext info (default: tutorial)"
+        "--data", metavar="NAME", help="a data set listed by mlp-ext info (default: tutorial)"
     )
-    source.add_argument("--csv", type=Path, metavar="FILE", help="your own data, with --target")
+    source.add_argument("--csv", type=Path, metavar="FILE", help="your own data; needs --target")
     rows.add_argument("--target", metavar="COLUMN", help="the column of --csv to predict")
+    rows.add_argument("--regression", action="store_true", help="treat the target as a number")
 
     add = parser.add_argument_group("output").add_argument
     add(
         "--log-every",
         type=count,
         metavar="N",
-        help="print the losses of every N-th epoch (default: about ten lines in all)",
+        help="print the losses every N epochs (default: about ten lines)",
     )
-    add("--quiet", action="store_true", help="print only the table and the last sentence")
-    add("--plot", type=file, metavar="FILE.png", help="draw the losses over epochs and time")
+    add("--quiet", action="store_true", help="print only the final table and sentence")
+    add("--plot", type=file, metavar="FILE.png", help="plot the losses over epochs and time")
     add("--save", type=file, metavar="FILE.pt", help="write the trained weights")
-    add("--json", type=file, metavar="FILE", help="write settings, versions and results")
+    add("--json", type=file, metavar="FILE", help="write the settings, versions and results")
 
 
 _seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")

@@ -1,5 +1,6 @@
 """Fixtures that every test file may use."""
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ collect_ignore = [] if find_spec("stable_baselines3") else ["clients"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run under each instruction set the processor has")
+    # For child processes. Without it, waiting threads spin on the cores that others need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hasattr(config, "workerinput"):  # pytest-xdist's workers have one thread each
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # for their child processes
         torch.set_num_threads(1)
@@ -51,6 +54,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small_heap() -> Iterator[None]:
+    """gc.collect() passes over what is there already, which takes half a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

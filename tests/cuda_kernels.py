@@ -76,7 +76,7 @@ def compile_all(output: Path, names: list[str], *flags: str | Path) -> Path:
 
 def load_once(once: Once, *names: str) -> ctypes.CDLL:
     """Of those files of MODEL, compiled once in a test session."""
-    folder = once("-".join(names), lambda folder: compile_all(folder / "all.so", [*names], "-O1"))
+    folder = once("-".join(names), lambda folder: compile_all(folder / "all.so", [*names], "-Og"))
     return ctypes.CDLL(str(folder / "all.so"))
 
 

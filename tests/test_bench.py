@@ -168,7 +168,8 @@ PEAK = Peak(2e3, {8: 1.0, 1 << 20: 0.5}, 0.5)
 
 def rows_of(seconds: dict[str, list[float]], peak: Peak | None = PEAK) -> dict[str, Row]:
     paths = dict.fromkeys(seconds, "")
-    rows = runner._rows(Layer(10, 10, 5), FULL, measured(seconds), peak, paths, 0.123)
+    settings = dict.fromkeys(seconds, FULL)
+    rows = runner._rows(Layer(10, 10, 5), settings, measured(seconds), peak, paths, 0.123)
     return {row.provider: row for row in rows}
 
 
@@ -303,6 +304,15 @@ def test_compiled_step_updates_as_the_optimizer(
         return [torch.stack(losses), *model.state_dict().values()]
 
     torch.testing.assert_close(trained(compiled_step), trained(sgd_step))
+
+
+def test_fewer_threads_are_measured_in_turn() -> None:
+    names = ("native", "fused")
+    providers = {name: PROVIDERS["layers"][name] for name in names}
+    setting = replace(FULL, threads=2)
+    rows = runner.measure(Layer(2, 3, 4), setting, providers, 1, fewer_threads=[1])
+    found = {row.provider: row.threads for row in rows}
+    assert found == {"native": 2, "fused": 2, "native@1": 1, "fused@1": 1}
 
 
 def test_forward_has_its_peers_and_relu_its_own() -> None:

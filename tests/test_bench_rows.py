@@ -1,5 +1,5 @@
-"""Rows of `mlp-ext bench`: where they were measured, their files, whether they are too noisy, and
-their pictures."""
+"""Rows of `mlp-ext bench`: where they were measured, their files, their noise and their
+pictures."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
         (0.9996e-3, "1 ms"),
         (1e-6, "1 us"),
         (3.5e-7, "350 ns"),
+        (1234.5, "1230 s"),
     ],
 )
 def test_time_has_a_unit(seconds: float, text: str) -> None:
@@ -171,7 +172,7 @@ NOISY = [
 def test_noise_is_said_in_one_line(fault: dict[str, object], cpus: int | None, reason: str) -> None:
     native = replace(ROW, provider="native", ratio_to_native=1.0, ratio_q20=1.0, ratio_q80=1.0)
     line = noise([native, replace(ROW, **fault)], cpus)
-    assert line == (f"too noisy to cite: {reason}" if reason else "")
+    assert line == (f"timings unreliable: {reason}" if reason else "")
 
 
 def test_other_cpu_seconds_are_not_ours() -> None:
@@ -187,14 +188,14 @@ def test_other_cpu_seconds_are_not_ours() -> None:
 
 def drawn(axes: Any) -> dict[str, list[tuple[float, str]]]:
     """Place and label of each annotated point, by the name in the legend."""
-    colours = {
+    colors = {
         handle.get_color(): handle.get_label().partition(" ")[0]
         for handle in axes.get_legend().legend_handles
     }
     points: dict[str, list[float]] = {}
     for line in axes.lines:
         if len(line.get_xdata()) == 1 and line.get_marker() != "None":
-            points.setdefault(colours[line.get_color()], []).append(line.get_xdata()[0])
+            points.setdefault(colors[line.get_color()], []).append(line.get_xdata()[0])
     return points
 
 
@@ -210,6 +211,12 @@ def test_points_are_the_ratios_by_provider(rows: list[Row]) -> None:
     assert "times as fast as native" in axes.get_xlabel()
     for part in ("Processor (AVX2)", "1 thread", "float32", "forward and backward", "relu"):
         assert part in axes.get_title()
+
+
+def test_ticks_are_plain_numbers(rows: list[Row]) -> None:
+    pytest.importorskip("matplotlib")
+    (axes,) = plot.ratios([*rows, replace(ROW, ratio_to_native=2000.0, ratio_q80=2100.0)]).axes
+    assert axes.get_xticklabels()[-1].get_text() == "2000x"
 
 
 def test_whiskers_are_the_quantiles(rows: list[Row]) -> None:
@@ -260,9 +267,11 @@ def test_plot_is_drawn_again_from_files(rows: list[Row], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "picture", "message"),
     [
-        (None, "bars.png", "[Errno 2] No such file or directory: 'rows.csv'"),
-        ("a,b\n1,2\n", "bars.png", "rows.csv does not have the columns suite, case, "),
-        (",".join(COLUMNS) + "\n", "bars.png", "nothing to draw: no provider besides native"),
+        (None, "bars.png", "cannot read 'rows.csv': No such file or directory"),
+        ("a,b\n1,2\n", "bars.png", "rows.csv: missing columns suite, case, mode and 22 more"),
+        (",".join(COLUMNS[:-1]) + "\n", "bars.png", "rows.csv: missing column other_cpus"),
+        (",".join(COLUMNS) + ",x\n", "bars.png", "rows.csv: unknown column x"),
+        (",".join(COLUMNS) + "\n", "bars.png", "nothing to plot: native is the only provider"),
         (",".join(COLUMNS) + "\nlayers,1x1x1\n", "bars.png", "rows.csv, line 2: "),
         ("", "bars.xyz", "argument picture: the file must end in one of "),
         ("", "missing/bars.png", "argument picture: cannot write 'missing/bars.png': No such"),

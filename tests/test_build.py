@@ -11,11 +11,13 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import in_forks
 
 import mlp_ext
 from mlp_ext import _C
@@ -135,29 +137,35 @@ print(mlp_ext.__file__, mlp_ext.__version__)
     assert "epoch: 1 loss: 0." in checked(script, *train, cwd=tmp_path, env=env)
 
 
-@pytest.mark.parametrize(
-    ("wish", "message"),
-    [("1", "MLP_EXT_CUDA=1 needs"), ("maybe", "MLP_EXT_CUDA must be auto, 0 or 1, got 'maybe'")],
-)
-def test_wish_for_cuda_that_cannot_be_met_is_an_error(wish: str, message: str) -> None:
-    env = {**os.environ, "MLP_EXT_CUDA": wish, "CUDA_HOME": "/nonexistent"}
-    result = run(*BUILD, cwd=ROOT, env=env)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 BUILD = (sys.executable, "setup.py", "build_ext", "--help")  # all but the compilation
+SETUP = """
+import runpy
+sys.argv = ["setup.py", "build_ext", "--help"]
+names = runpy.run_path("setup.py")
+e = names["extension"]
+print()
+print(json.dumps({
+    "sources": e.sources,
+    "cxx": e.extra_compile_args["cxx"],
+    "nvcc": e.extra_compile_args["nvcc"],
+    "link": e.extra_link_args,
+    "macros": dict(e.define_macros),
+    "CUDA_HOME": names["cpp_extension"].CUDA_HOME,
+}))
+"""
 TORCH_WITH_CUDA = """
-import torch
 torch.version.cuda = "13.0"
 torch.cuda._is_compiled = lambda: True
-torch.cuda.is_available = lambda: False
+torch.cuda.is_available = lambda: "GPU" in os.environ
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_arch_list = lambda: ["sm_90"]
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+sys.modules["cutlass_library"] = None
 """
 
 
-def with_toolkit(folder: Path, version: str, **variables: str) -> dict[str, str]:
-    """Pretends: torch has CUDA 13.0, and in `folder` is a toolkit, which nvcc on PATH calls."""
+def with_toolkit(folder: Path, version: str) -> dict[str, str]:
+    """In `folder` is a toolkit, which nvcc on PATH calls."""
     major, minor = version.split(".")
     told = f"#$ _HERE_={folder}/toolkit/bin\n#$ cicc -D__CUDACC_VER_MAJOR__={major} "
     told += f"-D__CUDACC_VER_MINOR__={minor}"
@@ -165,91 +173,91 @@ def with_toolkit(folder: Path, version: str, **variables: str) -> dict[str, str]
     nvcc.parent.mkdir()
     nvcc.write_text(f"#!/bin/sh\ncat >&2 <<.\n{told}\n.\n")
     nvcc.chmod(0o755)
-    (folder / "sitecustomize.py").write_text(TORCH_WITH_CUDA)
-    gone = {"CUDA_HOME", "CUDA_PATH", "CUTLASS_HOME", "TORCH_CUDA_ARCH_LIST"}
+    gone = {"CUDA_HOME", "CUDA_PATH", "CUTLASS_HOME", "TORCH_CUDA_ARCH_LIST", "MLP_EXT_CUDA"}
     env = {name: value for name, value in os.environ.items() if name not in gone}
     env["PATH"] = f"{nvcc.parent}{os.pathsep}{env['PATH']}"
-    return {**env, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", **variables}
+    return {**env, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def extension(env: dict[str, str]) -> dict[str, Any]:
-    """What setup.py would compile."""
-    code = """
-import json
-from distutils.core import run_setup
-from torch.utils import cpp_extension
-(e,) = run_setup("setup.py", ["build_ext"], stop_after="init").ext_modules
-macros = dict(e.define_macros)
-nvcc, link = e.extra_compile_args["nvcc"], e.extra_link_args
-print(json.dumps([e.sources, nvcc, link, macros, cpp_extension.CUDA_HOME]))
-"""
-    told = checked(sys.executable, "-c", code, cwd=ROOT, env=env).strip().splitlines()
-    keys = ("sources", "nvcc", "link", "macros", "CUDA_HOME")
-    return dict(zip(keys, json.loads(told[-1]), strict=True))
+def extensions(
+    cases: Iterable[dict[str, str]], env: dict[str, str], torch: str = TORCH_WITH_CUDA
+) -> list[Any]:
+    """What setup.py would compile with each case's variables, or why it exits."""
+    env = env | {"PYTHONPATH": os.pathsep.join(SITE_PACKAGES)}
+    last = [
+        told.splitlines()[-1] for told in in_forks(torch + SETUP, cases, "-S", cwd=ROOT, env=env)
+    ]
+    return [told if told.startswith("SystemExit: ") else json.loads(told) for told in last]
+
+
+def test_wishes_for_cuda_where_there_is_none() -> None:
+    cases = [{"MLP_EXT_CUDA": wish} for wish in ("1", "maybe", "0", "auto")]
+    env = {**os.environ, "CUDA_HOME": "/nonexistent"}
+    unmet, unknown, *others = extensions(cases, env, torch="")
+    assert unmet.startswith("SystemExit: MLP_EXT_CUDA=1 needs")
+    assert unknown == "SystemExit: MLP_EXT_CUDA must be auto, 0 or 1, got 'maybe'"
+    assert all(other["sources"] for other in others)
 
 
 def test_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
-    env = with_toolkit(tmp_path, "12.8", MLP_EXT_CUDA="1")
-    result = run(*BUILD, cwd=ROOT, env=env)
-    assert result.returncode != 0
-    message = result.stderr.strip().splitlines()[-1]
+    (message,) = extensions([{"MLP_EXT_CUDA": "1"}], with_toolkit(tmp_path, "12.8"))
+    assert message.startswith("SystemExit: torch ")
     assert "built with CUDA 13.0" in message
     assert f"toolkit in {tmp_path}/toolkit is 12.8" in message
-    assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("archs", "codes"),
-    [
-        ("", ["sm_80", "sm_90a", "compute_90"]),
-        ("8.0 9.0", ["sm_80", "sm_90a"]),
-        ("8.6", ["sm_86"]),
-        ("Hopper", ["sm_90a", "compute_90"]),
-    ],
-)
-def test_cuda_is_compiled_for_the_architectures_asked_for(
-    tmp_path: Path, archs: str, codes: list[str]
-) -> None:
-    found = extension(with_toolkit(tmp_path, "13.1", TORCH_CUDA_ARCH_LIST=archs, MLP_EXT_CUDA="1"))
-    flags = {flag.rpartition("=")[2] for flag in found["nvcc"] if "gencode" in flag}
-    assert flags == {*codes}
-    assert found["CUDA_HOME"] == f"{tmp_path}/toolkit"
-    assert "csrc/cuda/linear_act.cpp" in found["sources"]
+def test_cuda_is_compiled_for_the_architectures_asked_for(tmp_path: Path) -> None:
+    codes = {
+        "": ["sm_80", "sm_90a", "compute_90"],
+        "8.0 9.0": ["sm_80", "sm_90a"],
+        "8.6": ["sm_86"],
+        "Hopper": ["sm_90a", "compute_90"],
+    }
+    cases = [{"TORCH_CUDA_ARCH_LIST": archs, "MLP_EXT_CUDA": "1"} for archs in codes]
+    for archs, found in zip(codes, extensions(cases, with_toolkit(tmp_path, "13.1")), strict=True):
+        flags = {flag.rpartition("=")[2] for flag in found["nvcc"] if "gencode" in flag}
+        assert flags == {*codes[archs]}, archs
+        assert found["CUDA_HOME"] == f"{tmp_path}/toolkit"
+        assert "csrc/cuda/linear_act.cpp" in found["sources"]
 
 
 def test_cutlass_is_found_by_its_variable(tmp_path: Path) -> None:
     header = tmp_path / "include" / "cutlass" / "version.h"
     header.parent.mkdir(parents=True)
     header.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n")
-    env = with_toolkit(tmp_path, "13.0", CUTLASS_HOME=str(tmp_path), MLP_EXT_CUDA="1")
-    found = extension(env)
+    cases = [{"CUTLASS_HOME": home} for home in (str(tmp_path), "/nowhere", "")]
+    env = with_toolkit(tmp_path, "13.0") | {"MLP_EXT_CUDA": "1"}
+    found, wrong, none = extensions(cases, env)
     assert found["macros"]["MLP_EXT_CUTLASS"] == "1"
     assert str(tmp_path / "include") in found["nvcc"]
     assert "csrc/cuda/sm90/sm90.cu" in found["sources"]
-
-    wrong = run(*BUILD, cwd=ROOT, env={**env, "CUTLASS_HOME": "/nowhere"})
-    assert wrong.returncode != 0
-    assert "set CUTLASS_HOME" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-
-    with (tmp_path / "sitecustomize.py").open("a") as site:
-        site.write("import sys; sys.modules['cutlass_library'] = None\n")
-    none = extension({**env, "CUTLASS_HOME": ""})
+    assert wrong.startswith("SystemExit: ")
+    assert "set CUTLASS_HOME" in wrong
     assert none["macros"]["MLP_EXT_CUTLASS"] == "0"
     assert "csrc/cuda/sm90/sm90.cu" not in none["sources"]
 
 
 def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path) -> None:
-    env = with_toolkit(tmp_path, "13.1")
-    cuda = "csrc/cuda/linear_act.cpp"
-    assert cuda not in extension(env)["sources"]  # torch and toolkit alone do not ask for it
-    assert cuda in extension({**env, "TORCH_CUDA_ARCH_LIST": "9.0"})["sources"]
-    with (tmp_path / "sitecustomize.py").open("a") as site:
-        site.write("torch.cuda.is_available = lambda: True\n")
-        site.write("torch.cuda.device_count = lambda: 1\n")
-        site.write("torch.cuda.get_arch_list = lambda: ['sm_90']\n")
-        site.write("torch.cuda.get_device_capability = lambda *_: (9, 0)\n")
-    assert cuda in extension(env)["sources"]
+    cases = [{}, {"TORCH_CUDA_ARCH_LIST": "9.0"}, {"GPU": "pretended"}]
+    found = extensions(cases, with_toolkit(tmp_path, "13.1"))
+    built = ["csrc/cuda/linear_act.cpp" in extension["sources"] for extension in found]
+    assert built == [False, True, True]  # torch and toolkit alone do not ask for it
+
+
+ARM = """
+import platform
+platform.machine = lambda: "aarch64"
+torch.backends.cpu.get_cpu_capability = lambda: "SVE256"
+"""
+
+
+def test_arm_gets_the_generic_kernels_without_flags_for_x86() -> None:
+    cases = [{"MLP_EXT_CUDA": "0", "MLP_EXT_ISA": wish} for wish in ("all", "native")]
+    for found in extensions(cases, {**os.environ}, torch=ARM):
+        assert found["macros"]["MLP_EXT_TARGETS(DO)"] == "DO(generic)"
+        targets = {Path(s).name for s in found["sources"] if s.startswith("csrc/cpu/targets/")}
+        assert targets == {p.name for p in (ROOT / "csrc/cpu/targets").glob("generic_*.cpp")}
+        assert not [flag for flag in found["cxx"] if flag.startswith("-m")]
 
 
 def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path: Path) -> None:
@@ -264,16 +272,11 @@ extern "C" size_t length() {
   return out.str().size();
 }
 """)
-    flags = ["-shared", "-fPIC", "-static-libstdc++", *extension({**os.environ})["link"]]
+    (ours,) = extensions([{}], {**os.environ}, torch="")
+    flags = ["-shared", "-fPIC", "-static-libstdc++", *ours["link"]]
     checked(*compiler, source, "-o", library, *flags)
     code = f"import torch, ctypes; print(ctypes.CDLL({str(library)!r}).length())"
     assert int(checked(sys.executable, "-c", code)) == len("got 1234")
-
-
-@pytest.mark.parametrize("wish", ["0", "auto"])
-def test_no_toolkit_is_no_obstacle(wish: str) -> None:
-    env = {**os.environ, "MLP_EXT_CUDA": wish, "CUDA_HOME": "/nonexistent"}
-    assert checked(*BUILD, cwd=ROOT, env=env).strip()
 
 
 def test_without_ninja_nothing_compiled_for_another_torch_is_kept() -> None:
@@ -314,9 +317,13 @@ metadata.version = version
 
 
 def other_torch(version: str) -> str:
-    """Code that makes setup.py find another version of torch."""
-    code = "from importlib import metadata; found = metadata.version\n"
-    return code + f"metadata.version = lambda n: {version!r} if n == 'torch' else found(n)\n"
+    """Code that makes setup.py find another version of torch, which cannot be imported."""
+    code = "from importlib import metadata; import sys; found = metadata.version\n"
+    code += f"metadata.version = lambda n: {version!r} if n == 'torch' else found(n)\n"
+    return code + "sys.modules['torch'] = None\n"
+
+
+TAKEN = "torch is installed, but cannot be imported"
 
 
 def supported() -> list[str]:
@@ -352,31 +359,35 @@ def test_torch_out_of_range_is_refused_by_the_build(tmp_path: Path, version: str
     line = one_line(build_with(tmp_path, other_torch(version)))
     assert f"is for torch {supported()[0]} to {supported()[-1]}, and {version} is installed" in line
     assert "pip install" in line
-    assert build_with(tmp_path, other_torch(version), MLP_EXT_ANY_TORCH="1").returncode == 0
+    any_torch = build_with(tmp_path, other_torch(version), MLP_EXT_ANY_TORCH="1")
+    assert one_line(any_torch).startswith(TAKEN)
 
 
 def test_range_of_torch_is_the_same_everywhere(tmp_path: Path) -> None:
     for minor in supported():
-        assert build_with(tmp_path, other_torch(f"{minor}.0+cpu")).returncode == 0
+        found = build_with(tmp_path, other_torch(f"{minor}.0+cpu"))
+        assert one_line(found).startswith(TAKEN)
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
     told = [found for p in pages for found in re.findall(r"2\.\d+ to 2\.\d+", p.read_text())]
     assert {*told} == {f"{supported()[0]} to {supported()[-1]}"}
 
 
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_metadata_names_the_torch_that_it_was_built_against(tmp_path: Path, kind: str) -> None:
+def test_metadata_names_the_torch_that_it_was_built_against(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path / "tree")
-    (tree / "out").mkdir()
-    code = f"import setuptools.build_meta as b; b.prepare_metadata_for_build_{kind}('out')"
+    code = "import setuptools.build_meta as b; "
+    for kind in ("wheel", "editable"):
+        (tree / kind).mkdir()
+        code += f"b.prepare_metadata_for_build_{kind}({kind!r}); "
     checked(sys.executable, "-c", code, cwd=tree, env={**os.environ, "MLP_EXT_CUDA": "0"})
-    (path,) = tree.glob("out/*.dist-info/METADATA")
-    lines = path.read_text().splitlines()
     minor = ".".join(torch.__version__.split(".")[:2])
-    (version,) = (line for line in lines if line.startswith("Version: "))
-    assert version.endswith(f"+torch{minor}")
-    assert [n for n in lines if n.startswith("Requires-Dist: torch")] == [
-        f"Requires-Dist: torch=={minor}.*"
-    ]
+    for kind in ("wheel", "editable"):
+        (path,) = tree.glob(f"{kind}/*.dist-info/METADATA")
+        lines = path.read_text().splitlines()
+        (version,) = (line for line in lines if line.startswith("Version: "))
+        assert version.endswith(f"+torch{minor}")
+        assert [n for n in lines if n.startswith("Requires-Dist: torch")] == [
+            f"Requires-Dist: torch=={minor}.*"
+        ]
 
 
 def test_build_without_a_compiler_says_what_to_type(tmp_path: Path) -> None:
@@ -397,67 +408,76 @@ def installed_copy(folder: Path, *leave_out: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), *SITE_PACKAGES))}
 
 
+def errors_of_imports(folder: Path, *changes: Callable[[Path], object]) -> list[str]:
+    """What `import mlp_ext` raises, of a copy for each of the changes."""
+    env, cases = {}, []
+    for i, change in enumerate(changes):
+        env = installed_copy(folder / str(i))
+        change(folder / str(i) / "mlp_ext")
+        cases.append({"FOLDER": str(folder / str(i))})
+    code = "sys.path.insert(0, os.environ['FOLDER']); import mlp_ext"
+    return in_forks(code, cases, "-S", env=env, cwd=folder)
+
+
+def edited(change: Callable[[str], str]) -> Callable[[Path], object]:
+    def edit(package: Path) -> None:
+        built = package / "_built.py"
+        built.write_text(change(built.read_text()))
+
+    return edit
+
+
 def test_torch_of_another_minor_version_is_refused(tmp_path: Path) -> None:
-    env = installed_copy(tmp_path)
-    built = tmp_path / "mlp_ext" / "_built.py"
-    built.write_text(built.read_text().replace(torch.__version__, "2.9.1+cpu"))
-    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
-    message = result.stderr.strip().splitlines()[-1]
+    other = edited(lambda text: text.replace(torch.__version__, "2.9.1+cpu"))
+    message = errors_of_imports(tmp_path, other)[0].splitlines()[-1]
     assert message.startswith("ImportError: mlp_ext was built against torch 2.9.1+cpu, but torch ")
     assert torch.__version__ in message
     assert "pip install --no-build-isolation" in message
 
 
-@pytest.mark.parametrize(
-    ("built", "running", "says"),
-    [
-        ("13.0", None, "is without CUDA"),
-        ("12.8", "13.0", "has CUDA 13.0"),
-        ("13.2", "13.0", None),
-        (None, "13.0", None),
-    ],
-)
-def test_torch_without_the_cuda_of_the_build_is_refused(
-    tmp_path: Path, built: str | None, running: str | None, says: str | None
-) -> None:
-    env = installed_copy(tmp_path)
-    with (tmp_path / "mlp_ext" / "_built.py").open("a") as file:
-        file.write(f"CUDA_VERSION = {built!r}\n")
-    code = f"import torch; torch.version.cuda = {running!r}; import mlp_ext"
-    result = run(sys.executable, "-S", "-c", code, env=env, cwd=tmp_path)
-    if says is None:
-        assert result.returncode == 0, result.stderr
-        return
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith(f"ImportError: mlp_ext was built for CUDA {built}, but")
-    assert says in message
-    assert "pip install --no-build-isolation" in message
+def test_torch_without_the_cuda_of_the_build_is_refused(tmp_path: Path) -> None:
+    says = {
+        ("13.0", None): "is without CUDA",
+        ("12.8", "13.0"): "has CUDA 13.0",
+        ("13.2", "13.0"): None,
+        (None, "13.0"): None,
+    }
+    changes = [
+        f"CUDA_VERSION = {built!r}\nimport torch\ntorch.version.cuda = {running!r}\n"
+        for built, running in says
+    ]
+    found = errors_of_imports(tmp_path, *(edited(lambda text, s=s: text + s) for s in changes))
+    for (built, running), error in zip(says, found, strict=True):
+        expected = says[built, running]
+        if expected is None:
+            assert error == ""
+            continue
+        message = error.splitlines()[-1]
+        assert message.startswith(f"ImportError: mlp_ext was built for CUDA {built}, but")
+        assert expected in message
+        assert "pip install --no-build-isolation" in message
 
 
-@pytest.mark.parametrize("missing", ["_C.*.so", "_built.py"])
-def test_missing_compiled_part_is_told(tmp_path: Path, missing: str) -> None:
-    env = installed_copy(tmp_path, missing)
-    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
-    assert f"ImportError: mlp_ext is in {tmp_path}/mlp_ext, but its compiled part is not" in (
-        result.stderr
+def compiled_part(package: Path) -> Path:
+    (module,) = package.glob("_C.*.so")
+    return module
+
+
+def test_missing_or_broken_compiled_part_is_told(tmp_path: Path) -> None:
+    other = "_C.cpython-399-x86_64-linux-gnu.so"
+    without_c, without_built, of_another_python, empty = errors_of_imports(
+        tmp_path,
+        lambda package: compiled_part(package).unlink(),
+        lambda package: (package / "_built.py").unlink(),
+        lambda package: compiled_part(package).rename(package / other),
+        lambda package: compiled_part(package).write_bytes(b""),
     )
-
-
-def test_compiled_part_of_another_python_is_told(tmp_path: Path) -> None:
-    env = installed_copy(tmp_path)
-    (module,) = tmp_path.glob("mlp_ext/_C.*.so")
-    module.rename(module.with_name("_C.cpython-399-x86_64-linux-gnu.so"))
-    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
-    assert "compiled for another Python (_C.cpython-399-x86_64-linux-gnu.so)" in result.stderr
-
-
-def test_compiled_part_that_does_not_load_is_told(tmp_path: Path) -> None:
-    env = installed_copy(tmp_path)
-    (module,) = tmp_path.glob("mlp_ext/_C.*.so")
-    module.write_bytes(b"")
-    result = run(sys.executable, "-S", "-c", "import mlp_ext", env=env, cwd=tmp_path)
-    assert "ImportError: mlp_ext's compiled part does not load beside torch" in result.stderr
-    assert len(re.findall("Error: ", result.stderr)) == 1
+    for i, missing in enumerate((without_c, without_built)):
+        told = f"ImportError: mlp_ext is in {tmp_path}/{i}/mlp_ext, but its compiled part is not"
+        assert told in missing
+    assert f"compiled for another Python ({other})" in of_another_python
+    assert "ImportError: mlp_ext's compiled part does not load beside torch" in empty
+    assert len(re.findall("Error: ", empty)) == 1
 
 
 @pytest.mark.parametrize("installed", [True, False])

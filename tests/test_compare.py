@@ -78,8 +78,8 @@ def test_table_has_ratios_range_and_verdict(capsys: pytest.CaptureFixture[str]) 
         "path: small -> dots/small",
     ]
     assert " ".join(lines[-2:]) == (
-        "3 rows: 1 faster, 1 slower, 1 same; geometric mean of the changes 0.91x; "
-        "native took 1.10x the time"
+        "3 rows: 1 faster, 1 slower, 1 same; geometric mean change 0.91x; "
+        "native itself ran in 1.10x the time"
     )
     assert all(len(line) <= 80 for line in out.splitlines())
     assert err == ""
@@ -98,7 +98,7 @@ def test_rows_are_matched_by_what_was_run(column: str, capsys: pytest.CaptureFix
     assert compare([ROW, other], [ROW]) == 0
     out, err = capsys.readouterr()
     assert "\n1 row: " in out
-    assert err == "mlp-ext compare: 1 of 2 rows are left out: only before.csv has them\n"
+    assert err == "mlp-ext compare: 1 of 2 rows skipped: only in before.csv\n"
     assert compare([other], [ROW]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("mlp-ext compare: error: nothing to compare: ")
@@ -107,24 +107,24 @@ def test_rows_are_matched_by_what_was_run(column: str, capsys: pytest.CaptureFix
 
 def test_two_machines_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare([ROW], [replace(ROW, device_name="Another (AVX-512)")]) == 0
-    line = "mlp-ext compare: two machines: Processor (AVX2) before, Another (AVX-512) after\n"
+    line = "mlp-ext compare: different machines: Processor (AVX2) before, Another (AVX-512) after\n"
     assert capsys.readouterr().err == line
 
 
 def test_noisy_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare([ROW], [replace(ROW, ratio_q80=4.0)]) == 0
     err = capsys.readouterr().err
-    assert err.startswith("mlp-ext compare: after.csv is too noisy to cite: 1 of 1 ratios vary")
+    assert err.startswith("mlp-ext compare: after.csv: timings unreliable: 1 of 1 ratios vary")
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("before", "message"),
     [
-        (None, "[Errno 2] No such file or directory: 'before.csv'"),
+        (None, "cannot read 'before.csv': No such file or directory"),
         ([], "nothing to compare: before.csv has no rows, after.csv has layers full relu float32"),
-        ([NATIVE], "nothing to compare: both have no case of the same provider, besides native"),
-        ([ROW, ROW], "before.csv has two rows of fused: layers full relu float32 cpu, 1 thread"),
+        ([NATIVE], "nothing to compare: no matching rows other than native"),
+        ([ROW, ROW], "before.csv has two rows for fused: layers full relu float32 cpu, 1 thread"),
     ],
 )
 def test_error_is_one_line(

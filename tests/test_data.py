@@ -17,7 +17,7 @@ SHAPES = {  # rows to train on, rows held out, features, targets, classes
     "digits": (1437, 360, 64, 10, 10),
     "mnist5k": (4000, 1000, 784, 10, 10),
 }
-LABELLED = ["breast_cancer", "digits", "mnist5k"]
+LABELED = ["breast_cancer", "digits", "mnist5k"]
 
 
 def tensors(data: Dataset) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_tutorial_is_the_tutorials() -> None:
     assert data.y.flatten().tolist() == [1, 0, 0, 1, 1, 1, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", LABELED)
 def test_targets_are_classes(name: str) -> None:
     data = load(name)
     for y in (data.y, data.y_test):
@@ -62,7 +62,7 @@ def test_targets_are_classes(name: str) -> None:
             assert torch.equal(y.sum(1), torch.ones(len(y)))
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", LABELED)
 def test_held_out_rows_have_the_classes_in_proportion(name: str) -> None:
     data = load(name)
     train, test = (labels(y).long().bincount() for y in (data.y, data.y_test))
@@ -76,7 +76,7 @@ def test_pixels_lie_between_0_and_1(name: str) -> None:
         assert (x.min(), x.max()) == (0, 1)
 
 
-def test_breast_cancer_is_standardised_by_its_training_rows() -> None:
+def test_breast_cancer_is_standardized_by_its_training_rows() -> None:
     load_breast_cancer = pytest.importorskip("sklearn.datasets").load_breast_cancer
     data = load("breast_cancer", dtype=torch.float64)
     std, mean = torch.std_mean(data.x, dim=0)
@@ -172,7 +172,7 @@ def test_csv_target_is_classes_or_numbers(
             torch.testing.assert_close(y.squeeze(1) * data.y_std + data.y_mean, numbers)
 
 
-def test_csv_is_standardised_by_its_training_rows(tmp_path: Path) -> None:
+def test_csv_is_standardized_by_its_training_rows(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     rows = [f"{i},7,{i / 3}" for i in range(50)]
     data = load_csv(write_csv(tmp_path, "a,constant,y", *rows), "y", dtype=torch.float64)
@@ -200,18 +200,22 @@ GOOD = ["1,2,0", "4,5,1", "7,8,1", "1,1,1", "2,2,0", "3,3,0"]
         ("a,b,z", GOOD, "{} has no column 'y'; it has a, b, z"),
         ("a,b,yy", GOOD, "{} has no column 'y'; did you mean yy?"),
         ("a,y,y", GOOD, "{} has two columns 'y'"),
-        ("a;b;y", ["1;2;3"], "{} has the column 'a;b;y' alone, and needs features and a target"),
-        ("a,b,y", [], "{} has too few rows: 0, and needs 5"),
-        ("a,b,y", GOOD[:5], "{} has too few rows: 5, and needs 6"),
+        ("a;b;y", ["1;2;3"], "{} has only the column 'a;b;y'; expected features and a target"),
+        ("a,b,y", [], "{} has 0 rows; at least 5 are required"),
+        ("a,b,y", GOOD[:5], "{} has 5 rows; at least 6 are required"),
         ("a,b,y", [*GOOD, "x,1,1"], "{}, line 8: column 'a' must be a finite number, got 'x'"),
         ("a,b,y", [*GOOD, "1,nan,1"], "{}, line 8: column 'b' must be a finite number, got 'nan'"),
         ("a,b,y", [*GOOD, "inf,1,1"], "{}, line 8: column 'a' must be a finite number, got 'inf'"),
         ("a,b,y", [*GOOD, "", ",1,1"], "{}, line 9: column 'a' is empty"),
         ("a,b,y", [*GOOD, "1,1,"], "{}, line 8: column 'y' is empty"),
         ("a,b,y", [*GOOD, "1,1,NA"], "{}, line 8: column 'y' must be a finite number, got 'NA'"),
-        ("a,b,y", [*GOOD, "1,1"], "{}, line 8: 2 cells, and the header has 3"),
-        ("a,b,y", [*GOOD, *GOOD, "1,1,2"], "{}: column 'y' has one row of class 2, and needs two"),
-        ("a,b,y", ["1,2,same"] * 6, "{}: column 'y' has one value only, same"),
+        ("a,b,y", [*GOOD, "1,1"], "{}, line 8: 2 cells, expected 3"),
+        (
+            "a,b,y",
+            [*GOOD, *GOOD, "1,1,2"],
+            "{}: column 'y' has only one row of class 2; at least two",
+        ),
+        ("a,b,y", ["1,2,same"] * 6, "{}: column 'y' has only one value, same"),
     ],
 )
 def test_csv_that_cannot_be_used_is_told(
@@ -220,6 +224,17 @@ def test_csv_that_cannot_be_used_is_told(
     path = write_csv(tmp_path, header, *rows)
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(path))}"):
         load_csv(path, "y")
+
+
+def test_csv_target_is_a_number_if_the_user_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    path = write_csv(tmp_path, "a,rooms", *(f"{i},{i % 8}" for i in range(80)))
+    assert load_csv(path, "rooms").classes == 8
+    data = load_csv(path, "rooms", regression=True)
+    assert (data.classes, data.is_number, data.y.shape[1]) == (0, True, 1)
+    path = write_csv(tmp_path, "a,kind", *(f"{i},red" for i in range(80)))
+    with pytest.raises(ValueError, match="column 'kind' must be a finite number, got 'red'"):
+        load_csv(path, "kind", regression=True)
 
 
 def test_csv_that_is_empty_or_no_text(tmp_path: Path) -> None:

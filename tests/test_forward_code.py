@@ -24,6 +24,14 @@ pytestmark = [
 
 LEVELS = ["layers", "stack"]
 every_model = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+# The quick tests take every fourth.
+some_models = pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(example, id=name, marks=[] if i % 4 == 0 else [pytest.mark.slow])
+        for i, (name, example) in enumerate(EXAMPLES.items())
+    ],
+)
 
 
 def results(model: nn.Module, inputs: tuple[Any, ...], training: bool = True) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def test_values_and_gradients(example: Example, level: str) -> None:
     assert_equal(fused, native, *example.batch())
 
 
-@every_model
+@some_models
 @pytest.mark.parametrize("level", LEVELS)
 def test_class_children_keys_and_repr(example: Example, level: str) -> None:
     native, model = example.model(), example.model()
@@ -98,7 +106,7 @@ def test_class_children_keys_and_repr(example: Example, level: str) -> None:
     assert repr(fused) == repr(native)
 
 
-@every_model
+@some_models
 def test_copy(example: Example) -> None:
     fused = mlp_ext.fuse(example.model())
     fused(*example.batch())
@@ -113,7 +121,7 @@ def test_copy(example: Example) -> None:
     assert_equal(twin, native, *example.batch())
 
 
-@every_model
+@some_models
 def test_saved_and_loaded(example: Example) -> None:
     fused, file = mlp_ext.fuse(example.model()), io.BytesIO()
     fused(*example.batch())
@@ -126,7 +134,7 @@ def test_saved_and_loaded(example: Example) -> None:
     assert_equal(loaded, native, *example.batch())
 
 
-@every_model
+@some_models
 def test_unfuse(example: Example) -> None:
     model, native = example.model(), example.model()
     attributes = sorted(vars(model))
@@ -234,14 +242,19 @@ CHANGES = [
 IN_PLACE = {"Statements", "Generator", "InPlace"}
 
 
-@pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param(example, id=name, marks=[] if i % 4 == 0 else [pytest.mark.slow])
-        for i, (name, example) in enumerate(EXAMPLES.items())
-    ],
-)
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+# The quick tests take each change with some models, and each model with some changes.
+MODELS_AND_CHANGES = [
+    pytest.param(
+        *(example, change),
+        id=f"{name}-{change.__name__}",
+        marks=[] if (i + j) % 6 == 0 else [pytest.mark.slow],
+    )
+    for i, (name, example) in enumerate(EXAMPLES.items())
+    for j, change in enumerate(CHANGES)
+]
+
+
+@pytest.mark.parametrize(("example", "change"), MODELS_AND_CHANGES)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_later_change(example: Example, change: Callable[[nn.Module], None]) -> None:
     if change is backward_hooks and example.make.__name__ in IN_PLACE:

@@ -614,11 +614,18 @@ def test_report_prints_one_line_for_each_linear() -> None:
     model = nn.Sequential(mlp(), nn.Linear(WIDTH, 2))
     model[0] = mlp_ext.fuse(model[0])
     assert str(mlp_ext.fusion_report(model)).splitlines() == [
-        "0.0  fused      relu",
-        "0.2  fused      sigmoid",
-        "1    not fused  -        last in its Sequential",
+        "layer  fused  with     reason",
+        "0.0    yes    relu",
+        "0.2    yes    sigmoid",
+        "1      no              last in its Sequential",
     ]
-    assert str(mlp_ext.fusion_report(linear())) == "(model)  not fused  -  is the whole model"
+    assert str(mlp_ext.fusion_report(linear(), "stack")).splitlines() == [
+        "layer    fused  with  reason",
+        "(model)  no           is the whole model",
+    ]
+    assert str(mlp_ext.fusion_report(model, "stack")).splitlines()[-1] == (
+        "1      would be  (no activation)"
+    )
     assert str(mlp_ext.fusion_report(nn.ReLU())) == "no Linear in this model"
 
 

@@ -53,7 +53,9 @@ def test_large_gradients_match_native(shape: Shape, dtype: torch.dtype, threads:
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_gradients_beyond_the_caches_match_native(dtype: torch.dtype, threads: int) -> None:
     """Results of more than 8 MiB: rows of dx begin at cache lines, those of the output do not."""
     shape = Shape((33001 if dtype == torch.float32 else 66001,), 64, 66)
@@ -61,7 +63,7 @@ def test_gradients_beyond_the_caches_match_native(dtype: torch.dtype, threads: i
 
 
 def test_bias_gradient_of_many_rows_keeps_its_digits() -> None:
-    for shape in (Shape((1_000_000,), 2, 3), Shape((40_000,), 2, 600)):  # in one pass, and packed
+    for shape in (Shape((100_000,), 2, 3), Shape((20_000,), 2, 600)):  # in one pass, and packed
         dy = torch.rand(*shape.leading, shape.N)
         assert_matches_native(operands(shape), "identity", dy)
 

@@ -4,7 +4,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mlp_ext
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_heap")
 
 close = torch.testing.assert_close
 WIDTH = 8
@@ -60,12 +60,6 @@ def used(make: Callable[[], nn.Module], level: str) -> nn.Module:
 
 def linear(model: nn.Module) -> nn.Linear:
     return next(m for m in model.modules() if isinstance(m, nn.Linear))
-
-
-@pytest.fixture(autouse=True)
-def collected() -> Iterator[None]:
-    gc.collect()
-    yield
 
 
 # What is freed

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import mlp_ext
 from mlp_ext.bench.training import Layers
+from mlp_ext.commands import loop
 from mlp_ext.commands.data import Dataset
 from mlp_ext.commands.loop import LAYERS, Step, TrainingRun, accuracy, make_mlp, sgd_step, train
 from mlp_ext.nn import Activation, activation_of
@@ -39,13 +40,22 @@ def counting_rows(n: int, device: str = "cpu") -> Dataset:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[str, list[int]]]]:
-    """Adds a kind of layer, in one row, that notes in a common list the batches it is given."""
+def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn is one epoch."""
+    monkeypatch.setattr(loop, "GROUP_SECONDS", 0.0)
+
+
+@pytest.fixture
+def watched(
+    monkeypatch: pytest.MonkeyPatch, no_groups: None
+) -> Callable[[str], list[tuple[str, list[int]]]]:
+    """Adds a kind that notes in a common list the batches it is given after its warm-up."""
     seen: list[tuple[str, list[int]]] = []
 
     def add(kind: str) -> list[tuple[str, list[int]]]:
         def row(*parts: object) -> Step:
             step = sgd_step(*parts)
+            seen.clear()
 
             def noting(input: Tensor, target: Tensor) -> Tensor:
                 seen.append((kind, input.flatten().int().tolist()))
@@ -119,7 +129,6 @@ def test_the_model_given_stays_as_it_was() -> None:
 def test_kinds_see_the_same_batches_and_take_turns(watched) -> None:
     seen, *_ = [watched(kind) for kind in "abc"]
     finish(["a", "b", "c"], make_mlp([1, 2, 1]), counting_rows(10), epochs=4, batch_size=4)
-    seen = seen[3:]  # after the warm-up of each
     by_kind = {kind: [rows for k, rows in seen if k == kind] for kind in "abc"}
     assert len(by_kind["a"]) == 4 * 3
     assert by_kind["a"] == by_kind["b"] == by_kind["c"]
@@ -129,7 +138,7 @@ def test_kinds_see_the_same_batches_and_take_turns(watched) -> None:
 def test_an_epoch_is_every_row_once_in_new_order(watched) -> None:
     seen = watched("a")
     finish(["a"], make_mlp([1, 2, 1]), counting_rows(10), epochs=3, batch_size=4)
-    batches = [rows for _, rows in seen[1:]]
+    batches = [rows for _, rows in seen]
     assert [len(rows) for rows in batches] == [4, 4, 2] * 3
     epochs = [[row for rows in batches[i : i + 3] for row in rows] for i in (0, 3, 6)]
     assert all(sorted(rows) == list(range(10)) for rows in epochs)
@@ -140,7 +149,7 @@ def test_an_epoch_is_every_row_once_in_new_order(watched) -> None:
 def test_one_batch_stays_in_order(watched, batch_size: int) -> None:
     seen = watched("a")
     finish(["a"], make_mlp([1, 2, 1]), counting_rows(10), epochs=2, batch_size=batch_size)
-    assert [rows for _, rows in seen] == [list(range(10))] * 3
+    assert [rows for _, rows in seen] == [list(range(10))] * 2
 
 
 def test_loss_is_the_mean_over_rows() -> None:
@@ -159,7 +168,25 @@ def test_training_follows_the_seed() -> None:
     assert first != other
 
 
-def test_each_epoch_is_told_as_it_ends() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 10.0])
+@pytest.mark.parametrize("batch_size", [4, 10])
+def test_groups_of_epochs_change_no_loss(
+    batch_size: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "GROUP_SECONDS", seconds)
+    model, data = make_mlp([10, 5, 1]).double(), load("tutorial", dtype=torch.float64)
+    turns = [
+        [len(run.losses) for run in runs]
+        for runs in train([*LAYERS], model, data, epochs=8, batch_size=batch_size)
+    ]
+    assert [done for done, *_ in turns] == ([3, 6, 8] if seconds else [*range(1, 9)])
+    assert all(len({*done}) == 1 for done in turns)
+    (alone,) = finish(["native"], model, data, 8, batch_size=batch_size)
+    for run in finish([*LAYERS], model, data, 8, batch_size=batch_size):
+        assert run.losses == pytest.approx(alone.losses, rel=1e-12), run.kind
+
+
+def test_each_epoch_is_told_as_it_ends(no_groups: None) -> None:
     epochs = train(["native", "fused"], make_mlp([10, 5, 1]), load("tutorial"), epochs=3)
     for count, runs in enumerate(epochs, start=1):
         assert [run.kind for run in runs] == ["native", "fused"]

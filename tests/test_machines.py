@@ -69,7 +69,7 @@ def test_each_path_is_reachable(machine: str, mode: str) -> None:
     table = _C.machine(machine)[mode]
     library = {"library"} if table["library_multiply_adds"] < NEVER else set()
     assert found["forward_path"] == {"small", "dots", "packed"} | library
-    own = {"small", "tall", "one_input", "one_output", "packed"}
+    own = {"small", "tall", "one_input", "one_output", "few_rows", "packed"}
     assert found["backward_path"] in (own | library, own - {"packed"} | library)
 
 
@@ -83,7 +83,7 @@ SHAPES = [
     Shape((20,), 24, 1100),
 ]
 FORWARD = ("small", "dots", "packed", "library")
-BACKWARD = ("small", "tall", "one_input", "one_output", "packed", "library")
+BACKWARD = ("small", "tall", "one_input", "one_output", "few_rows", "packed", "library")
 
 
 @pytest.fixture(params=[*((f, None) for f in FORWARD), *((None, b) for b in BACKWARD)], ids=str)

@@ -43,7 +43,10 @@ def plan(
         ((4096, 1, 64), "packed", "one_input"),
         ((4096, 1, 1 << 16), "packed", "one_input"),
         ((4096, 1, (1 << 16) + 1), "packed", "packed"),
-        ((4, (1 << 16) + 1, 1), "dots", "packed"),
+        ((4, (1 << 16) + 1, 1), "dots", "few_rows"),
+        ((9, (1 << 16) + 1, 1), "dots", "packed"),
+        ((8, 100, 256), "dots", "few_rows"),
+        ((9, 100, 256), "dots", "packed"),
         ((256, 64, 64), "packed", "tall"),  # 2 threads of twice as many rows as dW has
         ((255, 64, 64), "packed", "packed"),
         ((65536, 512, 512), "packed", "tall"),  # 2^18 weights, rows of dz of 2048 bytes
@@ -82,9 +85,9 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
         ((65536, 23, 16), "amx", "packed", "tall"),
         ((65536, 24, 15), "amx", "packed", "tall"),
         ((2, 512, 512), "amx", "dots", "library"),
-        ((2, 512, 510), "amx", "dots", "packed"),
+        ((2, 512, 510), "amx", "dots", "few_rows"),
         ((100, 1024, 1024), "bf16_dot", "library", "library"),
-        ((1, 4096, 4096), "amx", "dots", "packed"),
+        ((1, 4096, 4096), "amx", "dots", "few_rows"),
         ((256, 1024, 256), "bf16_dot", "library", "library"),
         ((256, 1023, 257), "bf16_dot", "packed", "library"),
     ],
@@ -161,6 +164,26 @@ def test_plan_cuts_where_least_is_packed() -> None:
 def test_plan_cuts_samples_of_narrow_layers() -> None:
     rows, columns, samples = plan(65536, 64, 64, threads=8)["grad_weight"]
     assert (rows, columns, samples) == (1, 1, 8)
+
+
+@pytest.mark.parametrize("threads", [8, 32, 128])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 4096, 4096), (64, 784, 256), (256, 1024, 1024), (65536, 64, 64), (8192, 8192, 8192)],
+)
+def test_plan_gives_many_threads_pieces_of_a_useful_size(
+    shape: tuple[int, int, int], threads: int
+) -> None:
+    M, K, N = shape
+    chosen = plan(*shape, threads=threads)
+    most = max(1, M * K * N >> 17)  # multiply-adds of a thread
+    for name, rows, columns in (("forward", M, N), ("grad_input", M, K), ("grad_weight", N, K)):
+        grid = chosen[name]
+        assert prod(grid) <= min(threads, most)
+        assert grid[0] <= max(1, rows // 64) and grid[1] <= max(1, columns // 64)
+    if most >= 64 * threads:  # then all of them have work, in dx and dW together
+        together = 2 if chosen["concurrent_gemms"] and chosen["backward_path"] == "packed" else 1
+        assert together * prod(chosen["grad_weight"]) >= 0.75 * threads
 
 
 def test_plan_bounds_the_rows_of_16_bit_pieces() -> None:

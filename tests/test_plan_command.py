@@ -10,13 +10,20 @@ import torch
 from mlp_ext import _C
 from mlp_ext_cli import main
 
-LIMIT = re.compile(
-    r"  (?P<name>[\w ]+) (?P<sign><=|>=) (?P<last>\d+) \((?P<next>\d+): (?P<path>\w+)\)"
-)
+RANGE = re.compile(r"    ([\w ()]+?) (?:(\d+) to|<=|>=) (\d+) \((.*)\)")
+
+
+def limits(line: str) -> tuple[str, list[int], dict[int, str]]:
+    """Of a range: what varies, its first and last size, and the paths beyond."""
+    found = RANGE.fullmatch(line)
+    assert found, line
+    name, first, last, beyond = found.groups()
+    paths = {int(size): path for size, path in re.findall(r"(\d+): (\w+)", beyond)}
+    return name, [int(size) for size in (first, last) if size], paths
 
 
 def planned(args: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    """The lines under each way: its description, then its limits."""
+    """The lines of each way: its path, what that does, a heading, and ranges."""
     assert main(["plan", *args.split()]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -35,8 +42,10 @@ def test_layer_has_paths_pieces_and_limits(capsys: pytest.CaptureFixture[str]) -
     found = planned("64x784x256 --threads 2 --machine zen4", capsys)
     assert found["forward"] == [
         "forward: dots, y in 1 x 2 pieces",
-        "  M <= 64 (65: packed)",
-        "  K >= 768 (767: packed)",
+        "  vector lanes along K, nothing is packed",
+        "  for these sizes, changed one at a time:",
+        "    M <= 64 (65: packed)",
+        "    K >= 768 (767: packed)",
     ]
     assert found["backward"][0] == "backward: packed, dx in 1 piece, dW in 1 piece, at once"
 
@@ -57,24 +66,30 @@ def test_limits_of_a_layer_hold(
 
     for way, lines in planned(f"{case} --dtype {dtype} --threads {threads}", capsys).items():
         here = path(lines)
-        for line in lines[1:]:
-            limit = LIMIT.fullmatch(line)
-            assert limit, line
-            assert taken(way, **{limit["name"]: int(limit["last"])}) == here
-            assert taken(way, **{limit["name"]: int(limit["next"])}) == limit["path"] != here
+        for line in lines[3:]:
+            name, ends, beyond = limits(line)
+            assert len(ends) == len(beyond)
+            assert {taken(way, **{name: size}) for size in ends} == {here}
+            for size, other in beyond.items():
+                assert taken(way, **{name: size}) == other != here
 
 
 def test_step_has_its_path_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned("784-256-10@64 --threads 2", capsys)
     assert [*found] == ["step"]
-    assert found["step"][:3] == [
+    assert found["step"] == [
         "step: panels, 2 pieces",
-        "  batch <= 64 (65: layers)",
-        "  batch >= 61 (60: layers)",
+        "  layer by layer, on transposed activations and blocks of columns of W",
+        "  for these sizes, changed one at a time:",
+        "    batch 61 to 64 (60: layers, 65: layers)",
+        "    width 1 (784) >= 513 (512: blocks)",
+        "    threads <= 24 (25: layers)",
+        "    width 2 (256) >= 6 (5: layers)",
     ]
-    assert "step: blocks, 1 piece of rows" in planned("10-5-1@10", capsys)["step"]
+    assert planned("10-5-1@10", capsys)["step"][0] == "step: blocks, 1 piece"
     layers = planned("1024-1024-1024@256 --threads 2 --dtype bfloat16", capsys)["step"]
-    assert layers[0].endswith("see mlp-ext plan 256x1024x1024")
+    assert layers[0] == "step: layers; see mlp-ext plan 256x1024x1024"
+    assert layers[-1] == "  for all sizes"
 
 
 def test_gpu_of_an_architecture_need_not_be_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +97,7 @@ def test_gpu_of_an_architecture_need_not_be_here(capsys: pytest.CaptureFixture[s
     expected = _C.cuda_plan(4096, 64, 64, "float32", "gelu", 90)
     for way, lines in found.items():
         assert path(lines) == expected[way]
-        assert expected[f"{way}_reason"] in " ".join(lines[0:2]).replace("  ", " ")
+        assert expected[f"{way}_reason"] in " ".join(" ".join(lines[1:3]).split())
     assert path(planned("10-5-1@10 --device cuda --arch 80", capsys)["step"]) == "one_block"
 
 
@@ -100,16 +115,19 @@ def test_plan_of_another_machine(machine: str, capsys: pytest.CaptureFixture[str
     [
         (
             "64x784",
-            "argument case: must be MxKxN, as 64x784x256, or WIDTHS@BATCH, as 784-256-10@64",
+            "argument case: must be MxKxN, e.g. 64x784x256, or WIDTHS@BATCH, e.g. 784-256-10@64",
         ),
         ("10@64", "argument case: must be "),
         ("64x784x256 --activation gelux", "argument --activation: must be one of "),
         ("64x784x256 --dtype int8", "argument --dtype: must be one of "),
-        ("64x784x256 --dtype tf32", "argument --dtype: tf32 is for --device cuda"),
-        ("64x784x256 --arch 90", "argument --arch: is for --device cuda"),
-        ("64x784x256 --device cuda --threads 2 --arch 90", "argument --threads: is for --device"),
+        ("64x784x256 --dtype tf32", "argument --dtype: tf32 requires --device cuda"),
+        ("64x784x256 --arch 90", "argument --arch: requires --device cuda"),
+        ("64x784x256 --device cuda --threads 2 --arch 90", "argument --threads: requires --device"),
         ("64x784x256 --device cuda --arch 91", "argument --arch: must be one of 80, 86, "),
-        ("64x784x256 --device cuda", "argument --arch: is needed, as --arch 90: torch finds no"),
+        (
+            "64x784x256 --device cuda",
+            "argument --arch: no CUDA device available; add e.g. --arch 90",
+        ),
         ("64x784x256 --threads 70000", "threads must be from 1 to 65536"),
         ("2147483647x2147483647x2147483647", "the product of the sizes must be at most 2^53"),
     ],

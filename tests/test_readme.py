@@ -222,6 +222,21 @@ def test_figures_in_readme_are_rows() -> None:
         assert any(says(figure, value) for value in values), figure
 
 
+def test_each_file_of_rows_has_one_command_and_one_name() -> None:
+    commands: dict[Path, set[str]] = {}
+    names: dict[str, set[Path]] = {}
+    for page in PAGES:
+        text = prose(page)
+        for name, target in re.findall(r"\[(\S+\.csv)\]\((\S+)\)", text):
+            names.setdefault(name, set()).add((page.parent / target).resolve())
+        for target, command in re.findall(r"\((\S+\.csv)\)\. Command:\s+`([^`]+)`", text):
+            path = (page.parent / target).resolve()
+            commands.setdefault(path, set()).add(" ".join(command.split()))
+    assert len(commands) >= 4  # they were found
+    assert [c for c in commands.values() if len(c) > 1] == []
+    assert [files for files in names.values() if len(files) > 1] == []
+
+
 def test_table_of_layers_is_complete() -> None:
     (table,) = (t for t in tables(DOCS / "api.md") if t.head[0] == "Layer")
     said = {

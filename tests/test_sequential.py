@@ -424,7 +424,13 @@ def test_compile_has_no_graph_break(backend: str) -> None:
     close(found, expected)
 
 
-@pytest.mark.parametrize("edit", EDITS)
+QUICK_EDITS = ("set", "delete", "new weight", "no bias")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [pytest.param(e, marks=[] if e in QUICK_EDITS else [pytest.mark.slow]) for e in EDITS],
+)
 def test_compiled_model_follows_a_change_of_the_children(edit: str) -> None:
     torch.compiler.reset()
     model, native = twins()

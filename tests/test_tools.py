@@ -360,20 +360,25 @@ ACTIONS: dict[str, Callable[[nn.Module], Any]] = {
 LOOSE = {"autocast_bfloat16": 3e-2, "autocast_float16": 3e-3, "bfloat16": 3e-2}
 
 
-def _marks(name: str, model: str) -> list[pytest.MarkDecorator]:
-    """Inductor takes seconds: two models in make test, the others before a release."""
-    if name not in ("compile", "compile_dynamic", "compile_step"):
-        return []
-    return [pytest.mark.slow if model in ("sequential", "functional") else pytest.mark.release]
+def _marks(name: str, model: str, level: str) -> list[pytest.MarkDecorator]:
+    """Dynamo takes half a second, AOTAutograd seconds: both with a few of the models alone."""
+    if name in ("compile_eager", "export", "export_strict"):
+        is_quick = (model, level) in (("sequential", "stack"), ("functional", "layers"))
+        return [] if is_quick else [pytest.mark.slow]
+    if name in ("compile", "compile_dynamic", "compile_step"):
+        return [pytest.mark.slow if model in ("sequential", "functional") else pytest.mark.release]
+    return []
 
 
-@pytest.mark.parametrize("level", ["layers", "stack"])
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "make", "level"),
     [
-        pytest.param(name, make, id=f"{name}-{model}", marks=_marks(name, model))
+        pytest.param(
+            name, make, level, id=f"{name}-{model}-{level}", marks=_marks(name, model, level)
+        )
         for name in ACTIONS
         for model, make in MODELS.items()
+        for level in ("layers", "stack")
     ],
 )
 def test_tool(name: str, make: Callable[[], nn.Module], level: str) -> None:

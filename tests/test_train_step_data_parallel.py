@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from once import Once
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,9 +84,8 @@ def rank_runs(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(rank_runs, (str(folder),), nprocs=2)
+def ranks(once: Once) -> list[dict[str, Any]]:
+    folder = once("ranks", lambda folder: mp.spawn(rank_runs, (str(folder),), nprocs=2))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -236,12 +236,12 @@ def test_the_file_is_read_where_it_is_named(
 
 def test_earlier_limits_of_the_user_stay_in_the_file(in_folder: Path, dots_never_win: None) -> None:
     detected = _C.machine()
-    _C.use_machine({"name": "mine", "fma": {"skinny_m": 2}, "converted": {"skinny_m": 3}})
+    _C.use_machine({"name": "mine", "fma": {"few_rows": 2}, "converted": {"few_rows": 3}})
     assert run("--minutes 0.5") == 0
     assert json.loads((in_folder / "machine.json").read_text()) == {
         "name": f"{detected['name']}-tuned",
-        "fma": {"dot_rows": 1, "skinny_m": 2},
-        "converted": {"skinny_m": 3},
+        "fma": {"dot_rows": 1, "few_rows": 2},
+        "converted": {"few_rows": 3},
     }
 
 

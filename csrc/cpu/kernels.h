@@ -117,8 +117,8 @@ struct LayerKernels {
   void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
   // dW and db over the rows `samples`, as accumulators; either may be nullptr. db is computed if columns.begin == 0.
   void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
-  // The same for M <= kMostSkinnyM, as results rather than accumulators.
-  void (*grad_weight_skinny_m)(const Backward&, Range rows, Range columns, void* dw, void* db);
+  // Columns of dx, and dW or the update of W, for M <= kMostFewRows; db with the first column.
+  void (*backward_few_rows)(const Backward&, Range columns, void* scratch);
   // dx of the rows `samples`, and dW and db over them as accumulators, in one pass. Sizes within plan.h's limits.
   void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   void (*backward_k1)(const Backward&, Range samples, void* dw, void* db, void* scratch);

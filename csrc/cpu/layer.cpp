@@ -109,24 +109,22 @@ namespace {
 // parameters are updated; finish() adds them in order. Otherwise kernels write to the results.
 class WeightSums {
  public:
-  // skinny_m: kernels write results rather than accumulators. update_in_epilogue: grad_weight updates, so finish() has
-  // nothing to do.
-  WeightSums(const Backward& problem, int64_t pieces, const LayerKernels& kernels, DType dtype, bool skinny_m,
-             bool update_in_epilogue)
+  // update_in_epilogue: grad_weight updates, so finish() has nothing to do.
+  WeightSums(const Backward& problem, int64_t pieces, const LayerKernels& kernels, DType dtype, bool update_in_epilogue)
       : problem_(problem),
         pieces_(pieces),
         kernels_(kernels),
-        update_(skinny_m ? variant().step_kernels(dtype).update_rounded : variant().step_kernels(dtype).update),
+        update_(variant().step_kernels(dtype).update),
         dw_(static_cast<char*>(problem.dw)),
         db_(static_cast<char*>(problem.db)),
         size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
         limits_(limits_of(dtype)),
-        item_(skinny_m ? item_size(dtype) : accumulator_size(dtype)),
+        item_(accumulator_size(dtype)),
         update_in_epilogue_(update_in_epilogue) {
     const bool updates = problem.update_w || problem.update_b;
     if (pieces == 1 && item_size(dtype) == item_ && !updates) return;
     const DType accumulator = dtype == DType::float64 ? dtype : DType::float32;
-    sums_ = empty_cached({pieces * (size_ + problem.N)}, scalar_type(skinny_m ? dtype : accumulator));
+    sums_ = empty_cached({pieces * (size_ + problem.N)}, scalar_type(accumulator));
     char* const begin = static_cast<char*>(sums_.mutable_data_ptr());
     if (dw_ || problem.update_w) dw_ = begin;
     if (db_ || problem.update_b) db_ = begin + pieces * size_ * item_;
@@ -165,7 +163,7 @@ void backward_in_one_pass(const Backward& problem, const Plan& plan, const Layer
   const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
                         : plan.backward_path == Path::one_input ? kernels.backward_k1
                                                                 : kernels.backward_n1;
-  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, false, false);
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, false);
   run({{plan.grad_weight, problem.N, problem.K, problem.M, [&](Range, Range, Range samples, int64_t s) {
           one_pass(problem, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
         }}});
@@ -175,20 +173,16 @@ void backward_in_one_pass(const Backward& problem, const Plan& plan, const Layer
 // dx and dW as separate GEMMs; db is computed with dW.
 void backward_packed(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
-  const bool skinny_m = M <= limits_of(dtype).skinny_m, update_in_epilogue = problem.update_w && !skinny_m;
-  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, skinny_m, update_in_epilogue);
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, problem.update_w);
   Backward b = problem;
   b.block_bytes = block_bytes(limits_of(dtype));
-  if (!update_in_epilogue) b.update_w = b.update_b = nullptr;
+  if (!problem.update_w) b.update_b = nullptr;
   const SplitGemm grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
                                kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
                              }};
   const SplitGemm grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
-                                if (skinny_m)
-                                  kernels.grad_weight_skinny_m(b, rows, columns, sums.dw(0), sums.db(0));
-                                else
-                                  kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
-                                                      scratch(kScratchBytes));
+                                kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
+                                                    scratch(kScratchBytes));
                               }};
   if (plan.concurrent_gemms) {
     run({grad_input, grad_weight});
@@ -214,6 +208,11 @@ void backward_layer(const Backward& problem, DType dtype) {
     case Path::one_input:
     case Path::one_output:
       return in_region_if(plan.grad_weight.samples > 1, [&] { backward_in_one_pass(problem, plan, kernels, dtype); });
+    case Path::few_rows:
+      return for_pieces(plan.grad_input.columns, [&](int64_t i) {
+        kernels.backward_few_rows(problem, piece_of_lines(i, plan.grad_input.columns, problem.K),
+                                  scratch(kScratchBytes));
+      });
     case Path::small:
       if (!updates) return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(problem.M, problem.N)));
       [[fallthrough]];

@@ -18,13 +18,14 @@ constexpr const char* kDotModes[] = {"fma", "bf16_dot", "amx"};
 constexpr int64_t kNever = int64_t(1) << 62;  // a limit that no shape reaches
 
 // Bounds of the workspace: limits may be lower, not higher.
-constexpr int64_t kTallRowBytes = 2048;           // a row of dz fits one depth block
-constexpr int64_t kTallInputs = 1024;             // K of tall
-constexpr int64_t kTallWeights = 1 << 18;         // N K of tall; each thread has its own dW
-constexpr int64_t kOneBreadth = 1 << 16;          // N of one_input, K of one_output
-constexpr int64_t kMostSkinnyM = 4;               // rows of dz on the stack
-constexpr int64_t kDepthBytes = 2048;             // depth block of A; half of it writes partial sums twice as often
-constexpr int64_t kMostBlockBytes = 1 << 21;      // block of packed B
+constexpr int64_t kTallRowBytes = 2048;       // a row of dz fits one depth block
+constexpr int64_t kTallInputs = 1024;         // K of tall
+constexpr int64_t kTallWeights = 1 << 18;     // N K of tall; each thread has its own dW
+constexpr int64_t kOneBreadth = 1 << 16;      // N of one_input, K of one_output
+constexpr int64_t kMostFewRows = 16;          // M of few_rows
+constexpr int64_t kDepthBytes = 2048;         // depth block of A; half of it writes partial sums twice as often
+constexpr int64_t kMostBlockBytes = 1 << 21;  // block of packed B
+constexpr int64_t kLeastBlockBytes = 1 << 17;
 constexpr int64_t kStepRowBytes = kDepthBytes;    // widest layer of StepPath::blocks; tiles cover the whole depth
 constexpr int64_t kMostPanelBytes = kDepthBytes;  // M of StepPath::panels; dW takes one depth block
 
@@ -42,7 +43,7 @@ struct Limits {
   // tall
   int64_t tall_inputs = kTallInputs;    // K; a block of x stays in L2
   int64_t tall_weights = kTallWeights;  // N K; above, dW of each thread leaves the cache
-  int64_t skinny_m = kMostSkinnyM;      // M; up to here dW is bound by stores, not by arithmetic
+  int64_t few_rows = 8;                 // M; up to here backward is bound by memory
   // library, torch's GEMM, from these sizes on
   int64_t library_multiply_adds = kNever;  // M K N
   int64_t library_weights = kNever;        // N K; alternative to M K N for few rows
@@ -84,7 +85,7 @@ constexpr Limit kLimits[] = {
     {"tiny_depth", &Limits::tiny_depth, 0, kNever},
     {"tall_inputs", &Limits::tall_inputs, 0, kTallInputs},
     {"tall_weights", &Limits::tall_weights, 0, kTallWeights},
-    {"skinny_m", &Limits::skinny_m, 0, kMostSkinnyM},
+    {"few_rows", &Limits::few_rows, 0, kMostFewRows},
     {"library_multiply_adds", &Limits::library_multiply_adds, 0, kNever},
     {"library_weights", &Limits::library_weights, 0, kNever},
     {"library_inputs", &Limits::library_inputs, 1, kNever},

@@ -1,9 +1,15 @@
 // Detects the machine among those of machines/.
 #include "cpu/machines.h"
 
-#include <unistd.h>
+#include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <sstream>
+#include <string>
 
 #include "cpu/machines/generic.h"
 #include "cpu/machines/sapphire_rapids.h"
@@ -36,6 +42,36 @@ const Machine& detect() {
   return kGeneric;
 }
 
+std::string line_of(const std::string& file) {
+  std::ifstream stream("/sys/devices/system/cpu/" + file);
+  std::string line;
+  std::getline(stream, line);
+  return line;
+}
+
+// Number of CPUs in a list such as "0-3,8".
+int64_t count_of(const std::string& list) {
+  int64_t count = 0;
+  std::istringstream parts(list);
+  for (std::string part; std::getline(parts, part, ',');) {
+    const char* const begin = part.c_str();
+    const char* const dash = std::strchr(begin, '-');
+    count += dash ? std::atoll(dash + 1) - std::atoll(begin) + 1 : 1;
+  }
+  return count;
+}
+
+// A core's share of the L2 cache of a CPU; 0 if Linux does not say. Efficiency cores share one, and hyperthreads are
+// one core.
+int64_t l2_share(int cpu) {
+  const std::string folder = "cpu" + std::to_string(cpu) + "/";
+  const std::string size = line_of(folder + "cache/index2/size");  // such as 1024K
+  const int64_t sharing = count_of(line_of(folder + "cache/index2/shared_cpu_list"));
+  const int64_t siblings = count_of(line_of(folder + "topology/thread_siblings_list"));
+  const int64_t unit = size.empty() ? 0 : size.back() == 'K' ? 1 << 10 : size.back() == 'M' ? 1 << 20 : 1;
+  return std::atoll(size.c_str()) * unit / std::max<int64_t>(1, sharing / std::max<int64_t>(1, siblings));
+}
+
 std::atomic<const Machine*> chosen{nullptr};
 
 }  // namespace
@@ -56,14 +92,21 @@ const Machine& machine() {
 
 void use_machine(const Machine* machine) { chosen.store(machine, std::memory_order_release); }
 
-int64_t block_bytes(const Limits& limits) {
-  static const int64_t l2 = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    if (const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return size;
-#endif
-    return int64_t(1) << 20;
+int64_t l2_per_core() {
+  static const int64_t bytes = [] {
+    cpu_set_t allowed;
+    int64_t least = 0;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0)
+      for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+        if (CPU_ISSET(cpu, &allowed))
+          if (const int64_t size = l2_share(cpu); size > 0) least = least ? std::min(least, size) : size;
+    return least ? least : int64_t(1) << 20;
   }();
-  return limits.block_bytes ? limits.block_bytes : std::min(l2 / 2, kMostBlockBytes);
+  return bytes;
+}
+
+int64_t block_bytes(const Limits& limits) {
+  return limits.block_bytes ? limits.block_bytes : std::clamp(l2_per_core() / 2, kLeastBlockBytes, kMostBlockBytes);
 }
 
 }  // namespace mlp_ext::cpu

@@ -16,7 +16,10 @@ const Machine* find_machine(std::string_view name);  // nullptr if there is none
 const Machine& machine();
 void use_machine(const Machine* machine);
 
-// Of a block of packed B.
+// Bytes of L2 that a core has to itself, the least of the CPUs that this process may use.
+int64_t l2_per_core();
+
+// Bytes of a block of packed B.
 int64_t block_bytes(const Limits& limits);
 
 // Paths forced in this thread, for tests and measurements.

@@ -16,12 +16,14 @@ enum class Path {
   tall,        // backward: dx, dW and db in one pass over blocks of rows
   one_input,   // backward: as tall, row by row, for K = 1
   one_output,  // backward: as tall, row by row, for N = 1
+  few_rows,    // backward: W row by row, bound by memory
   packed,      // blocked and packed, one GEMM after another
   library,     // torch's GEMMs, with one elementwise pass after (y) or before (dz, db)
 };
-constexpr int kPaths = 7;
+constexpr int kPaths = 8;
 constexpr const char* path_name(Path path) {
-  constexpr const char* names[kPaths] = {"small", "dots", "tall", "one_input", "one_output", "packed", "library"};
+  constexpr const char* names[kPaths] = {"small",      "dots",     "tall",   "one_input",
+                                         "one_output", "few_rows", "packed", "library"};
   return names[static_cast<int>(path)];
 }
 
@@ -100,6 +102,8 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
       return !forward && s.K == 1 && s.N <= kOneBreadth;
     case Path::one_output:
       return !forward && s.N == 1 && s.K <= kOneBreadth;
+    case Path::few_rows:
+      return !forward && s.M <= kMostFewRows;
     case Path::packed:
       return true;
     case Path::library:  // torch multiplies float16 slowly
@@ -155,6 +159,8 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.backward_path = Path::one_output;
   else if (supports(Path::one_input, shape, false))
     plan.backward_path = Path::one_input;
+  else if (M <= limits.few_rows)
+    plan.backward_path = Path::few_rows;
   else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
   if (fills_library && !is_small && !(update_in_product && plan.backward_path == Path::packed))
@@ -163,6 +169,8 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
   if (options.forward && supports(*options.forward, shape, true)) plan.forward_path = *options.forward;
   if (options.backward && supports(*options.backward, shape, false)) plan.backward_path = *options.backward;
   const Path backward = plan.backward_path;
+  if (backward == Path::few_rows)
+    plan.grad_input = plan.grad_weight = {1, std::clamp<int64_t>(K / kSmallestPieceEdge, 1, pieces), 1};
   if (backward == Path::tall || backward == Path::one_input || backward == Path::one_output)
     plan.grad_input = plan.grad_weight = {1, 1, pieces};
   // Partial sums of 16-bit results are kept in the workspace.

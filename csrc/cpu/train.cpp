@@ -116,9 +116,10 @@ class BatchStep {
   }
 
   int64_t rows() const { return M_; }
-  // Whether it runs in a region: it has several pieces, and none of torch's GEMMs.
+  bool takes_threads() const { return plan_.pieces > 1; }
+  // Whether it runs in a region: on several threads, without torch's GEMMs.
   bool in_one_region() const {
-    if (plan_.pieces == 1) return false;
+    if (!takes_threads()) return false;
     if (plan_.path != StepPath::layers) return true;
     for (const TrainedLayer& layer : training_.layers) {
       const at::Tensor& w = *layer.weight.value;
@@ -415,6 +416,25 @@ void update(const TrainedParameter& p, const at::Tensor& gradient) {
   for_ranges(dense.numel(), limits_of(dtype_of(*p.value)).elements_per_thread, piece);
 }
 
+// The rows of t at these indices. Without threads: at::index_select would wake them, and wait for a busy core.
+at::Tensor gather(const at::Tensor& t, const at::Tensor& order, bool takes_threads) {
+  if (takes_threads) return at::index_select(t, 0, order);
+  const at::Tensor source = t.contiguous();
+  c10::SmallVector<int64_t, 3> sizes(t.sizes().begin(), t.sizes().end());
+  sizes[0] = order.size(0);
+  at::Tensor out = empty_cached(sizes, t.scalar_type());
+  const auto row_bytes = static_cast<int64_t>(t.element_size()) * (t.dim() > 1 ? t.size(1) : 1);
+  const char* const from = static_cast<const char*>(source.const_data_ptr());
+  char* const to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t* const rows = order.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < sizes[0]; ++i) {
+    TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < t.size(0), "mlp_train_step_: order has ", rows[i], ", input has ",
+                      t.size(0), " rows");
+    std::memcpy(to + i * row_bytes, from + rows[i] * row_bytes, row_bytes);
+  }
+  return out;
+}
+
 at::Tensor step_by_layers(const Training& training) {
   return mlp_ext::step_by_layers(training, loss_and_grad_native, update);
 }
@@ -448,11 +468,11 @@ at::Tensor train(const Training& training) {
   const int64_t chunk = training.order ? std::max<int64_t>(1, kGatheredBytes / row_bytes / batch) * batch : most;
   for (int64_t first = 0, i = 0; i < steps; first += chunk) {
     const int64_t size = std::min(chunk, rows - first);
+    prepare(std::min(batch, size));
     const auto part = [&](const at::Tensor& t) {
-      return training.order ? at::index_select(t, 0, training.order->narrow(0, first, size)) : t;
+      return training.order ? gather(t, training.order->narrow(0, first, size), step->takes_threads()) : t;
     };
     const Rows source(training, part(training.input), part(training.target));
-    prepare(std::min(batch, size));
     in_region_if(step->in_one_region(), [&] {
       int64_t begin = 0;
       do {

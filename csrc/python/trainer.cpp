@@ -39,7 +39,8 @@ constexpr int64_t kStepsPerCall = 4096;
 // Full-batch training passes the rows repeatedly as `order`, many steps per call. Each step then gathers its rows,
 // which pays off for inputs up to these sizes: on a GPU if steps run in one launch, and on the CPU.
 constexpr int64_t kRepeatedBytes = int64_t(1) << 20, kRepeatedBytesOnCpu = int64_t(16) << 10;
-constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input gathered at a time, or of an order
+constexpr int64_t kRepeatedRows = int64_t(1) << 15;   // in an order; torch makes up to so many on one thread
+constexpr int64_t kShuffledBytes = int64_t(8) << 20;  // of input gathered at a time
 
 // Options of fit.
 struct Epochs {
@@ -287,7 +288,7 @@ class TrainingRun {
     const bool one_batch = !epochs_.shuffle && rows_ > 0 && batch_size_ >= rows_;
     if (!one_batch || !epochs_.after_epoch.is_none()) return 1;
     if (!gathers_repeated()) return kStepsPerCall;
-    return std::clamp<int64_t>(kShuffledBytes / static_cast<int64_t>(sizeof(int64_t)) / rows_, 1, kStepsPerCall);
+    return std::clamp<int64_t>(kRepeatedRows / rows_, 1, kStepsPerCall);
   }
 
   bool is_one_step_per_call() const { return !graph_.is_none() || trainer_.by_gradients(); }

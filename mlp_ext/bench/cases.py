@@ -126,7 +126,7 @@ SUITES = {
     "layers": Suite(
         modes=("full", "forward", "backward"),
         optimizer="",
-        form="MxKxN, as 64x784x256",
+        form="MxKxN, e.g. 64x784x256",
         cases=(
             Layer(10, 10, 5),
             Layer(64, 784, 256),
@@ -161,7 +161,7 @@ SUITES = {
     "train": Suite(
         modes=("step",),
         optimizer="sgd",
-        form="WIDTHS@BATCH, as 784-256-10@64",
+        form="WIDTHS@BATCH, e.g. 784-256-10@64",
         cases=(
             Net((10, 5, 1), 10),
             Net((784, 256, 10), 64),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,8 +118,19 @@ def cpus() -> set[int]:
     return os.sched_getaffinity(0)
 
 
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that keeps a core busy, as other programs do on a laptop."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def now(setting: Setting) -> float:
-    """The time in seconds, after synchronising the device."""
+    """The time in seconds, after synchronizing the device."""
     if setting.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

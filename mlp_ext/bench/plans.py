@@ -13,6 +13,20 @@ from mlp_ext.bench.cases import Case, Layer, Setting
 # specifications per compute capability.
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
+PATHS = {  # of the CPU, in one line
+    "small": "one thread, nothing is packed",
+    "dots": "vector lanes along K, nothing is packed",
+    "tall": "dz, dx, dW and db in one pass over blocks of rows",
+    "one_input": "dx, dW and db in one pass, row by row",
+    "one_output": "dx, dW and db in one pass, row by row",
+    "few_rows": "W is read once, for dx, and dW is written in the same pass",
+    "packed": "blocked GEMMs on packed operands, with the activation in the same pass",
+    "library": "PyTorch's GEMM, and one pass for the rest",
+    "blocks": "a block of rows runs through all layers, forward and backward",
+    "panels": "layer by layer, on transposed activations and blocks of columns of W",
+    "layers": "layer by layer, each by its own path",
+}
+
 
 def plan(
     case: Case,

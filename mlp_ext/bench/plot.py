@@ -12,14 +12,13 @@ from mlp_ext.bench.rows import (
     as_threads,
     by_provider,
     geometric_mean,
-    read_csv,
     replacing,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STYLES = {  # colour-blind safe colours, and markers; other providers use SPARE_STYLES
+STYLES = {  # colors safe for the color-blind, and markers; others use SPARE_STYLES
     "native_fused": ("#999999", "v"),
     "native_inplace": ("#999999", "v"),
     "compile": ("#e69f00", "^"),
@@ -57,7 +56,7 @@ def ratios(rows: Iterable[Row]) -> Figure:
         if row.provider != "native":
             panels.setdefault((row.settings, row.device_name), []).append(row)
     if not panels:
-        raise ValueError("nothing to draw: no provider besides native")
+        raise ValueError("nothing to plot: native is the only provider")
     heights = [
         LINE * (len(part) + len({row.case for row in part})) + 1.5 for part in panels.values()
     ]
@@ -88,7 +87,7 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
     _log_axis(axes, [value for row in rows for value in (_low(row), _high(row))])
     axes.set_xlabel(
         "times as fast as native PyTorch (log scale); "
-        + ("whiskers: 20 % to 80 % of the rounds" if rows[0].ratio_q20 else "medians over rounds"),
+        + ("whiskers: 20% to 80% of the rounds" if rows[0].ratio_q20 else "medians over rounds"),
         fontsize="small",
     )
     axes.tick_params(left=False, labelsize="small")
@@ -115,11 +114,11 @@ def _panel(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_title(_title(rows[0]), fontsize="medium", pad=8 + 16 * ((len(providers) + 2) // 3))
 
 
-def _point(axes: Any, row: Row, y: float, colour: str, marker: str) -> None:
+def _point(axes: Any, row: Row, y: float, color: str, marker: str) -> None:
     if row.ratio_q20 is not None:
-        axes.plot([_low(row), _high(row)], [y, y], color=colour, linewidth=1.5, alpha=0.6)
+        axes.plot([_low(row), _high(row)], [y, y], color=color, linewidth=1.5, alpha=0.6)
     size = 8 if marker == "*" else 5
-    axes.plot(row.ratio_to_native, y, marker=marker, color=colour, markersize=size)
+    axes.plot(row.ratio_to_native, y, marker=marker, color=color, markersize=size)
     slower = row.ratio_to_native < 1  # labels are on that side of the line at 1
     axes.annotate(
         as_number(row.ratio_to_native),
@@ -151,7 +150,7 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
     ticks = [digit * 10.0**power for power in range(-3, 7) for digit in digits]
     ticks = [tick for tick in ticks if low <= tick <= high]
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:.3g}x" + "\nnative" * (tick == 1) for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}x" + "\nnative" * (tick == 1) for tick in ticks])
     axes.set_xlim(low, high)
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
@@ -175,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     arguments.check_picture(args.picture, parser.error, "picture")
     try:
-        figure = ratios([row for path in args.csv for row in read_csv(path)])
+        figure = ratios([row for path in args.csv for row in arguments.read_rows(path)])
         with replacing(args.picture) as part:
             figure.savefig(part)
     except (OSError, ValueError) as error:

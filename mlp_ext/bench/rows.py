@@ -89,8 +89,9 @@ def read_csv(path: Path) -> list[Row]:
     with path.open(newline="", errors="replace") as file:
         table = csv.DictReader(file, strict=True)
         oldest = [name for name in OLDER_COLUMNS if name != "optimizer"]
-        if table.fieldnames not in (COLUMNS, OLDER_COLUMNS, oldest):
-            raise ValueError(f"{path} does not have the columns {', '.join(COLUMNS)}")
+        found = table.fieldnames or []
+        if {*found} not in ({*COLUMNS}, {*OLDER_COLUMNS}, {*oldest}):
+            raise ValueError(f"{path}: {_difference(found)}")
         try:
             types = {field.name: _READ[str(field.type)] for field in fields(Row)}
             return [
@@ -99,6 +100,15 @@ def read_csv(path: Path) -> list[Row]:
             ]
         except (TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {table.line_num}: {error}") from None
+
+
+def _difference(found: Sequence[str]) -> str:
+    """From COLUMNS."""
+    missing = [name for name in COLUMNS if name not in found]
+    names = missing or [name for name in found if name not in COLUMNS]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    what = "missing" if missing else "unknown"
+    return f"{what} column{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
 
 def _newer(row: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def as_time(seconds: float) -> str:
     seconds = float(f"{seconds:.3g}")
     units = ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
     scale, unit = next((s, u) for s, u in units if seconds * s >= 1)
-    return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * scale:{'.0f' if seconds >= 1e3 else '.3g'}} {unit}"
 
 
 def as_number(ratio: float) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from math import isnan
@@ -48,8 +48,10 @@ def measure(
     rounds: int,
     peak: Peak | None = None,
     after_round: Callable[[], object] = lambda: None,
+    fewer_threads: Sequence[int] = (),
 ) -> list[Row]:
-    """A row for each of `providers` that supports the case; the first must be native.
+    """A row for each of `providers` that supports the case; the first must be native. Another, such
+    as step@1, for each with fewer CPU threads, in turn with the others.
 
     Raises WrongResult before anything is timed, RuntimeError if out of memory.
     """
@@ -58,13 +60,36 @@ def measure(
         with torch_set(setting):
             start = set_up(case, setting)
             works = _checked(start, providers, case, setting)
+            if fewer_threads:
+                works = {n: _with_threads(work, setting.threads) for n, work in works.items()}
+            works |= {
+                f"{name}@{threads}": _with_threads(start(provider), threads)
+                for threads in fewer_threads
+                for name, provider in providers.items()
+            }
             others, started = other_cpu_seconds(), time.perf_counter()
             seconds = in_turn(works, rounds, partial(now, setting), after_round)
             others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
     finally:
         _forget()
+    settings = dict.fromkeys(providers, setting)
     paths = {name: path(case, setting, p) for name, p in providers.items()}
-    return _rows(case, setting, seconds, peak, paths, None if isnan(others) else max(0.0, others))
+    for threads in fewer_threads:
+        less = replace(setting, threads=threads)
+        settings |= {f"{name}@{threads}": less for name in providers}
+        paths |= {f"{name}@{threads}": path(case, less, p) for name, p in providers.items()}
+    other_cpus = None if isnan(others) else max(0.0, others)
+    return _rows(case, settings, seconds, peak, paths, other_cpus)
+
+
+def _with_threads(work: Work, threads: int) -> Work:
+    """Sets them before each sample."""
+
+    def prepare(turn: int) -> Call:
+        torch.set_num_threads(threads)
+        return work.prepare(turn)
+
+    return work._replace(prepare=prepare)
 
 
 def _checked(
@@ -168,23 +193,22 @@ class Summary(NamedTuple):
     q20_s: float
     q80_s: float
     ratio_to_native: float  # native's time / this one's, the median over the rounds
+    ratio_q20: float
+    ratio_q80: float
 
 
 def summarize(seconds: Mapping[str, list[float]]) -> dict[str, Summary]:
     """Of what in_turn returns, with native among it."""
     found = {}
     for name, samples in seconds.items():
-        q20, middle, q80 = _quantiles(samples)
-        found[name] = Summary(middle, q20, q80, _quantiles(_ratios(seconds, name))[1])
+        ratios = [native / own for native, own in zip(seconds["native"], samples, strict=True)]
+        (low, middle, high), (q20, ratio, q80) = _quantiles(samples), _quantiles(ratios)
+        found[name] = Summary(middle, low, high, ratio, q20, q80)
     return found
 
 
-def _ratios(seconds: Mapping[str, list[float]], name: str) -> list[float]:
-    return [native / own for native, own in zip(seconds["native"], seconds[name], strict=True)]
-
-
 def _quantiles(samples: list[float]) -> list[float]:
-    """20 %, 50 % and 80 %."""
+    """20%, 50% and 80%."""
     at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     found: list[float] = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
     return found
@@ -192,7 +216,7 @@ def _quantiles(samples: list[float]) -> list[float]:
 
 def _rows(
     case: Case,
-    setting: Setting,
+    settings: Mapping[str, Setting],
     seconds: Mapping[str, list[float]],
     peak: Peak | None,
     paths: Mapping[str, str],
@@ -201,10 +225,10 @@ def _rows(
     def short(value: float) -> float:
         return float(f"{value:.6g}")
 
-    bound, least = peak.bound(case, setting) if peak else ("", None)
     rows = []
     for name, summary in summarize(seconds).items():
-        low, _, high = _quantiles(_ratios(seconds, name))
+        setting = settings[name]
+        bound, least = peak.bound(case, setting) if peak else ("", None)
         of_time: dict[str, Any] = {k: short(value) for k, value in summary._asdict().items()}
         rows.append(
             Row(
@@ -213,8 +237,6 @@ def _rows(
                 device_name=device_name(setting.device),
                 provider=name,
                 **of_time,
-                ratio_q20=short(low),
-                ratio_q80=short(high),
                 torch=torch.__version__,
                 mlp_ext=build_info()["mlp_ext"],
                 commit=commit(),

@@ -79,6 +79,7 @@ LAYERS: dict[str, Layers] = {
     "fused": Layers(sgd_step, fuse),
     "stack": Layers(sgd_step, partial(fuse, level="stack")),
     "step": Layers(TrainStep),
+    "fit": Layers(TrainStep),  # whole epochs in one call, where the caller has them
 }
 
 

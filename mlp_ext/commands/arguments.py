@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 
+from mlp_ext.bench.rows import Row, read_csv
 from mlp_ext.commands import plots
 from mlp_ext_cli.arguments import unknown
 
@@ -33,7 +34,7 @@ def check_name(
 def check_device(device: str, fail: Fail) -> None:
     """Fails if torch does not find `device`, "cpu" or "cuda"."""
     if device == "cuda" and not torch.cuda.is_available():
-        fail("argument --device: torch finds no cuda device here")
+        fail("argument --device: no CUDA device available")
 
 
 def check_picture(path: Path | None, fail: Fail, argument: str = "--plot") -> None:
@@ -44,6 +45,14 @@ def check_picture(path: Path | None, fail: Fail, argument: str = "--plot") -> No
                 f"argument {argument}: the file must end in one of "
                 f"{', '.join('.' + t for t in sorted(plots.file_types()))}, got '{path}'"
             )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of `mlp-ext bench --csv`; raises ValueError if it is not one."""
+    try:
+        return read_csv(path)
+    except OSError as error:
+        raise ValueError(f"cannot read '{path}': {error.strerror}") from None
 
 
 @contextmanager

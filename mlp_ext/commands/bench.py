@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from textwrap import fill
@@ -14,7 +14,7 @@ import torch
 
 from mlp_ext.bench import plot
 from mlp_ext.bench.cases import SUITES, Case, Setting, parse_all
-from mlp_ext.bench.machine import Peak, cpus, device_name, measure_peak
+from mlp_ext.bench.machine import Peak, busy_core, cpus, device_name, measure_peak
 from mlp_ext.bench.noise import noise
 from mlp_ext.bench.own import own_provider
 from mlp_ext.bench.providers import DEFAULT, PROVIDERS, Provider
@@ -57,12 +57,16 @@ def run(args: argparse.Namespace) -> None:
     try:
         cases = parse_all(setting.suite, args.cases or ())
     except ValueError as error:
-        args.fail(f"argument --cases: {error}")
+        hint = "; use --suite train" if setting.suite == "layers" and "@" in str(error) else ""
+        args.fail(f"argument --cases: {error}{hint}")
     cases = cases or [*SUITES[setting.suite].published(args.device)]
     providers = _providers(args, setting)
     if args.plot and [*providers] == ["native"]:
-        args.fail("argument --plot: nothing to draw: no provider besides native")
-    rows = _measure(args, cases, setting, providers)
+        args.fail("argument --plot: nothing to plot: native is the only provider")
+    if args.peak and len(args.threads or ()) > 1:
+        args.fail("argument --peak: allows one number of threads only")
+    with busy_core() if args.beside_load else nullcontext():
+        rows = _measure(args, cases, setting, providers)
     try:
         if args.csv:
             write_csv(rows, args.csv)
@@ -78,13 +82,14 @@ def run(args: argparse.Namespace) -> None:
 def _setting(args: argparse.Namespace, suite: str) -> Setting:
     modes = SUITES[suite].modes
     if args.dtype == "tf32" and args.device == "cpu":
-        args.fail("argument --dtype: tf32 is for --device cuda")
+        args.fail("argument --dtype: tf32 requires --device cuda")
     if (mode := args.mode or modes[0]) not in modes:
-        args.fail(f"argument --mode: {suite} has {', '.join(modes)}, got '{mode}'")
+        elsewhere = _elsewhere(mode, {name: s.modes for name, s in SUITES.items()})
+        args.fail(f"argument --mode: {suite} has {', '.join(modes)}, got '{mode}'{elsewhere}")
     if args.optimizer and not SUITES[suite].optimizer:
-        args.fail(f"argument --optimizer: {suite} has none, use --suite train")
+        args.fail(f"argument --optimizer: {suite} has none; use --suite train")
     optimizer = args.optimizer or SUITES[suite].optimizer
-    threads = args.threads or torch.get_num_threads()
+    threads = max(args.threads or [torch.get_num_threads()])
     return Setting(suite, mode, args.activation, optimizer, args.dtype, args.device, threads)
 
 
@@ -95,20 +100,27 @@ def _providers(args: argparse.Namespace, setting: Setting) -> dict[str, Provider
     for name in args.providers or [n for n in DEFAULT[setting.device] if n in known]:
         if name not in known:
             has = f"{setting.suite} has {', '.join(known)}, got '{name}'"
-            args.fail(f"argument --providers: {has}{meant(name, known)}")
+            hint = _elsewhere(name, PROVIDERS) or meant(name, known)
+            args.fail(f"argument --providers: {has}{hint}")
         if obstacle := known[name].obstacle(setting):
-            print(f"{args.prog}: {name} is left out: {obstacle}", file=sys.stderr)
+            print(f"{args.prog}: {name} skipped: {obstacle}", file=sys.stderr)
         else:
             found[name] = known[name]
-    for file, function in args.provider:
+    for source, function in args.provider:
         try:
-            own = own_provider(file, function)
+            own = own_provider(source, function)
         except ValueError as error:
             args.fail(f"argument --provider: {error}")
         if function in known or function in found:
-            args.fail(f"argument --provider: there is a provider {function} already: rename yours")
+            args.fail(f"argument --provider: {function} already exists; rename yours")
         found[function] = own
     return found
+
+
+def _elsewhere(name: str, by_suite: Mapping[str, Container[str]]) -> str:
+    """The end of an error: the suite that has this mode or provider, if one has."""
+    found = [suite for suite, names in by_suite.items() if name in names]
+    return f"; {name} is in --suite {found[0]}" if found else ""
 
 
 def _print_list(args: argparse.Namespace) -> None:
@@ -134,8 +146,9 @@ def _measure(
     peak = measure_peak(setting) if args.peak else None
     if peak:
         print(_peak(peak, setting))
+    fewer = sorted({*(args.threads or ())} - {setting.threads})
     width = max(22, *(2 + len(name) for name in providers))
-    heading = f"{'':{width}}{'time':>9}{'speed':>8}{'20-80 %':>13}{'of bound' * bool(peak):>10}"
+    heading = f"{'':{width}}{'time':>9}{'speed':>8}{'20-80%':>13}{'of bound' * bool(peak):>10}"
     print(f"{heading}  path", flush=True)
     rows: list[Row] = []
     bar = _progress_bar(len(cases) * args.rounds)
@@ -144,7 +157,7 @@ def _measure(
             if bar:
                 bar.set_description(str(case))
             after_round = bar.update if bar else (lambda: None)
-            part = measure(case, setting, providers, args.rounds, peak, after_round)
+            part = measure(case, setting, providers, args.rounds, peak, after_round, fewer)
             rows += part
             with bar.external_write_mode() if bar else nullcontext():
                 bound = peak.bound(case, setting) if peak else None
@@ -161,7 +174,7 @@ def _measure(
     if len(cases) > 1:
         for line in _summary(rows, width):
             print(line)
-    if line := noise(rows, len(cpus())):
+    if line := noise(rows, None if args.beside_load else len(cpus())):
         print(fill(line, WIDTH))
     return rows
 

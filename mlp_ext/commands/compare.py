@@ -1,4 +1,4 @@
-"""The command `mlp-ext compare`: what two files of rows say about a change."""
+"""What `mlp-ext compare` does: compares rows from before and after a change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from textwrap import fill
 from typing import NamedTuple
 
 from mlp_ext.bench.noise import noise
-from mlp_ext.bench.rows import Row, as_number, as_range, geometric_mean, read_csv
+from mlp_ext.bench.rows import Row, as_number, as_range, geometric_mean
+from mlp_ext.commands.arguments import read_rows
 
 WIDTH = 79  # of a terminal
 Rows = Mapping[tuple[str, str, str], Row]  # by settings, case and provider
@@ -23,8 +24,8 @@ class Change(NamedTuple):
     before: Row
     after: Row
     ratio: float
-    low: float  # 20 % quantile after / 80 % quantile before
-    high: float  # 80 % quantile after / 20 % quantile before
+    low: float  # 20% quantile after / 80% quantile before
+    high: float  # 80% quantile after / 20% quantile before
 
     @property
     def verdict(self) -> str:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     paths = (args.before, args.after)
     try:
         first, second = map(_read, paths)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         args.fail(str(error))
     pairs = [(row, second[key]) for key, row in first.items() if key in second]
     changes = [change(*pair) for pair in pairs if pair[0].provider != "native"]
@@ -68,10 +69,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _read(path: Path) -> Rows:
     found: dict[tuple[str, str, str], Row] = {}
-    for row in read_csv(path):
+    for row in read_rows(path):
         key = (row.settings, row.case, row.provider)
         if key in found:
-            raise ValueError(f"{path} has two rows of {row.provider}: {row.settings}, {row.case}")
+            raise ValueError(f"{path} has two rows for {row.provider}: {row.settings}, {row.case}")
         found[key] = row
     return found
 
@@ -79,7 +80,7 @@ def _read(path: Path) -> Rows:
 def _nothing_in_common(paths: Sequence[Path], first: Rows, second: Rows) -> str:
     settings = [dict.fromkeys(row.settings for row in rows.values()) for rows in (first, second)]
     if settings[0].keys() & settings[1].keys():
-        return "nothing to compare: both have no case of the same provider, besides native"
+        return "nothing to compare: no matching rows other than native"
     parts = (f"{p} has {'; '.join(s) or 'no rows'}" for p, s in zip(paths, settings, strict=True))
     return f"nothing to compare: {', '.join(parts)}"
 
@@ -92,27 +93,27 @@ def _warnings(
         ", ".join(dict.fromkeys(r.device_name for r in rows)) for rows in zip(*pairs, strict=True)
     )
     if before != after:
-        found.append(f"two machines: {before} before, {after} after")
+        found.append(f"different machines: {before} before, {after} after")
     for path, rows, others in ((paths[0], first, second), (paths[1], second, first)):
         if only := len(rows.keys() - others.keys()):
-            found.append(f"{only} of {len(rows)} rows are left out: only {path} has them")
+            found.append(f"{only} of {len(rows)} rows skipped: only in {path}")
         if any(row.ratio_q20 is None for row in rows.values()):
-            found.append(f"{path} has no quantiles of ratios: those of times are used")
+            found.append(f"{path} has no quantiles of speedups; using those of the times")
         if noisy := noise([*rows.values()]):
-            found.append(f"{path} is {noisy}")
+            found.append(f"{path}: {noisy}")
     return found
 
 
 def _print_table(changes: Sequence[Change]) -> None:
     width = max(22, *(2 + len(found.before.provider) for found in changes))
     settings = case = ""
-    print("before, after: times as fast as native. change: after / before, and its range")
-    print("from the quantiles of both: the same if 1 is in it.")
+    print("before, after: speedup over native. change: after / before, with its range")
+    print("(20-80% quantiles); 'same' if the range includes 1.")
     for found in changes:
         before, after = found.before, found.after
         if before.settings != settings:
             settings, case = before.settings, ""
-            heading = f"{'':{width}}{'before':>8}{'after':>8}{'change':>8}{'20-80 %':>13}"
+            heading = f"{'':{width}}{'before':>8}{'after':>8}{'change':>8}{'20-80%':>13}"
             print(f"\n{settings}\n{heading}")
         if before.case != case:
             case = before.case
@@ -130,6 +131,8 @@ def _summary(changes: Sequence[Change], pairs: Sequence[tuple[Row, Row]]) -> str
     counts = ", ".join(f"{verdicts[name]} {name}" for name in ("faster", "slower", "same"))
     mean = geometric_mean([found.ratio for found in changes])
     native = [a.median_s / b.median_s for b, a in pairs if b.provider == "native"]
-    drift = f"; native took {as_number(geometric_mean(native))}x the time" if native else ""
+    drift = (
+        f"; native itself ran in {as_number(geometric_mean(native))}x the time" if native else ""
+    )
     rows = f"{len(changes)} row{'s' * (len(changes) > 1)}"
-    return f"{rows}: {counts}; geometric mean of the changes {as_number(mean)}x{drift}"
+    return f"{rows}: {counts}; geometric mean change {as_number(mean)}x{drift}"

@@ -33,7 +33,7 @@ class Dataset:
     y_mean: float = 0.0
     y_std: float = 1.0
     names: tuple[str, ...] = ()  # of the classes in a CSV file, in the order of y
-    is_number: bool = False  # the target is any number, standardised
+    is_number: bool = False  # the target is any number, standardized
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Dataset:
         """The same rows in another dtype or on another device."""
@@ -50,11 +50,11 @@ def tutorial(seed: int) -> Dataset:
 
 
 def breast_cancer(seed: int) -> Dataset:
-    """569 tumours with 30 features, malignant or benign; standardised by the training rows."""
+    """569 tumors with 30 features, malignant or benign; standardized by the training rows."""
     from sklearn.datasets import load_breast_cancer
 
     features, labels = load_breast_cancer(return_X_y=True)
-    return _standardised(_split("breast_cancer", features, labels, seed))
+    return _standardized(_split("breast_cancer", features, labels, seed))
 
 
 def digits(seed: int) -> Dataset:
@@ -107,20 +107,21 @@ def load_csv(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    regression: bool = False,
 ) -> Dataset:
     """The rows of a CSV file with a header; all columns but `target` are numeric features.
 
-    The target is 0 or 1; a class, if it is text or a whole number of at most MOST_CLASSES; or any
-    number. Features and numeric targets are standardised by the training rows, 80 % of all, which
-    `seed` draws.
+    The target is a class, if it is text or a whole number of at most MOST_CLASSES; or any number,
+    always so with `regression`. Features and numeric targets are standardized by the training rows,
+    80% of all, which `seed` draws.
 
     Raises OSError if the file cannot be read; ValueError if it has no such column, for cells that
     are missing or not numbers, and for too few rows; ModuleNotFoundError without scikit-learn.
     """
     header, rows = _read(path)
     if len(header) == 1:
-        what = f"{path} has the column '{header[0]}' alone"
-        raise ValueError(f"{what}, and needs features and a target, separated by commas")
+        what = f"{path} has only the column '{header[0]}'"
+        raise ValueError(f"{what}; expected features and a target, separated by commas")
     if header.count(target) != 1:
         close = meant(target, header) or f"; it has {', '.join(header[:9])}"
         more = ", ..." * (len(header) > 9 and not meant(target, header))
@@ -129,7 +130,8 @@ def load_csv(
     _check_count(path, rows, 5)  # one to test on
 
     column = header.index(target)
-    targets, names = _targets(path, target, [(line, cells.pop(column)) for line, cells in rows])
+    cells = [(line, cells.pop(column)) for line, cells in rows]
+    targets, names = _targets(path, target, cells, regression)
     del header[column]
     features = [
         [_number(path, line, name, cell) for name, cell in zip(header, cells, strict=True)]
@@ -138,19 +140,20 @@ def load_csv(
     _check_count(path, rows, 5 * (len(names) - 1) + 1)  # one of each class to test on
     for label, count in Counter(targets).items() if names else ():
         if count < 2:
-            what = f"column '{target}' has one row of class {names[int(label)]}"
-            raise ValueError(f"{path}: {what}, and needs two, to train and to test")
+            what = f"column '{target}' has only one row of class {names[int(label)]}"
+            raise ValueError(f"{path}: {what}; at least two are required, to train and to test")
 
     import numpy as np
 
     labels = np.asarray(targets, dtype=np.int64 if names else np.float64)
-    data = _standardised(_split(path.name, np.asarray(features), labels, seed, len(names)))
+    data = _standardized(_split(path.name, np.asarray(features), labels, seed, len(names)))
     return replace(data, names=names).to(dtype, device)
 
 
 def _check_count(path: Path, rows: Sequence[object], needed: int) -> None:
     if len(rows) < needed:
-        raise ValueError(f"{path} has too few rows: {len(rows)}, and needs {needed}")
+        has = f"{len(rows)} row{'s' * (len(rows) != 1)}"
+        raise ValueError(f"{path} has {has}; at least {needed} are required")
 
 
 Lines = list[tuple[int, list[str]]]  # line number in the file, cells
@@ -171,20 +174,20 @@ def _read(path: Path) -> tuple[list[str], Lines]:
     (_, header), *rows = lines
     for line, cells in rows:
         if len(cells) != len(header):
-            what = f"{len(cells)} cells, and the header has {len(header)}"
+            what = f"{len(cells)} cell{'s' * (len(cells) != 1)}, expected {len(header)}"
             raise ValueError(f"{path}, line {line}: {what}")
     return header, rows
 
 
 def _targets(
-    path: Path, column: str, cells: Sequence[tuple[int, str]]
+    path: Path, column: str, cells: Sequence[tuple[int, str]], regression: bool
 ) -> tuple[list[float], tuple[str, ...]]:
     """Indices of classes and the classes' names; or numbers, and no names."""
     for line, cell in cells:
         if not cell:
             raise ValueError(f"{path}, line {line}: column '{column}' is empty")
     texts = [cell for _, cell in cells]
-    if sum(_as_number(cell) is not None for cell in texts) <= len(texts) / 2:
+    if not regression and sum(_as_number(cell) is not None for cell in texts) <= len(texts) / 2:
         names = tuple(sorted(set(texts)))
         index = {name: i for i, name in enumerate(names)}
         found: list[float] = [index[cell] for cell in texts]
@@ -192,12 +195,12 @@ def _targets(
         values = [_number(path, line, column, cell) for line, cell in cells]
         known = sorted(set(values))
         whole = all(cell.lstrip("+-").isdigit() for cell in texts)
-        if known != [0, 1] and not (whole and len(known) <= MOST_CLASSES):
+        if regression or (known != [0, 1] and not (whole and len(known) <= MOST_CLASSES)):
             return values, ()
         names = tuple(f"{value:.0f}" for value in known)
         found = [known.index(value) for value in values]
     if len(names) < 2:
-        raise ValueError(f"{path}: column '{column}' has one value only, {names[0]}")
+        raise ValueError(f"{path}: column '{column}' has only one value, {names[0]}")
     return found, names
 
 
@@ -248,7 +251,7 @@ def _scaled(data: Dataset, *, mean: Tensor | float = 0.0, std: Tensor | float = 
     return replace(data, x=x, x_test=x_test, mean=mean, std=std)
 
 
-def _standardised(data: Dataset) -> Dataset:
+def _standardized(data: Dataset) -> Dataset:
     """Features, and targets that are not classes, by mean and deviation of the training rows."""
     mean, std = _moments(data.x)
     data = _scaled(data, mean=mean, std=std)

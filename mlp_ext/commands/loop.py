@@ -1,11 +1,12 @@
-"""The demo's training loop, the same for every kind of layer."""
+"""The training loop of `mlp-ext train`, the same for every kind."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,15 +30,21 @@ __all__ = [
 ]
 
 
+# A turn is a group of epochs if they are short: `fit` runs it in one call.
+GROUP_SECONDS = 1e-3  # of the fastest kind
+TURNS = 3  # at least, for a median
+
+
 @dataclass
 class TrainingRun:
-    """A model in training with one kind of layer."""
+    """A model in training in one of the ways of LAYERS."""
 
     kind: str
     model: nn.Module
     step: Step
     losses: list[float] = field(default_factory=list)  # per epoch
-    seconds: list[float] = field(default_factory=list)  # per epoch, training steps only
+    seconds: list[float] = field(default_factory=list)  # per epoch, the mean of its group
+    generator: torch.Generator = field(default_factory=torch.Generator)  # shuffles the rows
 
 
 def start(
@@ -46,14 +53,15 @@ def start(
     lr: float,
     loss: str = "mse",
     optimizer: str = "sgd",
+    seed: int = 0,
     processes: Processes = ALONE,
 ) -> TrainingRun:
-    """A run with this row of LAYERS on a copy of `model`."""
+    """A run with this row of LAYERS on a copy of `model`; `seed` shuffles the rows."""
     layers = LAYERS[kind]
     model = processes.wrap(layers.change(deepcopy(model)))
     criterion = LOSSES[loss].criterion()
     step = layers.step(model, criterion, OPTIMIZERS[optimizer](model.parameters(), lr=lr))
-    return TrainingRun(kind, model, step)
+    return TrainingRun(kind, model, step, generator=torch.Generator().manual_seed(seed))
 
 
 def train(
@@ -69,32 +77,62 @@ def train(
     optimizer: str = "sgd",
     processes: Processes = ALONE,
 ) -> Iterator[list[TrainingRun]]:
-    """Trains a copy of `model` with each of `kinds`; yields their runs after every epoch.
+    """Trains a copy of `model` with each of `kinds`; yields their runs after each group of epochs.
 
     loss, optimizer: names in LOSSES and OPTIMIZERS. All kinds see the same batches, shuffled with
     `seed` in each epoch unless there is only one; the last batch may be smaller. A loss is the mean
-    over an epoch's rows, computed before the update of each batch. The kinds run in turn within an
-    epoch, so that drift affects all of them, and rotate, since the first one has cold caches.
+    over an epoch's rows, computed before the update of each batch. The kinds take turns, so that
+    drift affects all of them. A turn is an epoch; or, if epochs are short, as many as take the
+    fastest kind GROUP_SECONDS, after two steps on a copy that warm up the caches.
 
     Each of several `processes` takes its part of each batch; the losses are those of one process.
     """
-    first_batch = processes.part(data.x[:batch_size]), processes.part(data.y[:batch_size])
-    for kind in kinds:  # warm up on a copy
-        start(kind, model, lr, loss, optimizer, processes).step(*first_batch)
+    options = (model, lr, loss, optimizer, seed, processes)
+    first_batch = replace(data, x=data.x[:batch_size], y=data.y[:batch_size])
+    seconds = []  # of a step of each kind, on a copy
+    for kind in kinds:
+        copy = start(kind, *options)
+        for _ in range(2):  # the first time sets up
+            _train(copy, first_batch, 2, batch_size, processes)
+        seconds.append(copy.seconds[-1])
+    epoch = processes.mean(min(seconds)) * math.ceil(len(data.x) / batch_size)
+    count = max(1, min(int(GROUP_SECONDS / epoch), math.ceil(epochs / TURNS)))
 
-    runs = [start(kind, model, lr, loss, optimizer, processes) for kind in kinds]
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        batches = _batches(data, batch_size, generator)
-        parts = [(processes.part(x), processes.part(y)) for x, y in batches]
-        first = epoch % len(runs)
-        for run in runs[first:] + runs[:first]:
-            started = _now(data)
-            losses = [run.step(x, y) for x, y in parts]
-            run.seconds.append(_now(data) - started)
-            sums = [loss.item() * len(x) for loss, (x, _) in zip(losses, batches, strict=True)]
-            run.losses.append(processes.mean(sum(sums) / len(data.x)))
+    runs = [start(kind, *options) for kind in kinds]
+    copies = [start(kind, *options) for kind in kinds] if count > 1 else []
+    for turn, done in enumerate(range(0, epochs, count)):
+        for place in range(turn, turn + len(runs)):
+            if copies:
+                _train(copies[place % len(runs)], first_batch, 2, batch_size, processes)
+            run = runs[place % len(runs)]
+            _train(run, data, min(count, epochs - done), batch_size, processes)
         yield runs
+
+
+def _train(
+    run: TrainingRun, data: Dataset, epochs: int, batch_size: int, processes: Processes
+) -> None:
+    """Trains for some epochs and appends to the run's losses and seconds."""
+    started = _now(data)
+    if run.kind == "fit":
+        shuffle = batch_size < len(data.x)
+        fit = run.step.fit  # type: ignore[attr-defined]
+        losses = fit(data.x, data.y, epochs, batch_size, shuffle, run.generator)
+        seconds = _now(data) - started
+        run.losses += losses.tolist()
+    else:
+        steps = [
+            [
+                (run.step(processes.part(x), processes.part(y)), len(x))
+                for x, y in _batches(data, batch_size, run.generator)
+            ]
+            for _ in range(epochs)
+        ]
+        seconds = _now(data) - started
+        for epoch in steps:
+            total = sum(loss.item() * rows for loss, rows in epoch)
+            run.losses.append(processes.mean(total / len(data.x)))
+    run.seconds += epochs * [seconds / epochs]
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, loss: str = "mse") -> float:
@@ -144,17 +182,18 @@ def unscaled_state(model: nn.Module, data: Dataset) -> dict[str, Any]:
 
 
 def _batches(
-    data: Dataset, size: int, generator: torch.Generator | None = None
-) -> list[tuple[Tensor, Tensor]]:
+    data: Dataset, size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled, unless there is only one."""
     x, y = data.x, data.y
-    if generator and size < len(x):
-        order = torch.randperm(len(x), generator=generator).to(x.device)
-        x, y = x[order], y[order]
-    return list(zip(x.split(size), y.split(size), strict=True))
+    if size >= len(x):
+        return iter([(x, y)])
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    return zip(x[order].split(size), y[order].split(size), strict=True)
 
 
 def _now(data: Dataset) -> float:
-    """The time in seconds, after synchronising the data's device."""
+    """The time in seconds, after synchronizing the data's device."""
     if data.x.is_cuda:
         torch.cuda.synchronize(data.x.device)
     return time.perf_counter()

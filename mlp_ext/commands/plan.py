@@ -1,4 +1,4 @@
-"""What `mlp-ext plan` does: prints a plan of the kernels, and the limits that decided it."""
+"""What `mlp-ext plan` does: prints a plan of the kernels, and the sizes at which it changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from mlp_ext import _C
 from mlp_ext.bench.cases import LARGEST, Case, Layer, Net, Setting, parse
 from mlp_ext.bench.machine import device_name
-from mlp_ext.bench.plans import SHARED, capability, paths, plan
+from mlp_ext.bench.plans import PATHS, SHARED, capability, paths, plan
 from mlp_ext.bench.rows import as_threads
 from mlp_ext.commands import arguments
 from mlp_ext.ops import ACTIVATIONS
@@ -24,8 +24,8 @@ Plans = Callable[[Case, Setting], dict[str, Any]]
 
 MOST_THREADS = 1024  # that limits are searched for
 WIDTH = 79  # of a terminal
-SHOWN = 4  # limits, the nearest ones
-NEIGHBOURS = 64  # sizes tried one by one: some limits are multiples
+SHOWN = 4  # ranges, those with the nearest limits
+NEIGHBORS = 64  # sizes tried one by one: some limits are multiples
 STEP = 1.02  # then by this factor
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         case = parse(suite, args.case)
     except ValueError:
-        forms = "MxKxN, as 64x784x256, or WIDTHS@BATCH, as 784-256-10@64"
+        forms = "MxKxN, e.g. 64x784x256, or WIDTHS@BATCH, e.g. 784-256-10@64"
         args.fail(f"argument case: must be {forms}, got '{args.case}'")
     arch = _arch(args)
     if args.machine:
@@ -51,13 +51,19 @@ def run(args: argparse.Namespace) -> None:
 
     on_layer = f" {args.activation}" if isinstance(case, Layer) else ""
     print(f"{case}{on_layer} {args.dtype}")
-    place = args.machine or device_name("cpu")
-    print(f"GPU of architecture {arch}" if arch else f"{place}, {as_threads(threads)}")
-    print("below each path: the nearest limits when one size varies, and what is beyond")
+    if arch:
+        print(f"GPU of architecture {arch}")
+    else:
+        place = f"{args.machine or device_name('cpu')}, {as_threads(threads)}"
+        print(f"{place}; a piece is the work of one thread")
     for way, path in paths(found).items():
-        print("\n" + fill(f"{way}: {_described(way, path, found, case)}", WIDTH))
-        for text in [*map(str, _limits(case, setting, planned, way))] or ["none"]:
-            print(f"  {text}")
+        print(f"\n{way}: {path}{_split(way, path, found, case)}")
+        reason = found.get("reason") or found.get(f"{way}_reason") or PATHS[path]
+        print(fill(reason, WIDTH, initial_indent="  ", subsequent_indent="  "))
+        ranges = _ranges(case, setting, planned, way)
+        print("  for all sizes" if not ranges else "  for these sizes, changed one at a time:")
+        for one in ranges:
+            print(f"    {one}")
 
 
 def _arch(args: argparse.Namespace) -> int:
@@ -66,41 +72,37 @@ def _arch(args: argparse.Namespace) -> int:
         args.fail("argument --machine: is for --device cpu")
     if args.device == "cpu":
         if args.arch:
-            args.fail("argument --arch: is for --device cuda")
+            args.fail("argument --arch: requires --device cuda")
         if args.dtype == "tf32":
-            args.fail("argument --dtype: tf32 is for --device cuda")
+            args.fail("argument --dtype: tf32 requires --device cuda")
         return 0
     if args.threads:
-        args.fail("argument --threads: is for --device cpu")
+        args.fail("argument --threads: requires --device cpu")
     if args.arch:
         if args.arch not in SHARED:
             known = ", ".join(map(str, SHARED))
             args.fail(f"argument --arch: must be one of {known}, got '{args.arch}'")
         return int(args.arch)
     if not torch.cuda.is_available():
-        args.fail("argument --arch: is needed, as --arch 90: torch finds no cuda device here")
+        args.fail("argument --arch: no CUDA device available; add e.g. --arch 90")
     return capability()
 
 
-def _described(way: str, path: str, found: dict[str, Any], case: Case) -> str:
-    """Path and pieces on the CPU, path and reason on a GPU."""
-    reason = found.get("reason") or found.get(f"{way}_reason")
-    if reason:
-        return f"{path} ({reason})"
+def _split(way: str, path: str, found: dict[str, Any], case: Case) -> str:
+    """How the work is split on the CPU."""
+    if path == "library" or {"reason", f"{way}_reason"} & found.keys():
+        return ""
     if isinstance(case, Net):
         if path == "layers":
-            first = Layer(case.batch, *case.widths[:2])
-            return f"layers, each by its own path: see mlp-ext plan {first}"
-        return f"{path}, {_pieces(found['pieces'])}{' of rows' * (path == 'blocks')}"
-    if path == "library":
-        return "library, split by torch's GEMM"
+            return f"; see mlp-ext plan {Layer(case.batch, *case.widths[:2])}"
+        return f", {_pieces(found['pieces'])}"
     if way == "forward":
-        return f"{path}, {_grid('y', found['forward'])}"
+        return f", {_grid('y', found['forward'])}"
     dx, dw = found["grad_input"], found["grad_weight"]
     if path != "packed":  # in one pass
-        return f"{path}, {_pieces(max(dx[2], dw[2]))} of rows"
+        return f", {_pieces(max(dx[2], dw[2]))}"
     at_once = ", at once" if found["concurrent_gemms"] else ", one after the other"
-    return f"{path}, {_grid('dx', dx)}, {_grid('dW', dw)}{at_once}"
+    return f", {_grid('dx', dx)}, {_grid('dW', dw)}{at_once}"
 
 
 def _grid(name: str, grid: tuple[int, int, int]) -> str:
@@ -115,25 +117,40 @@ def _pieces(count: int) -> str:
 
 
 class Limit(NamedTuple):
-    """The path is taken up to, or from, this size; the next one has another path."""
+    """The path is taken up to, or down to, this size; the next one has another path."""
+
+    size: int
+    next: int
+    other: str
+
+
+class Range(NamedTuple):
+    """The sizes around the case's own that have its path, with a limit at one end or both."""
 
     name: str
-    upper: bool
     size: int
-    other: str
-    distance: float  # of the sizes' logarithms, from the case's
+    low: Limit | None
+    high: Limit | None
+
+    @property
+    def distance(self) -> float:
+        """Of the nearer limit, in sizes' logarithms."""
+        return min(abs(log(limit.size / self.size)) for limit in (self.low, self.high) if limit)
 
     def __str__(self) -> str:
-        sign, following = ("<=", self.size + 1) if self.upper else (">=", self.size - 1)
-        return f"{self.name} {sign} {self.size} ({following}: {self.other})"
+        low, high = self.low, self.high
+        sizes = f"{low.size} to {high.size}" if low and high else ""
+        sizes = sizes or (f">= {low.size}" if low else f"<= {high.size}" if high else "")
+        beyond = ", ".join(f"{limit.next}: {limit.other}" for limit in (low, high) if limit)
+        return f"{self.name} {sizes} ({beyond})"
 
 
-def _limits(case: Case, setting: Setting, planned: Plans, way: str) -> list[Limit]:
-    """The nearest limits of this path, one size varied at a time."""
+def _ranges(case: Case, setting: Setting, planned: Plans, way: str) -> list[Range]:
+    """Those with the nearest limits of this path, one size varied at a time."""
     if isinstance(case, Layer):
         names, sizes = [*case._fields], [*case]
     else:
-        names = ["batch", *(f"width {i + 1}" for i in range(len(case.widths)))]
+        names = ["batch", *(f"width {i} ({n})" for i, n in enumerate(case.widths, 1))]
         sizes = [case.batch, *case.widths]
     if setting.device == "cpu":
         names.append("threads")
@@ -151,13 +168,14 @@ def _limits(case: Case, setting: Setting, planned: Plans, way: str) -> list[Limi
 
     found = []
     for place, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        for end in (1, MOST_THREADS if name == "threads" else LARGEST):
-            limit = _limit(name, size, end, partial(path, place))
-            found += [limit] if limit else []
-    return sorted(found, key=lambda limit: limit.distance)[:SHOWN]
+        last = MOST_THREADS if name == "threads" else LARGEST
+        low, high = (_limit(size, end, partial(path, place)) for end in (1, last))
+        if low or high:
+            found.append(Range(name, size, low, high))
+    return sorted(found, key=lambda one: one.distance)[:SHOWN]
 
 
-def _limit(name: str, size: int, end: int, path: Callable[[int], str | None]) -> Limit | None:
+def _limit(size: int, end: int, path: Callable[[int], str | None]) -> Limit | None:
     """The one between `size` and `end`, if there is any."""
     here, last = path(size), size
     for tried in _outward(size, end):
@@ -172,7 +190,7 @@ def _limit(name: str, size: int, end: int, path: Callable[[int], str | None]) ->
                     last = middle
                 else:
                     tried, other = middle, str(found)
-            return Limit(name, end > size, last, other, abs(log(last / size)))
+            return Limit(last, tried, other)
         last = tried
     return None
 
@@ -181,6 +199,6 @@ def _outward(size: int, end: int) -> Iterator[int]:
     """Sizes after `size`, farther and farther apart, to `end`."""
     sign, at = (1 if end > size else -1), size
     while at != end:
-        step = 1 if abs(at - size) < NEIGHBOURS else max(1, int(at * (STEP - 1)))
+        step = 1 if abs(at - size) < NEIGHBORS else max(1, int(at * (STEP - 1)))
         at = min(at + step, end) if sign > 0 else max(at - step, end)
         yield at

@@ -25,7 +25,7 @@ def file_types() -> set[str]:
 
 
 def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
-    """Draws the loss of each run over epochs, and over the time spent in training steps.
+    """Draws the loss of each run over epochs, and over the training time.
 
     Each curve is narrower than the one beneath it, so that equal ones are all seen.
     """
@@ -48,12 +48,12 @@ def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
     losses = [loss for run in runs for loss in run.losses if math.isfinite(loss)]
     if losses and max(losses) - min(losses) <= 1e-3 * max(losses):  # nothing but rounding
         epochs.set_ylim(0, 2 * max(losses) or 1)
-    time.set(xlabel="time in training steps (logarithmic)", xscale="log")
+    time.set(xlabel="training time (log scale)", xscale="log")
     time.xaxis.set_major_formatter(EngFormatter("s"))
     for axes in (epochs, time):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    time.legend()
+    figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
     return figure
 
 

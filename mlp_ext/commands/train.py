@@ -8,17 +8,18 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
-from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from mlp_ext.bench.machine import cpus, other_cpu_seconds
-from mlp_ext.bench.noise import OTHER_CPUS
-from mlp_ext.bench.rows import as_time, replacing
+from mlp_ext.bench.noise import busy
+from mlp_ext.bench.rows import as_number, as_range, as_time, replacing
+from mlp_ext.bench.runner import summarize
 from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, make_mlp
 from mlp_ext.commands import arguments, plots
 from mlp_ext.commands.data import DATASETS, RENAMED, Dataset, load, load_csv
@@ -32,6 +33,7 @@ OPTIONS = (  # recorded in the JSON file
     "data",
     "csv",
     "target",
+    "regression",
     "hidden",
     "activation",
     "loss",
@@ -44,17 +46,21 @@ OPTIONS = (  # recorded in the JSON file
     "dtype",
     "distributed",
 )
-COLUMNS = {  # of the final table: name in _result; heading, format
-    "ms_per_epoch": ("ms per epoch", "{:.3f}"),
-    "speed_up": ("speed", "{:.2f}x"),
-    "largest_difference": ("loss differs by", "{:.2g}"),
-    "accuracy": ("train accuracy", "{:.1%}"),
-    "held_out": ("test accuracy", "{:.1%}"),
-    "test_loss": ("test loss", "{:.4f}"),
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # name in _result: heading, format
+    "ms_per_epoch": ("time per epoch", lambda ms: as_time(ms / 1e3)),
+    "speed_up": ("speed", lambda ratio: f"{as_number(ratio)}x"),
+    "speed_up_range": ("20-80%", lambda q: as_range(*q) if q[0] < q[1] else ""),
+    "largest_difference": ("max loss diff", "{:.2g}".format),
+    "accuracy": ("train acc", "{:.1%}".format),
+    "held_out": ("test acc", "{:.1%}".format),
+    "test_loss": ("test loss", "{:.4f}".format),
 }
+# Kinds that --distributed does not have: fit draws its own batches, step needs whole parameters.
+LEFT_OUT: dict[str | None, tuple[str, ...]] = {None: (), "ddp": ("fit",), "fsdp": ("step", "fit")}
 OF_PROBABILITIES = ("bce", "bce_with_logits", "cross_entropy")  # losses for classes only
 LINES = 10  # of epochs, about
-SAME = 1e-4  # losses are called the same if they differ by less than this part of the largest
+SAME = 1e-4  # losses are called the same if they differ by at most this part of the largest
+SHORTEST = 1.0  # seconds of training; the system's clock ticks are too coarse to judge less
 BAR_AFTER = 2.0  # seconds of training after which a progress bar is shown
 
 
@@ -63,8 +69,9 @@ def run(args: argparse.Namespace) -> None:
     if args.csv:
         if args.target is None:
             fail("argument --csv: add --target COLUMN, the column to predict")
-    elif args.target is not None:
-        fail("argument --target: is for --csv FILE")
+    elif args.target is not None or args.regression:
+        option = "--regression" if args.target is None else "--target"
+        fail(f"argument {option}: requires --csv FILE")
     else:
         args.data = args.data or "tutorial"
         arguments.check_name("--data", args.data, DATASETS, fail, RENAMED)
@@ -73,9 +80,9 @@ def run(args: argparse.Namespace) -> None:
     arguments.check_name("--optimizer", args.optimizer, OPTIMIZERS, fail)
     arguments.check_device(args.device, fail)
     arguments.check_picture(args.plot, fail)
-    if args.distributed == "fsdp" and args.layers == "step":
-        what = "a step needs whole parameters, fsdp shards them; use fused, stack or ddp"
-        fail(f"argument --layers: {what}")
+    if args.layers in LEFT_OUT[args.distributed]:
+        others = ", ".join(kind for kind in LAYERS if kind not in LEFT_OUT[args.distributed])
+        fail(f"argument --layers: {args.distributed} has {others}, got '{args.layers}'")
     with joined(args.distributed, args.device, fail) as processes:
         _train_in(processes, args)
 
@@ -95,10 +102,9 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     if shown:
         print(*(textwrap.fill(line, 79) for line in title.splitlines()), sep="\n", flush=True)
         if min(args.batch_size, len(data.x)) % processes.count:
-            print("batches do not divide by the processes: each process trains on all rows")
-    kinds = list(LAYERS) if args.layers == "all" else [args.layers]
-    if args.distributed == "fsdp":
-        kinds = [kind for kind in kinds if kind != "step"]
+            print("batches cannot be split evenly: each process trains on all rows")
+    kinds = [kind for kind in LAYERS if args.layers in ("all", kind)]
+    kinds = [kind for kind in kinds if kind not in LEFT_OUT[args.distributed]]
     names = ("epochs", "lr", "batch_size", "seed", "loss", "optimizer")
     settings = {name: getattr(args, name) for name in names}
     epochs = train(kinds, model, data, **settings, processes=processes)
@@ -112,11 +118,11 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     state = unscaled_state(runs[0].model, data) if args.save else {}
     if processes.rank:
         return
-    sentence = textwrap.fill(_sentence(results), 79)
+    noise = ""
+    if args.device == "cpu" and sum(sum(run.seconds) for run in runs) > SHORTEST:
+        noise = busy(others, torch.get_num_threads(), len(cpus()))
+    sentence = textwrap.fill(_sentence(results, noise), 79)
     print(*[""] * shown, *_table(results), "", sentence, sep="\n", flush=True)
-    trained = sum(sum(run.seconds) for run in runs)
-    if args.device == "cpu" and (busy := _busy(others, trained, torch.get_num_threads())):
-        print(f"{args.prog}: {busy}", file=sys.stderr)
     try:
         if args.json:
             _write_json(args, processes.count, data, results)
@@ -126,6 +132,8 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
         if args.save:
             with replacing(args.save) as path:
                 torch.save(state, path)
+            if shown:
+                print("", *_loading(args, model, data), sep="\n")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's of a full disk
         args.fail(str(error).splitlines()[0])
 
@@ -136,7 +144,9 @@ def _data(args: argparse.Namespace) -> Dataset:
     with arguments.advising(args.fail):
         if args.csv:
             try:
-                data = load_csv(args.csv, args.target, args.seed, dtype, args.device)
+                data = load_csv(
+                    args.csv, args.target, args.seed, dtype, args.device, args.regression
+                )
             except OSError as error:
                 args.fail(f"argument --csv: cannot read '{args.csv}': {error.strerror}")
             except ValueError as error:
@@ -158,6 +168,8 @@ def _title(args: argparse.Namespace, data: Dataset, widths: Sequence[int], proce
     target = ""
     if args.csv:
         kind = "a number" if data.is_number else f"{data.classes} classes"
+        if data.classes > 2 and all(name.lstrip("-").isdigit() for name in data.names):
+            kind += "; for a number, add --regression"
         target = f", target {args.target} ({kind})"
     threads = torch.get_num_threads()
     place = f"{threads} CPU thread{'s' * (threads > 1)}" if args.device == "cpu" else args.device
@@ -180,34 +192,50 @@ def _follow(
     bar: Any = None
     started = time.monotonic()
     runs: list[TrainingRun] = []
+    done = 0
     try:
-        for epoch, runs in enumerate(epochs):
-            if shown and (epoch % every == 0 or epoch == total - 1):
-                names = [run.kind for run in runs] if len(runs) > 1 else ["loss"]
-                losses = (f"{n}: {run.losses[-1]:.4f}" for n, run in zip(names, runs, strict=True))
+        for runs in epochs:
+            before, done = done, len(runs[0].losses)
+            lines = [
+                _line(epoch, runs)
+                for epoch in range(before, done)
+                if shown and (epoch % every == 0 or epoch == total - 1)
+            ]
+            if lines:
                 with bar.external_write_mode() if bar else nullcontext():
-                    print(f"epoch: {epoch}", *losses, flush=True)
+                    print(*lines, sep="\n", flush=True)
             if bar:
-                bar.update()
+                bar.update(done - before)
             elif may_have_bar and time.monotonic() - started > BAR_AFTER:
                 from tqdm import tqdm
 
-                bar = tqdm(total=total, initial=epoch + 1, unit="epoch", leave=False)
+                bar = tqdm(total=total, initial=done, unit="epoch", leave=False)
     finally:
         if bar:
             bar.close()
     return runs
 
 
+def _line(epoch: int, runs: Sequence[TrainingRun]) -> str:
+    """One run's loss, or a table row, the first one with a heading."""
+    if len(runs) == 1:
+        return f"epoch: {epoch} loss: {runs[0].losses[epoch]:.4f}"
+    heading = "\n epoch" + "".join(f"{run.kind:>9}" for run in runs) + "\n"
+    cells = "".join(f"{run.losses[epoch]:>9.4f}" for run in runs)
+    return heading * (epoch == 0) + f"{epoch:>6}{cells}"
+
+
 def _result(
     run: TrainingRun, native: TrainingRun | None, data: Dataset, loss: str
 ) -> dict[str, Any]:
     """The results of a run, compared with `native` if given."""
-    result: dict[str, Any] = {"ms_per_epoch": 1e3 * median(run.seconds)}
+    seconds = {"native": (native or run).seconds, run.kind: run.seconds}
+    summary = summarize(seconds)[run.kind]
+    result: dict[str, Any] = {"ms_per_epoch": 1e3 * summary.median_s}
     if native:
-        ratios = [n / s for n, s in zip(native.seconds, run.seconds, strict=True)]
         losses = torch.tensor([run.losses, native.losses], dtype=torch.float64)
-        result["speed_up"] = median(ratios)
+        result["speed_up"] = summary.ratio_to_native
+        result["speed_up_range"] = [summary.ratio_q20, summary.ratio_q80]
         result["largest_difference"] = (losses[0] - losses[1]).abs().max().item()
     if data.classes:
         result["accuracy"] = accuracy(run.model, data.x, data.y, loss)
@@ -218,44 +246,60 @@ def _result(
 
 
 def _table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """A table row for each kind of layer, with the COLUMNS that the results have."""
+    """A table row for each kind, with the COLUMNS that the results have."""
     known = [name for name in COLUMNS if name in next(iter(results.values()))]
     rows = [["", *(COLUMNS[name][0] for name in known)]]
     for kind, result in results.items():
-        rows.append([kind, *(COLUMNS[name][1].format(result[name]) for name in known)])
+        rows.append([kind, *(COLUMNS[name][1](result[name]) for name in known)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    return ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
 
 
-def _sentence(results: dict[str, dict[str, Any]]) -> str:
-    """What happened."""
+def _sentence(results: dict[str, dict[str, Any]], noise: str = "") -> str:
+    """What happened. noise: why timings are unreliable, or ""."""
     first, *others = results
     losses = results[first]["losses"]
     if not others:
-        trained = as_time(sum(results[first]["seconds"]))
+        trained = as_time(sum(results[first]["seconds"])) + f" ({noise})" * bool(noise)
         text = f"{first} trained in {trained}: loss {losses[0]:.4f} in the first epoch, "
         return f"{text}{losses[-1]:.4f} in the last." + _advice(losses)
-    text = fastest({kind: results[kind]["speed_up"] for kind in others})
+    text = fastest({k: (results[k]["speed_up"], *results[k]["speed_up_range"]) for k in others})
+    if noise:
+        text = f"Timings unreliable ({noise})"
     if _advice(losses):
         return f"{text}.{_advice(losses)}"
     differences = {kind: results[kind]["largest_difference"] for kind in others}
     largest = max(differences, key=lambda kind: _nan_last(differences[kind]))
     if differences[largest] <= SAME * max(losses):
-        return f"{text}, with the same losses."
+        return f"{text}; the losses are the same."
     return (
         f"{text}; the losses of {largest} differ from torch's by up to {differences[largest]:.2g}."
     )
 
 
-def _busy(others: float, trained: float, threads: int) -> str:
-    """Warns of times taken while others needed our CPUs. others: the CPUs that they used.
+def _loading(args: argparse.Namespace, model: nn.Sequential, data: Dataset) -> list[str]:
+    """The code that loads the saved weights."""
+    modules = [*model][: -1 if isinstance(model[-1], nn.Identity) else None]
+    sequential = f"nn.Sequential({', '.join(map(_code, modules))})"
+    if args.dtype == "float64":
+        sequential += ".double()"
+    lines = [
+        f"Wrote {args.save}. To load it:",
+        f"  model = {sequential}",
+        f'  model.load_state_dict(torch.load("{args.save}"))',
+    ]
+    if data.classes > 2 and data.names:
+        lines.append(f"  # outputs, by class: {', '.join(data.names)}")
+    elif data.names:
+        what = "probability" if isinstance(model[-1], nn.Sigmoid) else "logit"
+        lines.append(f"  # output: {what} of {data.names[1]}")
+    return [textwrap.fill(line, 79, subsequent_indent="      ") for line in lines]
 
-    trained: seconds in training steps. Less than one is too short for the system's clock ticks.
-    """
-    here = len(cpus())
-    if trained < 1 or not others > max(0, here - threads) + OTHER_CPUS:
-        return ""
-    return f"the times are too noisy to cite: other processes used {others:.1f} of {here} CPUs"
+
+def _code(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"nn.Linear({module.in_features}, {module.out_features})"
+    return f"nn.{module!r}"
 
 
 def _nan_last(value: float) -> float:

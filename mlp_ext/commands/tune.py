@@ -14,7 +14,7 @@ import torch
 from mlp_ext import _C, machine
 from mlp_ext.bench.cases import Setting
 from mlp_ext.bench.machine import cpus, device_name, other_cpu_seconds, torch_set
-from mlp_ext.bench.noise import busy_cpus
+from mlp_ext.bench.noise import busy
 from mlp_ext.bench.rows import as_number, as_threads, replacing
 from mlp_ext.bench.tuning import Choice, Machine, choose_all, measure, points
 from mlp_ext.commands import arguments, plots
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
     finally:
         _C.use_machine(before)
     _report(choices)
-    if busy := busy_cpus(others, threads, len(cpus())):
-        print(fill(f"too noisy to cite: {busy}: stop other programs and measure again", WIDTH))
+    if used := busy(others, threads, len(cpus())):
+        print(fill(f"timings unreliable: {used}: stop other programs and measure again", WIDTH))
     count = sum(len(limits) for limits in own.values() if isinstance(limits, dict))
     what = f"{count} limit{'s' * (count != 1)} to {args.out} and the picture {picture}"
     print(f"Wrote {what}; to use them: MLP_EXT_MACHINE={args.out} python ...")

@@ -8,9 +8,15 @@
 namespace mlp_ext::cpu {
 namespace {
 
+#if defined(__aarch64__)
+constexpr int kTileRows = 10;  // 32 registers; GCC first loads a column of A, so that 11 rows spill accumulators
+#else
+constexpr int kTileRows = kVectorBytes == 64 ? 14 : 6;  // leaves 4 of 32 or 16 registers for A and B
+#endif
+
 template <class T>
-struct Tile {                                               // register blocking: rows x vectors accumulators
-  static constexpr int rows = kVectorBytes == 64 ? 14 : 6;  // leaves 4 of 32 or 16 registers for A and B
+struct Tile {  // register blocking: rows x vectors accumulators
+  static constexpr int rows = kTileRows;
   static constexpr int vectors = 2;
   static constexpr int columns = vectors * Vec<T>::lanes;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/simd/backward_few_rows-inl.h"
 #include "cpu/simd/backward_k1_n1-inl.h"
 #include "cpu/simd/dots-inl.h"
 #include "cpu/simd/epilogue-inl.h"
@@ -252,25 +253,6 @@ struct LayerOf {
     if (sums && b.update_b) update_by_parts<S>(*b.update_b, sums, 1, 0, rows);
   }
 
-  // dW for few samples, bound by stores of dW: computed row by row.
-  static void grad_weight_skinny_m(const Backward& b, Range rows, Range columns, void* dw_out, void* db_out) {
-    S *const dw = static_cast<S*>(dw_out), *const db = columns.begin == 0 ? static_cast<S*>(db_out) : nullptr;
-    for_vectors<T>(rows.size(), [&](int64_t i, auto lanes) {
-      const int64_t n = rows.begin + i;
-      const int64_t count = std::min<int64_t>(V::lanes, rows.size() - i);
-      alignas(kVectorBytes) T dz[kMostSkinnyM * V::lanes];
-      grad_z_rows<S>(b, {0, b.M}, {n, n + count}, dz, V::lanes);
-      V sum;
-      for (int64_t m = 0; m < b.M; ++m) sum = sum + load(dz + m * V::lanes, lanes);
-      if (db) store(db + n, sum, lanes);
-      for (int64_t r = 0; dw && r < count; ++r)
-        combine_rows(
-            b.M, columns.size(), [&](int64_t m) { return dz[m * V::lanes + r]; },
-            [&](int64_t m) { return at<S>(b.x, m, columns.begin); },
-            [&](int64_t k, V v, auto n_lanes) { store(dw + (n + r) * b.K + columns.begin + k, v, n_lanes); });
-    });
-  }
-
   // dz of a block of up to kColumnsOfRows columns; adds db to totals, if given.
   static constexpr int64_t kColumnsOfRows = kTallRowBytes / sizeof(T);
   static void grad_z_and_db(const Backward& b, Range rows, Range columns, T* dz, int64_t stride, double* totals) {
@@ -409,9 +391,9 @@ struct LayerOf {
           [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
   }
 
-  static constexpr LayerKernels kernels{
-      small_forward, small_backward, forward,        forward_dots, grad_input, grad_weight, grad_weight_skinny_m,
-      backward_tall, backward_k1<S>, backward_n1<S>, act,          put_grad_z, combine};
+  static constexpr LayerKernels kernels{small_forward, small_backward,  forward,       forward_dots,   grad_input,
+                                        grad_weight,   FewRows<S>::run, backward_tall, backward_k1<S>, backward_n1<S>,
+                                        act,           put_grad_z,      combine};
 
  private:
   // Workspace of each path, in elements of T.
@@ -421,7 +403,9 @@ struct LayerOf {
                                           kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
   static constexpr int64_t kOneScratch = kOneBreadth * (7 + 2 * sizeof(double) / sizeof(T)) + kGradZInL1;
   static constexpr int64_t kWeightScratch = kPackedA<T> + kPackedB<T> + kBiasesPerPiece * sizeof(double) / sizeof(T);
-  static_assert(sizeof(T) * std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch}) <= kScratchBytes);
+  static_assert(sizeof(T) *
+                    std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch, FewRows<S>::kScratch}) <=
+                kScratchBytes);
   static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);
 };
 
@@ -440,7 +424,7 @@ const LayerKernels& layer_kernels(DType dtype) {
 
 // Enough independent chains to hide the latency of FMA.
 int64_t fma_loop(int64_t rounds) {
-  constexpr int chains = kVectorBytes == 64 ? 24 : 12;
+  constexpr int chains = std::min(24, 2 * kTileRows);
   Vec<float> sums[chains];
   const Vec<float> factor = 0.5f;
   for (int64_t round = 0; round < rounds; ++round)
