@@ -19,6 +19,7 @@ from mlp_ext.bench.plans import plan
 from mlp_ext.bench.providers import PROVIDERS
 from mlp_ext.bench.runner import Clock, in_turn
 from mlp_ext.bench.work import Work, set_up
+from mlp_ext.ops import build_info
 
 Machine = dict[str, Any]  # as _C.machine()
 NEVER = 2**62  # kNever
@@ -26,7 +27,6 @@ SAMPLE_SECONDS = 0.0005  # far below a time slice, so that other programs interr
 ROUNDS, MORE_ROUNDS = 3, 9  # of a visit; more where calls are short
 SHORT = 10**8  # FLOPs of a call
 LARGEST_BYTES = 2**26  # of a case's operands and results
-HALF_OF_L2 = 2**19  # for block_bytes of 0, where L2 has 1 MiB
 MOST = 0.25  # of a logarithm counts, so that one rung does not outweigh many
 MARGIN = 0.02  # a limit stays where another is faster by less,
 ERRORS = 3  # or by less than so many standard errors: the best of many limits is chosen
@@ -285,7 +285,8 @@ def choose_all(points: Iterable[Point], machine: Machine) -> list[Choice]:
     parts: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         parts.setdefault((point.table, point.rule.limit), []).append(point)
-    blocks = {("block_bytes", 0): HALF_OF_L2}
+    half = max(2**17, min(2**21, build_info()["l2_per_core"] // 2))  # as csrc/cpu/machines.cpp
+    blocks = {("block_bytes", 0): half}
     old = {(table, limit): machine[table][limit] for table, limit in parts}
     return [choose(part, blocks.get((key[1], old[key]), old[key])) for key, part in parts.items()]
 
