@@ -149,6 +149,10 @@ class Point:
         return median(self.ratios)
 
     @property
+    def counted(self) -> float:
+        return max(-MOST, min(MOST, self.ratio))
+
+    @property
     def range(self) -> tuple[float, float]:
         """20 % and 80 % of the ratios."""
         low, _, _, high = quantiles(self.ratios, n=5, method="inclusive")
@@ -303,7 +307,7 @@ def choose(points: Sequence[Point], old: int) -> Choice:
     up_to = points[0].rule.sides.up_to
     sizes = sorted({p.size for p in points})
     rungs = [[p for p in points if p.size == size] for size in sizes]
-    raw = [median(max(-MOST, min(MOST, p.ratio)) for p in rung) for rung in rungs]
+    raw = [median(p.counted for p in rung) for rung in rungs]
     windows = zip(raw, raw[1:], raw[2:], strict=False)
     smooth = raw[:1] + [median(three) for three in windows] + raw[1:][-1:]
     before = sum(size < old or (size == old and up_to) for size in sizes)
@@ -313,9 +317,13 @@ def choose(points: Sequence[Point], old: int) -> Choice:
     first, last = sorted((cut, before))
     sign = 1 if cut > before else -1
     moved = [p for rung in rungs[first:last] for p in rung]
-    agree = sum(sign * p.ratio > 0 for p in moved)
+    faster = [sign * p.counted for p in moved]
     error = sqrt(fsum(fmean(p.error for p in rung) ** 2 for rung in rungs[first:last]))
-    if sign * fsum(smooth[first:last]) <= ERRORS * error or agree < max(2, len(moved) / 2):
+    if (
+        sum(gain > 0 for gain in faster) < max(2, len(moved) / 2)
+        or fmean(faster) < MARGIN  # families may disagree
+        or sign * fsum(smooth[first:last]) <= ERRORS * error
+    ):
         return stay
     return Choice(points, old, _limit(points[0], sizes, cut), moved)
 
