@@ -156,6 +156,25 @@ def test_a_limit_stays_where_both_are_equal(limit: str) -> None:
         assert (choice.new, choice.moved) == (old, ())
 
 
+def test_a_limit_stays_for_one_percent_and_for_one_point() -> None:
+    part = of("dot_rows")
+    sizes = sorted({p.size for p in part})
+    for gain, family in ((0.01, ""), (0.2, part[0].family)):
+        for point in part:
+            gains = not family or (point.family, point.size) == (family, sizes[0])
+            point.ratios = [gain * gains] * 9
+        only = [p for p in part if not family or p.family == family]
+        assert choose(only, 1).new == 1
+
+
+def test_a_limit_stays_where_one_kind_of_shapes_loses_as_much() -> None:
+    part = of("dot_rows")
+    families = sorted({p.family for p in part})
+    for point in part:
+        point.ratios = [-0.2 if point.family == families[0] else 0.1] * 9
+    assert choose(part, 16).new == 16
+
+
 def test_a_limit_stays_until_all_its_points_are_measured() -> None:
     part = of("dot_rows")
     planted(part, 0, 0.0)

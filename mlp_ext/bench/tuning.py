@@ -19,14 +19,14 @@ from mlp_ext.bench.plans import plan
 from mlp_ext.bench.providers import PROVIDERS
 from mlp_ext.bench.runner import Clock, in_turn
 from mlp_ext.bench.work import Work, set_up
+from mlp_ext.ops import build_info
 
 Machine = dict[str, Any]  # as _C.machine()
 NEVER = 2**62  # kNever
 SAMPLE_SECONDS = 0.0005  # far below a time slice, so that other programs interrupt few samples
 ROUNDS, MORE_ROUNDS = 3, 9  # of a visit; more where calls are short
-SHORT = 10**7  # FLOPs of a call
+SHORT = 10**8  # FLOPs of a call
 LARGEST_BYTES = 2**26  # of a case's operands and results
-HALF_OF_L2 = 2**19  # for block_bytes of 0, where L2 has 1 MiB
 MOST = 0.25  # of a logarithm counts, so that one rung does not outweigh many
 MARGIN = 0.02  # a limit stays where another is faster by less,
 ERRORS = 3  # or by less than so many standard errors: the best of many limits is chosen
@@ -93,8 +93,8 @@ RULES = (
          "1024x64xq 4096x256xq 256x784xq", {"tiny_depth": 0}),
     Rule("tiny_depth", "forward", UP_TO, "packed, dots", halves(4, 64),
          "16384xqx4 4096xqx3 16384xqx2", {"dot_columns": 4}),
-    Rule("tall_inputs", "backward", UP_TO, "tall, packed", halves(64, 1024),
-         "2*t*qxqx16 2*t*qxqx64 4*t*qxqx32", {"tall_weights": 2**18}),
+    Rule("tall_inputs", "backward", UP_TO, "tall, packed", halves(16, 1024),
+         "1024*txqx16 2048*txqx64 2048*txqx32", {"tall_weights": 2**18}),
     Rule("tall_weights", "backward", UP_TO, "tall, packed", doubling(2**12, 2**18),
          "1024*txq/256x256 2048*txq/64x64 1024*txq/512x512", {"tall_inputs": 1024}),
     Rule("few_rows", "backward", UP_TO, "few_rows, packed", (1, 2, 3, 4, 6, 8, 12, 16),
@@ -149,6 +149,10 @@ class Point:
         return median(self.ratios)
 
     @property
+    def counted(self) -> float:
+        return max(-MOST, min(MOST, self.ratio))
+
+    @property
     def range(self) -> tuple[float, float]:
         """20 % and 80 % of the ratios."""
         low, _, _, high = quantiles(self.ratios, n=5, method="inclusive")
@@ -156,9 +160,10 @@ class Point:
 
     @property
     def error(self) -> float:
-        """Standard error of the median, if the noise is normal."""
-        low, high = self.range
-        return 1.25 * (high - low) / 1.68 / sqrt(len(self.ratios))
+        """Standard error of the median, by ranks: interrupted samples are not normal noise."""
+        ordered, n = sorted(self.ratios), len(self.ratios)
+        skipped = int((n - 1 - sqrt(n)) / 2)
+        return (ordered[n - 1 - skipped] - ordered[skipped]) / 2
 
 
 def points(machine: Machine, dtypes: Iterable[str], threads: int) -> list[Point]:
@@ -284,7 +289,8 @@ def choose_all(points: Iterable[Point], machine: Machine) -> list[Choice]:
     parts: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         parts.setdefault((point.table, point.rule.limit), []).append(point)
-    blocks = {("block_bytes", 0): HALF_OF_L2}
+    half = max(2**17, min(2**21, build_info()["l2_per_core"] // 2))  # as csrc/cpu/machines.cpp
+    blocks = {("block_bytes", 0): half}
     old = {(table, limit): machine[table][limit] for table, limit in parts}
     return [choose(part, blocks.get((key[1], old[key]), old[key])) for key, part in parts.items()]
 
@@ -301,7 +307,7 @@ def choose(points: Sequence[Point], old: int) -> Choice:
     up_to = points[0].rule.sides.up_to
     sizes = sorted({p.size for p in points})
     rungs = [[p for p in points if p.size == size] for size in sizes]
-    raw = [median(max(-MOST, min(MOST, p.ratio)) for p in rung) for rung in rungs]
+    raw = [median(p.counted for p in rung) for rung in rungs]
     windows = zip(raw, raw[1:], raw[2:], strict=False)
     smooth = raw[:1] + [median(three) for three in windows] + raw[1:][-1:]
     before = sum(size < old or (size == old and up_to) for size in sizes)
@@ -311,9 +317,13 @@ def choose(points: Sequence[Point], old: int) -> Choice:
     first, last = sorted((cut, before))
     sign = 1 if cut > before else -1
     moved = [p for rung in rungs[first:last] for p in rung]
-    agree = sum(sign * p.ratio > 0 for p in moved)
+    faster = [sign * p.counted for p in moved]
     error = sqrt(fsum(fmean(p.error for p in rung) ** 2 for rung in rungs[first:last]))
-    if sign * fsum(smooth[first:last]) <= ERRORS * error or agree < max(2, len(moved) / 2):
+    if (
+        sum(gain > 0 for gain in faster) < max(2, len(moved) / 2)
+        or fmean(faster) < MARGIN  # families may disagree
+        or sign * fsum(smooth[first:last]) <= ERRORS * error
+    ):
         return stay
     return Choice(points, old, _limit(points[0], sizes, cut), moved)
 
