@@ -20,7 +20,7 @@ def read(path: str) -> None:
     """
     try:
         limits = json.loads(Path(path).read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("the file is not JSON") from None
     if not isinstance(limits, dict):
         raise ValueError("the file must hold an object")

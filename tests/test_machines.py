@@ -24,6 +24,7 @@ DTYPES = {  # as multiplied, its bytes, and its DotMode
     "amx": (2, "amx"),
 }
 NEVER = 2**62
+FLOAT = 4  # bytes
 
 
 @pytest.fixture
@@ -126,16 +127,19 @@ def test_paths_are_forced_in_one_thread_alone() -> None:
 WRONG = {
     '{"fma": {"dot_rows": 16}': "not JSON",
     '["fma"]': "must hold an object",
-    '{"fmaa": {}}': "expected name, fma, converted, bf16_dot or amx, got 'fmaa'",
+    "[" * 100_000: "not JSON",
+    '{"fmaa": {}}': "expected name, bfloat16, fma, converted, bf16_dot or amx, got 'fmaa'",
     '{"fma": {"dots": 1}}': "fma has no limit 'dots'",
     '{"fma": {"dot_rows": -1}}': r"fma.dot_rows must be a whole number from 0 to \d+, got -1",
     '{"fma": {"dot_rows": "many"}}': "fma.dot_rows must be a whole number",
     '{"fma": {"dot_rows": 1.5}}': "fma.dot_rows must be a whole number",
+    '{"fma": {"dot_rows": true}}': "fma.dot_rows must be a whole number",
+    f'{{"fma": {{"dot_rows": {2**64}}}}}': f"fma.dot_rows must be a whole number .*, got {2**64}",
     '{"fma": 3}': "fma must be an object",
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:40])
 def test_a_broken_file_is_one_line_and_changes_nothing(text: str, tmp_path: Path) -> None:
     path = tmp_path / "machine.json"
     path.write_text(text)
@@ -162,3 +166,32 @@ def test_a_file_changes_what_it_names(tmp_path: Path, own_machine: None) -> None
     assert after["bf16_dot"] == before["bf16_dot"]
     assert _C.plan(40, 50, 60, 4, 1)["forward_path"] == "dots"
     assert _C.plan(41, 50, 60, 4, 1)["forward_path"] == "packed"
+
+
+def test_limits_that_are_not_named_are_those_of_this_processor(own_machine: None) -> None:
+    detected = _C.machine()["fma"]
+    _C.use_machine({"fma": {"dot_rows": 40}})
+    _C.use_machine({"fma": {"tiny_depth": 3}})
+    assert _C.machine()["fma"] == detected | {"tiny_depth": 3}
+
+
+def test_the_largest_limits_are_never_reached(own_machine: None) -> None:
+    """Products of a limit and the number of threads do not overflow."""
+
+    def largest(limit: str) -> int:
+        with pytest.raises(ValueError, match="must be a whole number") as error:
+            _C.use_machine({"fma": {limit: -1}})
+        return int(str(error.value).split(" to ")[1].split(",")[0])
+
+    def use(*limits: str, **more: int) -> None:
+        _C.use_machine({"fma": {limit: largest(limit) for limit in limits} | more})
+
+    threads = 2**16
+    use("step_rows")
+    assert _C.step_plan([128, 128, 128], 2**20, FLOAT, threads)["path"] == "layers"
+    use("multiply_adds_per_thread")
+    assert _C.step_plan([128, 128, 128], 2**20, FLOAT, threads) == {"path": "blocks", "pieces": 1}
+    use("panel_columns", step_width=0)
+    assert _C.step_plan([4096, 4096], 512, FLOAT, 2)["path"] == "layers"
+    use("small_dot_depth", small_multiply_adds=2**16)
+    assert _C.plan(4, 4096, 4, FLOAT, 1)["forward_path"] == "small"

@@ -87,6 +87,8 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
         ((2, 512, 512), "amx", "dots", "library"),
         ((2, 512, 510), "amx", "dots", "few_rows"),
         ((100, 1024, 1024), "bf16_dot", "library", "library"),
+        ((9, 1024, 1024), "bf16_dot", "dots", "library"),
+        ((8, 1024, 1024), "bf16_dot", "dots", "few_rows"),  # one pass over W, also with an update
         ((1, 4096, 4096), "amx", "dots", "few_rows"),
         ((256, 1024, 256), "bf16_dot", "library", "library"),
         ((256, 1023, 257), "bf16_dot", "packed", "library"),
@@ -97,6 +99,8 @@ def test_plan_of_16_bit_depends_on_how_they_are_multiplied(
 ) -> None:
     chosen = plan(*shape, item_size=2, mode=mode)
     assert (chosen["forward_path"], chosen["backward_path"]) == (forward, backward)
+    if backward == "few_rows":
+        assert plan(*shape, item_size=2, mode=mode, update=True)["backward_path"] == "few_rows"
 
 
 @pytest.mark.parametrize(

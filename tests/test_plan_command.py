@@ -48,6 +48,8 @@ def test_layer_has_paths_pieces_and_limits(capsys: pytest.CaptureFixture[str]) -
         "    K >= 768 (767: packed)",
     ]
     assert found["backward"][0] == "backward: packed, dx in 1 piece, dW in 1 piece, at once"
+    few_rows = planned("4x784x256 --threads 2 --machine zen4", capsys)["backward"][0]
+    assert few_rows == "backward: few_rows, 2 pieces of columns"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

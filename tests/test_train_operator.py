@@ -202,6 +202,26 @@ def test_many_steps_are_single_steps(order: list[int] | None, optimizer: str) ->
     assert all(step == 6 for step in given["steps"])
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda t: torch.stack([t, t + 1], 1)[:, 0],
+    "columns": lambda t: t.t().contiguous().t() if t.dim() > 1 else t,
+    "slice": lambda t: torch.cat([t, t + 1], -1)[..., : t.size(-1)],
+    "one row": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("loss", ["mse", "nll"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_in_an_order_may_have_any_layout(layout: str, loss: str) -> None:
+    given = arguments(loss)
+    given |= {"order": torch.tensor([3, 0, 5, 5, 1]), "batch_size": 4}
+    for name in ("input", "target", "order"):
+        given[name] = LAYOUTS[layout](given[name])
+    contiguous = converted(given, lambda t: t.detach().clone(memory_format=torch.contiguous_format))
+    torch.testing.assert_close(OP(**given), OP(**contiguous), rtol=0, atol=0)
+    assert all(map(torch.equal, tensors(given), tensors(contiguous)))
+
+
 def test_step_may_be_counted_in_float64() -> None:
     given = arguments_of("adam")
     wide = converted(given, lambda t: t.detach().clone())

@@ -74,7 +74,8 @@ struct Backward {
   void* dw;               // [N, K] or nullptr, contiguous
   void* db;               // [N] or nullptr
   const Activation* activation;
-  // If given, grad_weight updates the parameters instead of storing gradients; dw and db are its accumulators.
+  // If given, grad_weight, with dw and db as its accumulators, and backward_few_rows update the parameters instead of
+  // storing gradients.
   const Update *update_w = nullptr, *update_b = nullptr;
   int64_t block_bytes = kMostBlockBytes;
 };

@@ -15,7 +15,8 @@ enum class DotMode {
 };
 constexpr const char* kDotModes[] = {"fma", "bf16_dot", "amx"};
 
-constexpr int64_t kNever = int64_t(1) << 62;  // a limit that no shape reaches
+constexpr int64_t kNever = int64_t(1) << 62;     // a limit that no shape reaches
+constexpr int64_t kMostEach = int64_t(1) << 40;  // the same, for one that is multiplied by the number of threads
 
 // Bounds of the workspace: limits may be lower, not higher.
 constexpr int64_t kTallRowBytes = 2048;       // a row of dz fits one depth block
@@ -34,7 +35,7 @@ struct Limits {
   // small and dots
   int64_t small_multiply_adds = 1 << 12;       // M K N; above, packing pays off
   int64_t multiply_adds_per_thread = 1 << 17;  // below, waking a thread costs more than it saves
-  int64_t small_dot_depth = 8;                 // K / M; above, small layers use dots: no transposed copy of W
+  int64_t small_dot_depth = 8;                 // K / M; from here on small layers use dots: no transposed W
   int64_t dot_rows = 16;                       // M; up to here transposing W costs as much as the GEMM
   int64_t dot_rows_if_deep = 64;               // M if K >= dot_depth M
   int64_t dot_depth = 12;                      // K / M
@@ -76,8 +77,8 @@ struct Limit {
 };
 constexpr Limit kLimits[] = {
     {"small_multiply_adds", &Limits::small_multiply_adds, 0, 1 << 16},
-    {"multiply_adds_per_thread", &Limits::multiply_adds_per_thread, 1, kNever},
-    {"small_dot_depth", &Limits::small_dot_depth, 0, kNever},
+    {"multiply_adds_per_thread", &Limits::multiply_adds_per_thread, 1, kMostEach},
+    {"small_dot_depth", &Limits::small_dot_depth, 0, 1 << 20},
     {"dot_rows", &Limits::dot_rows, 0, kNever},
     {"dot_rows_if_deep", &Limits::dot_rows_if_deep, 0, kNever},
     {"dot_depth", &Limits::dot_depth, 0, 1 << 20},
@@ -94,10 +95,10 @@ constexpr Limit kLimits[] = {
     {"block_bytes", &Limits::block_bytes, 0, kMostBlockBytes},
     {"step_width", &Limits::step_width, 0, kStepRowBytes / 4},
     {"step_weights", &Limits::step_weights, 0, 1 << 22},
-    {"step_rows", &Limits::step_rows, 1, kNever},
+    {"step_rows", &Limits::step_rows, 1, kMostEach},
     {"panel_rows", &Limits::panel_rows, 1, kNever},
     {"panel_rows_per_empty_lane", &Limits::panel_rows_per_empty_lane, 0, 1 << 20},
-    {"panel_columns", &Limits::panel_columns, 1, kNever},
+    {"panel_columns", &Limits::panel_columns, 1, kMostEach},
     {"elements_per_thread", &Limits::elements_per_thread, 1, kNever},
 };
 static_assert(sizeof(Limits) == std::size(kLimits) * sizeof(int64_t), "each limit needs a line in kLimits");

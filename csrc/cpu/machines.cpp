@@ -84,10 +84,14 @@ const Machine* find_machine(std::string_view name) {
   return nullptr;
 }
 
-const Machine& machine() {
+const Machine& detected_machine() {
   static const Machine& detected = detect();
+  return detected;
+}
+
+const Machine& machine() {
   const Machine* const own = chosen.load(std::memory_order_acquire);
-  return own ? *own : detected;
+  return own ? *own : detected_machine();
 }
 
 void use_machine(const Machine* machine) { chosen.store(machine, std::memory_order_release); }

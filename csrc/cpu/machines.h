@@ -12,6 +12,7 @@ namespace mlp_ext::cpu {
 std::span<const Machine* const> machines();          // built in, generic last
 const Machine* find_machine(std::string_view name);  // nullptr if there is none
 
+const Machine& detected_machine();  // of this processor
 // The machine in use. use_machine(nullptr) returns to the detected one; `machine` must live on.
 const Machine& machine();
 void use_machine(const Machine* machine);

@@ -103,7 +103,7 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
     case Path::one_output:
       return !forward && s.N == 1 && s.K <= kOneBreadth;
     case Path::few_rows:
-      return !forward && s.M <= kMostFewRows;
+      return !forward && s.M <= kMostFewRows && s.K > 0;
     case Path::packed:
       return true;
     case Path::library:  // torch multiplies float16 slowly
@@ -152,7 +152,6 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
   const bool blocks_stay_in_cache =
       supports(Path::tall, shape, false) && K <= limits.tall_inputs && N * K <= limits.tall_weights;
   const bool rows_outweigh_sums = M >= 2 * pieces * std::max(N, K);
-  const bool update_in_product = options.update && mode == DotMode::bf16_dot;
   if (is_small)
     plan.backward_path = Path::small;
   else if (supports(Path::one_output, shape, false))
@@ -163,8 +162,10 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.backward_path = Path::few_rows;
   else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;
-  if (fills_library && !is_small && !(update_in_product && plan.backward_path == Path::packed))
-    plan.backward_path = Path::library;
+  // With bf16_dot, few_rows beats the library, and so does packed if it updates W in its epilogue.
+  const Path own = plan.backward_path;
+  const bool own_wins = mode == DotMode::bf16_dot && (own == Path::few_rows || (own == Path::packed && options.update));
+  if (fills_library && !is_small && !own_wins) plan.backward_path = Path::library;
 
   if (options.forward && supports(*options.forward, shape, true)) plan.forward_path = *options.forward;
   if (options.backward && supports(*options.backward, shape, false)) plan.backward_path = *options.backward;

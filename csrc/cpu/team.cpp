@@ -21,6 +21,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kMostPieces = 256;  // of a loop; more are grouped
+constexpr int kGroupBits = 16;        // of Team::posted_; the others hold the generation
 constexpr int kSpins = 4000;          // about 50 to 100 us: longer than the serial parts of a step
 // A thread whose helpers made it wait for longer than it worked, since another process has their core, does without
 // them for some regions, twice as many each time.
@@ -60,7 +61,7 @@ class Team {
     loop_ = {f, piece, pieces, groups};
     done_.store(0, std::memory_order_relaxed);
     ++generation_;
-    post(static_cast<uint64_t>(groups));
+    post(groups);
     work(generation_, groups, 0);
     wait(done_, [&](int64_t done) { return done == groups; }, &slept_);
     if (!failed_) return;
@@ -78,22 +79,22 @@ class Team {
   void help(int64_t member) {
     for (uint64_t seen = 0;;) {
       seen = wait(posted_, [&](uint64_t posted) { return posted != seen; });
-      const auto groups = static_cast<int64_t>(seen & 0xffffffff);
+      const auto groups = static_cast<int64_t>(seen % (uint64_t(1) << kGroupBits));
       if (groups == 0) return;
-      work(static_cast<uint32_t>(seen >> 32), groups, member);
+      work(seen >> kGroupBits, groups, member);
     }
   }
 
  private:
-  void post(uint64_t groups) {
-    posted_.store(uint64_t(generation_) << 32 | groups, std::memory_order_release);
+  void post(int64_t groups) {
+    posted_.store(generation_ << kGroupBits | static_cast<uint64_t>(groups), std::memory_order_release);
     posted_.notify_all();
   }
 
   // Claims groups, a member's own first. A late helper finds all groups of its generation claimed.
-  void work(uint32_t generation, int64_t groups, int64_t member) {
+  void work(uint64_t generation, int64_t groups, int64_t member) {
     for (int64_t k = 0, g = member * groups / threads_; k < groups; ++k, g = g + 1 < groups ? g + 1 : 0) {
-      uint32_t last = claimed_[g].load(std::memory_order_relaxed);
+      uint64_t last = claimed_[g].load(std::memory_order_relaxed);
       if (last >= generation || !claimed_[g].compare_exchange_strong(last, generation, std::memory_order_acq_rel))
         continue;
       try {
@@ -113,20 +114,21 @@ class Team {
   };
   const int64_t threads_;
   Loop loop_{};
-  uint32_t generation_ = 0;
+  uint64_t generation_ = 0;  // number of loops so far
   Clock::duration slept_{};
   std::exception_ptr error_;
   std::atomic<bool> failed_{false};
   alignas(64) std::atomic<uint64_t> posted_{0};  // generation, number of groups
   alignas(64) std::atomic<int64_t> done_{0};
-  std::array<std::atomic<uint32_t>, kMostPieces> claimed_{};  // the last generation in which a group was claimed
+  std::array<std::atomic<uint64_t>, kMostPieces> claimed_{};  // the last generation in which a group was claimed
 };
 
 thread_local Team* current = nullptr;
 
 struct Entered {
-  explicit Entered(Team& team) { current = &team; }
-  ~Entered() { current = nullptr; }
+  explicit Entered(Team* team) : before(std::exchange(current, team)) {}
+  ~Entered() { current = before; }
+  Team* const before;
 };
 
 }  // namespace
@@ -137,16 +139,13 @@ void in_region_of(const void* body, void (*run)(const void*)) {
   const int64_t size = threads();
   if (current || size == 1) return run(body);
   thread_local int64_t skip = 0, skipped = 0;
+  const bool alone = skip > 0;
+  if (alone) --skip;
   Team team(size);
-  if (skip > 0) {
-    --skip;
-    const Entered entered(team);
-    return run(body);
-  }
   Clock::time_point begin, end;
-  at::parallel_for(0, size, 1, [&](int64_t first, int64_t) {
+  at::parallel_for(0, alone ? 1 : size, 1, [&](int64_t first, int64_t) {
     if (first > 0) return team.help(first);
-    const Entered entered(team);
+    const Entered entered(&team);
     begin = Clock::now();
     try {
       run(body);
@@ -157,6 +156,7 @@ void in_region_of(const void* body, void (*run)(const void*)) {
     end = Clock::now();
     team.close();
   });
+  if (alone) return;
   const auto waited = Clock::now() - end + team.slept();
   const bool late = waited > std::max<Clock::duration>(kLate, end - begin - team.slept());
   skipped = late ? std::min(kMostSkipped, 2 * skipped + 1) : skipped / 2;
@@ -164,9 +164,11 @@ void in_region_of(const void* body, void (*run)(const void*)) {
 }
 
 void run_pieces(int64_t pieces, const void* f, void (*run)(const void*, int64_t)) {
-  if (current) return current->run(pieces, f, run);
   in_region([&] {
-    if (current) return current->run(pieces, f, run);
+    if (Team* const team = current) {
+      const Entered none(nullptr);
+      return team->run(pieces, f, run);
+    }
     for (int64_t i = 0; i < pieces; ++i) run(f, i);
   });
 }

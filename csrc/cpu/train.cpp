@@ -123,7 +123,8 @@ class BatchStep {
     if (plan_.path != StepPath::layers) return true;
     for (const TrainedLayer& layer : training_.layers) {
       const at::Tensor& w = *layer.weight.value;
-      if (takes_library(M_, w.size(1), w.size(0), dtype_, true)) return false;
+      const bool learns = layer.weight.optimizer || layer.bias.optimizer;
+      if (takes_library(M_, w.size(1), w.size(0), dtype_, learns)) return false;
     }
     return true;
   }
@@ -416,21 +417,23 @@ void update(const TrainedParameter& p, const at::Tensor& gradient) {
   for_ranges(dense.numel(), limits_of(dtype_of(*p.value)).elements_per_thread, piece);
 }
 
-// The rows of t at these indices. Without threads: at::index_select would wake them, and wait for a busy core.
+// The rows of t at these indices. On one thread, since at::index_select would wake others and may wait for a busy core.
 at::Tensor gather(const at::Tensor& t, const at::Tensor& order, bool takes_threads) {
-  if (takes_threads) return at::index_select(t, 0, order);
-  const at::Tensor source = t.contiguous();
+  const bool unit_stride = t.dim() == 1 || t.stride(1) == 1 || t.size(1) == 1;
+  if (takes_threads || !unit_stride) return at::index_select(t, 0, order);
   c10::SmallVector<int64_t, 3> sizes(t.sizes().begin(), t.sizes().end());
   sizes[0] = order.size(0);
   at::Tensor out = empty_cached(sizes, t.scalar_type());
-  const auto row_bytes = static_cast<int64_t>(t.element_size()) * (t.dim() > 1 ? t.size(1) : 1);
-  const char* const from = static_cast<const char*>(source.const_data_ptr());
+  const auto item = static_cast<int64_t>(t.element_size());
+  const int64_t row_bytes = item * (t.dim() > 1 ? t.size(1) : 1), stride = item * t.stride(0);
+  const char* const from = static_cast<const char*>(t.const_data_ptr());
   char* const to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t* const rows = order.const_data_ptr<int64_t>();
+  const at::Tensor indices = order.contiguous();
+  const int64_t* const rows = indices.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < sizes[0]; ++i) {
     TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < t.size(0), "mlp_train_step_: order has ", rows[i], ", input has ",
                       t.size(0), " rows");
-    std::memcpy(to + i * row_bytes, from + rows[i] * row_bytes, row_bytes);
+    std::memcpy(to + i * row_bytes, from + rows[i] * stride, row_bytes);
   }
   return out;
 }

@@ -111,7 +111,7 @@ py::dict machine_limits(const std::optional<std::string>& name) {
   return result;
 }
 
-// Uses the limits given, and those of the machine in use for the rest. Raises ValueError, with nothing changed.
+// Uses the limits given, and those of this processor for the rest. Raises ValueError, with nothing changed.
 void use_machine(const std::optional<py::dict>& own) {
   if (!own) return cpu::use_machine(nullptr);
   struct Own {
@@ -119,7 +119,7 @@ void use_machine(const std::optional<py::dict>& own) {
     cpu::Machine machine;
   };
   static std::deque<Own> kept;  // plans refer to them
-  Own made{"own", cpu::machine()};
+  Own made{"own", cpu::detected_machine()};
   for (const auto& [key, value] : *own) {
     const auto name = py::cast<std::string>(key);
     if (name == "name") made.name = py::cast<std::string>(value);
@@ -128,13 +128,15 @@ void use_machine(const std::optional<py::dict>& own) {
     const auto mode = std::find_if(std::begin(cpu::kModes), std::end(cpu::kModes),
                                    [&](const auto& mode) { return name == mode.name; });
     if (mode == std::end(cpu::kModes))
-      throw py::value_error("expected name, fma, converted, bf16_dot or amx, got '" + name + "'");
+      throw py::value_error("expected name, bfloat16, fma, converted, bf16_dot or amx, got '" + name + "'");
     for (const auto& [limit_key, number] : py::cast<py::dict>(value)) {
       const auto limit_name = py::cast<std::string>(limit_key);
       const auto limit = std::find_if(std::begin(cpu::kLimits), std::end(cpu::kLimits),
                                       [&](const cpu::Limit& limit) { return limit_name == limit.name; });
       if (limit == std::end(cpu::kLimits)) throw py::value_error(name + " has no limit '" + limit_name + "'");
-      const int64_t n = py::isinstance<py::int_>(number) ? py::cast<int64_t>(number) : -1;
+      const bool is_whole = py::isinstance<py::int_>(number) && !py::isinstance<py::bool_>(number);
+      int too_large = 0;
+      const int64_t n = is_whole ? PyLong_AsLongLongAndOverflow(number.ptr(), &too_large) : -1;  // -1 if too large
       if (n < limit->least || n > limit->most)
         throw py::value_error(name + "." + limit_name + " must be a whole number from " + std::to_string(limit->least) +
                               " to " + std::to_string(limit->most) + ", got " + std::string(py::repr(number)));

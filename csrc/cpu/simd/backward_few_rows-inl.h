@@ -1,5 +1,5 @@
-// Backward for few rows, bound by memory: W is read once, row by row, and dW written or W updated at once, for a range
-// of columns. A range needs no sums of other threads.
+// Backward for few rows, bound by memory: one pass over the rows of W reads them for dx, and writes dW or updates W.
+// Each thread takes a range of columns, so that there are no sums to add across threads.
 #pragma once
 
 #include "cpu/kernels.h"
