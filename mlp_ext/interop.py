@@ -205,5 +205,15 @@ def _register_dtensor() -> None:
     _register_rule(STACKS, DTensor, _by_layer)
 
 
+def _register_inductor() -> None:
+    """Inductor calls the operators. In CI, which the environment variable CI tells it, it would
+    refuse to, since they have decompositions."""
+    from torch._inductor.lowering import FALLBACK_ALLOW_LIST
+
+    for operator in (*FORWARD, BACKWARD, *STACKS):
+        FALLBACK_ALLOW_LIST.add(operator.name().partition(".")[0])
+
+
 AfterImport("torch.onnx", _register_onnx)
+AfterImport("torch._inductor.lowering", _register_inductor)
 AfterImport("torch.distributed.tensor", _register_dtensor)
