@@ -24,8 +24,8 @@ void in_region_if(bool has_loops, const F& body) {
   has_loops ? in_region(body) : body();
 }
 
-// Runs f(i) for every piece: pieces of a thread's own first, then those that others have not begun. A loop within a
-// piece runs on that piece's thread.
+// Runs f(i) for every piece: pieces of a thread's own first, then those that others have not begun. A loop within
+// one of several pieces runs on that piece's thread.
 void run_pieces(int64_t pieces, const void* f, void (*run)(const void* f, int64_t i));
 template <class F>
 void for_pieces(int64_t pieces, const F& f) {

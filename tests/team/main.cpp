@@ -34,9 +34,9 @@ void loop(int64_t pieces, bool fails) {
   std::vector<int> ran(pieces, 0);
   const auto piece = [&](int64_t i) {
     sleep_sometimes();
-    int inner = 0;
+    std::atomic<int> inner{0};
     if (i % 7 == 0) for_pieces(3, [&](int64_t) { ++inner; });
-    check(inner == (i % 7 == 0 ? 3 : 0), "a loop within a piece is not this thread's alone");
+    check(inner == (i % 7 == 0 ? 3 : 0), "a piece of a loop within a piece did not run once");
     ++ran[i];
     if (fails) throw Failure();
   };
