@@ -102,7 +102,7 @@ RULES = (
     Rule("library_multiply_adds", "backward", FROM_OR_NEVER, "own, library", doubling(2**18, 2**30),
          "q/16384x128x128 q/262144x512x512 q/1048576x1024x1024", {"library_weights": NEVER}),
     Rule("library_weights", "backward", FROM_OR_NEVER, "own, library", doubling(2**16, 2**22),
-         "4x1024xq/1024 8xq/512x512 16x512xq/512", {"library_multiply_adds": NEVER}),
+         "12x1024xq/1024 16xq/512x512 24x512xq/512", {"library_multiply_adds": NEVER}),
     Rule("library_inputs", "backward", FROM, "own, library", halves(4, 64),
          "4096xqx64 4096xqx256 16384xqx32", {"library_multiply_adds": 0, "library_outputs": 1}),
     Rule("library_outputs", "backward", FROM, "own, library", halves(4, 64),
