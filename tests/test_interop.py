@@ -107,10 +107,11 @@ def test_inductor_keeps_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.utils import run_and_get_code
 
     monkeypatch.setenv("CI", "true")
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch.compiler.reset()
     compiled = torch.compile(nn.Sequential(mlp_ext.LinearReLU(8, 8), Operators()), fullgraph=True)
-    with torch.no_grad():
+    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
+    no_aot = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch.no_grad(), no_graphs, no_aot:
         _, (code,) = run_and_get_code(compiled, torch.randn(5, 8))
     assert code.count("ops.mlp_ext.linear_act.default(") == 2
     assert code.count("ops.mlp_ext.mlp.default(") == 1
