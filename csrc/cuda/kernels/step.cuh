@@ -72,7 +72,7 @@ struct OneNetwork {
 };
 template <class S>
 struct ManyNetworks {
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = sizeof(S) == 8 ? 1 : 2;  // what registers allow without spills
   Pointer<const StepData<S>> networks;
   Pointer<const StepParameter<S>> parameters;  // [networks, each]
   int each;
