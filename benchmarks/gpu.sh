@@ -59,7 +59,8 @@ tests() {
   have pytest || return
   local parallel=()
   have xdist && parallel=(-n 8)
-  within 150 "$PYTHON" -m pytest -q -rs "${parallel[@]}" tests/test_cuda.py tests/test_cuda_train.py tests/test_cuda_as_cpu.py
+  within 150 "$PYTHON" -m pytest -q -rs "${parallel[@]}" tests/test_cuda.py tests/test_cuda_train.py \
+    tests/test_cuda_train_many.py tests/test_cuda_as_cpu.py
 }
 
 # racecheck sees hazards in kernels of cuBLAS, and fails where it is to look at ours alone among them.
