@@ -34,6 +34,7 @@ build() {
 measure() {
   local own=native,cudagraph,fused,fused-cudagraph dtype
   bench 40 train-step-relu --suite train --rounds 12 --providers native,cudagraph,fused,stack,step,fit
+  bench 60 many-step-relu --suite many --rounds 6 --providers native,vmap,bmm,step,fit,steps
   for dtype in bfloat16 float32 tf32 float16; do
     bench 35 "layers-full-relu-$dtype" --rounds 12 --dtype "$dtype" --providers $own
   done

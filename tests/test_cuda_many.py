@@ -125,6 +125,25 @@ def test_each_network_has_its_hyperparameters(options: str, kernels: ctypes.CDLL
     assert_as_alone(kernels, networks_of(training, 2, 2), 2)
 
 
+def of_each(*options: str) -> list[Network]:
+    """A network with each of these options of an optimizer."""
+    chosen = [OPTIONS[name] for name in options]
+    return [
+        networks_of(SMALL._replace(optimizer=name, options=given), 1, 2)[0]
+        for name, given in chosen
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("sgd", "sgd-momentum", "sgd-maximize"), ("adam", "adam-amsgrad", "adam-decoupled")],
+)
+def test_networks_may_have_other_options_and_states(
+    options: tuple[str, ...], kernels: ctypes.CDLL
+) -> None:
+    assert_as_alone(kernels, of_each(*options), 2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "training",

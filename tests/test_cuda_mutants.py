@@ -123,7 +123,7 @@ BOUNDS = [
     ("step.cuh", "parameters[int64_t{blockIdx.x} * $each$ + i]", "each - 1"),
     ("step.cuh", "step::begin_step(f, networks, $done$, chip)", "int64_t(0)"),
     ("step.cuh", "static_cast<double>($done + 1$)", "done"),
-    ("step.cuh", "chip.optimizers[2 * l + $(is_bias ? 1 : 0)$]", "0"),
+    ("step.cuh", "ready = chip.optimizers[$which$]", "2 * l"),
     ("step.cuh", "$s < kStates$; ++s)\n        if (p.states[s]) state", "s + 1 < kStates"),
     ("step.cuh", "$s < kStates$; ++s)\n        if (p.states[s]) p", "s + 1 < kStates"),
     ("step.cuh", "$threadIdx.x < kStepRows$)", "threadIdx.x + 1 < kStepRows"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_steps import OPTIONS, Network, Training, arguments
 from shapes import DTYPES
-from test_cuda_many import copy_of, networks_of, same_bits
+from test_cuda_many import copy_of, networks_of, of_each, same_bits
 from torch import Tensor
 
 from mlp_ext import _C
@@ -132,6 +132,11 @@ def test_each_network_has_its_hyperparameters(options: str, count: torch.dtype |
     name, chosen = OPTIONS[options]
     training = SMALL._replace(optimizer=name, options=chosen, device_count=count)
     assert_as_alone(networks_of(training, 3, 2, "rows"), 2)
+
+
+def test_networks_may_have_other_options_and_states() -> None:
+    assert_as_alone(of_each("sgd", "sgd-momentum", "sgd-maximize"), 2)
+    assert_as_alone(of_each("adam", "adam-amsgrad", "adam-decoupled"), 2)
 
 
 def test_bits_do_not_depend_on_the_other_networks() -> None:
