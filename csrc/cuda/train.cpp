@@ -81,7 +81,7 @@ StepsProblem steps_problem(const Training& training, int64_t epochs, int64_t bat
 
 // One network's own. The tensors that its rows are read from, as the kernel needs them, are kept until it is launched.
 StepNetworkProblem network_problem(const Training& training, int64_t rows, const at::Tensor* order,
-                                   const at::Tensor& losses, std::vector<at::Tensor>& kept) {
+                                   const at::Tensor& losses, c10::SmallVectorImpl<at::Tensor>& kept) {
   const int64_t M = training.input.size(0), N = training.layers.back().weight.value->size(0);
   const auto keep = [&kept](at::Tensor t) -> const at::Tensor& { return kept.emplace_back(std::move(t)); };
   StepNetworkProblem problem{};
@@ -104,7 +104,7 @@ StepNetworkProblem network_problem(const Training& training, int64_t rows, const
 void launch(const Training& training, int64_t rows, int64_t batch, const at::Tensor& losses) {
   const int64_t steps = losses.numel();
   const at::Tensor weight = weight_row(training, training.layers.back().weight.value->size(0));
-  std::vector<at::Tensor> kept;
+  c10::SmallVector<at::Tensor, 3> kept;
   const StepsProblem problem = steps_problem(training, 1, batch, steps, weight);
   C10_CUDA_CHECK(launch_train_steps(problem, network_problem(training, rows, training.order, losses, kept), gpu()));
   for_learning(training, [&](const TrainedParameter& p) {
@@ -157,7 +157,8 @@ void launch_many(const TrainingOfMany& many, at::ArrayRef<size_t> which, const a
   // Pinned, so that the copy does not wait for the GPU; the allocator keeps it until the copy is done.
   const at::Tensor on_host =
       at::empty({network_table_bytes(problem, count)}, at::TensorOptions(at::kByte).pinned_memory(true));
-  std::vector<at::Tensor> kept, counts;
+  c10::SmallVector<at::Tensor> kept;
+  std::vector<at::Tensor> counts;
   std::vector<at::Scalar> steps;
   for (int64_t i = 0; i < count; ++i) {
     const TrainedNetwork& network = many.networks[which[i]];
