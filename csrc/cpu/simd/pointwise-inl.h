@@ -71,27 +71,49 @@ bool are_probabilities(Vec<T> v) {
   return all;
 }
 
+// Sums of losses of one network.
+template <class T>
+struct SumOfAll {
+  bool& valid;
+  double total = 0;
+  void check(Vec<T> y, Vec<T> t) { valid = valid && are_probabilities(y) && are_probabilities(t); }
+  void add(Vec<T> sum) {
+    for (int lane = 0; lane < Vec<T>::lanes; ++lane) total += static_cast<double>(sum.v[lane]);
+  }
+};
+// The same for a network in each lane.
+template <class T>
+struct SumOfEachLane {
+  using V = Vec<T>;
+  double* totals;
+  V refused;
+  void check(V y, V t) {
+    for (const V v : {y, t}) refused = where(0 <= v, where(v <= 1, refused, V(1)), V(1));
+  }
+  void add(V sum) {
+    for (int lane = 0; lane < V::lanes; ++lane) totals[lane] += static_cast<double>(sum.v[lane]);
+  }
+};
+
 // Losses of single elements y with targets t and weights w (nullptr: 1).
-template <class T, class LossOf>
-__attribute__((flatten)) double element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy,
-                                             bool& valid) {
+template <class T, class LossOf, class Sums>
+__attribute__((flatten)) void element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy,
+                                           Sums& sums) {
   using V = Vec<T>;
   const auto l = get<LossOf>(*loss.function);
   const V scale = static_cast<T>(loss.scale);
-  double total = 0;
   constexpr int64_t piece = kShortRows * V::lanes;
   for (int64_t begin = 0; begin < size; begin += piece) {
     V sum;
     for_vectors<T>(std::min(piece, size - begin), [&](int64_t j, auto lanes) {
       const int64_t i = begin + j;
       const V yi = load(y + i, lanes), ti = load(t + i, lanes), wi = w ? load(w + i, lanes) : V(1);
-      if constexpr (is_of_probabilities<LossOf>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
+      if constexpr (is_of_probabilities<LossOf>) sums.check(yi, ti);
       store(dy + i, l.backward(yi, ti, wi) * scale, lanes);
       sum = sum + only(l.forward(yi, ti, wi), lanes);
     });
-    for (int lane = 0; lane < V::lanes; ++lane) total += static_cast<double>(sum.v[lane]);
+    sums.add(sum);
   }
-  return total;
 }
 
 // The Row of math/losses.h; dy holds the exponentials between sum_exp and put.
@@ -160,13 +182,38 @@ double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* d
       T* const dy = static_cast<T*>(dy_data);
       const T* const t = contiguous<S>(loss.target, rows, N, static_cast<T*>(scratch));
       const int64_t size = rows.size() * N;
-      if (!loss.weight) return element_loss<T, LossOf>(loss, size, y, t, nullptr, dy, valid);
+      if (!loss.weight) {
+        SumOfAll<T> sum{valid};
+        element_loss<T, LossOf>(loss, size, y, t, nullptr, dy, sum);
+        return sum.total;
+      }
       T* const w = static_cast<T*>(scratch) + size;
       contiguous<S>({loss.weight, 0}, {0, 1}, N, w);
       double total = 0;
-      for (int64_t i = 0; i < size; i += N) total += element_loss<T, LossOf>(loss, N, y + i, t + i, w, dy + i, valid);
+      for (int64_t i = 0; i < size; i += N) {
+        SumOfAll<T> sum{valid};
+        element_loss<T, LossOf>(loss, N, y + i, t + i, w, dy + i, sum);
+        total += sum.total;
+      }
       return total;
     }
+  });
+}
+
+template <class T>
+void loss_in_lanes(const Loss& loss, int64_t rows, int64_t N, const void* y_data, void* dy_data, double* totals,
+                   bool* valid) {
+  const T *const y = static_cast<const T*>(y_data), *const t = static_cast<const T*>(loss.target.data),
+                 *const w = static_cast<const T*>(loss.weight);
+  T* const dy = static_cast<T*>(dy_data);
+  SumOfEachLane<T> sums{totals, {}};
+  const int64_t size = rows * N * Vec<T>::lanes, part = w ? N * Vec<T>::lanes : size;
+  visit(*loss.function, [&](auto l) {
+    using LossOf = decltype(l);
+    if constexpr (!is_of_rows<LossOf>)
+      for (int64_t i = 0; i < size; i += part) element_loss<T, LossOf>(loss, part, y + i, t + i, w, dy + i, sums);
+    if constexpr (is_of_probabilities<LossOf>)
+      for (int lane = 0; lane < Vec<T>::lanes; ++lane) valid[lane] = valid[lane] && sums.refused.v[lane] == 0;
   });
 }
 
@@ -223,6 +270,7 @@ constexpr PointwiseKernels kPointwise{
     [](const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
        int64_t columns) { grad_z_table<S>(activation, dy, saved, dz, db, rows, columns, Activations{}); },
     loss<S>,
+    loss_in_lanes<Accumulator<S>>,
     [](const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
       update_table<S>(update, begin, stride, gradients, rows, columns, Optimizers{});
     }};
