@@ -44,6 +44,23 @@ void scatter(const T* from, int64_t count, T* const* to, int used) {
 
 // ---- optimizers ----
 
+// In registers, so that the compiler moves it out of loops.
+MLP_EXT_INLINE Vec<float> to_float(Vec<double> low, Vec<double> high) {
+#if MLP_EXT_VECTOR_BYTES == 64
+  const auto half = [](Vec<double> v) { return _mm512_maskz_cvtpd_ps(-1, (__m512d)v.v); };
+  const __m512d both = _mm512_castpd256_pd512(_mm256_castps_pd(half(low)));
+  return Vec<float>((Vec<float>::Native)_mm512_insertf64x4(both, _mm256_castps_pd(half(high)), 1));
+#elif MLP_EXT_VECTOR_BYTES == 32
+  return Vec<float>((Vec<float>::Native)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)high.v),
+                                                        _mm256_cvtpd_ps((__m256d)low.v)));
+#else
+  constexpr int half = Vec<double>::lanes;
+  Vec<float> v;
+  for (int i = 0; i < half; ++i) v.v[i] = static_cast<float>(low.v[i]), v.v[half + i] = static_cast<float>(high.v[i]);
+  return v;
+#endif
+}
+
 // A number in double for each lane of a Vec<T>: a Setting of math/optimizers.h. Comparisons look at the first lane.
 template <class T>
 struct PerLane {
@@ -93,16 +110,10 @@ struct PerLane {
   MLP_EXT_INLINE friend bool operator>(const PerLane& a, double b) { return a[0] > b; }
 
   MLP_EXT_INLINE operator Vec<T>() const {
-    if constexpr (parts == 1) {
+    if constexpr (parts == 1)
       return part[0];
-    } else {
-      typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-      Half halves[parts];
-      for (int i = 0; i < parts; ++i) halves[i] = __builtin_convertvector(part[i].v, Half);
-      Vec<T> v;
-      std::memcpy(&v, halves, sizeof(v));
-      return v;
-    }
+    else
+      return to_float(part[0], part[1]);
   }
 };
 
@@ -169,8 +180,9 @@ struct LaneUpdate {
 };
 
 template <class T, class Opt>
-__attribute__((flatten)) void update_lanes(const LaneOptimizer<T>& chosen, const LaneUpdate<T>& u) {
+__attribute__((flatten)) void update_lanes(const LaneOptimizer<T>& chosen, const LaneUpdate<T>& given) {
   using V = Vec<T>;
+  const LaneUpdate<T> u = given;  // in registers
   const auto optimizer = get<Opt>(chosen);
   for (int64_t i = 0; i < u.size * V::lanes; i += V::lanes) {
     V parameter = load(u.parameter + i), states[kMaxStates];

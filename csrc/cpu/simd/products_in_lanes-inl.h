@@ -11,49 +11,67 @@ namespace {
 // Operands: element (i, k) is at i stride + k depth_stride, and is a number for each lane or the same in all lanes.
 template <class T>
 struct Each {
-  static constexpr int64_t size = Vec<T>::lanes;
+  static constexpr int64_t bytes = kVectorBytes;
   const T* data;
   int64_t stride, depth_stride;
   static Vec<T> read(const T* p) { return load(p); }
 };
 template <class T>
 struct Same {
-  static constexpr int64_t size = 1;
+  static constexpr int64_t bytes = sizeof(T);
   const T* data;
   int64_t stride, depth_stride;
   static Vec<T> read(const T* p) { return *p; }
 };
 
-// Register blocking: rows x columns accumulators, and a column and an element of the operands.
-constexpr int kLaneTileRows = 4;
+// Register blocking: accumulators of up to kMostHeight[columns] x columns, beside a column and an element of the operands.
 #if defined(__aarch64__)
-constexpr int kLaneTileColumns = 4;
+constexpr bool kHas32Registers = true;
 #else
-constexpr int kLaneTileColumns = kVectorBytes == 64 ? 4 : 3;
+constexpr bool kHas32Registers = kVectorBytes == 64;
 #endif
+constexpr int kMostWidth = kHas32Registers ? 4 : 3;
+constexpr int kMostHeight[] = {0, 8, kHas32Registers ? 8 : 6, kHas32Registers ? 6 : 4, 6};
 
-// Epilogues take a tile of sums from (i, j) on; z, y, saved, dz are [rows, N], all with a number for each lane.
+// A result [rows, columns] or, transposed, [columns, rows] in memory, with a number for each lane.
+template <class T, bool transposed>
+struct Result {
+  T* data;
+  int64_t stride;  // in numbers for each lane
+  Result from(int64_t i, int64_t j) const {
+    return {data + (transposed ? j * stride + i : i * stride + j) * Vec<T>::lanes, stride};
+  }
+  T* at(int r, int c) const { return data + (transposed ? c * stride + r : r * stride + c) * Vec<T>::lanes; }
+};
+
+// Calls f(r, c) for a tile.
+template <int R, int C, class F>
+MLP_EXT_INLINE void for_tile(const F& f) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) f(r, c);
+}
+
+// Epilogues take a tile of sums from (i, j) on.
 
 // z = sums + b, or y = relu(z)
 template <class T>
 struct AddBias {
   const T* bias;
-  T* y;
-  int64_t N;
+  Result<T, false> y;
   bool relu;
   template <int R, int C>
-  MLP_EXT_INLINE void operator()(int64_t m, int64_t n, const Vec<T> (&sums)[R][C]) const {
-    relu ? put(ReLU{}, m, n, sums) : put(Identity{}, m, n, sums);
-  }
-  template <class Act, int R, int C>
-  MLP_EXT_INLINE void put(Act act, int64_t m, int64_t n, const Vec<T> (&sums)[R][C]) const {
-    constexpr int64_t lanes = Vec<T>::lanes;
+  MLP_EXT_INLINE void operator()(int64_t m, int64_t n, Vec<T> (&sums)[R][C]) const {
+    const auto to = y.from(m, n);
+    const T* const b = bias + n * Vec<T>::lanes;
+    Vec<T> column[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      const Vec<T> b = load(bias + (n + c) * lanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) store(y + ((m + r) * N + n + c) * lanes, act.forward(sums[r][c] + b));
-    }
+    for (int c = 0; c < C; ++c) column[c] = load(b + c * Vec<T>::lanes);
+    if (relu)
+      for_tile<R, C>([&](int r, int c) { store(to.at(r, c), ReLU{}.forward(sums[r][c] + column[c])); });
+    else
+      for_tile<R, C>([&](int r, int c) { store(to.at(r, c), sums[r][c] + column[c]); });
   }
 };
 
@@ -61,20 +79,12 @@ struct AddBias {
 template <class T>
 struct GradZ {
   const Activation* activation;
-  const T* saved;
-  T* dz;
-  int64_t N;
+  Result<T, false> saved, dz;
   template <int R, int C>
-  MLP_EXT_INLINE void operator()(int64_t m, int64_t n, const Vec<T> (&sums)[R][C]) const {
-    constexpr int64_t lanes = Vec<T>::lanes;
+  MLP_EXT_INLINE void operator()(int64_t m, int64_t n, Vec<T> (&sums)[R][C]) const {
+    const auto from = saved.from(m, n), to = dz.from(m, n);
     const auto put = [&](auto act) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-          const int64_t at = ((m + r) * N + n + c) * lanes;
-          store(dz + at, act.backward(sums[r][c], load(saved + at)));
-        }
+      for_tile<R, C>([&](int r, int c) { store(to.at(r, c), act.backward(sums[r][c], load(from.at(r, c)))); });
     };
     with_act_in_registers(*activation, put, [&] { put(Identity{}); });
   }
@@ -83,35 +93,37 @@ struct GradZ {
 // dW[n, k] = sums[k, n], or += sums
 template <class T>
 struct AddGradients {
-  T* dw;
-  int64_t K;
+  Result<T, true> dw;
   bool adds;
   template <int R, int C>
-  MLP_EXT_INLINE void operator()(int64_t k, int64_t n, const Vec<T> (&sums)[R][C]) const {
-    constexpr int64_t lanes = Vec<T>::lanes;
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        T* const at = dw + ((n + c) * K + k + r) * lanes;
-        store(at, adds ? load(at) + sums[r][c] : sums[r][c]);
-      }
+  MLP_EXT_INLINE void operator()(int64_t k, int64_t n, Vec<T> (&sums)[R][C]) const {
+    const auto to = dw.from(k, n);
+    if (adds)
+      for_tile<R, C>([&](int r, int c) { store(to.at(r, c), load(to.at(r, c)) + sums[r][c]); });
+    else
+      for_tile<R, C>([&](int r, int c) { store(to.at(r, c), sums[r][c]); });
   }
 };
 
+template <class T>
+inline const T* later(const T* p, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
+}
+
+// Strides in bytes: of others the compiler makes a second loop for strides of 1.
 template <int R, int C, class A, class T, class Finish>
 __attribute__((noinline)) void lane_tile(const A& a, const Each<T>& b, int64_t depth, int64_t i, int64_t j,
                                          const Finish& finish) {
   Vec<T> sums[R][C];
-  const T *ai = a.data + i * a.stride, *bj = b.data + j * b.stride;
   const int64_t a_stride = a.stride, b_stride = b.stride, a_step = a.depth_stride, b_step = b.depth_stride;
-  for (int64_t k = 0; k < depth; ++k, ai += a_step, bj += b_step) {
+  const T *ai = later(a.data, i * a_stride), *bj = later(b.data, j * b_stride);
+  for (int64_t k = depth; k > 0; --k, ai = later(ai, a_step), bj = later(bj, b_step)) {
     Vec<T> column[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) column[c] = load(bj + c * b_stride);
-#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) column[c] = load(later(bj, c * b_stride));
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<T> element = A::read(ai + r * a_stride);
+      const Vec<T> element = A::read(later(ai, r * a_stride));
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = sums[r][c] + element * column[c];
     }
@@ -119,27 +131,33 @@ __attribute__((noinline)) void lane_tile(const A& a, const Each<T>& b, int64_t d
   finish(i, j, sums);
 }
 
-// The tile to take from n: whole ones, then two of nearly the same size.
-template <int most>
-int64_t next_part(int64_t n) {
-  return n >= 2 * most ? most : n > most ? (n + 1) / 2 : n;
+template <int R, int C, class A, class T, class Finish>
+constexpr auto tile_or_null() -> void (*)(const A&, const Each<T>&, int64_t, int64_t, int64_t, const Finish&) {
+  if constexpr (R <= kMostHeight[C])
+    return &lane_tile<R, C, A, T, Finish>;
+  else
+    return nullptr;
 }
+
+// The part of n that a tile takes: as many as possible, at the end two of nearly the same size.
+inline int64_t next_part(int64_t n, int64_t most) { return n >= 2 * most ? most : n > most ? (n + 1) / 2 : n; }
 
 // finish(i, j, sums) with sums = sum over k of a(i, k) b(j, k), for all tiles. Strides are in elements.
 template <class A, class T, class Finish>
 void lane_product(A a, Each<T> b, int64_t rows, int64_t columns, int64_t depth, const Finish& finish) {
-  a.stride *= A::size, a.depth_stride *= A::size;
-  b.stride *= b.size, b.depth_stride *= b.size;
+  a.stride *= A::bytes, a.depth_stride *= A::bytes;
+  b.stride *= b.bytes, b.depth_stride *= b.bytes;
   using Tile = void (*)(const A&, const Each<T>&, int64_t, int64_t, int64_t, const Finish&);
+  static constexpr int highest = kMostHeight[1];
   static constexpr auto tiles = []<size_t... t>(std::index_sequence<t...>) {
-    return std::array<Tile, sizeof...(t)>{
-        &lane_tile<t / kLaneTileColumns + 1, t % kLaneTileColumns + 1, A, T, Finish>...};
-  }(std::make_index_sequence<kLaneTileRows * kLaneTileColumns>{});
+    return std::array<Tile, sizeof...(t)>{tile_or_null<t % highest + 1, t / highest + 1, A, T, Finish>()...};
+  }(std::make_index_sequence<highest * kMostWidth>{});
   for (int64_t j = 0, width = 0; j < columns; j += width) {
-    width = next_part<kLaneTileColumns>(columns - j);
+    width = next_part(columns - j, kMostWidth);
+    const Tile* const by_height = tiles.data() + (width - 1) * highest - 1;
     for (int64_t i = 0, height = 0; i < rows; i += height) {
-      height = next_part<kLaneTileRows>(rows - i);
-      tiles[(height - 1) * kLaneTileColumns + width - 1](a, b, depth, i, j, finish);
+      height = next_part(rows - i, kMostHeight[width]);
+      by_height[height](a, b, depth, i, j, finish);
     }
   }
 }

@@ -286,7 +286,7 @@ class StepsInLanes {
     for (size_t l = 0; l < p_.layers.size(); ++l) {
       const Layer& layer = layers_[l];
       with_input(l, [&](const auto& x) {
-        const AddBias<T> finish{layer.bias, layer.saved, layer.N, layer.activation->index == kReLU};
+        const AddBias<T> finish{layer.bias, {layer.saved, layer.N}, layer.activation->index == kReLU};
         lane_product(x, Each<T>{layer.w, layer.K, 1}, count, layer.N, layer.K, finish);
       });
       if (layer.activation->index != kIdentity && layer.activation->index != kReLU)
@@ -368,17 +368,18 @@ class StepsInLanes {
       if (layer.dw)  // dW = dz^T x
         with_input(l, [&](auto x) {
           std::swap(x.stride, x.depth_stride);
-          lane_product(x, Each<T>{dz, 1, layer.N}, layer.K, layer.N, count, AddGradients<T>{layer.dw, layer.K, adds});
+          lane_product(x, Each<T>{dz, 1, layer.N}, layer.K, layer.N, count, AddGradients<T>{{layer.dw, layer.K}, adds});
         });
       if (layer.db)
         lane_product(Same<T>{&one, 0, 0}, Each<T>{dz, 1, layer.N}, 1, layer.N, count,
-                     AddGradients<T>{layer.db, 1, adds});
+                     AddGradients<T>{{layer.db, 1}, adds});
       if (l == p_.lowest) break;
       // dx = dz W
       const Layer& below = layers_[l - 1];
       bool in_registers = true;
       with_act_in_registers(*below.activation, [](auto) {}, [&] { in_registers = false; });
-      const GradZ<T> finish{below.activation, below.saved, in_registers ? below.y : spare_, below.N};
+      const GradZ<T> finish{below.activation, {below.saved, below.N},
+                            {in_registers ? below.y : spare_, below.N}};
       lane_product(Each<T>{dz, layer.N, 1}, Each<T>{layer.w, 1, layer.K}, count, layer.K, layer.N, finish);
       if (!in_registers)
         pointwise_of<T>().grad_z(*below.activation, {spare_, 0}, {below.saved, 0}, {below.y, 0}, nullptr, 1,
