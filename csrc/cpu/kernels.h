@@ -103,9 +103,11 @@ struct PointwiseKernels {
   // Writes dy, scaled, for contiguous outputs y [rows, N] of T. Returns the unscaled sum of the losses. Clears `valid`
   // if the loss needs probabilities and they are outside [0, 1]. scratch: [rows + 1, N] of T.
   double (*loss)(const Loss&, Range rows, int64_t N, const void* y, void* dy, void* scratch, bool& valid);
-  // The same for elementwise losses of networks in lanes: y and dy, which may be y or the target, the target [rows, N],
-  // and the weight [N], are of T with a number for each lane. Adds to totals [lanes]; clears `valid` [lanes].
-  void (*loss_in_lanes)(const Loss&, int64_t rows, int64_t N, const void* y, void* dy, double* totals, bool* valid);
+  // The same for networks in lanes, contiguous and of T with a number for each lane: y, dy and the target are [rows, N]
+  // or, of classes, the target is [rows], negative to ignore; the weight [N]. Scales and totals, to which it adds, are
+  // [lanes], as is `valid`.
+  void (*loss_in_lanes)(const Loss&, bool of_classes, int64_t rows, int64_t N, const void* y, void* dy,
+                        const double* scales, double* totals, bool* valid);
   // Updates the elements begin + r stride + c with gradients [rows, columns] of T.
   void (*update)(const Update&, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns);
 };

@@ -97,11 +97,10 @@ struct SumOfEachLane {
 
 // Losses of single elements y with targets t and weights w (nullptr: 1).
 template <class T, class LossOf, class Sums>
-__attribute__((flatten)) void element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy,
-                                           Sums& sums) {
+__attribute__((flatten)) void element_loss(const LossOf& loss, Vec<T> scale, int64_t size, const T* y, const T* t,
+                                           const T* w, T* dy, Sums& sums) {
   using V = Vec<T>;
-  const auto l = get<LossOf>(*loss.function);
-  const V scale = static_cast<T>(loss.scale);
+  const auto l = loss;
   constexpr int64_t piece = kShortRows * V::lanes;
   for (int64_t begin = 0; begin < size; begin += piece) {
     V sum;
@@ -184,7 +183,7 @@ double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* d
       const int64_t size = rows.size() * N;
       if (!loss.weight) {
         SumOfAll<T> sum{valid};
-        element_loss<T, LossOf>(loss, size, y, t, nullptr, dy, sum);
+        element_loss<T>(l, static_cast<T>(loss.scale), size, y, t, nullptr, dy, sum);
         return sum.total;
       }
       T* const w = static_cast<T*>(scratch) + size;
@@ -192,7 +191,7 @@ double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* d
       double total = 0;
       for (int64_t i = 0; i < size; i += N) {
         SumOfAll<T> sum{valid};
-        element_loss<T, LossOf>(loss, N, y + i, t + i, w, dy + i, sum);
+        element_loss<T>(l, static_cast<T>(loss.scale), N, y + i, t + i, w, dy + i, sum);
         total += sum.total;
       }
       return total;
@@ -200,20 +199,83 @@ double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* d
   });
 }
 
+// ---- losses of networks in lanes ----
+
+// The classes of a row; see math/losses.h.
 template <class T>
-void loss_in_lanes(const Loss& loss, int64_t rows, int64_t N, const void* y_data, void* dy_data, double* totals,
-                   bool* valid) {
+struct ClassOfEachLane {
+  Vec<T> number;
+  bool given;
+  friend MLP_EXT_INLINE bool has_class(const ClassOfEachLane& c) { return c.given; }
+  friend MLP_EXT_INLINE auto is_class(const ClassOfEachLane& c, int64_t n) {
+    return typename Vec<T>::Mask{c.number.v == Vec<T>(static_cast<T>(n)).v};
+  }
+  template <class F>
+  friend MLP_EXT_INLINE Vec<T> of_class(const ClassOfEachLane& c, int64_t N, const F& f) {
+    Vec<T> v;
+    for (int64_t n = 0; n < N; ++n) v = where(is_class(c, n), f(n), v);
+    return v;
+  }
+};
+
+template <class T>
+struct RowOfEachLane {
+  using V = Vec<T>;
+  const T *y, *target, *weight;
+  T* dy;
+  int64_t N;
+  ClassOfEachLane<T> classes;
+
+  const ClassOfEachLane<T>& c() const { return classes; }
+  V z(int64_t n) const { return load(y + n * V::lanes); }
+  V t(int64_t n) const { return load(target + n * V::lanes); }
+  V w(int64_t n) const { return weight ? load(weight + n * V::lanes) : V(1); }
+  V sum_exp(V most) const {
+    V sum;
+    for (int64_t n = 0; n < N; ++n) {
+      const V e = cpu::exp(z(n) - most);
+      store(dy + n * V::lanes, e);
+      sum = sum + e;
+    }
+    return sum;
+  }
+  V exp(int64_t n, V) const { return load(dy + n * V::lanes); }
+  V learned(V v) const { return classes.given ? where(classes.number < 0, V(), v) : v; }  // 0 if ignored
+  void put(int64_t n, V v) const { store(dy + n * V::lanes, learned(v)); }
+};
+
+template <class T, class LossOf>
+__attribute__((flatten)) void row_losses_in_lanes(const LossOf& loss, Vec<T> scale, bool of_classes, int64_t rows,
+                                                  RowOfEachLane<T> row, SumOfEachLane<T>& sums) {
+  const int64_t size = row.N * Vec<T>::lanes;
+  Vec<T> sum;
+  for (int64_t m = 0; m < rows; ++m, row.y += size, row.dy += size) {
+    row.classes = {of_classes ? load(row.target) : Vec<T>(), of_classes};
+    sum = sum + row.learned(loss.template row<Vec<T>>(row, row.N, scale));
+    row.target += of_classes ? Vec<T>::lanes : size;
+  }
+  sums.add(sum);
+}
+
+template <class T>
+void loss_in_lanes(const Loss& loss, bool of_classes, int64_t rows, int64_t N, const void* y_data, void* dy_data,
+                   const double* scales, double* totals, bool* valid) {
+  constexpr int lanes = Vec<T>::lanes;
   const T *const y = static_cast<const T*>(y_data), *const t = static_cast<const T*>(loss.target.data),
                  *const w = static_cast<const T*>(loss.weight);
   T* const dy = static_cast<T*>(dy_data);
+  Vec<T> scale;
+  for (int lane = 0; lane < lanes; ++lane) scale.v[lane] = static_cast<T>(scales[lane]);
   SumOfEachLane<T> sums{totals, {}};
-  const int64_t size = rows * N * Vec<T>::lanes, part = w ? N * Vec<T>::lanes : size;
+  const int64_t size = rows * N * lanes, part = w ? N * lanes : size;
   visit(*loss.function, [&](auto l) {
     using LossOf = decltype(l);
-    if constexpr (!is_of_rows<LossOf>)
-      for (int64_t i = 0; i < size; i += part) element_loss<T, LossOf>(loss, part, y + i, t + i, w, dy + i, sums);
+    if constexpr (is_of_rows<LossOf>)
+      row_losses_in_lanes(l, scale, of_classes, rows, RowOfEachLane<T>{y, t, w, dy, N, {}}, sums);
+    else
+      for (int64_t i = 0; i < size; i += part) element_loss<T>(l, scale, part, y + i, t + i, w, dy + i, sums);
     if constexpr (is_of_probabilities<LossOf>)
-      for (int lane = 0; lane < Vec<T>::lanes; ++lane) valid[lane] = valid[lane] && sums.refused.v[lane] == 0;
+      for (int lane = 0; lane < lanes; ++lane) valid[lane] = valid[lane] && sums.refused.v[lane] == 0;
   });
 }
 

@@ -9,18 +9,22 @@ namespace mlp_ext::cpu {
 namespace {
 
 // Operands: element (i, k) is at i stride + k depth_stride, and is a number for each lane or the same in all lanes.
-template <class T>
-struct Each {
-  static constexpr int64_t bytes = kVectorBytes;
+// Made from strides in elements; keeps them in bytes, since of others the compiler makes a second loop for strides of 1.
+template <class T, int64_t bytes>
+struct LaneOperand {
   const T* data;
   int64_t stride, depth_stride;
+  LaneOperand(const T* data, int64_t stride, int64_t depth_stride)
+      : data(data), stride(stride * bytes), depth_stride(depth_stride * bytes) {}
+};
+template <class T>
+struct Each : LaneOperand<T, kVectorBytes> {
+  using LaneOperand<T, kVectorBytes>::LaneOperand;
   static Vec<T> read(const T* p) { return load(p); }
 };
 template <class T>
-struct Same {
-  static constexpr int64_t bytes = sizeof(T);
-  const T* data;
-  int64_t stride, depth_stride;
+struct Same : LaneOperand<T, sizeof(T)> {
+  using LaneOperand<T, sizeof(T)>::LaneOperand;
   static Vec<T> read(const T* p) { return *p; }
 };
 
@@ -110,7 +114,6 @@ inline const T* later(const T* p, int64_t bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
 }
 
-// Strides in bytes: of others the compiler makes a second loop for strides of 1.
 template <int R, int C, class A, class T, class Finish>
 __attribute__((noinline)) void lane_tile(const A& a, const Each<T>& b, int64_t depth, int64_t i, int64_t j,
                                          const Finish& finish) {
@@ -142,11 +145,9 @@ constexpr auto tile_or_null() -> void (*)(const A&, const Each<T>&, int64_t, int
 // The part of n that a tile takes: as many as possible, at the end two of nearly the same size.
 inline int64_t next_part(int64_t n, int64_t most) { return n >= 2 * most ? most : n > most ? (n + 1) / 2 : n; }
 
-// finish(i, j, sums) with sums = sum over k of a(i, k) b(j, k), for all tiles. Strides are in elements.
+// finish(i, j, sums) with sums = sum over k of a(i, k) b(j, k), for all tiles.
 template <class A, class T, class Finish>
-void lane_product(A a, Each<T> b, int64_t rows, int64_t columns, int64_t depth, const Finish& finish) {
-  a.stride *= A::bytes, a.depth_stride *= A::bytes;
-  b.stride *= b.bytes, b.depth_stride *= b.bytes;
+void lane_product(const A& a, const Each<T>& b, int64_t rows, int64_t columns, int64_t depth, const Finish& finish) {
   using Tile = void (*)(const A&, const Each<T>&, int64_t, int64_t, int64_t, const Finish&);
   static constexpr int highest = kMostHeight[1];
   static constexpr auto tiles = []<size_t... t>(std::index_sequence<t...>) {

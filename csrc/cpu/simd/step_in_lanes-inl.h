@@ -30,7 +30,7 @@ class StepsInLanes {
     bool has_bias;
     T *w, *bias;        // [N, K], [N]
     T *dw, *db;         // or nullptr
-    T *y, *saved;       // [block, N]; y becomes dz; saved: y or z, for backward
+    T *y, *saved, *dz;  // [block, N]; saved: y or z, for backward; dz takes the place of y, except in the top layer
   };
   struct Parameter {
     T* value;
@@ -85,19 +85,13 @@ class StepsInLanes {
       };
       T* const y = take<T>(block_ * layer.N * lanes);
       T* const z = keeps_z(l) ? take<T>(block_ * layer.N * lanes) : y;
-      layers_[l] = {layer.K,  layer.N,         layer.activation, layer.has_bias, w.value,
-                    bias.value, gradient(w), gradient(bias),   y,              z};
+      T* const dz = l + 1 == p.layers.size() ? take<T>(block_ * layer.N * lanes) : y;
+      layers_[l] = {layer.K,    layer.N,     layer.activation, layer.has_bias, w.value,
+                    bias.value, gradient(w), gradient(bias),   y,              z, dz};
     }
     x_block_ = take<T>(block_ * K * lanes);
     spare_ = take<T>(block_ * widest * lanes);
-    if (of_rows_) {
-      outputs_ = take<T>(block_ * N_ * lanes);
-      output_gradients_ = take<T>(block_ * N_ * lanes);
-      targets_ = take<T>(block_ * N_);
-      classes_ = take<int64_t>(block_);
-    } else if (p.loss_weight) {
-      loss_weight_ = take<T>(N_ * lanes);
-    }
+    if (p.loss_weight) loss_weight_ = take<T>(N_ * lanes);
   }
   size_t bytes() const { return used_; }
 
@@ -243,13 +237,13 @@ class StepsInLanes {
       x_ = {x_block_, K};
     }
   }
-  // f(the input of layer l as an operand)
+  // f<operand>(data, stride) for the input of layer l
   template <class F>
   void with_input(size_t l, const F& f) const {
-    if (l > 0) return f(Each<T>{layers_[l - 1].y, layers_[l].K, 1});
+    if (l > 0) return f.template operator()<Each<T>>(layers_[l - 1].y, layers_[l].K);
     const T* const x = static_cast<const T*>(x_.data);
-    if (p_.same_x && p_.same_order) return f(Same<T>{x, x_.stride, 1});
-    f(Each<T>{x, x_.stride, 1});
+    if (p_.same_x && p_.same_order) return f.template operator()<Same<T>>(x, x_.stride);
+    f.template operator()<Each<T>>(x, x_.stride);
   }
 
   // ---- a step ----
@@ -285,29 +279,26 @@ class StepsInLanes {
     read_x(m, count);
     for (size_t l = 0; l < p_.layers.size(); ++l) {
       const Layer& layer = layers_[l];
-      with_input(l, [&](const auto& x) {
+      with_input(l, [&]<class X>(const T* x, int64_t stride) {
         const AddBias<T> finish{layer.bias, {layer.saved, layer.N}, layer.activation->index == kReLU};
-        lane_product(x, Each<T>{layer.w, layer.K, 1}, count, layer.N, layer.K, finish);
+        lane_product(X{x, stride, 1}, Each<T>{layer.w, layer.K, 1}, count, layer.N, layer.K, finish);
       });
       if (layer.activation->index != kIdentity && layer.activation->index != kReLU)
         pointwise_of<T>().act(*layer.activation, {layer.saved, 0}, {layer.y, 0}, 1, count * layer.N * lanes, false);
     }
   }
 
-  // dz of the top layer, over its y.
+  // dz of the top layer
   void loss(int64_t m, int64_t count) {
     const Layer& top = layers_[p_.layers.size() - 1];
-    const bool identity = top.activation->index == kIdentity;
-    T* const dy = identity ? top.y : spare_;
-    if (of_rows_) {
-      row_losses(m, count, top.y, dy);
-    } else {
-      read_target(m, count);
-      const Loss loss{p_.loss, scales_[0], {spare_, N_}, nullptr, 1, loss_weight_};
-      pointwise_of<T>().loss_in_lanes(loss, count, N_, top.y, dy, totals_of_losses_.data(), valid_.data());
-    }
-    if (!identity)
-      pointwise_of<T>().grad_z(*top.activation, {dy, 0}, {top.saved, 0}, {top.y, 0}, nullptr, 1, count * N_ * lanes);
+    const bool of_classes = network(0).classes != nullptr;
+    of_classes ? read_classes(m, count) : read_target(m, count);
+    const Loss loss{p_.loss, 1, {spare_, N_}, nullptr, 1, loss_weight_};
+    pointwise_of<T>().loss_in_lanes(loss, of_classes, count, N_, top.y, top.dz, scales_.data(),
+                                    totals_of_losses_.data(), valid_.data());
+    if (top.activation->index != kIdentity)
+      pointwise_of<T>().grad_z(*top.activation, {top.dz, 0}, {top.saved, 0}, {top.dz, 0}, nullptr, 1,
+                               count * N_ * lanes);
   }
   void read_target(int64_t m, int64_t count) {
     if (!p_.same_target || !p_.same_order) return gather_rows(&LaneNetwork::target, N_, m, count, spare_);
@@ -316,27 +307,17 @@ class StepsInLanes {
       for (int64_t n = 0; n < N_; ++n) store(spare_ + (r * N_ + n) * lanes, V(from[n]));
     }
   }
-
-  // Losses of whole rows: one network after another, from contiguous rows.
-  void row_losses(int64_t m, int64_t count, const T* y, T* dy) {
-    const int64_t size = count * N_;
-    scatter(y, size, for_lanes([&](int l) { return outputs_ + l * size; }).data(), used_lanes_);
-    for (int l = 0; l < used_lanes_; ++l) {
-      const LaneNetwork& of = network(l);
-      Loss loss{p_.loss, scales_[l]};
-      loss.weight = p_.loss_weight;
-      loss.ignore_index = ignore_index_of(*p_.loss);
-      if (of.classes) {
-        loss.classes = classes_;
-        for (int64_t r = 0; r < count; ++r) classes_[r] = class_of(of, m + r);
-      } else {
-        loss.target = rows_of(of, &LaneNetwork::target, N_, m, count, targets_);
-      }
-      totals_of_losses_[l] += pointwise_of<T>().loss(loss, {0, count}, N_, outputs_ + l * size,
-                                                     output_gradients_ + l * size, nullptr, valid_[l]);
-    }
-    gather<T>(for_lanes([&](int l) -> const T* { return output_gradients_ + (l < used_lanes_ ? l : 0) * size; }).data(),
-              size, dy);
+  void read_classes(int64_t m, int64_t count) {  // as numbers of T, -1 where they are ignored
+    const int64_t ignored = ignore_index_of(*p_.loss);
+    const auto number = [&](int l, int64_t r) {
+      const int64_t c = class_of(network(l), m + r);
+      return c == ignored ? T(-1) : static_cast<T>(c);
+    };
+    for (int64_t r = 0; r < count; ++r)
+      if (p_.same_target && p_.same_order)
+        store(spare_ + r * lanes, V(number(0, r)));
+      else
+        for (int l = 0; l < lanes; ++l) spare_[r * lanes + l] = number(l, r);
   }
   int64_t class_of(const LaneNetwork& of, int64_t m) const { return of.classes[row(of, m) * of.classes_stride]; }
 
@@ -364,11 +345,11 @@ class StepsInLanes {
     static constexpr T one = 1;
     for (size_t l = p_.layers.size(); l-- > p_.lowest;) {
       const Layer& layer = layers_[l];
-      const T* const dz = layer.y;
+      const T* const dz = layer.dz;
       if (layer.dw)  // dW = dz^T x
-        with_input(l, [&](auto x) {
-          std::swap(x.stride, x.depth_stride);
-          lane_product(x, Each<T>{dz, 1, layer.N}, layer.K, layer.N, count, AddGradients<T>{{layer.dw, layer.K}, adds});
+        with_input(l, [&]<class X>(const T* x, int64_t stride) {
+          const AddGradients<T> finish{{layer.dw, layer.K}, adds};
+          lane_product(X{x, 1, stride}, Each<T>{dz, 1, layer.N}, layer.K, layer.N, count, finish);
         });
       if (layer.db)
         lane_product(Same<T>{&one, 0, 0}, Each<T>{dz, 1, layer.N}, 1, layer.N, count,
@@ -379,10 +360,10 @@ class StepsInLanes {
       bool in_registers = true;
       with_act_in_registers(*below.activation, [](auto) {}, [&] { in_registers = false; });
       const GradZ<T> finish{below.activation, {below.saved, below.N},
-                            {in_registers ? below.y : spare_, below.N}};
+                            {in_registers ? below.dz : spare_, below.N}};
       lane_product(Each<T>{dz, layer.N, 1}, Each<T>{layer.w, 1, layer.K}, count, layer.K, layer.N, finish);
       if (!in_registers)
-        pointwise_of<T>().grad_z(*below.activation, {spare_, 0}, {below.saved, 0}, {below.y, 0}, nullptr, 1,
+        pointwise_of<T>().grad_z(*below.activation, {spare_, 0}, {below.saved, 0}, {below.dz, 0}, nullptr, 1,
                                  count * below.N * lanes);
     }
   }
@@ -431,8 +412,6 @@ class StepsInLanes {
   double* totals_ = nullptr;     // [size]
   T* x_block_;                   // [block, K]
   T* spare_;                     // [block, widest layer]: the target, then dy
-  T *outputs_, *output_gradients_, *targets_;  // of each network, for losses of rows
-  int64_t* classes_;
   T* loss_weight_ = nullptr;
 
   std::span<LaneNetwork> networks_;
