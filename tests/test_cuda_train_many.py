@@ -21,15 +21,15 @@ pytestmark = pytest.mark.cuda
 
 OPS = torch.ops.mlp_ext
 TANH = Activation("tanh")
-SMALL = Training((6, 5, 4), 40, 12, hidden=TANH)
+SMALL = Training((6, 5, 4), 40, 14, hidden=TANH)
 TOGETHER = [
     SMALL,
     Training((1, 1), 1, 1),
     Training((10, 5, 1), 33, 10),
-    Training((64, 64, 64, 10), 128, 64),  # layer by layer if it is alone
+    Training((64, 64, 64, 10), 128, 64, options={"lr": 0.01}),  # layer by layer if it is alone
     Training((5, 4, 3), 12, 5, bias=False),
 ]
-IN_TURN = [Training((784, 100, 10), 40, 20), Training((4,) + (3,) * 9, 9, 4)]
+IN_TURN = [Training((784, 100, 10), 40, 20, options={"lr": 0.001}), Training((4,) + (3,) * 9, 9, 4)]
 
 
 def all_arguments(networks: list[Network], epochs: int) -> dict[str, Any]:
