@@ -46,7 +46,7 @@ class StepsInLanes {
 
  public:
   StepsInLanes(const LaneProblem& p, void* memory)
-      : p_(p), memory_(static_cast<char*>(memory)), of_rows_(is_of_rows_loss(*p.loss)), N_(p.layers.back().N) {
+      : p_(p), memory_(reinterpret_cast<uintptr_t>(memory)), of_rows_(is_of_rows_loss(*p.loss)), N_(p.layers.back().N) {
     const int64_t K = p.layers[0].K;
     int64_t widths = 0, widest = 0;
     for (size_t l = 0; l < p.layers.size(); ++l) {
@@ -97,25 +97,25 @@ class StepsInLanes {
   void train(std::span<LaneNetwork> networks) {
     networks_ = networks;
     used_lanes_ = static_cast<int>(networks.size());
-    begin();
+    read_networks();
     const int64_t batches = ceil_div(p_.rows, p_.batch);
     int64_t done = 0;
     for (int64_t epoch = 0; epoch < p_.epochs; ++epoch)
       for (int64_t i = 0; i < batches; ++i, ++done) {
         step(epoch * p_.rows, i * p_.batch, std::min(p_.batch, p_.rows - i * p_.batch), done);
-        if (learning_lanes_ == 0) return end();
+        if (learning_lanes_ == 0) return write_networks();
       }
     for (int l = 0; l < used_lanes_; ++l)
       if (learns_.v[l] != 0) networks_[l].done = done;
-    end();
+    write_networks();
   }
 
  private:
   template <class U>
   U* take(int64_t count) {
-    char* const at = memory_ + used_;
+    U* const at = reinterpret_cast<U*>(memory_ + used_);
     used_ += (static_cast<size_t>(count) * sizeof(U) + 63) / 64 * 64;
-    return reinterpret_cast<U*>(at);
+    return at;
   }
   bool keeps_z(size_t l) const { return l >= p_.lowest && needs_z(*p_.layers[l].activation); }
   int64_t count_learning() const {
@@ -134,7 +134,7 @@ class StepsInLanes {
     return all;
   }
 
-  void begin() {
+  void read_networks() {
     learns_ = V();
     for (int l = 0; l < used_lanes_; ++l) learns_.v[l] = 1;
     learning_lanes_ = used_lanes_;
@@ -184,7 +184,7 @@ class StepsInLanes {
       for (int64_t n = 0; n < N_; ++n) store(loss_weight_ + n * lanes, V(static_cast<const T*>(p_.loss_weight)[n]));
   }
 
-  void end() {
+  void write_networks() {
     for (size_t i = 0; i < 2 * p_.layers.size(); ++i) {
       const Parameter& p = parameters_[i];
       if (!p.learns) continue;
@@ -393,7 +393,7 @@ class StepsInLanes {
   }
 
   const LaneProblem& p_;
-  char* const memory_;
+  const uintptr_t memory_;
   size_t used_ = 0;
   const bool of_rows_;
   const int64_t N_;
