@@ -1,9 +1,9 @@
 // Optimizers: update rules with the hyperparameters and states of torch.optim.
 //
 // One functor serves scalars, CPU vectors, CUDA threads and, as a composite of PyTorch's operations, at::Tensor. V
-// needs + - * /, < <=, where() and sqrt(); constants K are V, or double if V is a tensor. A Setting is a hyperparameter:
-// double, or a double for each lane of V, for networks in lanes. begin_step computes the members after the
-// hyperparameters once per step, as Number: a Setting, or a tensor if the step count is a tensor on a device.
+// needs + - * /, < <=, where() and sqrt(); constants K are V, or double if V is a tensor. A Setting is a
+// hyperparameter: double, or a double for each lane of V, for networks in lanes. begin_step computes the members after
+// the hyperparameters once per step, as Number: a Setting, or a tensor if the step count is a tensor on a device.
 #pragma once
 
 #include <algorithm>

@@ -23,6 +23,7 @@
 #include "python/guards.h"
 #include "python/mlp_call.h"
 #include "python/trainer.h"
+#include "python/trainers.h"
 
 namespace py = pybind11;
 
@@ -324,6 +325,7 @@ PYBIND11_MODULE(_C, m) {
   bind_guards(m);
   bind_mlp_call(m);
   bind_trainer(m);
+  bind_trainers(m);
 }
 
 }  // namespace mlp_ext

@@ -41,11 +41,7 @@ struct Network {
   std::vector<LaneParameter> parameters;
 
   // The same network for the same seed and problem.
-  Network(const Problem& p, int seed)
-      : count(seed % 3),
-        x(1, 1),
-        target(1, 1),
-        losses(1, p.steps()) {
+  Network(const Problem& p, int seed) : count(seed % 3), x(1, 1), target(1, 1), losses(1, p.steps()) {
     Random random;
     for (int i = 0; i < 7 * seed; ++i) random(0, 1);
     const auto vary = [&](double number) { return number == 0 || number == 1 ? number : number * random(0.8, 1); };
@@ -117,8 +113,8 @@ struct Call {
       layers.push_back({p.widths[l], p.widths[l + 1], &activations[l], p.has_bias(l), p.learns(2 * l),
                         p.has_bias(l) && p.learns(2 * l + 1)});
     const size_t optimizer = index_of(p.optimizer.name, Optimizers{});
-    const LaneProblem problem{layers,   p.lowest, &loss,   p.mean,    p.loss.weighted ? weight.data() : nullptr,
-                              optimizer, p.rows,   p.batch, p.epochs,  !p.own_x,
+    const LaneProblem problem{layers,        p.lowest,    &loss,   p.mean,   p.loss.weighted ? weight.data() : nullptr,
+                              optimizer,     p.rows,      p.batch, p.epochs, !p.own_x,
                               !p.own_target, p.orders < 2};
     std::vector<LaneNetwork> lanes;
     for (size_t e = 0; e < networks.size(); ++e) {
@@ -217,8 +213,8 @@ struct Call {
       found.losses.push_back(total * scale);
       for (size_t i = 0; i < gradients.size(); ++i) {
         if (!p.learns(i)) continue;
-        const Optimizer chosen = at_step(choose(Optimizers{}, optimizer, n.numbers[i].data()),
-                                         n.count + static_cast<double>(step) + 1);
+        const Optimizer chosen =
+            at_step(choose(Optimizers{}, optimizer, n.numbers[i].data()), n.count + static_cast<double>(step) + 1);
         for (size_t j = 0; j < gradients[i].values.size(); ++j) {
           double states[kMaxStates];
           for (size_t s = 0; s < kMaxStates; ++s) states[s] = found.states[i][s].values[j];
@@ -296,9 +292,9 @@ std::vector<int> seeds(int64_t count, int first = 0) {
 
 template <class S>
 void compare(Report& report, const Problem& p, int64_t count) {
-  report.subject = std::string(Format<S>::name) + " " + p.loss.name + " " + p.optimizer.name + " " +
-                   p.activations[0] + ", " + std::to_string(p.rows) + " by " + std::to_string(p.batch) + ", " +
-                   std::to_string(count) + " networks";
+  report.subject = std::string(Format<S>::name) + " " + p.loss.name + " " + p.optimizer.name + " " + p.activations[0] +
+                   ", " + std::to_string(p.rows) + " by " + std::to_string(p.batch) + ", " + std::to_string(count) +
+                   " networks";
   Call<S> call(p, seeds(count));
   std::vector<typename Call<S>::Plain> exact;
   const int64_t compared = std::min<int64_t>(count, 3);  // the first two and the last
@@ -311,9 +307,9 @@ void compare(Report& report, const Problem& p, int64_t count) {
     report.check(done[network(i)] == p.steps(), "steps", std::to_string(done[network(i)]) + " done");
     for (int64_t s = 0; s < p.steps(); ++s) {
       const double most = 1e-3 + std::abs(exact[i].losses[s]);
-      report.check(std::abs(n.losses(0, s) - exact[i].losses[s]) <= 8 * times * epsilon<S> * most, "loss",
-                   std::to_string(s) + " is " + std::to_string(n.losses(0, s)) + ", not " +
-                       std::to_string(exact[i].losses[s]));
+      report.check(
+          std::abs(n.losses(0, s) - exact[i].losses[s]) <= 8 * times * epsilon<S> * most, "loss",
+          std::to_string(s) + " is " + std::to_string(n.losses(0, s)) + ", not " + std::to_string(exact[i].losses[s]));
     }
     for (size_t v = 0; v < n.values.size(); ++v) {
       exact[i].values[v].terms = 2 * exact[i].values[v].largest();
@@ -348,7 +344,15 @@ void test(Report& report) {
   for (const OptimizerCase& o : kOptimizers)
     for (const int64_t rows : {10, 13})
       compare<S>(report,
-                 {{10, 5, 1}, {"tanh", "identity"}, {"mse", {}, false, false}, o, rows, 5, 2, rows == 13, false,
+                 {{10, 5, 1},
+                  {"tanh", "identity"},
+                  {"mse", {}, false, false},
+                  o,
+                  rows,
+                  5,
+                  2,
+                  rows == 13,
+                  false,
                   rows == 13 ? 2 : 0},
                  count());
   for (const LossCase& l : kLosses) {
@@ -360,22 +364,37 @@ void test(Report& report) {
   }
   [&]<class... Act>(TypeList<Act...>) {
     (compare<S>(report,
-                {{3, 9, 6, 2}, {Act::name, "identity", Act::name}, {"mse", {}, false, false}, sgd, 37, 37, 2,
-                 sizeof(Act) % 2 == 0, true},
+                {{3, 9, 6, 2},
+                 {Act::name, "identity", Act::name},
+                 {"mse", {}, false, false},
+                 sgd,
+                 37,
+                 37,
+                 2,
+                 sizeof(Act) % 2 == 0,
+                 true},
                 count()),
      ...);
   }(Activations{});
   // Widths around the tiles, several blocks of rows, and layers that do not learn.
   for (const int64_t width : {1, 2, 3, 4, 5, 6, 7, 8, 17, 33})
     compare<S>(report,
-               {{width, width, width + 1, 1}, {"relu", "sigmoid", "identity"}, {"huber", {0.5}, false, false},
-                kOptimizers[1], 67, 33, 1, width % 2 == 0, false, 0, static_cast<size_t>(width % 3)},
+               {{width, width, width + 1, 1},
+                {"relu", "sigmoid", "identity"},
+                {"huber", {0.5}, false, false},
+                kOptimizers[1],
+                67,
+                33,
+                1,
+                width % 2 == 0,
+                false,
+                0,
+                static_cast<size_t>(width % 3)},
                count());
   // Sums of many rows.
   compare<S>(report, {{24, 8, 2}, {"relu", "identity"}, {"cross_entropy", {-100, 0}, false, true}, sgd, 500, 300, 1},
              2);
-  compare<S>(report, {{2, 3, 1}, {"relu", "identity"}, {"mse", {}, false, false}, {"sgd", {0.1}}, 50000, 50000, 1},
-             2);
+  compare<S>(report, {{2, 3, 1}, {"relu", "identity"}, {"mse", {}, false, false}, {"sgd", {0.1}}, 50000, 50000, 1}, 2);
 }
 
 // Rows that networks share give the same bits as copies of them.
@@ -383,8 +402,8 @@ template <class S>
 void test_shared_rows(Report& report) {
   report.subject = std::string(Format<S>::name) + " shared rows";
   for (const int orders : {0, 1}) {
-    const Problem shared{{19, 6, 2}, {"relu", "identity"}, {"mse", {}, false, false}, kOptimizers[1], 45, 40, 2,
-                         false,      false,                orders};
+    const Problem shared{
+        {19, 6, 2}, {"relu", "identity"}, {"mse", {}, false, false}, kOptimizers[1], 45, 40, 2, false, false, orders};
     Problem own = shared;
     own.own_x = own.own_target = true;
     Call<S> a(shared, seeds(3)), b(own, seeds(3));

@@ -51,8 +51,8 @@ MLP_EXT_INLINE Vec<float> to_float(Vec<double> low, Vec<double> high) {
   const __m512d both = _mm512_castpd256_pd512(_mm256_castps_pd(half(low)));
   return Vec<float>((Vec<float>::Native)_mm512_insertf64x4(both, _mm256_castps_pd(half(high)), 1));
 #elif MLP_EXT_VECTOR_BYTES == 32
-  return Vec<float>((Vec<float>::Native)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)high.v),
-                                                        _mm256_cvtpd_ps((__m256d)low.v)));
+  return Vec<float>(
+      (Vec<float>::Native)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)high.v), _mm256_cvtpd_ps((__m256d)low.v)));
 #else
   constexpr int half = Vec<double>::lanes;
   Vec<float> v;
@@ -153,8 +153,7 @@ LaneOptimizer<T> lane_optimizer(size_t index, const std::array<const double*, Ve
     operator bool() const { return of[0][i] != 0; }
   };
   return visit(LaneOptimizers<T>{}, index, [&](auto functor) {
-    return LaneOptimizer<T>(
-        index, make_of<decltype(functor)>([&](size_t i) { return Number{hyperparameters, i}; }));
+    return LaneOptimizer<T>(index, make_of<decltype(functor)>([&](size_t i) { return Number{hyperparameters, i}; }));
   });
 }
 
@@ -169,30 +168,28 @@ void begin_step(LaneOptimizer<T>& optimizer, const PerLane<T>& t) {
   });
 }
 
-// Parameters and states of `size` vectors. learns: lanes that are updated, or nullptr for all.
+// `size` elements of each lane.
 template <class T>
 struct LaneUpdate {
   T* parameter;
   T* states[kMaxStates];  // or nullptr
   const T* gradient;
   int64_t size;
-  const typename Vec<T>::Mask* learns;
 };
 
 template <class T, class Opt>
 __attribute__((flatten)) void update_lanes(const LaneOptimizer<T>& chosen, const LaneUpdate<T>& given) {
   using V = Vec<T>;
-  const LaneUpdate<T> u = given;  // in registers
   const auto optimizer = get<Opt>(chosen);
+  const LaneUpdate<T> u = given;  // in registers
   for (int64_t i = 0; i < u.size * V::lanes; i += V::lanes) {
     V parameter = load(u.parameter + i), states[kMaxStates];
     for (size_t s = 0; s < Opt::states.size(); ++s)
       if (u.states[s]) states[s] = load(u.states[s] + i);
-    const auto put = [&](T* to, V v) { store(to, u.learns ? where(*u.learns, v, load(to)) : v); };
     optimizer.update(parameter, states, load(u.gradient + i));
     for (size_t s = 0; s < Opt::states.size(); ++s)
-      if (u.states[s]) put(u.states[s] + i, states[s]);
-    put(u.parameter + i, parameter);
+      if (u.states[s]) store(u.states[s] + i, states[s]);
+    store(u.parameter + i, parameter);
   }
 }
 
@@ -200,6 +197,30 @@ template <class T, class... Opt>
 void update_table(const LaneOptimizer<T>& optimizer, const LaneUpdate<T>& u, TypeList<Opt...>) {
   static constexpr std::array table{&update_lanes<T, Opt>...};
   table[optimizer.index](optimizer, u);
+}
+template <class T>
+void update(const LaneOptimizer<T>& optimizer, const LaneUpdate<T>& u) {
+  update_table(optimizer, u, LaneOptimizers<T>{});
+}
+
+// Leaves lanes that do not learn any more as they were. By the same code, since another may round otherwise.
+template <class T>
+void update_some(const LaneOptimizer<T>& optimizer, const LaneUpdate<T>& u, typename Vec<T>::Mask learns) {
+  constexpr int64_t piece = 16, lanes = Vec<T>::lanes;
+  alignas(kVectorBytes) T kept[1 + kMaxStates][piece * lanes];
+  for (int64_t begin = 0; begin < u.size; begin += piece) {
+    const int64_t size = std::min(piece, u.size - begin), first = begin * lanes;
+    const auto place = [&](T* of) { return of ? of + first : nullptr; };
+    const LaneUpdate<T> part{
+        place(u.parameter), {place(u.states[0]), place(u.states[1]), place(u.states[2])}, u.gradient + first, size};
+    T* const all[] = {part.parameter, part.states[0], part.states[1], part.states[2]};
+    for (size_t i = 0; i < std::size(all); ++i)
+      if (all[i]) std::copy(all[i], all[i] + size * lanes, kept[i]);
+    update(optimizer, part);
+    for (size_t i = 0; i < std::size(all); ++i)
+      for (int64_t j = 0; all[i] && j < size * lanes; j += lanes)
+        store(all[i] + j, where(learns, load(all[i] + j), load(kept[i] + j)));
+  }
 }
 
 }  // namespace

@@ -331,8 +331,7 @@ constexpr PointwiseKernels kPointwise{
     },
     [](const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
        int64_t columns) { grad_z_table<S>(activation, dy, saved, dz, db, rows, columns, Activations{}); },
-    loss<S>,
-    loss_in_lanes<Accumulator<S>>,
+    loss<S>, loss_in_lanes<Accumulator<S>>,
     [](const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
       update_table<S>(update, begin, stride, gradients, rows, columns, Optimizers{});
     }};

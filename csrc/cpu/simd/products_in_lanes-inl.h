@@ -9,7 +9,8 @@ namespace mlp_ext::cpu {
 namespace {
 
 // Operands: element (i, k) is at i stride + k depth_stride, and is a number for each lane or the same in all lanes.
-// Made from strides in elements; keeps them in bytes, since of others the compiler makes a second loop for strides of 1.
+// Made from strides in elements; keeps them in bytes, since of others the compiler makes a second loop for strides
+// of 1.
 template <class T, int64_t bytes>
 struct LaneOperand {
   const T* data;
@@ -28,7 +29,8 @@ struct Same : LaneOperand<T, sizeof(T)> {
   static Vec<T> read(const T* p) { return *p; }
 };
 
-// Register blocking: accumulators of up to kMostHeight[columns] x columns, beside a column and an element of the operands.
+// Register blocking: accumulators of up to kMostHeight[columns] x columns, beside a column and an element of the
+// operands.
 #if defined(__aarch64__)
 constexpr bool kHas32Registers = true;
 #else

@@ -46,7 +46,7 @@ class StepsInLanes {
 
  public:
   StepsInLanes(const LaneProblem& p, void* memory)
-      : p_(p), memory_(static_cast<char*>(memory)), of_rows_(is_of_rows_loss(*p.loss)), N_(p.layers.back().N) {
+      : p_(p), memory_(reinterpret_cast<uintptr_t>(memory)), of_rows_(is_of_rows_loss(*p.loss)), N_(p.layers.back().N) {
     const int64_t K = p.layers[0].K;
     int64_t widths = 0, widest = 0;
     for (size_t l = 0; l < p.layers.size(); ++l) {
@@ -80,14 +80,13 @@ class StepsInLanes {
     for (size_t l = 0; l < p.layers.size(); ++l) {
       const LaneLayer& layer = p.layers[l];
       const Parameter &w = parameters_[2 * l], &bias = parameters_[2 * l + 1];
-      const auto gradient = [&](const Parameter& of) {
-        return of.learns ? gradients_ + of.begin * lanes : nullptr;
-      };
+      const auto gradient = [&](const Parameter& of) { return of.learns ? gradients_ + of.begin * lanes : nullptr; };
       T* const y = take<T>(block_ * layer.N * lanes);
       T* const z = keeps_z(l) ? take<T>(block_ * layer.N * lanes) : y;
       T* const dz = l + 1 == p.layers.size() ? take<T>(block_ * layer.N * lanes) : y;
-      layers_[l] = {layer.K,    layer.N,     layer.activation, layer.has_bias, w.value,
-                    bias.value, gradient(w), gradient(bias),   y,              z, dz};
+      layers_[l] = {
+          layer.K, layer.N, layer.activation, layer.has_bias, w.value, bias.value, gradient(w), gradient(bias), y,
+          z,       dz};
     }
     x_block_ = take<T>(block_ * K * lanes);
     spare_ = take<T>(block_ * widest * lanes);
@@ -98,25 +97,25 @@ class StepsInLanes {
   void train(std::span<LaneNetwork> networks) {
     networks_ = networks;
     used_lanes_ = static_cast<int>(networks.size());
-    begin();
+    read_networks();
     const int64_t batches = ceil_div(p_.rows, p_.batch);
     int64_t done = 0;
     for (int64_t epoch = 0; epoch < p_.epochs; ++epoch)
       for (int64_t i = 0; i < batches; ++i, ++done) {
         step(epoch * p_.rows, i * p_.batch, std::min(p_.batch, p_.rows - i * p_.batch), done);
-        if (learning_lanes_ == 0) return end();
+        if (learning_lanes_ == 0) return write_networks();
       }
     for (int l = 0; l < used_lanes_; ++l)
       if (learns_.v[l] != 0) networks_[l].done = done;
-    end();
+    write_networks();
   }
 
  private:
   template <class U>
   U* take(int64_t count) {
-    char* const at = memory_ + used_;
+    U* const at = reinterpret_cast<U*>(memory_ + used_);
     used_ += (static_cast<size_t>(count) * sizeof(U) + 63) / 64 * 64;
-    return reinterpret_cast<U*>(at);
+    return at;
   }
   bool keeps_z(size_t l) const { return l >= p_.lowest && needs_z(*p_.layers[l].activation); }
   int64_t count_learning() const {
@@ -135,7 +134,7 @@ class StepsInLanes {
     return all;
   }
 
-  void begin() {
+  void read_networks() {
     learns_ = V();
     for (int l = 0; l < used_lanes_; ++l) learns_.v[l] = 1;
     learning_lanes_ = used_lanes_;
@@ -182,11 +181,10 @@ class StepsInLanes {
       if (!layers_[l].has_bias) std::fill(layers_[l].bias, layers_[l].bias + layers_[l].N * lanes, T(0));
     optimizers_count_ = optimizers;
     if (loss_weight_)
-      for (int64_t n = 0; n < N_; ++n)
-        store(loss_weight_ + n * lanes, V(static_cast<const T*>(p_.loss_weight)[n]));
+      for (int64_t n = 0; n < N_; ++n) store(loss_weight_ + n * lanes, V(static_cast<const T*>(p_.loss_weight)[n]));
   }
 
-  void end() {
+  void write_networks() {
     for (size_t i = 0; i < 2 * p_.layers.size(); ++i) {
       const Parameter& p = parameters_[i];
       if (!p.learns) continue;
@@ -272,7 +270,7 @@ class StepsInLanes {
         networks_[l].done = done;
       }
     }
-    update(done);
+    if (learning_lanes_ > 0) update_parameters(done);
   }
 
   void forward(int64_t m, int64_t count) {
@@ -359,8 +357,7 @@ class StepsInLanes {
       const Layer& below = layers_[l - 1];
       bool in_registers = true;
       with_act_in_registers(*below.activation, [](auto) {}, [&] { in_registers = false; });
-      const GradZ<T> finish{below.activation, {below.saved, below.N},
-                            {in_registers ? below.dz : spare_, below.N}};
+      const GradZ<T> finish{below.activation, {below.saved, below.N}, {in_registers ? below.dz : spare_, below.N}};
       lane_product(Each<T>{dz, layer.N, 1}, Each<T>{layer.w, 1, layer.K}, count, layer.K, layer.N, finish);
       if (!in_registers)
         pointwise_of<T>().grad_z(*below.activation, {spare_, 0}, {below.saved, 0}, {below.dz, 0}, nullptr, 1,
@@ -380,22 +377,23 @@ class StepsInLanes {
         gradients_[i] = static_cast<T>(totals_[i] + static_cast<double>(gradients_[i]));
   }
 
-  void update(int64_t done) {
+  void update_parameters(int64_t done) {
     for (size_t o = 0; o < optimizers_count_; ++o)
       begin_step(optimizers_[o], counts_[o] + static_cast<double>(done + 1));
-    const typename V::Mask learns = V(0) < learns_;
     for (size_t g = 0; g < groups_count_; ++g) {
       const Group& group = groups_[g];
       const int64_t begin = group.begin * lanes;
-      LaneUpdate<T> u{learning_ + begin, {}, gradients_ + begin, group.size,
-                      learning_lanes_ < used_lanes_ ? &learns : nullptr};
+      LaneUpdate<T> u{learning_ + begin, {}, gradients_ + begin, group.size};
       for (size_t s = 0; s < kMaxStates; ++s) u.states[s] = group.has_state[s] ? states_[s] + begin : nullptr;
-      update_table(optimizers_[group.optimizer], u, LaneOptimizers<T>{});
+      if (learning_lanes_ == used_lanes_)
+        update(optimizers_[group.optimizer], u);
+      else
+        update_some(optimizers_[group.optimizer], u, V(0) < learns_);
     }
   }
 
   const LaneProblem& p_;
-  char* const memory_;
+  const uintptr_t memory_;
   size_t used_ = 0;
   const bool of_rows_;
   const int64_t N_;
@@ -406,12 +404,12 @@ class StepsInLanes {
   size_t groups_count_ = 0, optimizers_count_ = 0;
   LaneOptimizer<T>* optimizers_;
   PerLane<T>* counts_;
-  int64_t size_ = 0;             // of the parameters that learn
-  T *learning_, *gradients_;     // [size]
-  T* states_[kMaxStates] = {};   // [size]
-  double* totals_ = nullptr;     // [size]
-  T* x_block_;                   // [block, K]
-  T* spare_;                     // [block, widest layer]: the target, then dy
+  int64_t size_ = 0;            // of the parameters that learn
+  T *learning_, *gradients_;    // [size]
+  T* states_[kMaxStates] = {};  // [size]
+  double* totals_ = nullptr;    // [size]
+  T* x_block_;                  // [block, K]
+  T* spare_;                    // [block, widest layer]: the target, then dy
   T* loss_weight_ = nullptr;
 
   std::span<LaneNetwork> networks_;
@@ -424,12 +422,11 @@ class StepsInLanes {
 };
 
 template <class T>
-constexpr LaneKernels kLaneKernels{
-    []() -> int64_t { return Vec<T>::lanes; },
-    [](const LaneProblem& p) { return StepsInLanes<T>(p, nullptr).bytes(); },
-    [](const LaneProblem& p, std::span<LaneNetwork> networks, void* scratch) {
-      StepsInLanes<T>(p, scratch).train(networks);
-    }};
+constexpr LaneKernels kLaneKernels{[]() -> int64_t { return Vec<T>::lanes; },
+                                   [](const LaneProblem& p) { return StepsInLanes<T>(p, nullptr).bytes(); },
+                                   [](const LaneProblem& p, std::span<LaneNetwork> networks, void* scratch) {
+                                     StepsInLanes<T>(p, scratch).train(networks);
+                                   }};
 
 }  // namespace
 
