@@ -185,8 +185,8 @@ at::Tensor train_many(const TrainingOfMany& many) {
   const at::Tensor losses = at::zeros({count, many.epochs * many.batches()}, many.inputs[0].options());
   std::vector<size_t> together, apart;
   for (size_t i = 0; i < many.networks.size(); ++i) {
-    const TrainedNetwork& network = many.networks[i];
-    const bool fits = in_one_block(network.training, std::min(network.rows(), many.batch_size), true);
+    // By batch_size, not by the rows of this call: a short last batch alone takes the same path.
+    const bool fits = in_one_block(many.networks[i].training, many.batch_size, true);
     (fits ? together : apart).push_back(i);
   }
   if (!together.empty()) launch_many(many, together, losses);
