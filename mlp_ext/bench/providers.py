@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlp_ext.bench.cases import Case, Setting
+from mlp_ext.bench.cases import Case, Nets, Setting
 from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.jax_step import ACTIVATIONS as JAX_ACTIVATIONS
-from mlp_ext.bench.jax_step import JaxStep
+from mlp_ext.bench.jax_step import JaxStep, JaxVmapStep
 from mlp_ext.bench.plans import capability, paths, plan
+from mlp_ext.bench.stacked import StackedStep, bmm_gradients, vmap_gradients
 from mlp_ext.bench.training import LAYERS, Step, sgd_step
 from mlp_ext.functional import linear_act
 from mlp_ext.nn import MODULES
@@ -121,8 +124,42 @@ def _fit(*parts: Any) -> Callable[..., Tensor]:
     return lambda input, target, epochs=1: step.fit(input, target, epochs=epochs)[-1]
 
 
+Models = list[nn.Module]
+Optimizers = list[torch.optim.Optimizer]
+
+
+def _each(make: Callable[..., Step]) -> Callable[..., Any]:
+    """Steps network after network."""
+
+    def made(models: Models, criterion: nn.Module, optimizers: Optimizers) -> Any:
+        steps = [make(m, criterion, o) for m, o in zip(models, optimizers, strict=True)]
+        return lambda input, target: [step(input, target) for step in steps]
+
+    return made
+
+
+def _fit_each(models: Models, criterion: nn.Module, optimizers: Optimizers) -> Any:
+    fits = [_fit(m, criterion, o) for m, o in zip(models, optimizers, strict=True)]
+    return lambda input, target, epochs=1: [fit(input, target, epochs=epochs) for fit in fits]
+
+
+def _stacked(gradients: Callable[..., Any], **options: Any) -> Callable[..., StackedStep]:
+    """options: of torch.compile; not compiled without."""
+    compile = partial(torch.compile, **options) if options else lambda step: step
+    return partial(StackedStep, gradients, compile)
+
+
+def _steps_fit(*parts: Any) -> Callable[..., Tensor]:
+    steps = import_module("mlp_ext.train_steps").TrainSteps(*parts)
+    return lambda input, target, epochs=1: steps.fit(input, target, epochs=epochs)[-1]
+
+
 def _relu_only(setting: Setting) -> str:
     return "" if setting.activation == "relu" else "for relu only"
+
+
+def _steps_here(setting: Setting) -> str:
+    return "" if find_spec("mlp_ext.train_steps") else "needs mlp_ext.TrainSteps"
 
 
 def _on_cuda(setting: Setting) -> str:
@@ -185,15 +222,17 @@ def _jax_here(setting: Setting) -> str:
 
 
 class Provider(NamedTuple):
-    """`make` takes a Setting in layers; in train it is called like training.LAYERS."""
+    """`make` takes a Setting in layers; in train it is called like training.LAYERS; in many it
+    takes models, criterion and optimizers, and its steps return the losses."""
 
     make: Callable[..., Any]
     about: str = ""  # one line
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
     planned: bool = False  # it runs the path of `plan`
     captured: bool = False  # in layers: on cuda, captured in a CUDA graph and replayed
-    options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # in train: optimizer options
-    has_epochs: bool = False  # in train: a call may run several steps, and reports the time of one
+    options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # optimizer options
+    has_epochs: bool = False  # of networks: a call may run several steps; the time is of one
+    one_by_one: bool = False  # in many: runs the path of each network alone
     path: str | None = None  # of csrc/*/plan.h, forced
     takes: Callable[[Case, Setting], bool] = lambda case, setting: True
 
@@ -202,6 +241,8 @@ def path(case: Case, setting: Setting, provider: Provider) -> str:
     """The path of our kernels that it runs, forward/backward in mode full; "" for others."""
     if provider.path or not provider.planned:
         return provider.path or ""
+    if isinstance(case, Nets) and provider.one_by_one:
+        case = case.net
     found = paths(plan(case, setting, _arch(setting)))
     return "/".join(dict.fromkeys(found[way] for way in found if setting.mode in (way, "full")))
 
@@ -260,19 +301,68 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         ),
         "jax": Provider(JaxStep, "the jitted step in JAX, which chooses its threads", _jax_here),
     },
+    "many": {
+        "native": Provider(_each(LAYERS["native"]), "the eager loop, network after network"),
+        "vmap": Provider(
+            _stacked(vmap_gradients), "torch.func: vmap(grad) of stacked parameters, and the update"
+        ),
+        "bmm": Provider(
+            _stacked(bmm_gradients), "stacked parameters, baddbmm and autograd, and the update"
+        ),
+        "compile-vmap": Provider(
+            _stacked(vmap_gradients, dynamic=False, fullgraph=True),
+            "torch.compile of vmap, as one graph",
+            _compiler_here,
+        ),
+        "step": Provider(
+            _each(LAYERS["step"]), "TrainStep of each in turn", planned=True, one_by_one=True
+        ),
+        "fit": Provider(
+            _fit_each,
+            "TrainStep.fit of each in turn, many epochs of one batch",
+            planned=True,
+            has_epochs=True,
+            one_by_one=True,
+        ),
+        "steps": Provider(
+            _steps_fit,
+            "mlp_ext.TrainSteps.fit, many epochs of one batch",
+            _steps_here,
+            planned=True,
+            has_epochs=True,
+        ),
+        "jax-vmap": Provider(JaxVmapStep, "the jitted vmap of the step in JAX", _jax_here),
+    },
 }
 DEFAULT = {  # by device; those that the suite has
-    "cpu": ("native", "native_fused", "compile", "compile-step", "fused", "stack", "step", "fit"),
+    "cpu": (
+        "native",
+        "native_fused",
+        "compile",
+        "compile-step",
+        "vmap",
+        "bmm",
+        "compile-vmap",
+        "fused",
+        "stack",
+        "step",
+        "fit",
+        "steps",
+    ),
     "cuda": (
         "native",
         "native_fused",
         "cudagraph",
         "compile",
         "compile-step",
+        "vmap",
+        "bmm",
+        "compile-vmap",
         "fused",
         "fused-cudagraph",
         "stack",
         "step",
         "fit",
+        "steps",
     ),
 }
