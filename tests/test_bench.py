@@ -510,7 +510,6 @@ def test_compiled_backward_can_be_repeated(capsys: pytest.CaptureFixture[str]) -
     [
         "--suite train --cases 10-5-1@10 --providers compile-step,step,fit",
         "--suite many --cases 3x10-5-1@10 --providers compile-vmap,step,fit",
-        "--suite many --cases 3x10-5-1@10 --providers compile-vmap --optimizer adam",
     ],
 )
 def test_compiled_step_is_a_step(args: str, capsys: pytest.CaptureFixture[str]) -> None:

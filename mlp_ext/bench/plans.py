@@ -58,8 +58,9 @@ def plan(
             options: dict[str, Any] = {"machine": machine, "forward": forced, "backward": forced}
             found = _C.plan(*case, *kind, library=library, **options)
         elif isinstance(case, Nets):
-            many_plan = getattr(_C, "many_plan", None)
-            found = many_plan(list(case.widths), case.batch, *kind) if many_plan else {"path": ""}
+            size, _, dots = kind
+            many_plan = getattr(_C, "many_plan", lambda *arguments, **options: "")
+            found = {"path": many_plan(list(case.widths), case.batch, size, dots, machine=machine)}
         else:
             found = _C.step_plan(list(case.widths), case.batch, *kind, machine=machine)
     return dict(found)

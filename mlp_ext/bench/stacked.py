@@ -45,7 +45,8 @@ def bmm_gradients(models: Models, criterion: nn.Module) -> Gradients:
                 y = torch.baddbmm(bias.unsqueeze(1), y, weight.mT)
             else:
                 y = module(y)
-        losses = (y - target).square().mean((1, 2))
+        differences = nn.functional.mse_loss(y, target.expand_as(y), reduction="none")
+        losses = differences.mean((1, 2))
         return torch.autograd.grad(losses.sum(), leaves), losses.detach()
 
     return gradients
