@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mlp_ext
+from mlp_ext import _C
 from mlp_ext.bench import machine, runner
 from mlp_ext.bench.cases import FLOATS, LARGEST, SUITES, Case, Layer, Net, Nets, Setting, parse
 from mlp_ext.bench.compiled_step import compiled_step
@@ -267,6 +268,14 @@ def test_path_is_that_of_the_plan(setting: Setting, case: str, expected: dict[st
     assert {name: path(parsed, setting, table[name]) for name in expected} == expected
 
 
+def test_path_of_steps_is_that_of_many_networks() -> None:
+    steps = PROVIDERS["many"]["steps"]
+    for case, dtype, size in (("3x10-5-1@10", "float32", 4), ("3x784-100-10@200", "float64", 8)):
+        parsed = parse("many", case)
+        expected = _C.many_plan([*parsed.widths], parsed.batch, size)
+        assert path(parsed, replace(MANY, dtype=dtype), steps) == expected != ""
+
+
 def test_torch_is_set_for_a_case_and_set_back() -> None:
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     with machine.torch_set(replace(FULL, threads=3, dtype="tf32")):
@@ -509,7 +518,7 @@ def test_compiled_backward_can_be_repeated(capsys: pytest.CaptureFixture[str]) -
     "args",
     [
         "--suite train --cases 10-5-1@10 --providers compile-step,step,fit",
-        "--suite many --cases 3x10-5-1@10 --providers compile-vmap,step,fit",
+        "--suite many --cases 3x10-5-1@10 --providers compile-vmap,step,fit,steps",
     ],
 )
 def test_compiled_step_is_a_step(args: str, capsys: pytest.CaptureFixture[str]) -> None:

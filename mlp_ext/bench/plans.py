@@ -59,8 +59,8 @@ def plan(
             found = _C.plan(*case, *kind, library=library, **options)
         elif isinstance(case, Nets):
             size, _, dots = kind
-            many_plan = getattr(_C, "many_plan", lambda *arguments, **options: "")
-            found = {"path": many_plan(list(case.widths), case.batch, size, dots, machine=machine)}
+            path = _C.many_plan(list(case.widths), case.batch, size, dots, machine=machine)
+            found = {"path": path}
         else:
             found = _C.step_plan(list(case.widths), case.batch, *kind, machine=machine)
     return dict(found)

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
@@ -19,12 +18,19 @@ from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.jax_step import ACTIVATIONS as JAX_ACTIVATIONS
 from mlp_ext.bench.jax_step import JaxStep, JaxVmapStep
 from mlp_ext.bench.plans import capability, paths, plan
-from mlp_ext.bench.stacked import StackedStep, bmm_gradients, vmap_gradients
+from mlp_ext.bench.stacked import (
+    Models,
+    Optimizers,
+    StackedStep,
+    bmm_gradients,
+    vmap_gradients,
+)
 from mlp_ext.bench.training import LAYERS, Step, sgd_step
 from mlp_ext.functional import linear_act
 from mlp_ext.nn import MODULES
 from mlp_ext.step_graph import StepGraph
 from mlp_ext.train_step import TrainStep
+from mlp_ext.train_steps import TrainSteps
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # [M, K], [N, K], [N] -> [M, N]
 
@@ -118,14 +124,10 @@ def _captured_step(*parts: Any) -> Step:
     return StepGraph(sgd_step(*parts), lambda: parts[2].param_groups[0]["lr"])
 
 
-def _fit(*parts: Any) -> Callable[..., Tensor]:
-    """Epochs of one batch; returns the last loss."""
-    step = TrainStep(*parts)
+def _fit(make: Callable[..., Any], *parts: Any) -> Callable[..., Tensor]:
+    """Epochs of one batch, by TrainStep or TrainSteps; returns the last loss or losses."""
+    step = make(*parts)
     return lambda input, target, epochs=1: step.fit(input, target, epochs=epochs)[-1]
-
-
-Models = list[nn.Module]
-Optimizers = list[torch.optim.Optimizer]
 
 
 def _each(make: Callable[..., Step]) -> Callable[..., Any]:
@@ -139,7 +141,7 @@ def _each(make: Callable[..., Step]) -> Callable[..., Any]:
 
 
 def _fit_each(models: Models, criterion: nn.Module, optimizers: Optimizers) -> Any:
-    fits = [_fit(m, criterion, o) for m, o in zip(models, optimizers, strict=True)]
+    fits = [_fit(TrainStep, m, criterion, o) for m, o in zip(models, optimizers, strict=True)]
     return lambda input, target, epochs=1: [fit(input, target, epochs=epochs) for fit in fits]
 
 
@@ -149,17 +151,8 @@ def _stacked(gradients: Callable[..., Any], **options: Any) -> Callable[..., Sta
     return partial(StackedStep, gradients, compile)
 
 
-def _steps_fit(*parts: Any) -> Callable[..., Tensor]:
-    steps = import_module("mlp_ext.train_steps").TrainSteps(*parts)
-    return lambda input, target, epochs=1: steps.fit(input, target, epochs=epochs)[-1]
-
-
 def _relu_only(setting: Setting) -> str:
     return "" if setting.activation == "relu" else "for relu only"
-
-
-def _steps_here(setting: Setting) -> str:
-    return "" if find_spec("mlp_ext.train_steps") else "needs mlp_ext.TrainSteps"
 
 
 def _on_cuda(setting: Setting) -> str:
@@ -297,7 +290,10 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "stack": Provider(LAYERS["stack"], 'mlp_ext.fuse(model, level="stack")'),
         "step": Provider(LAYERS["step"], "mlp_ext.TrainStep", planned=True),
         "fit": Provider(
-            _fit, "TrainStep.fit, many epochs of one batch", planned=True, has_epochs=True
+            partial(_fit, TrainStep),
+            "TrainStep.fit, many epochs of one batch",
+            planned=True,
+            has_epochs=True,
         ),
         "jax": Provider(JaxStep, "the jitted step in JAX, which chooses its threads", _jax_here),
     },
@@ -325,9 +321,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
             one_by_one=True,
         ),
         "steps": Provider(
-            _steps_fit,
+            partial(_fit, TrainSteps),
             "mlp_ext.TrainSteps.fit, many epochs of one batch",
-            _steps_here,
             planned=True,
             has_epochs=True,
         ),
