@@ -46,10 +46,9 @@ def plan(
         if isinstance(case, Layer):
             more: dict[str, Any] = {"tf32": tf32, "shared": shared, "path": forced}
             found = _C.cuda_plan(*case, dtype, setting.activation, arch, **more)
-        elif isinstance(case, Nets):
-            found = {"path": ""}
         else:
-            found = _C.cuda_step_plan(list(case.widths), case.batch, dtype, arch, shared)
+            sizes, many = (list(case.widths), case.batch), isinstance(case, Nets)
+            found = _C.cuda_step_plan(*sizes, dtype, arch, shared, many=many)
     else:
         mode = _C.machine(machine)["bfloat16"] if machine and dtype == "bfloat16" else None
         kind = (setting.torch_dtype.itemsize, setting.threads, mode or _C.dot_mode(dtype))
