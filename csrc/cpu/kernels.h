@@ -209,7 +209,7 @@ struct LaneNetwork {
   int64_t done;          // out: steps done; fewer than all if the loss needs probabilities and got others
 };
 struct LaneProblem {
-  std::span<const LaneLayer> layers;
+  std::span<const LaneLayer> layers;  // at most kMostLayers
   size_t lowest;  // lowest layer that learns
   const LossFunction* loss;
   bool mean;
