@@ -210,7 +210,7 @@ struct LaneNetwork {
 };
 struct LaneProblem {
   std::span<const LaneLayer> layers;  // at most kMostLayers
-  size_t lowest;  // lowest layer that learns
+  size_t lowest;                      // lowest layer that learns
   const LossFunction* loss;
   bool mean;
   const void* loss_weight;               // [N] of S, or nullptr
