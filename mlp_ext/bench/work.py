@@ -27,7 +27,7 @@ CHECKED = {"eps": 1.0, "weight_decay": 0.0}
 CHECKED_RATE = 1e4  # times LEARNING_RATE
 # Of a call that runs several steps: at most so many FLOPs, and steps of one network.
 CALL_OPERATIONS = 2 * 10**9
-CALL_STEPS = 10**5
+CALL_STEPS = 10**6
 
 
 class Work(NamedTuple):
