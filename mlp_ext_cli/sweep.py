@@ -33,10 +33,11 @@ them. Without --folds, networks train on the 80% and are compared on the 20%.
 Classes have nearly the same shares in all folds. Seeds draw the initial weights
 and the batches; the first one, --seed, also draws the rows and the folds.
 
-The table has means over seeds and folds, and the standard deviation (std) of the
-column before it. held-out acc, held-out loss: on the rows that a network did not
-train on, after the last epoch. train loss: in the last epoch. The best setting
-has the highest accuracy, or the lowest loss where the targets are not classes.
+The table has means over seeds and folds, and the standard deviation (std) of
+the column before it. held-out acc, held-out loss: on the rows that a network
+did not train on, after the last epoch. train loss: in the last epoch. The best
+setting has the highest accuracy, or the lowest loss where the targets are not
+classes.
 
 --plot: the accuracy (or loss) over epochs, a curve for each value, if only one
 option has several values; else a heat map, whose rows are those of the first

@@ -17,6 +17,7 @@ import pytest
 import torch
 from samples import load
 
+from mlp_ext.bench import noise
 from mlp_ext.bench.training import LOSSES, make_mlp, sgd_step
 from mlp_ext.commands import many, progress
 from mlp_ext.commands import sweep as sweep_command
@@ -91,6 +92,7 @@ def test_output_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(best[2].rstrip("%")) == max(shares)
     number = r"[\d.]+ ([mu]s|s)"
     last = " ".join(out.split("\n\n")[-1].split())
+    last = re.sub(r"Timings unreliable \(.*?\)\. ", "", last)
     assert re.match(
         rf"24 networks trained in {number}\. One after another: about {number} with TrainStep.fit, "
         rf"{number} with torch \(estimates from one network of each structure\)\. Best: hidden "
@@ -448,6 +450,17 @@ def test_next_command_is_complete_and_quoted(
         *("--lr", "0.001", "--weight-decay", "0.0001", "--batch-size", "7", "--epochs", "2"),
         *("--seed", "2", "--dtype", "float64"),
     ]
+
+
+def test_busy_machine_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(noise, "OTHER_CPUS", -math.inf)
+    for shortest, said in ((1e9, False), (0.0, True)):
+        monkeypatch.setattr(sweep_command, "SHORTEST", shortest)
+        assert main(["sweep", *SMALL.split()]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("structure). Timings unreliable (other processes used " in out) is said
 
 
 def test_estimate_is_that_of_the_steps_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

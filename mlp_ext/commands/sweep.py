@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from mlp_ext.bench.machine import cpus, other_cpu_seconds
+from mlp_ext.bench.noise import busy
 from mlp_ext.bench.rows import as_time, replacing
 from mlp_ext.commands import arguments, plots
 from mlp_ext.commands.data import DATASETS, RENAMED, Dataset
@@ -35,6 +37,7 @@ from mlp_ext.commands.summary import aligned, moments
 
 MOST = 10**6  # networks
 WIDTH = 79  # of a terminal
+SHORTEST = 1.0  # seconds; the system's clock ticks are too coarse to judge less
 
 AXES = {"hidden": "hidden", "batch_size": "batch size", "lr": "lr", "weight_decay": "weight decay"}
 
@@ -123,7 +126,7 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     if shown:
         lines = [textwrap.fill(line, WIDTH) for line in title.splitlines()]
         print(*lines, "", sep="\n", flush=True)
-    started = time.perf_counter()
+    others, started = other_cpu_seconds(), time.perf_counter()
     mine = every[processes.rank :: processes.count]
     with Bar(len(mine) * args.epochs, shown) as bar:
         try:
@@ -152,7 +155,11 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     except OSError as error:
         args.fail(str(error))
     alone = one_after_another(sweep, every)
-    print(*_times(every, seconds, alone), *_advice(args, source, best, metric), sep="\n")
+    elapsed = time.perf_counter() - started
+    noise = ""
+    if args.device == "cpu" and processes.count == 1 and elapsed > SHORTEST:
+        noise = busy((other_cpu_seconds() - others) / elapsed, torch.get_num_threads(), len(cpus()))
+    print(*_times(every, seconds, alone, noise), *_advice(args, source, best, metric), sep="\n")
 
 
 def _usual_loss(data: Dataset) -> str:
@@ -220,13 +227,15 @@ def _table(
     return aligned(rows)
 
 
-def _times(every: Sequence[Network], seconds: float, alone: dict[str, float]) -> list[str]:
-    """How long it took, and would have taken."""
+def _times(
+    every: Sequence[Network], seconds: float, alone: dict[str, float], noise: str
+) -> list[str]:
+    """How long it took, and would have taken. noise: why timings are unreliable, or ""."""
     text = (
         f"{_count(every)} trained in {as_time(seconds)}. One after another: about "
         f"{as_time(alone['fit'])} with TrainStep.fit, {as_time(alone['native'])} with torch "
         "(estimates from one network of each structure)."
-    )
+    ) + f" Timings unreliable ({noise})." * bool(noise)
     return textwrap.wrap(text, WIDTH)
 
 
