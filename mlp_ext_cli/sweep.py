@@ -68,7 +68,7 @@ def add_sweep(commands: Any) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    add = parser.add_argument_group("settings: every combination is trained").add_argument
+    add = parser.add_argument_group("settings (every combination is trained)").add_argument
     add(
         "--lr",
         type=each(rate),
