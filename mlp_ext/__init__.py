@@ -24,9 +24,11 @@ from mlp_ext.nn import (
     LinearTanh,
 )
 from mlp_ext.ops import ACTIVATIONS, build_info
+from mlp_ext.predict import predict
 from mlp_ext.profile import Profile, Timing, profile
 from mlp_ext.sequential import Sequential
 from mlp_ext.train_step import TrainStep
+from mlp_ext.train_steps import TrainSteps
 
 moved.install()
 __version__: str = build_info()["mlp_ext"]
@@ -52,6 +54,7 @@ __all__ = [
     "Site",
     "Timing",
     "TrainStep",
+    "TrainSteps",
     "build_info",
     "fuse",
     "fusion_report",
@@ -59,6 +62,7 @@ __all__ = [
     "linear_relu",
     "linear_sigmoid",
     "linear_tanh",
+    "predict",
     "profile",
     "unfuse",
 ]

@@ -17,7 +17,7 @@ from mlp_ext.ops import PARAMETERS
 
 CAUGHT = (TypeError, ValueError, IndexError, RuntimeError)  # what the operators raise
 
-_OPERATOR = re.compile(r"(linear_act|mlp(_train_step_)?): ")
+_OPERATOR = re.compile(r"(linear_act|mlp(_train_(step|many)_)?): ")
 _CASTS = {
     torch.float32: "float()",
     torch.float64: "double()",

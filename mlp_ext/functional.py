@@ -61,12 +61,16 @@ def native(
         from mlp_ext import sharding
 
         z = sharding.summed(z)
+    return activated(z, name, parameters or ())
+
+
+def activated(z: Tensor, name: str, parameters: Sequence[float] = ()) -> Tensor:
     if name == "identity":
         return z
     if name == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
     activate: Callable[..., Tensor] = getattr(F, name)
-    return activate(z, *(parameters or ()))
+    return activate(z, *parameters)
 
 
 def linear_act(

@@ -67,6 +67,7 @@ def _refuse(error: type[Exception], what: str, instead: str = INSTEAD) -> NoRetu
 @dataclass
 class _Layer:
     path: str
+    module: nn.Module
     parameters: list[nn.Parameter]  # weight, and bias if it has one
     activation: Activation | None
 
@@ -91,10 +92,22 @@ class Reading:
         self.sizes.append((container, len(container)))
 
 
+class Read(NamedTuple):
+    trainer: _C.Trainer
+    widths: list[int] | None  # the model's, input first, if its steps can be captured as graphs
+    reading: Reading
+
+
 def read(
     model: nn.Module, criterion: Any, optimizer: torch.optim.Optimizer, gradients: Any = None
 ) -> tuple[_C.Trainer, list[int] | None]:
-    """The Trainer, and the model's widths, input first, if its steps can be captured as graphs."""
+    """The Trainer, and widths: see Read."""
+    return read_all(model, criterion, optimizer, gradients)[:2]
+
+
+def read_all(
+    model: nn.Module, criterion: Any, optimizer: torch.optim.Optimizer, gradients: Any = None
+) -> Read:
     reading = read_model(model)
     if not reading.layers:
         _refuse(TypeError, "model has no Linear")
@@ -119,7 +132,7 @@ def read(
     )
     weights = [layer.parameters[0] for layer in reading.layers]
     widths = [weights[0].shape[-1], *(weight.shape[0] for weight in weights)]
-    return trainer, None if any(dropout) or trainer.by_gradients() else widths
+    return Read(trainer, None if any(dropout) or trainer.by_gradients() else widths, reading)
 
 
 def read_model(model: nn.Module) -> Reading:
@@ -199,7 +212,7 @@ def _read_module(path: str, module: nn.Module, reading: Reading) -> None:
         _read_dropout(path, module, reading)
     elif kind in LINEARS:
         activation = module.read() if isinstance(module, LinearAct) else None
-        layers.append(_Layer(path, _read_parameters(path, module, reading), activation))
+        layers.append(_Layer(path, module, _read_parameters(path, module, reading), activation))
     elif is_activation and not layers:
         _refuse(ValueError, f"{path}, a {kind.__name__}, comes before any Linear")
     elif is_activation and len(layers) in reading.dropout:

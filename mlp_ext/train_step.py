@@ -7,14 +7,8 @@ guards; if one fails, the three are read and checked again.
 
 from __future__ import annotations
 
-import operator
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from importlib.util import find_spec
-from inspect import signature
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +16,11 @@ from torch import Tensor, nn
 
 from mlp_ext import _C
 from mlp_ext.errors import CAUGHT, check_input, check_target, check_tensor, kind, rename
+from mlp_ext.progress import progress_bar
 from mlp_ext.reading import LOSSES, Reading, criterion_module, read_model
 from mlp_ext.reading import read as _read
 from mlp_ext.step_graph import graphed
+from mlp_ext.step_text import criterion_text, model_text, optimizer_text, positive
 
 
 class TrainStep:
@@ -89,7 +85,7 @@ class TrainStep:
             isinstance(max_norm, bool) or not isinstance(max_norm, (int, float))
         ):
             raise TypeError(f"TrainStep: max_norm must be a number or None, got {kind(max_norm)}")
-        self._settings = (max_norm, _count("TrainStep", "accumulate", accumulate))
+        self._settings = (max_norm, positive("TrainStep", "accumulate", accumulate))
         self._gradients = _C.Gradients(*self._settings)
         self._read()
 
@@ -104,9 +100,9 @@ class TrainStep:
         model, criterion, optimizer = self._parts
         max_norm, accumulate = self._settings
         return "TrainStep({}, {}, {}{}{})".format(
-            _model_text(model),
-            _criterion_text(criterion),
-            _optimizer_text(optimizer),
+            model_text(model),
+            criterion_text(criterion),
+            optimizer_text([optimizer]),
             f", {max_norm=}" if max_norm is not None else "",
             f", {accumulate=}" if accumulate != 1 else "",
         )
@@ -224,11 +220,11 @@ class TrainStep:
         """
         _check_fit(input, target, shuffle, generator)
         rows = max(1, len(input))
-        epochs = _count("TrainStep.fit", "epochs", epochs)
+        epochs = positive("TrainStep.fit", "epochs", epochs)
         if batch_size is not None:
-            batch_size = min(_count("TrainStep.fit", "batch_size", batch_size), rows)
+            batch_size = min(positive("TrainStep.fit", "batch_size", batch_size), rows)
         batch_size = batch_size or rows
-        with _progress(epochs) if progress else nullcontext() as after_epoch:
+        with progress_bar(epochs) if progress else nullcontext() as after_epoch:
             options = (epochs, batch_size, shuffle, generator, after_epoch)
             try:
                 while (losses := self._trainer.fit(input, target, *options)) is None:
@@ -260,41 +256,6 @@ class TrainStep:
         rename(error, "TrainStep")
 
 
-def _model_text(model: nn.Module) -> str:
-    """As "10-5-1 relu sigmoid"; the class of a model that a step does not support any more."""
-    try:
-        layers = read_model(model).layers
-        shapes = [layer.parameters[0].shape for layer in layers]
-        widths = [shapes[0][1], *(shape[0] for shape in shapes)]
-    except Exception:
-        return type(model).__name__
-    activations = [layer.activation.name if layer.activation else "identity" for layer in layers]
-    return f"{'-'.join(map(str, widths))} {' '.join(activations)}"
-
-
-def _criterion_text(criterion: Any) -> str:
-    if isinstance(criterion, partial):
-        keywords = ", ".join(f"{name}={kind(value)}" for name, value in criterion.keywords.items())
-        return f"{criterion.func.__name__}({keywords})"
-    return repr(criterion) if isinstance(criterion, nn.Module) else criterion.__name__
-
-
-def _optimizer_text(optimizer: torch.optim.Optimizer) -> str:
-    """With lr and the options that are not defaults; lists where groups differ."""
-    _, *options = signature(type(optimizer)).parameters.values()
-    texts = []
-    for option in options:
-        values = [_short(group.get(option.name)) for group in optimizer.param_groups]
-        if option.name == "lr" or not {*values} <= {_short(option.default)}:
-            value = values[0] if len({*values}) == 1 else f"[{', '.join(values)}]"
-            texts.append(f"{option.name}={value}")
-    return f"{type(optimizer).__name__}({', '.join(texts)})"
-
-
-def _short(value: object) -> str:
-    return f"({', '.join(map(kind, value))})" if isinstance(value, tuple) else kind(value)
-
-
 class _Unread:
     """Placeholder for the Trainer of a copy: never current, so that the first call reads."""
 
@@ -324,57 +285,3 @@ def _check_fit(
     if generator is not None and generator.device.type != "cpu":
         what = f"generator must be on the cpu, as for torch.randperm, got {generator.device}"
         raise ValueError(f"TrainStep.fit: {what}")
-
-
-def _count(caller: str, name: str, value: Any) -> int:
-    """A positive int (or NumPy integer)."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = None
-    if count is None or isinstance(value, bool):
-        what = f"{name} must be an int, got {kind(value)}"
-        raise TypeError(f"{caller}: {what}")
-    if not 1 <= count < 2**63:
-        raise ValueError(f"{caller}: {name} must be from 1 to {2**63 - 1}, got {count}")
-    return count
-
-
-AfterEpoch = Callable[[int, float], None]
-
-
-@contextmanager
-def _progress(epochs: int) -> Iterator[AfterEpoch | None]:
-    """A callback that shows each epoch's loss; None where nobody would see a bar."""
-    if not (sys.stderr.isatty() or _is_notebook()):
-        yield None
-    elif find_spec("tqdm"):
-        from tqdm.auto import tqdm
-
-        with tqdm(total=epochs, unit="epoch") as bar:
-
-            def show(epoch: int, loss: float) -> None:
-                bar.set_postfix_str(f"loss: {loss:.4f}", refresh=False)
-                bar.update()
-
-            yield show
-    else:
-        shown = 0.0
-
-        def write(epoch: int, loss: float) -> None:
-            nonlocal shown
-            if epoch + 1 == epochs or time.monotonic() - shown > 0.1:
-                shown = time.monotonic()
-                print(f"\repoch: {epoch} loss: {loss:.4f}", end="", file=sys.stderr, flush=True)
-
-        try:
-            yield write
-        finally:
-            print(file=sys.stderr)
-
-
-def _is_notebook() -> bool:
-    """Whether this is a Jupyter kernel, as tqdm.auto finds it out."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and "IPKernelApp" in shell.config

@@ -237,7 +237,7 @@ def test_bar_where_tqdm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plain_text_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlp_ext.train_step.find_spec", lambda name: None)
+    monkeypatch.setattr("mlp_ext.progress.find_spec", lambda name: None)
     text = shown(monkeypatch, Terminal())
     assert text.startswith("\repoch: 0 loss: 0.")
     assert "\repoch: 29 loss: 0." in text

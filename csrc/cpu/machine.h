@@ -60,6 +60,9 @@ struct Limits {
   int64_t panel_rows = 32;                 // panels: fewest M
   int64_t panel_rows_per_empty_lane = 16;  // panels: M / empty lanes of the last vector
   int64_t panel_columns = 32;              // panels: columns of W per thread
+  // many networks
+  int64_t lane_weights = 1 << 11;        // lanes: weights of a network; those of all lanes stay in L2
+  int64_t core_multiply_adds = 1 << 27;  // cores: M K N of a step; above, threads share a network
   // losses and copies
   int64_t elements_per_thread = 1 << 12;  // copied, or outputs with a loss
 
@@ -99,6 +102,8 @@ constexpr Limit kLimits[] = {
     {"panel_rows", &Limits::panel_rows, 1, kNever},
     {"panel_rows_per_empty_lane", &Limits::panel_rows_per_empty_lane, 0, 1 << 20},
     {"panel_columns", &Limits::panel_columns, 1, kMostEach},
+    {"lane_weights", &Limits::lane_weights, 0, 1 << 20},
+    {"core_multiply_adds", &Limits::core_multiply_adds, 0, kNever},
     {"elements_per_thread", &Limits::elements_per_thread, 1, kNever},
 };
 static_assert(sizeof(Limits) == std::size(kLimits) * sizeof(int64_t), "each limit needs a line in kLimits");

@@ -226,4 +226,26 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
   return {StepPath::layers, pieces};
 }
 
+// Steps of many networks with the same layers.
+enum class ManyPath {
+  lanes,  // a network in each lane of a vector
+  cores,  // a network on each thread
+  turns,  // one network after another, each on all threads
+};
+constexpr const char* many_path_name(ManyPath path) {
+  constexpr const char* names[] = {"lanes", "cores", "turns"};
+  return names[static_cast<int>(path)];
+}
+
+// Depends neither on threads nor on the number of networks, so that a network's results do not either.
+inline ManyPath make_many_plan(int64_t M, std::span<const int64_t> widths, int64_t item_size, DotMode mode,
+                               const Machine& machine) {
+  const Limits& limits = machine.limits(item_size, mode);
+  int64_t weights = 0;
+  for (size_t l = 1; l < widths.size(); ++l) weights += widths[l - 1] * widths[l];
+  const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
+  if (item_size >= 4 && weights <= limits.lane_weights && some_layer) return ManyPath::lanes;
+  return M * weights <= limits.core_multiply_adds ? ManyPath::cores : ManyPath::turns;
+}
+
 }  // namespace mlp_ext::cpu

@@ -124,6 +124,7 @@ class Team {
 };
 
 thread_local Team* current = nullptr;
+thread_local bool on_one_thread = false;
 
 struct Entered {
   explicit Entered(Team* team) : before(std::exchange(current, team)) {}
@@ -133,7 +134,13 @@ struct Entered {
 
 }  // namespace
 
-int64_t threads() { return current ? current->threads() : at::in_parallel_region() ? 1 : at::get_num_threads(); }
+OnOneThread::OnOneThread() : before_(std::exchange(on_one_thread, true)) {}
+OnOneThread::~OnOneThread() { on_one_thread = before_; }
+
+int64_t threads() {
+  if (on_one_thread) return 1;
+  return current ? current->threads() : at::in_parallel_region() ? 1 : at::get_num_threads();
+}
 
 void in_region_of(const void* body, void (*run)(const void*)) {
   const int64_t size = threads();

@@ -11,6 +11,17 @@ namespace mlp_ext::cpu {
 // Number of threads that work is planned for here. The plan, and so the bits, depend on it alone.
 int64_t threads();
 
+// While it exists, work of this thread is planned for one thread.
+class OnOneThread {
+ public:
+  OnOneThread();
+  ~OnOneThread();
+  OnOneThread(const OnOneThread&) = delete;
+
+ private:
+  const bool before_;
+};
+
 // Runs body() in this thread, with threads() - 1 helpers for the loops in it. In a region, or with one thread: body().
 // at::parallel_for and torch's operators run on one thread in body.
 void in_region_of(const void* body, void (*run)(const void* body));

@@ -1,6 +1,6 @@
 // mlp_train_step_ on the CPU: narrow networks by blocks of rows through all layers, others layer by layer. Arguments
 // are checked and plans made once for all batches.
-#include "ops/train.h"
+#include "cpu/train.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
@@ -442,6 +442,8 @@ at::Tensor step_by_layers(const Training& training) {
   return mlp_ext::step_by_layers(training, loss_and_grad_native, update);
 }
 
+}  // namespace
+
 at::Tensor train(const Training& training) {
   if (!training.dropout.empty()) return loop_over_batches(training, step_by_layers);
   bool on_cpu = is_contiguous(training);
@@ -486,8 +488,6 @@ at::Tensor train(const Training& training) {
   }
   return losses;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(mlp_ext, CPU, m) {
   m.impl("mlp_train_step_", train_kernel<train>);

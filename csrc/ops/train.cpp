@@ -206,10 +206,9 @@ struct Span {
   bool is_written;
 };
 
-// Checks that no tensor the step writes overlaps another tensor it reads or writes. Interleaved views, such as two
-// halves of a matrix's columns, count as overlapping.
-void check_memory(const Training& training) {
-  if (training.input.is_meta()) return;
+}  // namespace
+
+void check_memory(at::ArrayRef<const Training*> trainings) {
   c10::SmallVector<Span, 40> spans;
   const auto add = [&spans](const at::Tensor* t, const char* name, bool is_written) {
     if (!t || !t->has_storage() || t->numel() == 0) return;
@@ -218,16 +217,19 @@ void check_memory(const Training& training) {
     const char* const begin = static_cast<const char*>(t->const_data_ptr());
     spans.push_back({begin, begin + (last + 1) * static_cast<int64_t>(t->element_size()), name, is_written});
   };
-  add(&training.input, "input", false);
-  add(&training.target, "target", false);
-  add(training.loss_weight, "loss_weight", false);
-  add(training.order, "order", false);
-  for (const TrainedLayer& layer : training.layers)
-    for (const TrainedParameter* p : {&layer.weight, &layer.bias}) {
-      add(p->value, p->optimizer ? "a parameter that learns" : "a parameter", p->optimizer.has_value());
-      for (const at::Tensor* state : p->states) add(state, "an optimizer state", true);
-      add(p->step, "a count of steps", true);
-    }
+  for (const Training* training : trainings) {
+    if (training->input.is_meta()) return;
+    add(&training->input, "input", false);
+    add(&training->target, "target", false);
+    add(training->loss_weight, "loss_weight", false);
+    add(training->order, "order", false);
+    for (const TrainedLayer& layer : training->layers)
+      for (const TrainedParameter* p : {&layer.weight, &layer.bias}) {
+        add(p->value, p->optimizer ? "a parameter that learns" : "a parameter", p->optimizer.has_value());
+        for (const at::Tensor* state : p->states) add(state, "an optimizer state", true);
+        add(p->step, "a count of steps", true);
+      }
+  }
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   const Span *farthest = nullptr, *farthest_written = nullptr;  // among spans that begin before
   for (const Span& span : spans) {
@@ -240,8 +242,6 @@ void check_memory(const Training& training) {
     if (span.is_written && (!farthest_written || span.end > farthest_written->end)) farthest_written = &span;
   }
 }
-
-}  // namespace
 
 Training check_training(const TrainArgs& args) {
   const auto pointer = [](const std::optional<at::Tensor>& t) { return t ? &*t : nullptr; };
@@ -283,7 +283,8 @@ Training check_training(const TrainArgs& args) {
   });
   check_dropout(training);
   check_batches(args);
-  check_memory(training);
+  const Training* const all[] = {&training};
+  check_memory(all);
   for (const TrainedLayer& layer : training.layers) {
     if (layer.weight.optimizer || layer.bias.optimizer) break;
     ++training.lowest_learning;

@@ -90,6 +90,9 @@ struct Training {
 // Throws if an argument is invalid.
 Training check_training(const TrainArgs& args);
 c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args);
+// Checks that no tensor the steps write overlaps another tensor they read or write. Interleaved views, such as two
+// halves of a matrix's columns, count as overlapping.
+void check_memory(at::ArrayRef<const Training*> trainings);
 // Whether all parameters and states are contiguous, as the kernels need them.
 bool is_contiguous(const Training& training);
 // Throws if a target class is neither ignore_index nor in [0, N).

@@ -23,6 +23,7 @@
 #include "python/guards.h"
 #include "python/mlp_call.h"
 #include "python/trainer.h"
+#include "python/trainers.h"
 
 namespace py = pybind11;
 
@@ -209,6 +210,13 @@ py::dict step_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t it
   return result;
 }
 
+std::string many_plan(const std::vector<int64_t>& widths, int64_t batch, int64_t item_size, const std::string& mode,
+                      const std::optional<std::string>& machine) {
+  check_widths(widths, batch);
+  for (size_t l = 1; l < widths.size(); ++l) check_cpu(batch, widths[l - 1], widths[l], item_size, 1);
+  return cpu::many_path_name(cpu::make_many_plan(batch, widths, item_size, dot_mode(mode), machine_named(machine)));
+}
+
 py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, const std::string& activation, int arch,
                    bool tf32, bool aligned, bool cutlass, int64_t shared, const std::optional<std::string>& path) {
   check_sizes({M, K, N});
@@ -299,6 +307,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("step_plan", step_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("threads"),
         py::arg("mode") = "fma", py::arg("machine") = py::none(),
         "The CPU plan of a training step: its path, and the number of pieces of rows.");
+  m.def("many_plan", many_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("mode") = "fma",
+        py::arg("machine") = py::none(), "The CPU plan of training steps of many networks: its path.");
   m.def("cached_bytes", cpu::cached_bytes, "Bytes of freed results cached for reuse.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
@@ -312,6 +322,7 @@ PYBIND11_MODULE(_C, m) {
   bind_guards(m);
   bind_mlp_call(m);
   bind_trainer(m);
+  bind_trainers(m);
 }
 
 }  // namespace mlp_ext

@@ -197,9 +197,13 @@ void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle
 }
 
 void OptimizerReader::finish_step(OptimizerState& now) const {
-  keep_created(now);
+  finish_step(now.created);
   for (const auto& [index, value] : now.later) now.hyperparameters[index] = value;
   now.later.clear();
+}
+
+void OptimizerReader::finish_step(std::vector<OptimizerState::Created>& created) const {
+  keep_created(created);
   // torch's schedulers wrap optimizer.step, which sets this at its first call, and warn if it is missing.
   if (find(optimizer_, keys().step)) optimizer_["_opt_called"] = py::bool_(true);
 }
@@ -216,17 +220,17 @@ void OptimizerReader::clear() {
 }
 
 // In the order of the groups, like optimizer.step().
-void OptimizerReader::keep_created(OptimizerState& now) const {
-  if (now.created.empty()) return;
+void OptimizerReader::keep_created(std::vector<OptimizerState::Created>& created) const {
+  if (created.empty()) return;
   const py::object state = py::reinterpret_borrow<py::object>(item(optimizer_, keys().state));
   for (const py::handle group : item(optimizer_, keys().groups))
     for (const py::handle parameter : group["params"])
-      for (const auto& [i, name, tensor] : now.created) {
+      for (const auto& [i, name, tensor] : created) {
         if (!parameter.is(parameters_[i])) continue;
         if (!state.contains(parameter)) state[parameter] = py::dict();
         state[parameter][name] = py::cast(tensor);
       }
-  now.created.clear();
+  created.clear();
 }
 
 }  // namespace mlp_ext

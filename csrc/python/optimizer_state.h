@@ -54,6 +54,7 @@ class OptimizerReader {
   OptimizerState read() const;
   // After a step: stores created states in the optimizer, and marks it as stepped for schedulers.
   void finish_step(OptimizerState& now) const;
+  void finish_step(std::vector<OptimizerState::Created>& created) const;
 
   // For Python's garbage collector.
   int traverse(visitproc visit, void* arg) const;
@@ -72,7 +73,7 @@ class OptimizerReader {
   void read_states(size_t i, const Functor& optimizer, pybind11::handle group, pybind11::handle states,
                    OptimizerState& now) const;
   void read_group(pybind11::handle group, double* numbers) const;
-  void keep_created(OptimizerState& now) const;
+  void keep_created(std::vector<OptimizerState::Created>& created) const;
 
   // Keys of optimizer.state. No at::Tensor is kept between steps: torch.utils.swap_tensors needs the only reference.
   std::vector<pybind11::object> parameters_;

@@ -30,12 +30,32 @@ StepDataReader::StepDataReader(std::string_view loss, bool promotes, std::vector
       flattened_(std::move(flattened)) {}
 
 StepData StepDataReader::read(const py::object& input, const py::object& target, int64_t K) const {
-  StepData data{tensor(input, "input"), tensor(target, "target")};
+  StepData data = read_tensors(input, target);
   for (const auto& [start, end] : flattened_) data.input = data.input.flatten(start, end);
+  if (data.input.dim() != 2) flatten_leading(data, K);
+  return data;
+}
+
+StepData StepDataReader::read_for_many(const py::object& input, const py::object& target, int64_t K) const {
+  StepData data = read_tensors(input, target);
+  const auto flattened = [&](int64_t leading) {
+    at::Tensor t = data.input;
+    const auto dimension = [leading](int64_t d) { return d < 0 ? d : d + leading; };
+    for (const auto& [start, end] : flattened_) t = t.flatten(dimension(start), dimension(end));
+    return t;
+  };
+  if (flattened_.empty()) return data;
+  const at::Tensor for_all = flattened(0);
+  const bool is_for_all = for_all.dim() == 2 && for_all.size(1) == K;
+  data.input = is_for_all || data.input.dim() < 3 ? for_all : flattened(1);
+  return data;
+}
+
+StepData StepDataReader::read_tensors(const py::object& input, const py::object& target) const {
+  StepData data{tensor(input, "input"), tensor(target, "target")};
   if (takes_classes_ && data.target.scalar_type() == at::kByte) data.target = data.target.to(at::kLong);
   data.promoted = promotes_ && data.target.scalar_type() == at::kDouble && data.input.scalar_type() == at::kFloat;
   if (data.promoted) data.target = data.target.to(at::kFloat);
-  if (data.input.dim() != 2) flatten_leading(data, K);
   return data;
 }
 

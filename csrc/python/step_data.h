@@ -15,6 +15,8 @@ struct StepData {
   at::Tensor target;        // [rows, N], or classes [rows] of int64
   bool promoted = false;    // whether the loss is to be float64, unlike the input
   int64_t rows_of_one = 1;  // rows of input[0]
+
+  bool has_classes() const { return target.scalar_type() == at::kLong; }
 };
 
 class StepDataReader {
@@ -25,8 +27,11 @@ class StepDataReader {
 
   // Throws if a step cannot take them.
   StepData read(const pybind11::object& input, const pybind11::object& target, int64_t K) const;
+  // The same for many networks: input [M, K] for all, or [networks, M, K]; the target likewise.
+  StepData read_for_many(const pybind11::object& input, const pybind11::object& target, int64_t K) const;
 
  private:
+  StepData read_tensors(const pybind11::object& input, const pybind11::object& target) const;
   void flatten_leading(StepData& data, int64_t K) const;
 
   const bool takes_classes_, promotes_;

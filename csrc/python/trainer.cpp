@@ -1,29 +1,18 @@
-// Implementation of TrainStep: reads the optimizer and calls mlp_train_step_, once or over epochs and batches. In C++
-// because preparing a step in Python would take longer than a small network's step.
 #include "python/trainer.h"
 
-#include <ATen/Context.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/randperm.h>
-#include <ATen/ops/stack.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <chrono>
-#include <functional>
 #include <utility>
 
-#include "ops/train.h"
-#include "python/device_steps.h"
-#include "python/gradients.h"
-#include "python/guards.h"
-#include "python/optimizer_state.h"
-#include "python/step_data.h"
+#include "python/signals.h"
 
 namespace py = pybind11;
 
@@ -31,10 +20,8 @@ namespace mlp_ext {
 namespace {
 
 using at::Tensor;
-using Clock = std::chrono::steady_clock;
-using Step = std::function<Tensor(const Tensor&, const Tensor&)>;  // input, target -> loss
+using Clock = Signals::Clock;
 
-constexpr auto kBetweenSignals = std::chrono::milliseconds(50);
 constexpr int64_t kStepsPerCall = 4096;
 // Full-batch training passes the rows repeatedly as `order`, many steps per call. Each step then gathers its rows,
 // which pays off for inputs up to these sizes: on a GPU if steps run in one launch, and on the CPU.
@@ -51,201 +38,7 @@ struct Epochs {
   bool at_once;                   // many steps run in one launch
 };
 
-// What Trainer is made of, beside the parameters and the optimizer.
-struct Recipe {
-  Names activations;
-  std::vector<double> activation_parameters;
-  std::string loss, reduction;
-  std::optional<Tensor> loss_weight;
-  std::vector<double> loss_parameters;
-  std::vector<double> dropout;  // see TrainArgs
-};
-
-class Trainer {
- public:
-  Trainer(const py::sequence& parameters, std::vector<int64_t> groups, Recipe recipe, StepDataReader data,
-          const py::object& optimizer, std::string optimizer_name,
-          const std::map<std::string, double>& optimizer_defaults, py::object guards,
-          std::shared_ptr<Gradients> gradients, py::object average)
-      : recipe_(std::move(recipe)),
-        data_(std::move(data)),
-        optimizer_(optimizer, std::move(optimizer_name), optimizer_defaults, parameters, std::move(groups)),
-        gradients_(std::move(gradients)),
-        average_(std::move(average)),
-        guards_object_(std::move(guards)),
-        guards_(guards_object_.cast<const Guards*>()) {
-    for (size_t i = 0; i < optimizer_.size(); ++i) hooks_.push_back(hooks(optimizer_.parameter(i)));
-  }
-
-  // Whether model, criterion and optimizer are unchanged since this was made.
-  bool is_current() const {
-    if (!guards_ || !guards_->holds()) return false;
-    for (size_t i = 0; i < optimizer_.size(); ++i)
-      if (hooks(optimizer_.parameter(i)) != hooks_[i]) return false;
-    return true;
-  }
-
-  // Whether gradients are summed, averaged or clipped before the update.
-  bool by_gradients() const { return !gradients_->is_plain() || !average_.is_none(); }
-
-  // Runs a step and returns the loss; does nothing and returns none unless is_current(). graph: None or see
-  // captured().
-  std::optional<Tensor> step(const py::object& input, const py::object& target, const py::object& graph) {
-    if (!is_current()) return std::nullopt;
-    OptimizerState now = optimizer_.read();
-    const auto [x, y, promoted, rows_of_one] = read(input, target, now);
-    Tensor loss;
-    if (by_gradients()) {
-      const py::gil_scoped_release no_gil;
-      loss = step_by_gradients(x, y, now);
-    } else {
-      if (!graph.is_none() && !now.is_first_step()) {
-        loss = captured(graph, now)(x, y);
-      } else {
-        const py::gil_scoped_release no_gil;
-        loss = mlp_train_step_(args(x, y, now, now.steps));
-      }
-      optimizer_.finish_step(now);
-    }
-    return promoted ? loss.to(at::kDouble) : loss;
-  }
-
-  // Returns one loss per epoch, the mean over its rows, or the sum. Does nothing and returns none unless is_current().
-  std::optional<std::vector<double>> fit(const py::object& input, const py::object& target, int64_t epochs,
-                                         int64_t batch_size, bool shuffle,
-                                         const std::optional<at::Generator>& generator, const py::object& after_epoch,
-                                         const py::object& graph, bool at_once);
-
-  // For Python's garbage collector: a model may hold the step that trains it.
-  int traverse(visitproc visit, void* arg) const {
-    Py_VISIT(guards_object_.ptr());
-    Py_VISIT(average_.ptr());
-    return optimizer_.traverse(visit, arg);
-  }
-  void clear() {
-    guards_ = nullptr;
-    guards_object_ = average_ = py::object();
-    optimizer_.clear();
-  }
-
- private:
-  friend class TrainingRun;
-
-  TrainArgs args(const Tensor& input, const Tensor& target, const OptimizerState& now, at::TensorList steps) const {
-    static const std::optional<Tensor> no_order;
-    return args(input, target, now, steps, no_order, std::nullopt);
-  }
-  TrainArgs args(const Tensor& input, const Tensor& target, const OptimizerState& now, at::TensorList steps,
-                 const std::optional<Tensor>& order, std::optional<int64_t> batch_size) const {
-    return {input,
-            target,
-            now.parameters,
-            now.states,
-            steps,
-            recipe_.activations,
-            recipe_.activation_parameters,
-            recipe_.loss,
-            recipe_.reduction,
-            recipe_.loss_weight,
-            recipe_.loss_parameters,
-            optimizer_.name(),
-            now.learning,
-            now.hyperparameters,
-            order,
-            batch_size,
-            recipe_.dropout};
-  }
-
-  // A step whose gradients go to gradients_, and the update if it completes a group. Without the GIL.
-  Tensor step_by_gradients(const Tensor& x, const Tensor& y, OptimizerState& now) {
-    gradients_->begin_step(now);
-    const c10::SmallVector<double, 16> scales(now.learning.size(), gradients_->scale());
-    TrainArgs sums{x,
-                   y,
-                   now.parameters,
-                   gradients_->views(),
-                   {},
-                   recipe_.activations,
-                   recipe_.activation_parameters,
-                   recipe_.loss,
-                   recipe_.reduction,
-                   recipe_.loss_weight,
-                   recipe_.loss_parameters,
-                   Accumulate::name,
-                   now.learning,
-                   scales,
-                   std::nullopt,
-                   std::nullopt,
-                   recipe_.dropout};
-    const Tensor loss = mlp_train_step_(sums);
-    if (gradients_->end_step()) update(now);
-    return loss;
-  }
-
-  // Averages, clips and applies the gradients of a group. Without the GIL.
-  void update(OptimizerState& now) {
-    gradients_->end_group();
-    if (!average_.is_none()) {
-      const py::gil_scoped_acquire gil;
-      average_(gradients_->flat());
-    }
-    gradients_->clip();
-    c10::SmallVector<Tensor, 16> learning;
-    for (const int64_t index : now.learning) learning.push_back(now.parameters[index]);
-    mlp_train_update_({learning, now.states, now.steps, gradients_->views(), optimizer_.name(), now.hyperparameters});
-    const py::gil_scoped_acquire gil;
-    optimizer_.finish_step(now);
-  }
-
-  // A step through the Python function graph(step, key, input, target), which calls step or replays its capture for
-  // that key. Not for the first step, which creates states. Needs the GIL.
-  Step captured(const py::object& graph, const OptimizerState& now) {
-    const auto steps = device_steps_.copies(now);
-    const py::object step = py::cpp_function(torch::wrap_pybind_function_no_gil(
-        [this, alive = py::cast(this), now, steps](const Tensor& x, const Tensor& y) {
-          return mlp_train_step_(args(x, y, now, steps));
-        }));
-    return [this, graph, step, key = key(now, steps), &now](const Tensor& x, const Tensor& y) {
-      device_steps_.copies(now);
-      const Tensor loss = graph(step, key, x, y).cast<Tensor>();
-      device_steps_.advance(now);
-      bump_versions(args(x, y, now, now.steps));  // autograd does not see a replay
-      return loss;
-    };
-  }
-
-  // Everything that a captured step depends on, apart from its arguments.
-  py::bytes key(const OptimizerState& now, at::TensorList steps) const {
-    std::string key(reinterpret_cast<const char*>(now.hyperparameters.data()),
-                    now.hyperparameters.size() * sizeof(double));
-    const auto add = [&key](int64_t v) { key.append(reinterpret_cast<const char*>(&v), sizeof(v)); };
-    for (const int64_t index : now.learning) add(index);
-    add(static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)));
-    add(at::globalContext().deterministicAlgorithms());
-    for (const at::TensorList tensors : {at::TensorList(now.parameters), at::TensorList(now.states), steps}) {
-      add(static_cast<int64_t>(tensors.size()));
-      for (const Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
-    }
-    return key;
-  }
-
-  // Throws if a step cannot take the data now.
-  StepData read(const py::object& input, const py::object& target, const OptimizerState& now) const {
-    StepData data = data_.read(input, target, now.parameters[0].size(1));
-    check_global_state(data.input, data.target, now.parameters);
-    return data;
-  }
-
-  const Recipe recipe_;
-  const StepDataReader data_;
-  std::vector<int> hooks_;  // per parameter
-  OptimizerReader optimizer_;
-  const std::shared_ptr<Gradients> gradients_;
-  py::object average_;  // None, or a Python function that averages a tensor over a process group
-  py::object guards_object_;
-  const Guards* guards_;
-  DeviceSteps device_steps_;
-};
+}  // namespace
 
 // One call of fit: makes the batches of each epoch and runs them.
 class TrainingRun {
@@ -347,8 +140,8 @@ class TrainingRun {
       const auto before = Clock::now();
       losses.push_back(mlp_train_step_(trainer_.args(x, y, now_, now_.steps, its_order, batch_size_)));
       const auto took = Clock::now() - before;
-      if (took < kBetweenSignals / 8) steps_per_call_ = std::min(4 * steps_per_call_, kStepsPerCall);
-      if (took > kBetweenSignals / 2) steps_per_call_ = std::max<int64_t>(steps_per_call_ / 2, 1);
+      if (took < Signals::kInterval / 8) steps_per_call_ = std::min(4 * steps_per_call_, kStepsPerCall);
+      if (took > Signals::kInterval / 2) steps_per_call_ = std::max<int64_t>(steps_per_call_ / 2, 1);
       after_steps();
     }
   }
@@ -384,11 +177,7 @@ class TrainingRun {
       const py::gil_scoped_acquire gil;
       trainer_.optimizer_.finish_step(now_);
     }
-    if (const auto now = Clock::now(); now - last_ > kBetweenSignals) {
-      last_ = now;
-      const py::gil_scoped_acquire gil;
-      if (PyErr_CheckSignals()) throw py::error_already_set();
-    }
+    signals_.check();
   }
 
   Trainer& trainer_;
@@ -400,7 +189,7 @@ class TrainingRun {
   Step replay_;
   int64_t steps_per_call_ = 1;  // the first step is alone: it creates states and has its own hyperparameters
   bool is_first_ = true;
-  Clock::time_point last_ = Clock::now();
+  Signals signals_;
 };
 
 std::optional<std::vector<double>> Trainer::fit(const py::object& input, const py::object& target, int64_t epochs,
@@ -416,8 +205,6 @@ std::optional<std::vector<double>> Trainer::fit(const py::object& input, const p
   const py::gil_scoped_release no_gil;
   return run.run();
 }
-
-}  // namespace
 
 void bind_trainer(py::module_& m) {
   py::class_<Gradients, std::shared_ptr<Gradients>>(m, "Gradients", "Gradients of a TrainStep before their update.")
@@ -445,6 +232,7 @@ void bind_trainer(py::module_& m) {
            py::arg("gradients"), py::arg("average"))
       .def("is_current", &Trainer::is_current)
       .def("by_gradients", &Trainer::by_gradients)
+      .def("check_optimizer", torch::wrap_pybind_function([](const Trainer& trainer) { trainer.optimizer().read(); }))
       .def("step", torch::wrap_pybind_function(&Trainer::step), py::arg("input"), py::arg("target"),
            py::arg("graph") = py::none())
       .def("fit", torch::wrap_pybind_function(&Trainer::fit), py::arg("input"), py::arg("target"), py::arg("epochs"),
