@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mlp_ext.bench.training import LOSSES
 from mlp_ext.commands.data import Dataset
 from mlp_ext.commands.loop import TrainingRun, make_mlp, make_optimizer, share_correct, train
-from mlp_ext.train_steps import TrainSteps, predict
+from mlp_ext.predict import predict
+from mlp_ext.train_steps import TrainSteps
 
 EVALUATIONS = 10  # about, of a curve; as often the progress is told
 TOGETHER = 2**26  # Parameters' elements of the networks that are in memory at a time
