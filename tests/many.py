@@ -46,6 +46,15 @@ class Many(NamedTuple):
         models = [self.models[i] for i in indices]
         return Many(models, self.criterion, [self.optimizers[i] for i in indices], *self[3:])
 
+    def to(self, dtype: torch.dtype) -> Many:
+        """A copy in which all that is real is of `dtype`."""
+        models, criterion, optimizers, x, y = deepcopy(self)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.to(dtype)
+            optimizer.load_state_dict(optimizer.state_dict())  # also of `dtype`
+        y = y.to(dtype) if y.is_floating_point() else y
+        return Many(models, criterion.to(dtype), optimizers, x.to(dtype), y)
+
     def alone(self) -> Callable[[Tensor, Tensor], list[Tensor]]:
         """A step of each, one after another."""
         steps = [TrainStep(*each[:3]) for each in self.each()]
@@ -68,15 +77,48 @@ def many(
     return Many(models, parts[0].criterion, optimizers, *parts[0][3:])
 
 
+Run = Callable[[Many], Tensor]  # trains it, and returns losses whose last dimension is of networks
+
+
+def steps_together(count: int) -> Run:
+    def run(parts: Many) -> Tensor:
+        steps = TrainSteps(*parts[:3])
+        return torch.stack([steps(*parts[3:]) for _ in range(count)])
+
+    return run
+
+
+def steps_alone(count: int) -> Run:
+    def run(parts: Many) -> Tensor:
+        steps = [(TrainStep(*each[:3]), *each[3:]) for each in parts.each()]
+        return torch.stack(
+            [torch.stack([step(x, y) for step, x, y in steps]) for _ in range(count)]
+        )
+
+    return run
+
+
 def assert_like_each_alone(
-    parts: Many, steps: int, fit: dict[str, Any] | None = None, of_one: Any = None
+    parts: Many, steps: int, together: Run | None = None, alone: Run | None = None
 ) -> None:
     """As accurate as the TrainStep of each: see references.py.
 
-    fit: arguments of TrainSteps.fit, which then runs instead of single steps; of_one(i, training):
-    how network i is trained alone then, returning its losses.
+    together, alone: what runs instead of this number of steps.
     """
-    parts = deepcopy(parts)
-    if fit is None:
-        found = torch.stack(_run(TrainSteps(*parts_copy(parts)), parts, steps))
-    raise NotImplementedError
+    together, alone = together or steps_together(steps), alone or steps_alone(steps)
+    dtype = parts.input.dtype
+    results = []
+    for run, of in ((alone, torch.float64), (alone, dtype), (together, dtype)):
+        copy = parts.to(of)
+        results.append({"losses": run(copy), **copy.state()})
+    reference, native, found = results
+    assert found.keys() == native.keys()
+    if dtype.itemsize == 2:  # each of the intermediate results is rounded, too
+        unit = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4
+    else:
+        unit = steps
+    size = reference["losses"].nan_to_num().abs().max() if reference["losses"].numel() else 0
+    for name, expected in native.items():
+        exact = reference[name]
+        terms = unit * (exact.abs() + min(float(size), 1))
+        assert_as_accurate_as_native(found[name], expected, exact, terms, name)

@@ -22,13 +22,16 @@ CALLABLES = {
     "Profile.to_dict": mlp_ext.Profile.to_dict,
     "TrainStep.__call__": mlp_ext.TrainStep.__call__,
     "TrainStep.fit": mlp_ext.TrainStep.fit,
+    "TrainSteps.__call__": mlp_ext.TrainSteps.__call__,
+    "TrainSteps.fit": mlp_ext.TrainSteps.fit,
 }
 for constant in ("ACTIVATIONS", "Level"):
     del CALLABLES[constant]
 OF_TENSORS = {
     *LAYERS,
     *(name for name in CALLABLES if name.startswith("linear_")),
-    *("Sequential", "TrainStep.__call__", "TrainStep.fit"),
+    *("Sequential", "predict", "TrainStep.__call__", "TrainStep.fit"),
+    *("TrainSteps.__call__", "TrainSteps.fit"),
 }
 each = pytest.mark.parametrize("name", CALLABLES)
 

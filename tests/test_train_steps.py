@@ -245,8 +245,9 @@ def test_schedulers() -> None:
     found = []
     for together in (True, False):
         copy = deepcopy(parts)
-        schedulers = [torch.optim.lr_scheduler.StepLR(o, i + 1, 0.5) for i, o in
-                      enumerate(copy.optimizers)]
+        schedulers = [
+            torch.optim.lr_scheduler.StepLR(o, i + 1, 0.5) for i, o in enumerate(copy.optimizers)
+        ]
         steps = TrainSteps(*copy[:3]) if together else copy.alone()
         for _ in range(6):
             steps(*copy[3:])

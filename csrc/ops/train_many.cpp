@@ -136,17 +136,30 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
 
 void NetworkErrors::add(size_t network, std::exception_ptr error) {
   const std::lock_guard lock(mutex_);
-  if (network >= first_) return;
-  first_ = network;
-  error_ = std::move(error);
+  errors_.emplace(network, std::move(error));
 }
 
+namespace {
+
+thread_local FailedNetworks* failed_networks = nullptr;
+
+}  // namespace
+
+FailedNetworks::FailedNetworks() : outer_(std::exchange(failed_networks, this)) {}
+FailedNetworks::~FailedNetworks() { failed_networks = outer_; }
+
 void NetworkErrors::rethrow() const {
-  if (!error_) return;
+  if (errors_.empty()) return;
+  const auto& [network, error] = *errors_.begin();
+  if (failed_networks) {
+    for (const auto& entry : errors_) failed_networks->networks.push_back(entry.first);
+    failed_networks->first_error = error;
+    return;
+  }
   try {
-    std::rethrow_exception(error_);
-  } catch (c10::Error& error) {
-    error.add_context(c10::str("network ", first_, "; the others were trained"));
+    std::rethrow_exception(error);
+  } catch (c10::Error& e) {
+    e.add_context(c10::str("network ", network, "; the others were trained"));
     throw;
   }
 }

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <exception>
-#include <limits>
+#include <map>
 #include <mutex>
 #include <vector>
 
@@ -73,13 +73,27 @@ class NetworkErrors {
     }
   }
   void add(size_t network, std::exception_ptr error);
-  // Throws the error of the first network that has one; its message names the network.
+  // Throws the error of the first network that has one; its message names the network. Where there is a FailedNetworks,
+  // notes them there instead.
   void rethrow() const;
 
  private:
   std::mutex mutex_;
-  size_t first_ = std::numeric_limits<size_t>::max();
-  std::exception_ptr error_;
+  std::map<size_t, std::exception_ptr> errors_;
+};
+
+// While it lives, calls of the operator in this thread note networks that fail here, and return the losses of the
+// others.
+struct FailedNetworks {
+  FailedNetworks();
+  ~FailedNetworks();
+  FailedNetworks(const FailedNetworks&) = delete;
+
+  std::vector<size_t> networks;  // ascending
+  std::exception_ptr first_error;
+
+ private:
+  FailedNetworks* const outer_;
 };
 
 // All epochs of one network by a backend of mlp_train_step_. losses: [epochs * batches].
