@@ -149,9 +149,10 @@ def _train(
         for model, n in zip(models, networks, strict=True)
     ]
     steps = TrainSteps(models, sweep.criterion(), optimizers)
-    generators = [torch.Generator().manual_seed(network.seed) for network in networks]
     rows = [sweep.parts[n.fold][0] for n in networks if n.fold is not None] or None
     shuffle = batch_size < max(sweep.rows(network.fold) for network in networks)
+    seeds = [network.seed for network in networks] if shuffle else []
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
     held: list[list[Held]] = [[] for _ in networks]
     chunk, done = ceil(sweep.epochs / EVALUATIONS), 0
     while done < sweep.epochs:
