@@ -69,7 +69,7 @@ class TrainSteps:
         >>> models = [nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 1)) for _ in rates]
         >>> optimizers = [torch.optim.SGD(m.parameters(), lr) for m, lr in zip(models, rates)]
         >>> mlp_ext.TrainSteps(models, nn.MSELoss(), optimizers)
-        TrainSteps(4 x 10-5-1 relu identity, MSELoss(), SGD(lr=[0.01, 0.01, 0.03, 0.03]))
+        TrainSteps(4 x 10-5-1 relu identity, MSELoss(), SGD(lr=[0.01, 0.03, 0.1, 0.3]))
     """
 
     def __init__(

@@ -89,7 +89,8 @@ def edit(folder: Path) -> None:
         at = text.index(f"using {functors} =")
         assert f"struct {kind} " not in text, "the example is no longer new"
         end = text.index(">;", at)
-        path.write_text(f"{text[:at]}{code}\n{text[at:end]}, {kind}{text[end:]}")
+        entry = kind + ("<>" if "template <class Setting = double>" in code else "")
+        path.write_text(f"{text[:at]}{code}\n{text[at:end]}, {entry}{text[end:]}")
         what = section.split()[1]
         program = program.replace(f"@{what}", name).replace(f"@{what.capitalize()}", kind)
     (folder / "main.cpp").write_text(program)

@@ -56,7 +56,9 @@ def test_numbers_of_rows(rows: int) -> None:
 
 def test_other_forms_of_models() -> None:
     models = [
-        nn.Sequential(nn.Flatten(), nn.Linear(12, 5, bias=False), nn.Dropout(), nn.Linear(5, 2))
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(12, 5, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(5, 2)
+        )
         for _ in range(3)
     ]
     models[1] = mlp_ext.fuse(models[1])

@@ -103,6 +103,11 @@ struct PointwiseKernels {
   // Writes dy, scaled, for contiguous outputs y [rows, N] of T. Returns the unscaled sum of the losses. Clears `valid`
   // if the loss needs probabilities and they are outside [0, 1]. scratch: [rows + 1, N] of T.
   double (*loss)(const Loss&, Range rows, int64_t N, const void* y, void* dy, void* scratch, bool& valid);
+  // The same for networks in lanes, contiguous and of T with a number for each lane: y, dy and the target are [rows, N]
+  // or, of classes, the target is [rows], negative to ignore; the weight [N]. Scales and totals, to which it adds, are
+  // [lanes], as is `valid`.
+  void (*loss_in_lanes)(const Loss&, bool of_classes, int64_t rows, int64_t N, const void* y, void* dy,
+                        const double* scales, double* totals, bool* valid);
   // Updates the elements begin + r stride + c with gradients [rows, columns] of T.
   void (*update)(const Update&, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns);
 };
@@ -180,6 +185,46 @@ struct PanelKernels {
   void (*forward)(const PanelLayer&, Range features, Range rows, void* scratch);
   double (*loss)(const Loss&, const PanelLayer&, const Activation&, Range rows, void* scratch, bool& valid);
   void (*backward)(const PanelLayer&, Range rows, Range columns, Range biases, void* scratch);
+};
+
+// Training steps of networks with the same layers, one network in each lane of a vector.
+struct LaneLayer {
+  int64_t K, N;
+  const Activation* activation;
+  bool has_bias, weight_learns, bias_learns;
+};
+struct LaneParameter {
+  void* value;                    // contiguous
+  void* states[3];                // optimizer states, or nullptr
+  const double* hyperparameters;  // of the optimizer, if it learns
+  double count;                   // steps done before this call
+};
+struct LaneNetwork {
+  const LaneParameter* parameters;  // [2 layers]: weight and bias of each layer
+  ConstMatrix x, target;            // [input rows, K], [input rows, N]
+  const int64_t* classes;           // [input rows] instead of target, or nullptr
+  int64_t classes_stride;
+  const int64_t* order;  // [epochs, rows] indices of input rows, or nullptr: rows in their own order
+  void* losses;          // [epochs, batches] of S, before each update
+  int64_t done;          // out: steps done; fewer than all if the loss needs probabilities and got others
+};
+struct LaneProblem {
+  std::span<const LaneLayer> layers;
+  size_t lowest;  // lowest layer that learns
+  const LossFunction* loss;
+  bool mean;
+  const void* loss_weight;               // [N] of S, or nullptr
+  size_t optimizer;                      // index in Optimizers
+  int64_t rows, batch, epochs;           // the same for all; batches = ceil(rows / batch)
+  bool same_x, same_target, same_order;  // whether all networks have the same pointers
+};
+
+// For float and double. Networks in one call agree in which of their hyperparameters are 0, and have the same states.
+struct LaneKernels {
+  int64_t (*lanes)();
+  size_t (*scratch_bytes)(const LaneProblem&);
+  // All steps of 1 to lanes() networks on one thread. A network's bits do not depend on the others.
+  void (*train)(const LaneProblem&, std::span<LaneNetwork> networks, void* scratch);
 };
 
 bool multiplies_bfloat16();  // whether the processor has AVX512_BF16

@@ -19,10 +19,12 @@ namespace mlp_ext::cpu {
   const LayerKernels& layer_kernels(DType); \
   const StepKernels& step_kernels(DType);   \
   const PanelKernels* panel_kernels(DType); \
+  const LaneKernels* lane_kernels(DType);   \
   int64_t fma_loop(int64_t rounds);         \
   }
-#define MLP_EXT_LIST(target) \
-  Variant{#target, target::layer_kernels, target::step_kernels, target::panel_kernels, target::fma_loop},
+#define MLP_EXT_LIST(target)                                                                                         \
+  Variant{#target,         target::layer_kernels, target::step_kernels, target::panel_kernels, target::lane_kernels, \
+          target::fma_loop},
 MLP_EXT_TARGETS(MLP_EXT_DECLARE)
 
 std::span<const Variant> variants() {

@@ -14,6 +14,7 @@ struct Variant {
   const LayerKernels& (*layer_kernels)(DType);
   const StepKernels& (*step_kernels)(DType);
   const PanelKernels* (*panel_kernels)(DType);  // nullptr for 16-bit types
+  const LaneKernels* (*lane_kernels)(DType);    // nullptr for 16-bit types
   int64_t (*fma_loop)(int64_t rounds);          // FMAs in registers; returns the number of FLOPs
 };
 

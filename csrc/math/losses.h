@@ -121,13 +121,20 @@ struct Huber {  // d = y - t,  l = d^2 / 2 where |d| <= delta, else delta (|d| -
 
 // ---- losses of whole rows ----
 //
-// A Row provides, for one row of N outputs:
+// A Row provides, for one row of N outputs, or one of each network in lanes:
 //   z(n)           the outputs
 //   c(), t(n)      the class c, or -1 if the target is probabilities t
 //   w(n)           the class weights
 //   sum_exp(most)  sum over n of exp(z(n) - most)
 //   exp(n, most)   its terms, after a call of sum_exp
 //   put(n, dz)     stores the gradient, possibly over z(n)
+// The class may be another type with these functions.
+MLP_EXT_HOST_DEVICE bool has_class(int64_t c) { return c >= 0; }
+MLP_EXT_HOST_DEVICE bool is_class(int64_t c, int64_t n) { return n == c; }
+template <class F>
+MLP_EXT_HOST_DEVICE auto of_class(int64_t c, int64_t, const F& f) {  // f(c)
+  return f(c);
+}
 
 // l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q,  Q = sum q.  With label smoothing e,
 // q(n) = w(n) ((1 - e) [n = c] + e / N) for a class c, or w(n) ((1 - e) t(n) + e / N) for probabilities t.
@@ -142,22 +149,28 @@ struct CrossEntropy {
   template <class T, class Row>
   MLP_EXT_HOST_DEVICE T row(Row row, int64_t N, T scale) const {
     using std::log;
-    const int64_t c = row.c();
+    const auto c = row.c();
+    const bool smooth = label_smoothing != 0;
     const T smoothing = static_cast<T>(label_smoothing), even = smoothing / static_cast<T>(N);
-    const auto q = [&](int64_t n) {
-      if (c < 0) return row.w(n) * ((1 - smoothing) * row.t(n) + even);
-      return (n == c ? row.w(n) * (1 - smoothing) : T(0)) + (smoothing == 0 ? T(0) : row.w(n) * even);
+    const auto q = [&](int64_t n) -> T {
+      if (!has_class(c)) return row.w(n) * ((1 - smoothing) * row.t(n) + even);
+      return where(is_class(c, n), row.w(n) * (1 - smoothing), T(0)) + (smooth ? row.w(n) * even : T(0));
     };
     T most = row.z(0), all_q = 0, loss = 0;
     for (int64_t n = 1; n < N; ++n) {
       const T z = row.z(n);
-      if (z > most || z != z) most = z;
+      most = where(z <= most, most, z);
     }
     const T sum = row.sum_exp(most), log_sum = log(sum) + most;
-    for (int64_t n = 0; n < N; ++n) {
-      if (c >= 0 && smoothing == 0 && n != c) continue;  // 0 log 0
-      loss -= q(n) * (row.z(n) - log_sum);
-      all_q += q(n);
+    const auto term = [&](int64_t n) -> T { return q(n) * (row.z(n) - log_sum); };
+    if (has_class(c) && !smooth) {  // no 0 log 0
+      loss = -of_class(c, N, term);
+      all_q = of_class(c, N, q);
+    } else {
+      for (int64_t n = 0; n < N; ++n) {
+        loss = loss - term(n);
+        all_q = all_q + q(n);
+      }
     }
     for (int64_t n = 0; n < N; ++n) row.put(n, (row.exp(n, most) / sum * all_q - q(n)) * scale);
     return loss;
@@ -173,9 +186,10 @@ struct NLL {  // log-probabilities y, class c:  l = -w(c) y(c),  dl/dy(n) = -w(c
 
   template <class T, class Row>
   MLP_EXT_HOST_DEVICE T row(Row row, int64_t N, T scale) const {
-    const int64_t c = row.c();
-    const T loss = -row.w(c) * row.z(c), slope = -row.w(c) * scale;
-    for (int64_t n = 0; n < N; ++n) row.put(n, n == c ? slope : T(0));
+    const auto c = row.c();
+    const T loss = of_class(c, N, [&](int64_t n) -> T { return -row.w(n) * row.z(n); });
+    const T slope = of_class(c, N, [&](int64_t n) -> T { return -row.w(n) * scale; });
+    for (int64_t n = 0; n < N; ++n) row.put(n, where(is_class(c, n), slope, T(0)));
     return loss;
   }
 };

@@ -127,7 +127,13 @@ MLP_EXT_HOST_DEVICE auto visit(const Chosen<List>& chosen, F&& f) {
   return visit(List{}, chosen.index, CallWithChosen<F, List>{chosen, f});
 }
 
-// The functor T of as many numbers as it has parameters, which are its first members.
+// The functor T of as many numbers as it has parameters, which are its first members. number(i) converts to them.
+template <class T, class F>
+T make_of(const F& number) {
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return T{number(i)...};
+  }(std::make_index_sequence<T::parameters.size()>{});
+}
 template <class T>
 T make(const double* numbers) {
   struct Number {
@@ -135,9 +141,7 @@ T make(const double* numbers) {
     operator double() const { return value; }
     operator bool() const { return value != 0; }
   };
-  return [&]<size_t... i>(std::index_sequence<i...>) {
-    return T{Number{numbers[i]}...};
-  }(std::make_index_sequence<T::parameters.size()>{});
+  return make_of<T>([&](size_t i) { return Number{numbers[i]}; });
 }
 
 template <class List>

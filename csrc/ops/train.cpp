@@ -358,7 +358,7 @@ void mlp_train_update_(const UpdateArgs& a) {
 
 void bump_versions(const TrainArgs& args) {
   const auto bump = [](const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
-  if (args.optimizer != Accumulate::name)
+  if (args.optimizer != Accumulate<>::name)
     for (const int64_t index : args.learning) bump(args.parameters[index]);
   for (const at::TensorList tensors : {args.states, args.steps})
     for (const at::Tensor& t : tensors) bump(t);

@@ -153,9 +153,9 @@ LossAndGrad native(const NLL&, const Operands& o) {
 // The functor whose begin_step takes a tensor; only for those whose begin_step does something.
 template <class Functor>
 struct OfTensors {};
-template <template <class> class Functor>
-struct OfTensors<Functor<double>> {
-  using type = Functor<at::Tensor>;
+template <template <class, class> class Functor>
+struct OfTensors<Functor<double, double>> {
+  using type = Functor<double, at::Tensor>;
 };
 
 // f(the optimizer, ready for the parameter's next step), by tensors where its count of steps is on a device.

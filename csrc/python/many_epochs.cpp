@@ -3,7 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/randperm.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -42,8 +42,7 @@ ManyEpochsRun::ManyEpochsRun(Networks& networks, const StepData& data, const Man
       one_batch_per_call_(!recipe.dropout.empty()),
       input_rows_(data.input.size(-2)),
       slab_unit_(data.input.is_cpu() ? kLanes * at::get_num_threads() : kNetworksOnGpu),
-      steps_per_call_(static_cast<double>(slab_unit_)),
-      losses_(at::zeros({epochs.count, static_cast<int64_t>(networks.size())}, at::dtype(at::kDouble))) {
+      steps_per_call_(static_cast<double>(slab_unit_)) {
   for (size_t i = 0; i < networks.size(); ++i) {
     const int64_t batch_size = batch_size_of(epochs, networks.index(i), input_rows_);
     if (groups_.empty() || groups_.back().batch_size != batch_size) groups_.push_back({i, i, batch_size, 0});
@@ -63,6 +62,7 @@ Tensor ManyEpochsRun::run() {
   if (networks_.size() > slab_unit_) networks_.check(data_);  // else the first call checks them all
   for (int64_t epoch = 0, count = 0; epoch < epochs_.count; epoch += count) {
     count = epochs_at_a_time(epochs_.count - epoch);
+    losses_.resize((epoch + count) * networks_.size());
     if (epochs_.shuffle && epochs_.generators.empty()) draw_shared(count);
     for (const Group& group : groups_) {
       const size_t size = slab_size(group, count);
@@ -72,7 +72,7 @@ Tensor ManyEpochsRun::run() {
     finish_epochs(epoch, count);
   }
   networks_.rethrow();
-  return losses_;
+  return at::tensor(losses_, at::dtype(at::kDouble)).view({epochs_.count, static_cast<int64_t>(networks_.size())});
 }
 
 // ---- how much at a time ----
@@ -213,7 +213,7 @@ void ManyEpochsRun::add_losses(const Tensor& losses, size_t begin, size_t end, c
   const int64_t batches = losses.size(1) / slab.epochs, B = slab.group.batch_size;
   for (size_t i = begin; i < end; ++i)
     for (int64_t epoch = 0; epoch < slab.epochs; ++epoch, found += batches) {
-      double& total = losses_.mutable_data_ptr<double>()[(slab.epoch + epoch) * networks_.size() + networks_.index(i)];
+      double& total = losses_[(slab.epoch + epoch) * networks_.size() + networks_.index(i)];
       for (int64_t k = 0; k < batches; ++k) {
         const int64_t rows = std::min(B, rows_of(i) - (first + k) * B);
         if (rows > 0) total += found[k] * (mean_ ? static_cast<double>(rows) : 1);
@@ -224,7 +224,7 @@ void ManyEpochsRun::add_losses(const Tensor& losses, size_t begin, size_t end, c
 // From the sums over rows to their means (NaN if there are none).
 void ManyEpochsRun::finish_epochs(int64_t epoch, int64_t epochs) {
   for (const int64_t last = epoch + epochs; epoch < last; ++epoch) {
-    double* const losses = losses_.mutable_data_ptr<double>() + epoch * networks_.size();
+    double* const losses = &losses_[epoch * networks_.size()];
     double lowest = std::numeric_limits<double>::quiet_NaN();
     for (size_t i = 0; i < networks_.size(); ++i) {
       double& loss = losses[networks_.index(i)];

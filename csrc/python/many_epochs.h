@@ -74,7 +74,7 @@ class ManyEpochsRun {
   std::vector<std::pair<int64_t, at::Tensor>> shared_;  // number of rows, and their permutations [epochs, rows]
   int64_t longest_ = 0, steps_of_epoch_ = 0;            // rows of a network at most; steps of all networks
   double steps_per_call_;
-  at::Tensor losses_;
+  std::vector<double> losses_;  // [epochs, networks], grows as they are trained
   Signals signals_;
 };
 

@@ -27,8 +27,7 @@ Networks::Networks(const std::vector<const Trainer*>& trainers, const std::vecto
       steps_.reserve(order.size() * now.steps.size());
       hyperparameters_.reserve(order.size() * now.hyperparameters.size());
     }
-    TORCH_CHECK_VALUE(now.learning == learning_, "TrainSteps: other parameters of models[", index,
-                      "] learn than of models[", order[0], "]");
+    TORCH_CHECK_VALUE(now.learning == learning_, "mlp_train_many_: learning must be the same for all networks");
     for (const auto& [hyperparameter, value] : now.later)
       if (value != now.hyperparameters[hyperparameter])
         later_.push_back({members_.size(), hyperparameters_.size() + hyperparameter, value});

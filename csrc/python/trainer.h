@@ -153,7 +153,7 @@ class Trainer {
                    recipe_.reduction,
                    recipe_.loss_weight,
                    recipe_.loss_parameters,
-                   Accumulate::name,
+                   Accumulate<>::name,
                    now.learning,
                    scales,
                    std::nullopt,

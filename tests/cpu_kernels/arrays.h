@@ -22,6 +22,7 @@ namespace TARGET {
 const LayerKernels& layer_kernels(DType);
 const StepKernels& step_kernels(DType);
 const PanelKernels* panel_kernels(DType);
+const LaneKernels* lane_kernels(DType);
 int64_t fma_loop(int64_t rounds);
 }  // namespace TARGET
 
@@ -242,5 +243,6 @@ struct Report {
 void test_conversions(Report& report);
 void test_layers(Report& report);
 void test_steps(Report& report);
+void test_lanes(Report& report);
 
 }  // namespace mlp_ext::cpu

@@ -36,7 +36,7 @@ int main() {
   using namespace mlp_ext::cpu;
   std::signal(SIGSEGV, say_where);
   test_machine();
-  for (const auto test : {test_conversions, test_layers, test_steps}) test(report);
+  for (const auto test : {test_conversions, test_layers, test_steps, test_lanes}) test(report);
   std::printf("%d results, %d wrong\n", report.results, report.wrong);
   return report.wrong != 0;
 }

@@ -1,4 +1,5 @@
 // AMD EPYC, Zen 5: two cores, 48 KiB of L1d, 1 MiB of L2 per core, AVX-512 in full width and AVX512_BF16.
+// Set by `mlp-ext tune` on a quiet machine; the others are Zen 4's.
 #pragma once
 
 #include "cpu/machines/zen4.h"
@@ -8,9 +9,46 @@ namespace mlp_ext::cpu {
 constexpr Machine kZen5{
     .name = "zen5",
     .bfloat16 = DotMode::bf16_dot,
-    .fma = kZen4.fma,
-    .converted = kZen4.converted,
-    .bf16_dot = kZen4.bf16_dot,
+    .fma =
+        {
+            .dot_rows_if_deep = kZen4.fma.dot_rows_if_deep,
+            .dot_columns = 12,  // 1024x64x12
+            .tall_weights = kZen4.fma.tall_weights,
+            .few_rows = 16,  // 16x1024x1024
+            .block_bytes = kZen4.fma.block_bytes,
+            .panel_rows = 64,
+            .panel_columns = 12,
+            .elements_per_thread = 1 << 14,
+        },
+    .converted =
+        {
+            .dot_rows = 12,
+            .dot_rows_if_deep = kZen4.converted.dot_rows_if_deep,
+            .dot_depth = 24,
+            .dot_columns = 12,
+            .few_rows = 16,
+            .block_bytes = kZen4.converted.block_bytes,
+            .step_rows = 12,
+            .elements_per_thread = 1 << 14,
+        },
+    .bf16_dot =
+        {
+            .small_dot_depth = 4,
+            .dot_rows = 8,
+            .dot_rows_if_deep = 128,
+            .dot_depth = 24,
+            .dot_columns = 8,
+            .tall_inputs = 64,  // 1024x128x16 packed
+            .library_multiply_adds = 1 << 28,
+            .library_weights = kZen4.bf16_dot.library_weights,
+            .library_inputs = 48,
+            .library_outputs = 64,
+            .library_forward_inputs = 2048,
+            .block_bytes = kZen4.bf16_dot.block_bytes,
+            .step_width = 64,
+            .step_rows = 16,
+            .elements_per_thread = 1 << 13,
+        },
     .amx = kZen4.amx,
 };
 

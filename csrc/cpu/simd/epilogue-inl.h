@@ -32,7 +32,9 @@ void grad_z_rows(const Backward& b, Range rows, Range columns, T* dz, int64_t st
                            {dz, stride}, db, rows.size(), columns.size());
 }
 
-constexpr size_t kIdentity = index_of(Identity::name, Activations{}), kReLU = index_of(ReLU::name, Activations{});
+template <class Act>
+constexpr size_t kIndexOf = index_of(Act::name, Activations{});
+constexpr size_t kIdentity = kIndexOf<Identity>, kReLU = kIndexOf<ReLU>;
 using InRegisters = TypeList<Identity, ReLU, Sigmoid, Tanh>;
 
 inline bool needs_z(const Activation& activation) {
@@ -44,7 +46,7 @@ inline bool needs_z(const Activation& activation) {
 template <class F, class Otherwise>
 void with_act_in_registers(const Activation& activation, const F& f, const Otherwise& otherwise) {
   const bool found = [&]<class... Act>(TypeList<Act...>) {
-    return ((activation.index == index_of(Act::name, Activations{}) ? (f(Act{}), true) : false) || ...);
+    return ((activation.index == kIndexOf<Act> ? (f(Act{}), true) : false) || ...);
   }(InRegisters{});
   if (!found) otherwise();
 }

@@ -71,27 +71,48 @@ bool are_probabilities(Vec<T> v) {
   return all;
 }
 
-// Losses of single elements y with targets t and weights w (nullptr: 1).
-template <class T, class LossOf>
-__attribute__((flatten)) double element_loss(const Loss& loss, int64_t size, const T* y, const T* t, const T* w, T* dy,
-                                             bool& valid) {
-  using V = Vec<T>;
-  const auto l = get<LossOf>(*loss.function);
-  const V scale = static_cast<T>(loss.scale);
+// Sums of losses of one network.
+template <class T>
+struct SumOfAll {
+  bool& valid;
   double total = 0;
+  void check(Vec<T> y, Vec<T> t) { valid = valid && are_probabilities(y) && are_probabilities(t); }
+  void add(Vec<T> sum) {
+    for (int lane = 0; lane < Vec<T>::lanes; ++lane) total += static_cast<double>(sum.v[lane]);
+  }
+};
+// The same for a network in each lane.
+template <class T>
+struct SumOfEachLane {
+  using V = Vec<T>;
+  double* totals;
+  V refused;
+  void check(V y, V t) {
+    for (const V v : {y, t}) refused = where(0 <= v, where(v <= 1, refused, V(1)), V(1));
+  }
+  void add(V sum) {
+    for (int lane = 0; lane < V::lanes; ++lane) totals[lane] += static_cast<double>(sum.v[lane]);
+  }
+};
+
+// Losses of single elements y with targets t and weights w (nullptr: 1).
+template <class T, class LossOf, class Sums>
+__attribute__((flatten)) void element_loss(const LossOf& loss, Vec<T> scale, int64_t size, const T* y, const T* t,
+                                           const T* w, T* dy, Sums& sums) {
+  using V = Vec<T>;
+  const auto l = loss;
   constexpr int64_t piece = kShortRows * V::lanes;
   for (int64_t begin = 0; begin < size; begin += piece) {
     V sum;
     for_vectors<T>(std::min(piece, size - begin), [&](int64_t j, auto lanes) {
       const int64_t i = begin + j;
       const V yi = load(y + i, lanes), ti = load(t + i, lanes), wi = w ? load(w + i, lanes) : V(1);
-      if constexpr (is_of_probabilities<LossOf>) valid = valid && are_probabilities(yi) && are_probabilities(ti);
+      if constexpr (is_of_probabilities<LossOf>) sums.check(yi, ti);
       store(dy + i, l.backward(yi, ti, wi) * scale, lanes);
       sum = sum + only(l.forward(yi, ti, wi), lanes);
     });
-    for (int lane = 0; lane < V::lanes; ++lane) total += static_cast<double>(sum.v[lane]);
+    sums.add(sum);
   }
-  return total;
 }
 
 // The Row of math/losses.h; dy holds the exponentials between sum_exp and put.
@@ -160,13 +181,101 @@ double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* d
       T* const dy = static_cast<T*>(dy_data);
       const T* const t = contiguous<S>(loss.target, rows, N, static_cast<T*>(scratch));
       const int64_t size = rows.size() * N;
-      if (!loss.weight) return element_loss<T, LossOf>(loss, size, y, t, nullptr, dy, valid);
+      if (!loss.weight) {
+        SumOfAll<T> sum{valid};
+        element_loss<T>(l, static_cast<T>(loss.scale), size, y, t, nullptr, dy, sum);
+        return sum.total;
+      }
       T* const w = static_cast<T*>(scratch) + size;
       contiguous<S>({loss.weight, 0}, {0, 1}, N, w);
       double total = 0;
-      for (int64_t i = 0; i < size; i += N) total += element_loss<T, LossOf>(loss, N, y + i, t + i, w, dy + i, valid);
+      for (int64_t i = 0; i < size; i += N) {
+        SumOfAll<T> sum{valid};
+        element_loss<T>(l, static_cast<T>(loss.scale), N, y + i, t + i, w, dy + i, sum);
+        total += sum.total;
+      }
       return total;
     }
+  });
+}
+
+// ---- losses of networks in lanes ----
+
+// The classes of a row; see math/losses.h.
+template <class T>
+struct ClassOfEachLane {
+  Vec<T> number;
+  bool given;
+  friend MLP_EXT_INLINE bool has_class(const ClassOfEachLane& c) { return c.given; }
+  friend MLP_EXT_INLINE auto is_class(const ClassOfEachLane& c, int64_t n) {
+    return typename Vec<T>::Mask{c.number.v == Vec<T>(static_cast<T>(n)).v};
+  }
+  template <class F>
+  friend MLP_EXT_INLINE Vec<T> of_class(const ClassOfEachLane& c, int64_t N, const F& f) {
+    Vec<T> v;
+    for (int64_t n = 0; n < N; ++n) v = where(is_class(c, n), f(n), v);
+    return v;
+  }
+};
+
+template <class T>
+struct RowOfEachLane {
+  using V = Vec<T>;
+  const T *y, *target, *weight;
+  T* dy;
+  int64_t N;
+  ClassOfEachLane<T> classes;
+
+  const ClassOfEachLane<T>& c() const { return classes; }
+  V z(int64_t n) const { return load(y + n * V::lanes); }
+  V t(int64_t n) const { return load(target + n * V::lanes); }
+  V w(int64_t n) const { return weight ? load(weight + n * V::lanes) : V(1); }
+  V sum_exp(V most) const {
+    V sum;
+    for (int64_t n = 0; n < N; ++n) {
+      const V e = cpu::exp(z(n) - most);
+      store(dy + n * V::lanes, e);
+      sum = sum + e;
+    }
+    return sum;
+  }
+  V exp(int64_t n, V) const { return load(dy + n * V::lanes); }
+  V learned(V v) const { return classes.given ? where(classes.number < 0, V(), v) : v; }  // 0 if ignored
+  void put(int64_t n, V v) const { store(dy + n * V::lanes, learned(v)); }
+};
+
+template <class T, class LossOf>
+__attribute__((flatten)) void row_losses_in_lanes(const LossOf& loss, Vec<T> scale, bool of_classes, int64_t rows,
+                                                  RowOfEachLane<T> row, SumOfEachLane<T>& sums) {
+  const int64_t size = row.N * Vec<T>::lanes;
+  Vec<T> sum;
+  for (int64_t m = 0; m < rows; ++m, row.y += size, row.dy += size) {
+    row.classes = {of_classes ? load(row.target) : Vec<T>(), of_classes};
+    sum = sum + row.learned(loss.template row<Vec<T>>(row, row.N, scale));
+    row.target += of_classes ? Vec<T>::lanes : size;
+  }
+  sums.add(sum);
+}
+
+template <class T>
+void loss_in_lanes(const Loss& loss, bool of_classes, int64_t rows, int64_t N, const void* y_data, void* dy_data,
+                   const double* scales, double* totals, bool* valid) {
+  constexpr int lanes = Vec<T>::lanes;
+  const T *const y = static_cast<const T*>(y_data), *const t = static_cast<const T*>(loss.target.data),
+                 *const w = static_cast<const T*>(loss.weight);
+  T* const dy = static_cast<T*>(dy_data);
+  Vec<T> scale;
+  for (int lane = 0; lane < lanes; ++lane) scale.v[lane] = static_cast<T>(scales[lane]);
+  SumOfEachLane<T> sums{totals, {}};
+  const int64_t size = rows * N * lanes, part = w ? N * lanes : size;
+  visit(*loss.function, [&](auto l) {
+    using LossOf = decltype(l);
+    if constexpr (is_of_rows<LossOf>)
+      row_losses_in_lanes(l, scale, of_classes, rows, RowOfEachLane<T>{y, t, w, dy, N, {}}, sums);
+    else
+      for (int64_t i = 0; i < size; i += part) element_loss<T>(l, scale, part, y + i, t + i, w, dy + i, sums);
+    if constexpr (is_of_probabilities<LossOf>)
+      for (int lane = 0; lane < lanes; ++lane) valid[lane] = valid[lane] && sums.refused.v[lane] == 0;
   });
 }
 
@@ -222,7 +331,7 @@ constexpr PointwiseKernels kPointwise{
     },
     [](const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
        int64_t columns) { grad_z_table<S>(activation, dy, saved, dz, db, rows, columns, Activations{}); },
-    loss<S>,
+    loss<S>, loss_in_lanes<Accumulator<S>>,
     [](const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
       update_table<S>(update, begin, stride, gradients, rows, columns, Optimizers{});
     }};
