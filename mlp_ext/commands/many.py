@@ -23,6 +23,7 @@ TOGETHER = 2**26  # Parameters' elements of the networks that are in memory at a
 # The networks that are timed one after another.
 TIMED_SECONDS = 0.3  # each
 TIMED_STEPS = 50  # in an epoch, at most
+TIMED_LR = 1e-6  # at which none diverges
 
 
 class Setting(NamedTuple):
@@ -214,7 +215,7 @@ def _timed(sweep: Sweep, network: Network, data: Dataset) -> list[TrainingRun]:
         sweep.model(network),
         data,
         epochs=sweep.epochs,
-        lr=setting.lr,
+        lr=TIMED_LR,
         batch_size=setting.batch_size,
         loss=sweep.loss,
         optimizer=sweep.optimizer,

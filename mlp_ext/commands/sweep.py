@@ -133,8 +133,9 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
             found = train_many(sweep, mine, bar.advance)
         except RuntimeError as error:
             what = str(error).splitlines()[0]
-            if args.loss == "bce":  # stops at the first NaN
-                args.fail(f"argument --loss: bce: {what}; use bce_with_logits")
+            if "between 0 and 1" in what:  # the targets are
+                what = "bce: a network's outputs are not finite"
+                args.fail(f"argument --loss: {what}; use a smaller --lr or bce_with_logits")
             args.fail(what)  # out of memory
     results = processes.gather(found)
     seconds = time.perf_counter() - started
