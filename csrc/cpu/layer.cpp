@@ -176,13 +176,14 @@ void backward_in_one_pass(const Backward& problem, const Plan& plan, const Layer
 
 // dx and dW in one pass over W; if its rows are split, each piece has its own sums of dx.
 void backward_few_rows(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
-  const auto [pieces_of_rows, pieces_of_columns, none] = plan.grad_weight;
-  const int64_t M = problem.M, K = problem.K, item = accumulator_size(dtype);
+  const int64_t M = problem.M, K = problem.K;
+  const int64_t pieces_of_rows = plan.grad_input.samples, pieces_of_columns = plan.grad_input.columns,
+                item = accumulator_size(dtype);
   at::Tensor sums;
   if (problem.dx.data && pieces_of_rows > 1)
     sums = empty_cached({pieces_of_rows, M, K}, dtype == DType::float64 ? at::kDouble : at::kFloat);
   char* const parts = sums.defined() ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr;
-  for_pieces(plan.grad_weight.size(), [&](int64_t i) {
+  for_pieces(pieces_of_rows * pieces_of_columns, [&](int64_t i) {
     const int64_t r = i / pieces_of_columns, c = i % pieces_of_columns;
     kernels.backward_few_rows(problem, piece_of_lines(r, pieces_of_rows, problem.N),
                               piece_of_lines(c, pieces_of_columns, K), parts ? parts + r * M * K * item : nullptr,

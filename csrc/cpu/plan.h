@@ -190,7 +190,9 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.forward = {pieces, 1, 1};
   if (backward == Path::few_rows) {
     const auto at_most = [&](int64_t size) { return std::clamp<int64_t>(size / kSmallestPieceEdge, 1, pieces); };
-    plan.grad_input = plan.grad_weight = at_most(N) == pieces ? Grid{pieces, 1, 1} : Grid{1, at_most(K), 1};
+    const bool by_rows = at_most(N) == pieces;  // of W, over which dx is summed
+    plan.grad_input = by_rows ? Grid{1, 1, pieces} : Grid{1, at_most(K), 1};
+    plan.grad_weight = by_rows ? Grid{pieces, 1, 1} : plan.grad_input;
   }
   if (backward == Path::narrow || backward == Path::tall || backward == Path::one_input || backward == Path::one_output)
     plan.grad_input = plan.grad_weight = {1, 1, pieces};
