@@ -320,7 +320,7 @@ constexpr Sizes kSmall[] = {{0, 4, 3},  {1, 1, 1},   {1, 7, 1},    {1, 37, 19}, 
                             {5, 1, 9},  {5, 9, 1},   {7, 2, 15},   {9, 15, 2},  {13, 6, 4},  {23, 5, 3}, {16, 16, 16},
                             {29, 1, 1}, {33, 17, 7}, {140, 1, 31}, {11, 21, 8}, {150, 13, 1}};
 // Several blocks of rows, columns and depth in one of the products each.
-constexpr Sizes kLarge[] = {{117, 530, 270}, {19, 33, 1040}, {1040, 7, 9}, {500, 24, 35}, {6, 1100, 10}, {9, 1, 2600}};
+constexpr Sizes kLarge[] = {{117, 530, 270}, {19, 33, 1040}, {1040, 7, 9}, {500, 24, 35}, {6, 1100, 10}, {9, 1, 4200}};
 
 template <class S>
 void test(Report& report) {

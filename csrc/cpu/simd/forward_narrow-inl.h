@@ -36,8 +36,8 @@ struct Narrow {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr int64_t lanes = V::lanes;
-  static constexpr int64_t kBlock = 2048;                     // elements of x and of z at a time
-  static constexpr int kUnroll = 4;                           // vectors of z that share a vector of W
+  static constexpr int64_t kBlock = 4096;  // elements of x and of z at a time: four rows of 1000; half if P > 1
+  static constexpr int kUnroll = 4;        // vectors of z that share a vector of W
   static constexpr int64_t kTail = 3 * kUnroll * lanes;       // behind a block: the last vectors are whole
   static constexpr int64_t kMost = kNarrowBytes / sizeof(T);  // K and N, unless K = 1
   static constexpr int64_t kScratch = (kMost + 2) * std::max(kBlock, lanes) + 2 * (kBlock + kTail);
@@ -61,7 +61,7 @@ struct Narrow {
     T *const bias = scratch + f.K * width, *const x = bias + width, *const z = x + kBlock + kTail;
     const Narrow self{f, columns.begin, N, P, scratch, bias, x, z};
     self.pack();
-    const int64_t step = std::max<int64_t>(1, kBlock / std::max(N, f.K));
+    const int64_t step = std::max<int64_t>(1, (P > 1 ? kBlock / 2 : kBlock) / std::max(N, f.K));
     for (int64_t m = rows.begin; m < rows.end; m += step) {
       const int64_t count = std::min(step, rows.end - m);
       read_rows<S>(f.x, m, count, f.K, x);
