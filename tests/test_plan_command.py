@@ -49,7 +49,7 @@ def test_layer_has_paths_pieces_and_limits(capsys: pytest.CaptureFixture[str]) -
     ]
     assert found["backward"][0] == "backward: packed, dx in 1 piece, dW in 1 piece, at once"
     few_rows = planned("4x784x256 --threads 2 --machine zen4", capsys)["backward"][0]
-    assert few_rows == "backward: few_rows, 2 pieces of columns"
+    assert few_rows == "backward: few_rows, 2 pieces of rows"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

@@ -24,6 +24,7 @@ constexpr int64_t kTallInputs = 1024;         // K of tall
 constexpr int64_t kTallWeights = 1 << 18;     // N K of tall; each thread has its own dW
 constexpr int64_t kOneBreadth = 1 << 16;      // N of one_input, K of one_output
 constexpr int64_t kMostFewRows = 16;          // M of few_rows
+constexpr int64_t kNarrowBytes = 64;          // a row of x or z of narrow, as accumulated
 constexpr int64_t kDepthBytes = 2048;         // depth block of A; half of it writes partial sums twice as often
 constexpr int64_t kMostBlockBytes = 1 << 21;  // block of packed B
 constexpr int64_t kLeastBlockBytes = 1 << 17;
@@ -41,6 +42,9 @@ struct Limits {
   int64_t dot_depth = 12;                      // K / M
   int64_t dot_columns = 4;                     // N; up to here tiles are mostly empty
   int64_t tiny_depth = 24;                     // K; up to here tiles still beat dots
+  // narrow
+  int64_t narrow_bytes = kNarrowBytes;  // a row of x or z; above, tiles are full enough
+  int64_t narrow_rows = 128;            // M of backward; below, tall or small
   // tall
   int64_t tall_inputs = kTallInputs;    // K; a block of x stays in L2
   int64_t tall_weights = kTallWeights;  // N K; above, dW of each thread leaves the cache
@@ -87,6 +91,8 @@ constexpr Limit kLimits[] = {
     {"dot_depth", &Limits::dot_depth, 0, 1 << 20},
     {"dot_columns", &Limits::dot_columns, 0, kNever},
     {"tiny_depth", &Limits::tiny_depth, 0, kNever},
+    {"narrow_bytes", &Limits::narrow_bytes, 0, kNarrowBytes},
+    {"narrow_rows", &Limits::narrow_rows, 0, kNever},
     {"tall_inputs", &Limits::tall_inputs, 0, kTallInputs},
     {"tall_weights", &Limits::tall_weights, 0, kTallWeights},
     {"few_rows", &Limits::few_rows, 0, kMostFewRows},

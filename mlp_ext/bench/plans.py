@@ -16,6 +16,7 @@ SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99
 PATHS = {  # of the CPU, in one line
     "small": "one thread, nothing is packed",
     "dots": "vector lanes along K, nothing is packed",
+    "narrow": "several rows of y in a vector, nothing is packed but W",
     "tall": "dz, dx, dW and db in one pass over blocks of rows",
     "one_input": "dx, dW and db in one pass, row by row",
     "one_output": "dx, dW and db in one pass, row by row",
