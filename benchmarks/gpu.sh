@@ -34,6 +34,7 @@ build() {
 measure() {
   local own=native,cudagraph,fused,fused-cudagraph dtype
   bench 40 train-step-relu --suite train --rounds 12 --providers native,cudagraph,fused,stack,step,fit
+  bench 60 many-step-relu --suite many --rounds 6 --providers native,vmap,bmm,step,fit,steps
   for dtype in bfloat16 float32 tf32 float16; do
     bench 35 "layers-full-relu-$dtype" --rounds 12 --dtype "$dtype" --providers $own
   done
@@ -59,7 +60,8 @@ tests() {
   have pytest || return
   local parallel=()
   have xdist && parallel=(-n 8)
-  within 150 "$PYTHON" -m pytest -q -rs "${parallel[@]}" tests/test_cuda.py tests/test_cuda_train.py tests/test_cuda_as_cpu.py
+  within 150 "$PYTHON" -m pytest -q -rs "${parallel[@]}" tests/test_cuda.py tests/test_cuda_train.py \
+    tests/test_cuda_train_many.py tests/test_cuda_as_cpu.py
 }
 
 # racecheck sees hazards in kernels of cuBLAS, and fails where it is to look at ours alone among them.

@@ -18,8 +18,20 @@ from mlp_ext_cli.compare import add_compare
 from mlp_ext_cli.info import add_info
 from mlp_ext_cli.plan import add_plan
 from mlp_ext_cli.profile import add_profile
+from mlp_ext_cli.sweep import add_sweep
 from mlp_ext_cli.train import add_train
 from mlp_ext_cli.tune import add_tune
+
+COMMANDS = (
+    add_info,
+    add_train,
+    add_sweep,
+    add_bench,
+    add_compare,
+    add_plan,
+    add_tune,
+    add_profile,
+)
 
 DESCRIPTION = "Train multi-layer perceptrons in PyTorch faster: try it and measure it."
 
@@ -27,6 +39,7 @@ EPILOG = """\
 examples:
   mlp-ext info
   mlp-ext train --data digits --hidden 64 --lr 2 --epochs 20
+  mlp-ext sweep --data digits --hidden 64,32-16 --seeds 8
   mlp-ext bench --suite train
   mlp-ext train --help
 """
@@ -99,6 +112,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for add in (add_info, add_train, add_bench, add_compare, add_plan, add_tune, add_profile):
+    for add in COMMANDS:
         add(commands)
     return parser

@@ -16,6 +16,7 @@ FLOATS = ("float32", "float64", "bfloat16", "float16")
 SHORT = {"fp16": "float16", "fp32": "float32", "fp64": "float64", "bf16": "bfloat16"}
 
 Number = TypeVar("Number", int, float)
+Value = TypeVar("Value")
 Help = argparse.RawDescriptionHelpFormatter  # descriptions and examples keep their lines
 
 
@@ -82,16 +83,18 @@ def number(kind: Callable[[str], Number], accepts: Callable[[Number], bool], wha
 
 
 count = number(int, lambda n: 1 <= n < 2**31, "a whole number from 1 to 2147483647")
+seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+rate = number(float, lambda x: 0 < x < float("inf"), "a positive number")
+decay = number(float, lambda x: 0 <= x < float("inf"), "a number from 0")
 
 
-def counts(text: str) -> list[int]:
-    """An argparse type: counts separated by commas."""
-    return [count(one) for one in text.split(",")]
+def each(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """An argparse type: values of `kind` separated by commas, each once."""
+    return lambda text: list(dict.fromkeys(map(kind, text.split(","))))
 
 
-def listed(text: str) -> list[str]:
-    """An argparse type: names separated by commas, each once."""
-    return list(dict.fromkeys(text.split(",")))
+counts = each(count)
+listed = each(str)
 
 
 def code(text: str) -> tuple[str, str]:

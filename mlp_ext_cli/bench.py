@@ -6,11 +6,16 @@ from typing import Any
 
 from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, code, count, counts, file, listed
 
-SUITES = {"layers": ("full", "forward", "backward"), "train": ("step",)}  # their modes
+SUITES = {  # their modes
+    "layers": ("full", "forward", "backward"),
+    "train": ("step",),
+    "many": ("step",),
+}
 DTYPES = (*FLOATS, "tf32")
 
 DESCRIPTION = """\
-Measure layers and training steps against native torch and its peers.
+Measure layers, training steps, and steps of many networks at once, against
+native torch and its peers.
 """
 EPILOG = """\
 The results of each provider are first checked against native's. Then, in each
@@ -22,12 +27,13 @@ latency allows, divided by the time. path: of our kernels; see `mlp-ext plan`.
 
 full is forward and backward, including the input's gradient; forward computes
 no gradients; backward is backward alone; step is forward, MSELoss, zero_grad,
-backward and update.
+backward and update. In the suite many, times are per network and step.
 
 Your own provider is a function. In the suite layers, it takes a setting and
 returns function(input, weight, bias); in train, it takes model, criterion and
 optimizer and returns step(input, target), which updates the model and returns
-the loss:
+the loss; in many, it takes models, criterion and optimizers, and its step
+returns the losses:
 
   def mine(setting):
       return lambda x, w, b: torch.addmm(b, x, w.t()).relu_()
@@ -38,6 +44,7 @@ examples:
   mlp-ext bench --cases 64x784x256 --provider own.py:mine
   mlp-ext bench --suite train --cases 784-256-10@64 --threads 1 --csv rows.csv
   mlp-ext bench --suite train --optimizer adam --plot speed.png
+  mlp-ext bench --suite many --cases 1000x10-5-1@10 --peak
   mlp-ext bench --peak
 """
 
@@ -53,15 +60,15 @@ def add_bench(commands: Any) -> None:
         epilog=EPILOG,
     )
     add = parser.add_argument
-    modes = [mode for suite in SUITES.values() for mode in suite]
+    modes = [*dict.fromkeys(mode for suite in SUITES.values() for mode in suite)]
     add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
-    add("--mode", choices=modes, help="pass to measure (default: full; in train: step)")
+    add("--mode", choices=modes, help="pass to measure (default: full, or step)")
     add(
         "--cases",
         type=listed,
         metavar="C,...",
-        help="layers: MxKxN, e.g. 64x784x256, or sweep; train: WIDTHS@BATCH, e.g. 784-256-10@64 "
-        "(default: the published cases)",
+        help="layers: MxKxN, e.g. 64x784x256, or sweep; train: WIDTHS@BATCH, e.g. 784-256-10@64; "
+        "many: NETWORKSxWIDTHS@BATCH, e.g. 1000x10-5-1@10 (default: the published cases)",
     )
     add("--providers", type=listed, metavar="P,...", help="what to compare; see --list")
     add(
@@ -77,9 +84,9 @@ def add_bench(commands: Any) -> None:
         "--activation",
         default="relu",
         metavar="NAME",
-        help="of the layer; in train: of hidden layers (default: relu)",
+        help="of the layer, or of hidden layers (default: relu)",
     )
-    add("--optimizer", metavar="NAME", help="for train (default: sgd)")
+    add("--optimizer", metavar="NAME", help="for train and many (default: sgd)")
     add("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
     add(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, count, file, number
+from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, count, decay, file, rate, seed
 
 LAYERS = ("native", "fused", "stack", "step", "fit")
 WRAPPERS = ("ddp", "fsdp")
@@ -89,10 +89,11 @@ def add_train(commands: Any) -> None:
     )
     add("--loss", default="mse", metavar="NAME", help="(default: mse)")
     add("--optimizer", default="sgd", metavar="NAME", help="(default: sgd)")
-    add("--lr", type=_rate, default=0.01, metavar="X", help="learning rate (default: 0.01)")
+    add("--lr", type=rate, default=0.01, metavar="X", help="learning rate (default: 0.01)")
+    add("--weight-decay", type=decay, metavar="X", help="(default: the optimizer's)")
     add("--epochs", type=count, default=50, metavar="N", help="passes over the data (default: 50)")
     add("--batch-size", type=count, default=10, metavar="N", help="rows per step (default: 10)")
-    add("--seed", type=_seed, default=0, metavar="N", help="random seed (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="random seed (default: 0)")
     add(
         "--dtype",
         choices=FLOATS,
@@ -127,10 +128,6 @@ def add_train(commands: Any) -> None:
     add("--plot", type=file, metavar="FILE.png", help="plot the losses over epochs and time")
     add("--save", type=file, metavar="FILE.pt", help="write the trained weights")
     add("--json", type=file, metavar="FILE", help="write the settings, versions and results")
-
-
-_seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
-_rate = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 
 def _widths(text: str) -> list[int]:

@@ -7,7 +7,7 @@ from mlp_ext.bench.rows import Row
 from mlp_ext_cli import main
 
 FULL = Setting("layers", "full")
-TINY = {"layers": "10x10x5", "train": "10-5-1@10"}
+TINY = {"layers": "10x10x5", "train": "10-5-1@10", "many": "3x10-5-1@10"}
 ROW = Row(
     suite="layers",
     case="10x10x5",

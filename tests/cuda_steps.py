@@ -316,7 +316,6 @@ class Parameter(ctypes.Structure):
         ("double_count", Buffer),
         ("count", ctypes.c_double),
         ("hyperparameters", ctypes.c_double * most_parameters(_C.optimizers())),
-        ("learns", ctypes.c_int64),
     ]
 
 
@@ -324,37 +323,70 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("K", "N", "activation")),
         ("parameters", ctypes.c_double * most_parameters(_C.activations())),
-        ("weight", Parameter),
-        ("bias", Parameter),
+        *((name, ctypes.c_int64) for name in ("has_bias", "weight_learns", "bias_learns")),
     ]
 
 
-SIZES = ("dtype", "rows", "batch", "input_rows", "loss", "mean", "optimizer", "layers")
-TENSORS = ("order", "x", "target", "classes", "loss_weight", "losses")
+class NetworkBuffers(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        *((name, Buffer) for name in ("order", "x", "target", "classes", "losses")),
+        ("parameters", ctypes.POINTER(Parameter)),
+    ]
+
+
+SIZES = ("dtype", "epochs", "batch", "batches", "input_rows", "loss", "mean", "optimizer", "layers")
 
 
 class Steps(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*SIZES, "lowest_learning")),
         ("loss_parameters", ctypes.c_double * most_parameters(_C.losses())),
-        *((name, Buffer) for name in TENSORS),
+        ("loss_weight", Buffer),
         ("layer", ctypes.POINTER(Layer)),
+        *((name, ctypes.c_int64) for name in ("networks", "in_table")),
+        ("network", ctypes.POINTER(NetworkBuffers)),
         ("order_of_threads", ctypes.c_int64),
     ]
+
+
+class Network(NamedTuple):
+    """With its parameters and states, which a launch changes."""
+
+    training: Training
+    data: Data
+    parameters: list[Tensor]
+    states: list[State]
+
+    @property
+    def changing(self) -> list[Tensor]:
+        return [*self.parameters, *(value for state in self.states for value in state.values())]
 
 
 def index_among(functors: dict[str, Any], name: str) -> int:
     return [*functors].index(name)
 
 
-def layers_of(t: Training, parameters: list[Tensor], states: list[State]) -> ctypes.Array[Layer]:
+def layers_of(t: Training) -> ctypes.Array[Layer]:
+    each = 2 if t.bias else 1
+    found = []
+    layers = zip(pairwise(t.widths), t.activations, strict=True)
+    for index, ((k, n), (name, numbers)) in enumerate(layers):
+        numbers = numbers or (*PARAMETERS[name].values(),)
+        learns = [t.bias and each * index + 1 not in t.frozen, each * index not in t.frozen]
+        found.append(Layer(k, n, mlp_ext.ACTIVATIONS.index(name), numbers, t.bias, *learns[::-1]))
+    return (Layer * len(found))(*found)
+
+
+def buffers_of(network: Network, losses: Tensor) -> NetworkBuffers:
+    t, data, parameters, states = network
+
     def parameter(index: int) -> Parameter:
         state, p = states[index], Parameter(buffer(parameters[index]))
         if index in t.frozen:
             return p
         p.states = (Buffer * 3)(*(buffer(state.get(name)) for name in STATES[t.optimizer]))
         p.hyperparameters = (*hyperparameters(t, index),)
-        p.learns = True
         if "step" in state and t.device_count is None:
             p.count = state["step"].item()
         elif "step" in state:
@@ -362,60 +394,80 @@ def layers_of(t: Training, parameters: list[Tensor], states: list[State]) -> cty
             setattr(p, name, buffer(state["step"]))
         return p
 
+    all_parameters = [parameter(index) for index in range(len(parameters))]
+    if not t.bias:
+        all_parameters = [p for weight in all_parameters for p in (weight, Parameter())]
+    classes = data.target if data.target.dtype == torch.int64 else None
+    target = data.target if classes is None else None
+    found = NetworkBuffers(
+        t.rows,
+        *map(buffer, (data.order, data.input, target, classes, losses)),
+        (Parameter * len(all_parameters))(*all_parameters),
+    )
+    found.classes.stride = 1
+    return found
+
+
+def launch(
+    library: ctypes.CDLL, networks: list[Network], epochs: int, in_table: bool, order: int
+) -> list[Tensor]:
+    """Trains networks alike in all but numbers and rows; returns the losses of each, NaN at the end
+    of each epoch where it has fewer batches than others."""
+    t, data, parameters, _ = networks[0]
+    batches = max(-(-n.training.rows // t.batch) for n in networks)
+    losses = [parameters[0].new_full((epochs * batches,), torch.nan) for _ in networks]
+    layers = layers_of(t)
     each = 2 if t.bias else 1
+    learning = [p // each for p in range(len(parameters)) if p not in t.frozen]
+    problem = Steps(
+        DTYPES.index(t.dtype),
+        epochs,
+        t.batch,
+        batches,
+        len(data.input),
+        index_among(_C.losses(), t.loss_name),
+        t.reduction == "mean",
+        index_among(_C.optimizers(), t.optimizer),
+        len(layers),
+        min(learning, default=len(layers)),
+        (*t.loss_parameters,),
+        buffer(data.weight),
+        layers,
+        len(networks),
+        in_table,
+        (NetworkBuffers * len(networks))(*map(buffers_of, networks, losses)),
+        order,
+    )
+    wrong = fault(library, "train_steps", problem)
+    assert not wrong, f"{t}: {wrong}"
+    for n in networks:
+        for state in n.states:
+            if "step" in state:  # as the caller of the kernel does
+                state["step"] += epochs * -(-n.training.rows // t.batch)
+    return losses
+
+
+def launch_in_each_order(
+    library: ctypes.CDLL, networks: list[Network], epochs: int = 1, in_table: bool = False
+) -> list[Tensor]:
+    """With the threads in each order, with the same bits."""
+    changed = [tensor for network in networks for tensor in network.changing]
+    before = [tensor.clone() for tensor in changed]
     found = []
-    layers = zip(pairwise(t.widths), t.activations, strict=True)
-    for index, ((k, n), (name, numbers)) in enumerate(layers):
-        weight = parameter(each * index)
-        bias = parameter(each * index + 1) if t.bias else Parameter()
-        numbers = numbers or (*PARAMETERS[name].values(),)
-        found.append(Layer(k, n, mlp_ext.ACTIVATIONS.index(name), numbers, weight, bias))
-    return (Layer * len(found))(*found)
+    for order in ORDERS.values():
+        for now, kept in zip(changed, before, strict=True):
+            now.copy_(kept)
+        losses = launch(library, networks, epochs, in_table, order)
+        found.append([*losses, *(tensor.clone() for tensor in changed)])
+    bits = [[x.reshape(-1).view(torch.uint8) for x in each] for each in found]
+    for other in bits[1:]:
+        assert all(map(torch.equal, bits[0], other)), f"{networks[0].training}: varies"
+    return found[0][: len(networks)]
 
 
-def model_of_cuda(library: ctypes.CDLL) -> Run:
-    """In each order of the threads with the same bits."""
-
+def model_of_cuda(library: ctypes.CDLL, in_table: bool = False) -> Run:
     def run(t: Training, data: Data, parameters: list[Tensor], states: list[State]) -> Tensor:
-        steps = -(-t.rows // t.batch)
-        changed = [*parameters, *(value for state in states for value in state.values())]
-        before = [tensor.clone() for tensor in changed]
-        found = []
-        for order in ORDERS.values():
-            for now, kept in zip(changed, before, strict=True):
-                now.copy_(kept)
-            losses = parameters[0].new_full((steps,), torch.nan)
-            classes = data.target if data.target.dtype == torch.int64 else None
-            target = data.target if classes is None else None
-            layers = layers_of(t, parameters, states)
-            each = 2 if t.bias else 1
-            learning = [p // each for p in range(len(parameters)) if p not in t.frozen]
-            problem = Steps(
-                DTYPES.index(t.dtype),
-                t.rows,
-                t.batch,
-                len(data.input),
-                index_among(_C.losses(), t.loss_name),
-                t.reduction == "mean",
-                index_among(_C.optimizers(), t.optimizer),
-                len(layers),
-                min(learning, default=len(layers)),
-                (*t.loss_parameters,),
-                *map(buffer, (data.order, data.input, target, classes, data.weight, losses)),
-                layers,
-                order,
-            )
-            if classes is not None:
-                problem.classes.stride = 1
-            wrong = fault(library, "train_steps", problem)
-            assert not wrong, f"{t}: {wrong}"
-            for state in states:
-                if "step" in state:
-                    state["step"] += steps  # as the caller of the kernel does
-            found.append([losses, *(tensor.clone() for tensor in changed)])
-        bits = [[x.reshape(-1).view(torch.uint8) for x in each] for each in found]
-        for other in bits[1:]:
-            assert all(map(torch.equal, bits[0], other)), f"{t}: varies"
-        return found[0][0]
+        network = Network(t, data, parameters, states)
+        return launch_in_each_order(library, [network], in_table=in_table)[0]
 
     return run

@@ -52,3 +52,8 @@ with torch.device("cuda"):
         step = mlp_ext.TrainStep(model, torch.nn.MSELoss(), optimizer)
         for _ in range(2):
             assert step(torch.rand(batch, widths[0]), torch.rand(batch, widths[-1])).isfinite()
+    models = [make_mlp((10, 5, 1)).cuda() for _ in range(3)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in models]
+    steps = mlp_ext.TrainSteps(models, torch.nn.MSELoss(), optimizers)
+    losses = steps.fit(torch.rand(20, 10), torch.rand(20, 1), epochs=2, batch_size=8)
+    assert losses.isfinite().all()

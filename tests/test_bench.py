@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mlp_ext
+from mlp_ext import _C
 from mlp_ext.bench import machine, runner
-from mlp_ext.bench.cases import FLOATS, LARGEST, SUITES, Layer, Net, Setting, parse
+from mlp_ext.bench.cases import FLOATS, LARGEST, SUITES, Case, Layer, Net, Nets, Setting, parse
 from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.machine import Peak
 from mlp_ext.bench.providers import PATHS, PROVIDERS, Provider, path
@@ -24,7 +25,8 @@ from mlp_ext.bench.work import Work, set_up
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEP = Setting("train", "step", optimizer="sgd")
-SETTINGS = [*(Setting("layers", mode) for mode in SUITES["layers"].modes), STEP]
+MANY = Setting("many", "step", optimizer="sgd")
+SETTINGS = [*(Setting("layers", mode) for mode in SUITES["layers"].modes), STEP, MANY]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,13 @@ def test_layer_is_read_as_it_is_written(case: Layer) -> None:
 @given(st.lists(sizes, min_size=2, max_size=6), sizes)
 def test_net_is_read_as_it_is_written(widths: list[int], batch: int) -> None:
     assert parse("train", str(Net(tuple(widths), batch))) == Net(tuple(widths), batch)
+
+
+@given(sizes, st.lists(sizes, min_size=2, max_size=6), sizes)
+def test_nets_are_read_as_they_are_written(networks: int, widths: list[int], batch: int) -> None:
+    case = Nets(networks, tuple(widths), batch)
+    assert parse("many", str(case)) == case
+    assert str(case) == f"{networks}x{case.net}"
 
 
 @given(st.sampled_from([*SUITES]), st.text("0123456789x-@ +_.\n٣", max_size=12))
@@ -70,6 +79,11 @@ MALFORMED = [
     ("train", "10-5-1@0"),
     ("train", "10-5-1@10@10"),
     ("train", "64x784x256"),
+    ("train", "3x10-5-1@10"),
+    ("many", "10-5-1@10"),
+    ("many", "0x10-5-1@10"),
+    ("many", "3x10@10"),
+    ("many", "3x4x10-5-1@10"),
 ]
 
 
@@ -84,6 +98,7 @@ def test_operations_are_those_of_the_products() -> None:
     assert [layer.operations(mode) for mode in ("forward", "backward", "full")] == [60, 120, 180]
     # Forward 3x5 and 5x7, dW the same, dx of the second layer alone.
     assert net.operations("step") == 2 * 2 * (3 * 5 * 2 + 5 * 7 * 3)
+    assert Nets(10, *net).operations("step") == 10 * net.operations("step")
 
 
 # --- The runner, on a clock that the calls move ---
@@ -154,12 +169,15 @@ def test_fit_makes_as_many_steps_as_it_is_divided_by(monkeypatch: pytest.MonkeyP
     def fit(*parts: object) -> Callable[..., Tensor]:
         return lambda x, y, epochs=1: asked.append(epochs) or torch.zeros(())
 
-    for case in (Net((10, 5, 1), 10), Net((64, 64), 4096), Net((1024, 1024, 1024), 4096)):
-        work = set_up(case, STEP)(Provider(fit, has_epochs=True))
+    cases = (Net((10, 5, 1), 10), Net((64, 64), 4096), Net((1024, 1024, 1024), 4096))
+    many = (Nets(3, (10, 5, 1), 10), Nets(1000, (3, 2), 4))
+    for case in (*cases, *many):
+        networks = case.networks if isinstance(case, Nets) else 1
+        work = set_up(case, MANY if case in many else STEP)(Provider(fit, has_epochs=True))
         work.prepare(0)()
         work.results()
-        assert asked == [work.steps, 1]
-        assert 4 <= work.steps <= 1000
+        assert asked == [work.steps / networks, 1]
+        assert 4 <= asked[0] <= min(1000, 1e5 / networks)
         asked.clear()
 
 
@@ -204,12 +222,16 @@ def test_one_round_is_its_own_quantiles() -> None:
         (Layer(1000, 1, 1000), "float32", "memory", 3 * (1000 + 1000 + 1e6) * 4 / 1e3),
         (Layer(1, 1, 1), "float32", "latency", 0.02),
         (Net((3, 5, 7), 100), "float32", "compute", 200 * (3 * (15 + 35) - 15) / 1e4),
+        # Per network: rows are read once for all of them, and a call steps them all.
+        (Nets(9, (3, 5, 7), 100), "float32", "compute", 200 * (3 * (15 + 35) - 15) / 1e4),
+        (Nets(9, (3, 5), 1), "bfloat16", "memory", (8 / 9 + 2 * 15) * 2 / 1e4),
+        (Nets(10, (1, 1), 1), "float32", "latency", 0.002),
     ],
 )
 def test_bound_is_the_limit_that_takes_longest(
-    case: Layer | Net, dtype: str, bound: str, seconds: float
+    case: Case, dtype: str, bound: str, seconds: float
 ) -> None:
-    setting = replace(STEP if isinstance(case, Net) else FULL, dtype=dtype)
+    setting = replace(FULL if isinstance(case, Layer) else STEP, dtype=dtype)
     peak = Peak(1e4, {1 << 10: 1e4, 1 << 20: 1e3}, 0.02)  # a cache of less than 1 MiB
     assert peak.bound(case, setting) == (bound, pytest.approx(seconds))
 
@@ -222,6 +244,13 @@ def test_rows_have_the_bound_and_their_share_of_it() -> None:
     assert (row.bound, row.share_of_bound) == ("", None)
 
 
+def test_rows_of_many_networks_are_per_network() -> None:
+    case, seconds = Nets(10, (3, 5), 2), measured({"native": [2.0]})
+    (row,) = runner._rows(case, {"native": MANY}, seconds, PEAK, {"native": ""}, None)
+    assert row.gflops == pytest.approx(2 * 2 * 15 * 2 / 2.0 / 1e9)
+    assert row.share_of_bound == pytest.approx(PEAK.bound(case, MANY)[1] / 2.0)
+
+
 @pytest.mark.parametrize(
     ("setting", "case", "expected"),
     [
@@ -230,12 +259,21 @@ def test_rows_have_the_bound_and_their_share_of_it() -> None:
         (replace(FULL, mode="backward"), "64x784x256", {"fused": "packed"}),
         (FULL, "10x10x5", {"fused": "small"}),
         (STEP, "10-5-1@10", {"step": "blocks", "fit": "blocks", "stack": "", "native": ""}),
+        (MANY, "3x10-5-1@10", {"step": "blocks", "fit": "blocks", "vmap": "", "native": ""}),
     ],
 )
 def test_path_is_that_of_the_plan(setting: Setting, case: str, expected: dict[str, str]) -> None:
     table = PROVIDERS[setting.suite]
     parsed = parse(setting.suite, case)
     assert {name: path(parsed, setting, table[name]) for name in expected} == expected
+
+
+def test_path_of_steps_is_that_of_many_networks() -> None:
+    steps = PROVIDERS["many"]["steps"]
+    for case, dtype, size in (("3x10-5-1@10", "float32", 4), ("3x784-100-10@200", "float64", 8)):
+        parsed = parse("many", case)
+        expected = _C.many_plan([*parsed.widths], parsed.batch, size)
+        assert path(parsed, replace(MANY, dtype=dtype), steps) == expected != ""
 
 
 def test_torch_is_set_for_a_case_and_set_back() -> None:
@@ -276,17 +314,18 @@ def test_every_provider_computes_what_native_does(
     runner.check({name: start(p) for name, p in applicable(setting)}, case, setting)
 
 
+@pytest.mark.parametrize("suite", ["train", "many"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_provider_steps_as_native_does(optimizer: str) -> None:
-    setting = replace(STEP, optimizer=optimizer, dtype="float64")
-    case = Net((10, 5, 1), 10)
+def test_every_provider_steps_as_native_does(optimizer: str, suite: str) -> None:
+    setting = Setting(suite, "step", optimizer=optimizer, dtype="float64")
+    case = parse(suite, TINY[suite])
     start = set_up(case, setting)
     works = {name: start(provider) for name, provider in applicable(setting)}
     runner.check(works, case, setting)
     for turn in range(3):
         for work in works.values():
             work.prepare(turn)()
-    assert ("native_fused" in works) is (optimizer != "rmsprop")
+    assert ("native_fused" in works) is (suite == "train" and optimizer != "rmsprop")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -304,6 +343,25 @@ def test_compiled_step_updates_as_the_optimizer(
         return [torch.stack(losses), *model.state_dict().values()]
 
     torch.testing.assert_close(trained(compiled_step), trained(sgd_step))
+
+
+@pytest.mark.parametrize("provider", ["vmap", "bmm"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stacked_networks_train_as_each_alone(optimizer: str, provider: str) -> None:
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.rand(7, 2, dtype=torch.float64)
+    criterion, losses, models = torch.nn.MSELoss(), {}, {}
+    for name in ("native", provider):
+        models[name] = [make_mlp([4, 3, 2], seed).double() for seed in range(3)]
+        optimizers = [
+            OPTIMIZERS[optimizer](model.parameters(), lr=lr)
+            for model, lr in zip(models[name], (0.01, 0.02, 0.05), strict=True)
+        ]
+        step = PROVIDERS["many"][name].make(models[name], criterion, optimizers)
+        losses[name] = [torch.stack([*step(x, y)]) for _ in range(5)]
+    step.save()
+    torch.testing.assert_close(losses[provider], losses["native"])
+    for model, alone in zip(models[provider], models["native"], strict=True):
+        torch.testing.assert_close(dict(model.state_dict()), dict(alone.state_dict()))
 
 
 def test_fewer_threads_are_measured_in_turn() -> None:
@@ -329,7 +387,7 @@ def test_forward_has_its_peers_and_relu_its_own() -> None:
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.suite}-{s.mode}")
 def test_call_can_be_repeated_and_leaves_fresh_gradients(setting: Setting) -> None:
     work = set_up(parse(setting.suite, TINY[setting.suite]), setting)(
-        PROVIDERS[setting.suite]["fused"]
+        PROVIDERS[setting.suite]["step" if setting == MANY else "fused"]
     )
     first, second = work.results(), work.results()
     assert first.keys() == second.keys()
@@ -406,6 +464,42 @@ def test_wrong_update_is_caught(
     )
 
 
+def stopped(models: list, criterion: object, optimizers: list) -> object:
+    """The last network does not learn."""
+    optimizers[-1].step = lambda: None
+    return PROVIDERS["many"]["native"].make(models, criterion, optimizers)
+
+
+def one_rate(models: list, criterion: object, optimizers: list) -> object:
+    """All networks have the learning rate of the first."""
+    native = PROVIDERS["many"]["native"].make(models, criterion, optimizers)
+
+    def step(input: Tensor, target: Tensor) -> list[Tensor]:
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizers[0].param_groups[0]["lr"]
+        return native(input, target)
+
+    return step
+
+
+def first_twice(models: list, criterion: object, optimizers: list) -> object:
+    """The losses of the first stand for all."""
+    native = PROVIDERS["many"]["native"].make(models, criterion, optimizers)
+    return lambda input, target: [native(input, target)[0]] * len(models)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [(stopped, "change of the weights"), (one_rate, "change"), (first_twice, "loss")],
+)
+def test_wrong_network_among_many_is_caught(wrong: Callable[..., object], what: str) -> None:
+    case = Nets(100, (10, 5, 1), 10)
+    start = set_up(case, MANY)
+    works = {"native": start(PROVIDERS["many"]["native"]), "wrong": start(Provider(wrong))}
+    with pytest.raises(runner.WrongResult, match=f"wrong is wrong in .*: its {what}"):
+        runner.check(works, case, MANY)
+
+
 @pytest.mark.skipif(
     bool(PROVIDERS["layers"]["compile"].obstacle(FULL)), reason="torch.compile has no compiler"
 )
@@ -420,6 +514,13 @@ def test_compiled_backward_can_be_repeated(capsys: pytest.CaptureFixture[str]) -
     bool(PROVIDERS["train"]["compile-step"].obstacle(STEP)),
     reason="torch.compile has no compiler",
 )
-def test_compiled_step_is_a_step(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--suite train --cases 10-5-1@10 --providers compile-step,step,fit") == 0
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--suite train --cases 10-5-1@10 --providers compile-step,step,fit",
+        "--suite many --cases 3x10-5-1@10 --providers compile-vmap,step,fit,steps",
+    ],
+)
+def test_compiled_step_is_a_step(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(args) == 0
     assert capsys.readouterr().err == ""

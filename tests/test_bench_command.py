@@ -94,6 +94,7 @@ def test_table_has_a_block_for_each_case(capsys: pytest.CaptureFixture[str]) -> 
 def test_tables_fit_a_terminal(stub_peak: None, capsys: pytest.CaptureFixture[str]) -> None:
     names = "native_fused,fused,stack,step,fit"
     assert run(f"--suite train --cases 10-5-1@10,3-2@4 --peak --providers {names}") == 0
+    assert run("--suite many --cases 99x10-5-1@10,9x3-2@4 --peak --providers vmap,fit") == 0
     assert main(["bench", "--list"]) == 0
     assert main(["bench", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -154,7 +155,7 @@ def test_published_cases_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_pa
         tiny = SUITES[suite]._replace(cases=(parse(suite, case),))
         monkeypatch.setitem(SUITES, suite, tiny)
         path = tmp_path / f"{suite}.csv"
-        assert run(f"--suite {suite} --providers fused", "--csv", str(path)) == 0
+        assert run(f"--suite {suite} --providers native", "--csv", str(path)) == 0
         assert {row.case for row in read_csv(path)} == {case}
 
 
@@ -227,6 +228,10 @@ def fails(setting):
 
 def fused(setting):
     return mine(setting)
+
+def descend_each(models, criterion, optimizers):
+    steps = [descend(m, criterion, o) for m, o in zip(models, optimizers)]
+    return lambda input, target: torch.stack([step(input, target) for step in steps])
 """
 
 
@@ -240,7 +245,11 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("args", "name"),
-    [("--cases 4x3x2 --providers fused", "mine"), ("--suite train --cases 10-5-1@10", "descend")],
+    [
+        ("--cases 4x3x2 --providers fused", "mine"),
+        ("--suite train --cases 10-5-1@10", "descend"),
+        ("--suite many --cases 3x10-5-1@10", "descend_each"),
+    ],
 )
 def test_own_provider_is_measured(args: str, name: str, own: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
@@ -322,6 +331,7 @@ ERRORS = [
     ("--cases 0x1x1", "argument --cases: a case of layers must be MxKxN"),
     ("--suite train --cases 10x10x5", "argument --cases: a case of train must be WIDTHS@BATCH"),
     ("--suite train --cases sweep", "argument --cases: a case of train must be WIDTHS@BATCH"),
+    ("--suite many --cases 10-5-1@10", "argument --cases: a case of many must be NETWORKSxWIDTHS@"),
     (
         "--cases 1x2147483647x2147483647",
         "argument --cases: 1x2147483647x2147483647: ",
@@ -332,6 +342,7 @@ ERRORS = [
     ("--provider own.txt:f", "argument --provider: there is no module own"),
     ("--suite train --providers mkldnn", "argument --providers: train has native, native_fused, "),
     ("--activation swish", "argument --activation: must be one of "),
+    ("--suite many --providers fused", "argument --providers: many has native, vmap, bmm, "),
     ("--suite train --optimizer lion", "argument --optimizer: must be one of "),
     ("--optimizer adam", "argument --optimizer: layers has none; use --suite train"),
     ("--dtype int8", "argument --dtype: must be one of "),
@@ -374,6 +385,8 @@ def test_error_is_one_line_before_anything_is_timed(
         ("--providers native,step", "got 'step'; step is in --suite train"),
         ("--providers fusde", "got 'fusde'; did you mean fused?"),
         ("--cases 784-256-10@64", "got '784-256-10@64'; use --suite train"),
+        ("--cases 9x784-10@64", "got '9x784-10@64'; use --suite many"),
+        ("--suite train --cases 3x2-1@4,5-1@4", "got '3x2-1@4'"),
     ],
 )
 def test_error_has_a_hint(args: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:

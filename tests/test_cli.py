@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import mlp_ext
 from mlp_ext.bench import cases, noise
 from mlp_ext.bench.training import LOSSES, OPTIMIZERS, Layers
-from mlp_ext.commands import loop, plots
+from mlp_ext.commands import loop, plots, progress
 from mlp_ext.commands import train as train_command
 from mlp_ext.commands.data import DATASETS
 from mlp_ext.commands.distributed import WRAPPERS
@@ -252,6 +252,17 @@ def test_layers_change_the_way_not_the_losses(capsys: pytest.CaptureFixture[str]
     assert all(other == lines[0] for other in lines)
 
 
+def test_weight_decay_is_the_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--layers", "native", "--optimizer", "adamw", "--log-every", "1"]) == 0
+    usual = epoch_lines(capsys.readouterr().out)
+    for decay, same in (("0.01", True), ("0.5", False)):  # AdamW's is 0.01
+        args = f"train --layers step --optimizer adamw --log-every 1 --weight-decay {decay}"
+        assert main(args.split()) == 0
+        out = capsys.readouterr().out
+        assert f"adamw with lr 0.01 and weight decay {decay}, batches of 10" in out
+        assert (epoch_lines(out) == usual) is same
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -275,7 +286,7 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     pytest.importorskip("sklearn")
     path = tmp_path / "run.json"
     args = "train --layers all --data digits --hidden 8,6 --epochs 3 --lr 0.01 --batch-size 50"
-    args += " --activation tanh --loss cross_entropy --optimizer adamw"
+    args += " --activation tanh --loss cross_entropy --optimizer adamw --weight-decay 0.2"
     assert main([*args.split(), "--seed", "4", "--dtype", "float64", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
     assert record["args"] == {
@@ -290,6 +301,7 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         "optimizer": "adamw",
         "epochs": 3,
         "lr": 0.01,
+        "weight_decay": 0.2,
         "batch_size": 50,
         "seed": 4,
         "device": "cpu",
@@ -468,6 +480,7 @@ ERRORS = [
     ("--lr nan", "argument --lr: must be a positive number, got 'nan'"),
     ("--lr inf", "argument --lr: must be a positive number, got 'inf'"),
     ("--lr fast", "argument --lr: must be a positive number, got 'fast'"),
+    ("--weight-decay=-1", "argument --weight-decay: must be a number from 0, got '-1'"),
     ("--seed=-1", "argument --seed: must be a whole number from 0 to 4294967295, got '-1'"),
     ("--plot missing/loss.png", "argument --plot: cannot write 'missing/loss.png': No such file"),
     ("--save missing/model.pt", "argument --save: cannot write 'missing/model.pt': No such file"),
@@ -561,8 +574,8 @@ def test_wrong_command_is_an_error(args: Sequence[str], capsys: pytest.CaptureFi
 def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
-    options = "layers data hidden activation loss optimizer epochs lr batch-size seed device dtype"
-    options += " distributed csv target regression log-every quiet plot save json"
+    options = "layers data hidden activation loss optimizer epochs lr weight-decay batch-size seed"
+    options += " device dtype distributed csv target regression log-every quiet plot save json"
     assert all(f"--{option} " in out for option in options.split())
 
 
@@ -613,7 +626,7 @@ def test_long_run_has_a_bar_on_a_terminal(
     pytest.importorskip("tqdm")
     terminal = Terminal()
     monkeypatch.setattr(loop, "GROUP_SECONDS", 0.0)
-    monkeypatch.setattr(train_command, "BAR_AFTER", 0.0)
+    monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["train", "--epochs", "20"]) == 0
     assert "/20 [" in terminal.getvalue()
@@ -622,7 +635,7 @@ def test_long_run_has_a_bar_on_a_terminal(
 
 def test_short_run_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
-    monkeypatch.setattr(train_command, "BAR_AFTER", 1e9)
+    monkeypatch.setattr(progress, "BAR_AFTER", 1e9)
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["train", "--epochs", "20"]) == 0
     assert terminal.getvalue() == ""
@@ -631,7 +644,7 @@ def test_short_run_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_run_has_no_bar_in_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_command, "BAR_AFTER", 0.0)
+    monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
     assert main(["train", "--layers", "step", "--epochs", "20"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -704,7 +717,7 @@ def test_fixed_choices_are_the_librarys() -> None:
     assert tuple(WRAPPERS) == train_arguments.WRAPPERS
 
 
-COMMANDS = ("info", "train", "bench", "compare", "plan", "profile")
+COMMANDS = ("info", "train", "sweep", "bench", "compare", "plan", "profile")
 HELP = [[], ["--help"], ["help"], *([name, "--help"] for name in COMMANDS)]
 
 
@@ -776,7 +789,9 @@ def test_version_is_the_installed_one(
     assert capsys.readouterr() == ("mlp-ext 1.2.3\n", "")
 
 
-@pytest.mark.parametrize("name", ["info", "train", "bench --peak", "profile a:b --input 1"])
+@pytest.mark.parametrize(
+    "name", ["info", "train", "sweep", "bench --peak", "profile a:b --input 1"]
+)
 def test_broken_install_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so:\\n cannot open')")
     code = f"import sys; from mlp_ext_cli import main; sys.exit(main({name.split()!r}))"

@@ -20,6 +20,7 @@ from cuda_steps import OPTIONS, Training, assert_trains_as_torch, model_of_cuda
 from once import Once
 from references import assert_matches_native
 from shapes import Shape, grad_output, operands
+from test_cuda_many import assert_as_alone, networks_of
 from torch import Tensor
 
 import mlp_ext
@@ -118,15 +119,20 @@ BOUNDS = [
     ("step.cuh", "if ($m >= rows$) return 0;", "m > rows"),
     ("step.cuh", "layer.keeps_z ? $f.on_chip_rows$ : layer.y", "layer.y"),
     ("step.cuh", "saved = chip.rows[$below.saved$ +", "below.y"),
-    ("step.cuh", "step::begin_step(f, $step$, chip)", "int64_t(0)"),
+    ("step.cuh", "return networks[$blockIdx.x$]", "0u"),
+    ("step.cuh", "parameters[int64_t{blockIdx.x} * $each$ + i]", "each - 1"),
+    ("step.cuh", "step::begin_step(f, networks, $done$, chip)", "int64_t(0)"),
     ("step.cuh", "static_cast<double>($done + 1$)", "done"),
-    ("step.cuh", "chip.optimizers[2 * l + $(is_bias ? 1 : 0)$]", "0"),
+    ("step.cuh", "ready = chip.optimizers[$which$]", "2 * l"),
     ("step.cuh", "$s < kStates$; ++s)\n        if (p.states[s]) state", "s + 1 < kStates"),
     ("step.cuh", "$s < kStates$; ++s)\n        if (p.states[s]) p", "s + 1 < kStates"),
     ("step.cuh", "$threadIdx.x < kStepRows$)", "threadIdx.x + 1 < kStepRows"),
     ("step.cuh", "$i < rows * lowest.K$;", "i <= rows * lowest.K"),
     ("step.cuh", "rows, $m0 == 0$, chip", "true"),
-    ("step.cuh", "$begin + f.batch >= f.rows$;", "begin + f.batch > f.rows"),
+    ("step.cuh", "last = $epoch + 1 == f.epochs$ &&", "epoch == f.epochs"),
+    ("step.cuh", "$begin + f.batch >= data.rows$;", "begin + f.batch > data.rows"),
+    ("step.cuh", "data.order = data.order + $data.rows$;", "0"),
+    ("step.cuh", "data.losses = data.losses + $f.batches$;", "0"),
     ("problem.cuh", "$aligned(m.data, 16)$ &&", "true"),
     ("problem.cuh", "$m.stride % kVector<S> == 0$ &&", "true"),
     ("problem.cuh", "&& $columns % kVector<S> == 0$;", "true"),
@@ -209,6 +215,8 @@ def check(
     if family == "step":
         for training in STEPS:
             assert_trains_as_torch(model_of_cuda(library), training)
+        networks = networks_of(STEPS[2], 2, epochs=2, own="orders")
+        assert_as_alone(library, networks, epochs=2)
         return
     monkeypatch.setattr(mlp_ext, "linear_act", linear_act(family, Runner(library, processors=1)))
     for shape, before, between in CASES[family]:

@@ -163,3 +163,23 @@ def test_step_plan_takes_the_path_of_the_net(
     assert chosen["path"] == path
     assert reason in chosen["reason"]
     assert _C.cuda_step_plan(widths, batch, dtype, 75, shared)["path"] == "layers"
+
+
+@pytest.mark.parametrize(
+    ("widths", "batch", "path", "reason"),
+    [
+        ([10, 5, 1], 10, "one_block", "one launch instead of"),
+        ([64, 64, 64, 64, 10], 64, "one_block", "one launch instead of"),
+        ([64, 64], 1024, "one_block", "one launch instead of"),  # 2^22 products
+        ([64, 64], 1025, "layers", "one processor takes longer"),
+        ([784, 100, 10], 10, "layers", "does not fit on chip"),
+        ([2] * 10, 4, "layers", "more layers than"),
+        ([2, 3], 0, "layers", "nothing to launch for"),
+    ],
+)
+def test_step_plan_of_many_networks_takes_more_products(
+    widths: list[int], batch: int, path: str, reason: str
+) -> None:
+    chosen = _C.cuda_step_plan(widths, batch, "float32", 90, H100, many=True)
+    assert chosen["path"] == path
+    assert reason in chosen["reason"]

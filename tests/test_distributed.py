@@ -1,5 +1,5 @@
-"""Many processes: mlp-ext train under torchrun, fused models in DDP, FSDP2, tensor parallel and
-checkpoints, all as in one process with torch.nn."""
+"""Many processes: mlp-ext train and sweep under torchrun, fused models in DDP, FSDP2, tensor
+parallel and checkpoints, all as in one process with torch.nn."""
 
 import json
 import os
@@ -82,6 +82,25 @@ def test_two_processes_have_the_losses_of_one(
     assert re.findall(r"^ +([01]) ", out, re.MULTILINE) == ["0", "1"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("args", ["--folds 3 --seeds 3", "--seeds 1 --hidden 4 --lr 0.1"])
+def test_sweep_in_two_processes_is_that_of_one(
+    args: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("digits")  # or skip
+    sweep = ["sweep", *f"--data digits --lr 0.03,0.3 --hidden 8,6-5 --epochs 2 {args}".split()]
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    assert main([*sweep, "--csv", str(one)]) == 0
+    title, *expected = capsys.readouterr().out.split("\n\n")
+    out = torchrun(tmp_path, "-m", "mlp_ext", *sweep, "--csv", str(two))
+    found_title, *found = out.split("\n\n")
+    assert found_title == f"{title}\nin 2 processes"
+    assert found[0] == expected[0]  # the table
+    ends = [text.partition("Best: ")[2] for text in (found[1], expected[1])]  # after the times
+    assert ends[0] == ends[1] != ""
+    assert two.read_text() == one.read_text()
+
+
 @pytest.fixture(scope="session")
 def folder(once: Once) -> Path:
     """results.json and the checkpoints of two_processes."""
@@ -144,6 +163,13 @@ def test_one_process_alone(
     assert found == [*expected[:3], f"{args.split()[1]} in 1 process", *expected[3:]]
     weights, expected = (torch.load(path, weights_only=True) for path in (shared, alone))
     torch.testing.assert_close(weights, expected)
+    assert not dist.is_initialized()
+
+
+def test_sweep_in_one_process_alone(launched: None, capsys: pytest.CaptureFixture[str]) -> None:
+    load("digits")  # or skip
+    assert main(["sweep", "--epochs", "1", "--seeds", "1"]) == 0
+    assert "in 1 process" not in capsys.readouterr().out
     assert not dist.is_initialized()
 
 

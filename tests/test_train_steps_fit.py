@@ -61,6 +61,15 @@ def random_rows(count: int, lengths: Callable[[int], int]) -> list[Tensor]:
     return [torch.randint(100, (lengths(i),)) for i in range(count)]
 
 
+def test_generators_without_shuffle_are_not_used() -> None:
+    parts = many(3, "10-5-1@10", "mse", "momentum", torch.float32)
+    drawn = generators(3)
+    before = [g.get_state() for g in drawn]
+    check(parts, own=True, epochs=2, batch_size=4, shuffle=False)
+    TrainSteps(*parts[:3]).fit(*parts[3:], epochs=2, batch_size=4, generators=drawn)
+    assert all(torch.equal(g.get_state(), state) for g, state in zip(drawn, before, strict=True))
+
+
 @pytest.mark.parametrize("batch_size", [None, 1, 32, 50, 99, 1000])
 @pytest.mark.parametrize("order", ["in order", "shuffled", "own generators"])
 def test_batches(order: str, batch_size: int | None) -> None:

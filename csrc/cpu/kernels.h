@@ -209,8 +209,8 @@ struct LaneNetwork {
   int64_t done;          // out: steps done; fewer than all if the loss needs probabilities and got others
 };
 struct LaneProblem {
-  std::span<const LaneLayer> layers;
-  size_t lowest;  // lowest layer that learns
+  std::span<const LaneLayer> layers;  // at most kMostLayers
+  size_t lowest;                      // lowest layer that learns
   const LossFunction* loss;
   bool mean;
   const void* loss_weight;               // [N] of S, or nullptr

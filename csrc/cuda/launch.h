@@ -57,36 +57,41 @@ struct LossProblem {
   void* value;  // []
 };
 
-// Training steps: batch i has the rows of order from i batch on, the last one maybe fewer.
-struct StepParameterProblem {  // contiguous
-  void* value = nullptr;       // nullptr: there is none
-  bool learns = false;
-  Optimizer optimizer = {};
+// Training steps of networks with the same layers. Batch i of an epoch has the rows of its order from i batch on, the
+// last one maybe fewer.
+struct StepLayerProblem {
+  int64_t K, N;
+  Activation activation;
+  bool has_bias, weight_learns, bias_learns;
+};
+struct StepsProblem {
+  DType dtype;
+  int64_t epochs, batch;
+  int64_t batches;     // in an epoch, of the network with most rows
+  int64_t input_rows;  // of each network's input
+  LossFunction loss;
+  bool mean;
+  int64_t classes_stride, ignore_index;
+  const void* loss_weight;  // [N] or nullptr
+  int64_t layers, lowest_learning;
+  StepLayerProblem layer[kStepLayers];
+};
+struct StepParameterProblem {     // contiguous
+  void* value = nullptr;          // nullptr: there is none
+  Optimizer optimizer = {};       // if it learns
   void* states[kMaxStates] = {};  // nullptr where the optimizer does not have that state
   double count = 0;               // of the steps before; on the GPU in one of:
   const float* float_count = nullptr;
   const double* double_count = nullptr;
 };
-struct StepLayerProblem {
-  int64_t K, N;
-  Activation activation;
-  StepParameterProblem weight, bias;  // [N, K], [N]
-};
-struct StepsProblem {
-  DType dtype;
-  int64_t rows, batch;
-  const int64_t* order;  // [rows], indices among the rows of x; nullptr: as they lie
-  int64_t input_rows;
-  ConstMatrix x;  // [input_rows, K]
-  LossFunction loss;
-  bool mean;
+struct StepNetworkProblem {
+  int64_t rows;            // of an epoch
+  const int64_t* order;    // [epochs, rows], indices among the rows of x; nullptr: as they lie
+  ConstMatrix x;           // [input_rows, K]
   ConstMatrix target;      // [input_rows, N]; unread with classes
   const int64_t* classes;  // [input_rows] or nullptr
-  int64_t classes_stride, ignore_index;
-  const void* loss_weight;  // [N] or nullptr
-  void* losses;             // [steps]
-  int64_t layers, lowest_learning;
-  StepLayerProblem layer[kStepLayers];
+  void* losses;            // [epochs, batches]
+  StepParameterProblem parameters[2 * kStepLayers];  // of each layer its weight [N, K] and its bias [N]
 };
 
 // Whole problems. A workspace has as many bytes as the function above says, of any content.
@@ -97,7 +102,12 @@ cudaError_t launch_tall_forward(const ForwardProblem& problem, const Gpu& gpu);
 int64_t tall_backward_bytes(const BackwardProblem& problem, const Gpu& gpu);
 cudaError_t launch_tall_backward(const BackwardProblem& problem, void* workspace, const Gpu& gpu);
 
-cudaError_t launch_train_steps(const StepsProblem& problem, const Gpu& gpu);
+cudaError_t launch_train_steps(const StepsProblem& problem, const StepNetworkProblem& network, const Gpu& gpu);
+// Many networks, each in a block of its own: a table of them is filled on the host and read on the GPU.
+int64_t network_table_bytes(const StepsProblem& problem, int64_t networks);
+void put_network(const StepsProblem& problem, int64_t networks, int64_t index, const StepNetworkProblem& network,
+                 void* table);
+cudaError_t launch_train_networks(const StepsProblem& problem, int64_t networks, const void* table, const Gpu& gpu);
 
 // On the tensor cores of compute capability 9.0, bfloat16 or float16. All rows are whole multiples of 16 bytes and
 // begin at such.

@@ -225,13 +225,12 @@ void ManyEpochsRun::add_losses(const Tensor& losses, size_t begin, size_t end, c
 void ManyEpochsRun::finish_epochs(int64_t epoch, int64_t epochs) {
   for (const int64_t last = epoch + epochs; epoch < last; ++epoch) {
     double* const losses = &losses_[epoch * networks_.size()];
-    double lowest = std::numeric_limits<double>::quiet_NaN();
-    for (size_t i = 0; i < networks_.size(); ++i) {
-      double& loss = losses[networks_.index(i)];
-      if (mean_) loss /= static_cast<double>(rows_of(i));
-      if (!networks_.has_failed(i)) lowest = std::fmin(lowest, loss);
-    }
+    for (size_t i = 0; mean_ && i < networks_.size(); ++i)
+      losses[networks_.index(i)] /= static_cast<double>(rows_of(i));
     if (epochs_.after_epoch.is_none()) continue;
+    double lowest = std::numeric_limits<double>::quiet_NaN();
+    for (size_t i = 0; i < networks_.size(); ++i)
+      if (!networks_.has_failed(i)) lowest = std::fmin(lowest, losses[networks_.index(i)]);
     const py::gil_scoped_acquire gil;
     epochs_.after_epoch(epoch, lowest);
   }

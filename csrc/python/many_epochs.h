@@ -50,7 +50,7 @@ class ManyEpochsRun {
   };
 
   int64_t rows_of(size_t i) const;
-  bool has_own_orders() const { return !epochs_.rows.empty() || !epochs_.generators.empty(); }
+  bool has_own_orders() const { return !epochs_.rows.empty() || (epochs_.shuffle && !epochs_.generators.empty()); }
   int64_t epochs_at_a_time(int64_t left) const;
   size_t slab_size(const Group& group, int64_t epochs) const;
   void draw_shared(int64_t epochs);

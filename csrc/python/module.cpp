@@ -232,10 +232,11 @@ py::dict cuda_plan(int64_t M, int64_t K, int64_t N, const std::string& dtype, co
 }
 
 py::dict cuda_step_plan(const std::vector<int64_t>& widths, int64_t batch, const std::string& dtype, int arch,
-                        int64_t shared) {
+                        int64_t shared, bool many) {
   check_widths(widths, batch);
   const auto layers = static_cast<int64_t>(widths.size()) - 1;
-  const cuda::StepPlan plan = cuda::make_step_plan({widths.data(), layers, batch, dtype_named(dtype), arch, shared});
+  const cuda::StepPlan plan =
+      cuda::make_step_plan({widths.data(), layers, batch, dtype_named(dtype), arch, shared, many});
   py::dict result;
   result["path"] = cuda::step_path_name(plan.path);
   result["reason"] = plan.reason;
@@ -318,7 +319,9 @@ PYBIND11_MODULE(_C, m) {
       "force_cuda_path", [](const std::optional<std::string>& path) { cuda::forced_path = cuda_path(path); },
       py::arg("path"), "Overrides the path of layers on a GPU, where supported; None: the plan's.");
   m.def("cuda_step_plan", cuda_step_plan, py::arg("widths"), py::arg("batch"), py::arg("dtype"), py::arg("arch"),
-        py::arg("shared"), "The plan of a training step on a GPU with `shared` bytes of shared memory per block.");
+        py::arg("shared"), py::arg("many") = false,
+        "The plan of a training step on a GPU with `shared` bytes of shared memory per block; many: of each of many "
+        "networks trained at once.");
   bind_guards(m);
   bind_mlp_call(m);
   bind_trainer(m);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -58,7 +58,37 @@ class Net(NamedTuple):
         )
 
 
-Case = Layer | Net
+class Nets(NamedTuple):
+    """Networks of these widths, stepped on the same batch. Written 1000x10-5-1@10."""
+
+    networks: int
+    widths: tuple[int, ...]
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.networks}x{self.net}"
+
+    @property
+    def net(self) -> Net:
+        """One of them."""
+        return Net(self.widths, self.batch)
+
+    def operations(self, mode: str) -> int:
+        """Floating-point operations of the GEMMs in one step of all networks."""
+        return self.networks * self.net.operations(mode)
+
+    def elements(self, mode: str) -> int:
+        """Fewest elements that a step of all reads and writes: rows once, weights twice."""
+        rows = self.batch * (self.widths[0] + self.widths[-1])
+        return rows + self.networks * (self.net.elements(mode) - rows)
+
+
+Case = Layer | Net | Nets
+
+
+def networks(case: Case) -> int:
+    """How many networks a call steps; times are per network."""
+    return case.networks if isinstance(case, Nets) else 1
 
 
 FLOATS = tuple(str(dtype).removeprefix("torch.") for dtype in TORCH_DTYPES)
@@ -71,8 +101,8 @@ class Setting:
 
     suite: str  # in SUITES
     mode: str  # one of the suite's modes
-    activation: str = "relu"  # in ACTIVATIONS; in train between layers, with sigmoid at the end
-    optimizer: str = ""  # in OPTIMIZERS; in train only
+    activation: str = "relu"  # in ACTIVATIONS; of networks between layers, with sigmoid at the end
+    optimizer: str = ""  # in OPTIMIZERS; of networks only
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
@@ -94,6 +124,8 @@ class Suite(NamedTuple):
     modes: tuple[str, ...]  # the first is the default
     optimizer: str  # the default
     form: str  # how a case is written, for help texts
+    pattern: str  # the same as a regular expression
+    make: Callable[[list[int]], Case]  # from the sizes in it
     cases: tuple[Case, ...]  # published for CPUs
     cuda_cases: tuple[Case, ...]  # published for GPUs
     sweep: tuple[Case, ...] = ()  # the case `sweep`: many sizes, to find where fused loses
@@ -102,6 +134,7 @@ class Suite(NamedTuple):
         return self.cuda_cases if device == "cuda" else self.cases
 
 
+SIZE = "[1-9][0-9]{0,9}"
 SWEEP = {  # M: KxN
     1: "8x8 64x64 1024x1024 4096x4096 4096x1 1x4096 1000x10",
     2: "16x16 512x512 4096x1000",
@@ -122,11 +155,19 @@ SWEEP = {  # M: KxN
     16384: "8x8 128x128 17x255",
     65536: "1x1 4x4 32x1 1x32 32x32 128x128 200x50 784x10 16x512",
 }
+MANY = (
+    Nets(1000, (10, 5, 1), 10),
+    Nets(64, (30, 16, 1), 32),
+    Nets(64, (64, 64, 64, 10), 64),
+    Nets(16, (784, 100, 10), 200),
+)
 SUITES = {
     "layers": Suite(
         modes=("full", "forward", "backward"),
         optimizer="",
         form="MxKxN, e.g. 64x784x256",
+        pattern=f"{SIZE}(x{SIZE}){{2}}",
+        make=lambda sizes: Layer(*sizes),
         cases=(
             Layer(10, 10, 5),
             Layer(64, 784, 256),
@@ -162,6 +203,8 @@ SUITES = {
         modes=("step",),
         optimizer="sgd",
         form="WIDTHS@BATCH, e.g. 784-256-10@64",
+        pattern=f"{SIZE}(-{SIZE})+@{SIZE}",
+        make=lambda sizes: Net(tuple(sizes[:-1]), sizes[-1]),
         cases=(
             Net((10, 5, 1), 10),
             Net((784, 256, 10), 64),
@@ -177,6 +220,15 @@ SUITES = {
             Net((64, 64, 64, 64, 64), 65536),
             Net((4096, 4096, 4096, 4096), 4096),
         ),
+    ),
+    "many": Suite(
+        modes=("step",),
+        optimizer="sgd",
+        form="NETWORKSxWIDTHS@BATCH, e.g. 1000x10-5-1@10",
+        pattern=f"{SIZE}x{SIZE}(-{SIZE})+@{SIZE}",
+        make=lambda sizes: Nets(sizes[0], tuple(sizes[1:-1]), sizes[-1]),
+        cases=MANY,
+        cuda_cases=MANY,
     ),
 }
 
@@ -195,9 +247,8 @@ def parse(suite: str, text: str) -> Case:
 
     Raises ValueError for another form, or a size that is not from 1 to LARGEST.
     """
-    size = "[1-9][0-9]{0,9}"
-    form = f"{size}(x{size}){{2}}" if suite == "layers" else f"{size}(-{size})+@{size}"
-    sizes = [int(s) for s in re.findall("[0-9]+", text)] if re.fullmatch(form, text) else []
+    form, pattern, make = SUITES[suite].form, SUITES[suite].pattern, SUITES[suite].make
+    sizes = [int(s) for s in re.findall("[0-9]+", text)] if re.fullmatch(pattern, text) else []
     if not sizes or max(sizes) > LARGEST:
-        raise ValueError(f"a case of {suite} must be {SUITES[suite].form}, got '{text}'")
-    return Layer(*sizes) if suite == "layers" else Net(tuple(sizes[:-1]), sizes[-1])
+        raise ValueError(f"a case of {suite} must be {form}, got '{text}'")
+    return make(sizes)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from mlp_ext.bench.training import Step
 
 Group = dict[str, Any]  # a param_group
+OPTIONS = ("lr", "betas", "alpha", "eps", "weight_decay")  # those that the updates read
 
 
 def _sgd(p: Tensor, g: Tensor, group: Group, t: Tensor) -> None:
-    p.sub_(g, alpha=group["lr"])
+    p.sub_(group["lr"] * g)
 
 
 def _adam(p: Tensor, g: Tensor, group: Group, t: Tensor, m: Tensor, v: Tensor) -> None:
@@ -32,16 +33,19 @@ def _adamw(p: Tensor, g: Tensor, group: Group, t: Tensor, m: Tensor, v: Tensor) 
 
 def _rmsprop(p: Tensor, g: Tensor, group: Group, t: Tensor, square: Tensor) -> None:
     square.mul_(group["alpha"]).addcmul_(g, g, value=1 - group["alpha"])
-    p.addcdiv_(g, square.sqrt().add_(group["eps"]), value=-group["lr"])
+    p.addcdiv_(group["lr"] * g, square.sqrt().add_(group["eps"]), value=-1)
 
 
 def _adagrad(p: Tensor, g: Tensor, group: Group, t: Tensor, total: Tensor) -> None:
     total.addcmul_(g, g)
-    p.addcdiv_(g, total.sqrt().add_(group["eps"]), value=-group["lr"])
+    p.addcdiv_(group["lr"] * g, total.sqrt().add_(group["eps"]), value=-1)
 
 
 class Update(NamedTuple):
-    """torch.optim's update of a parameter in place, with its default options."""
+    """torch.optim's update of a parameter in place, with its default options.
+
+    Only lr may be a tensor.
+    """
 
     function: Callable[..., None]
     states: tuple[str, ...] = ()  # torch.optim's names
@@ -90,7 +94,7 @@ def compiled_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim
         return cast(Tensor, value)
 
     compiled = torch.compile(step, dynamic=False, fullgraph=True)
-    used = [name for name in ("lr", "betas", "alpha", "eps", "weight_decay") if name in group]
+    used = [name for name in OPTIONS if name in group]
 
     def call(input: Tensor, target: Tensor) -> Tensor:
         options: Group = {name: group[name] for name in used}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from mlp_ext import _C
-from mlp_ext.bench.cases import Case, Setting
+from mlp_ext.bench.cases import Case, Setting, networks
 
 INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2"}
 PEAK_SECONDS = 0.4  # per measurement, of which the best sample counts
@@ -38,14 +38,14 @@ class Peak(NamedTuple):
     latency: float  # seconds per call of the smallest operator; on a GPU in a replayed graph
 
     def bound(self, case: Case, setting: Setting) -> tuple[str, float]:
-        """The one of BOUNDS that binds, and the seconds that a call takes at least."""
+        """The one of BOUNDS that binds, and the least seconds of a call, per network."""
         moved = case.elements(setting.mode) * setting.torch_dtype.itemsize
         fits = [size for size in self.bandwidth if size <= moved]
         bandwidth = self.bandwidth[max(fits, default=min(self.bandwidth))]
         operations = case.operations(setting.mode)
         times = (operations / self.flops, moved / bandwidth, self.latency)
         seconds = max(times)
-        return BOUNDS[times.index(seconds)], seconds
+        return BOUNDS[times.index(seconds)], seconds / networks(case)
 
 
 def measure_peak(setting: Setting) -> Peak:

@@ -47,7 +47,8 @@ def own_provider(source: str, name: str) -> Provider:
 
     In layers, make(setting) returns function(input [M, K], weight [N, K], bias [N]) -> [M, N]; in
     train, make(model, criterion, optimizer) returns step(input, target) -> loss, which updates the
-    model's Parameters. Raises ValueError as `imported`, and if it is not a function.
+    model's Parameters; in many, make(models, criterion, optimizers) returns step(input, target) ->
+    losses. Raises ValueError as `imported`, and if it is not a function.
     """
     make = imported(source, name)
     if not callable(make):

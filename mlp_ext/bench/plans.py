@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mlp_ext import _C
-from mlp_ext.bench.cases import Case, Layer, Setting
+from mlp_ext.bench.cases import Case, Layer, Nets, Setting
 
 # KiB of shared memory that a block may have, by architecture; CUDA programming guide, technical
 # specifications per compute capability.
@@ -47,7 +47,8 @@ def plan(
             more: dict[str, Any] = {"tf32": tf32, "shared": shared, "path": forced}
             found = _C.cuda_plan(*case, dtype, setting.activation, arch, **more)
         else:
-            found = _C.cuda_step_plan(list(case.widths), case.batch, dtype, arch, shared)
+            sizes, many = (list(case.widths), case.batch), isinstance(case, Nets)
+            found = _C.cuda_step_plan(*sizes, dtype, arch, shared, many=many)
     else:
         mode = _C.machine(machine)["bfloat16"] if machine and dtype == "bfloat16" else None
         kind = (setting.torch_dtype.itemsize, setting.threads, mode or _C.dot_mode(dtype))
@@ -55,6 +56,10 @@ def plan(
             library = setting.torch_dtype.itemsize > 2 or _has_library()
             options: dict[str, Any] = {"machine": machine, "forward": forced, "backward": forced}
             found = _C.plan(*case, *kind, library=library, **options)
+        elif isinstance(case, Nets):
+            size, _, dots = kind
+            path = _C.many_plan(list(case.widths), case.batch, size, dots, machine=machine)
+            found = {"path": path}
         else:
             found = _C.step_plan(list(case.widths), case.batch, *kind, machine=machine)
     return dict(found)

@@ -25,19 +25,24 @@ STYLES = {  # colors safe for the color-blind, and markers; others use SPARE_STY
     "compile-step": ("#d55e00", "<"),
     "compile-max-autotune": ("#a6761d", ">"),
     "cudagraph": ("#cc79a7", "P"),
+    "vmap": ("#e69f00", "^"),
+    "bmm": ("#999999", "v"),
+    "compile-vmap": ("#d55e00", "<"),
     "mkldnn": ("#cc79a7", "P"),
     "fused": ("#0072b2", "o"),
     "stack": ("#56b4e9", "s"),
     "step": ("#009e73", "D"),
     "fit": ("#000000", "*"),
+    "steps": ("#0072b2", "o"),
 }
 SPARE_STYLES = (("#7f3c8d", "X"), ("#8c564b", "d"), ("#b0b0b0", "p"), ("#1a1a6e", "h"))
 LINE = 0.17  # inches of height for each point
-WHAT = {
+WHAT = {  # by suite or mode
     "full": "a layer, forward and backward",
     "forward": "a layer, forward",
     "backward": "a layer, backward",
     "step": "a training step",
+    "many": "a training step of many networks",
 }
 
 
@@ -158,7 +163,12 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
 
 
 def _title(row: Row) -> str:
-    parts = (WHAT.get(row.mode, row.mode), row.activation, row.optimizer, row.dtype)
+    parts = (
+        WHAT.get(row.suite) or WHAT.get(row.mode, row.mode),
+        row.activation,
+        row.optimizer,
+        row.dtype,
+    )
     threads = f", {as_threads(row.threads)}" if row.device == "cpu" else ""
     return f"{', '.join(filter(None, parts))}\n{row.device_name}{threads}, torch {row.torch}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
@@ -12,16 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlp_ext.bench.cases import Case, Setting
+from mlp_ext.bench.cases import Case, Nets, Setting
 from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.jax_step import ACTIVATIONS as JAX_ACTIVATIONS
-from mlp_ext.bench.jax_step import JaxStep
+from mlp_ext.bench.jax_step import JaxStep, JaxVmapStep
 from mlp_ext.bench.plans import capability, paths, plan
+from mlp_ext.bench.stacked import (
+    Models,
+    Optimizers,
+    StackedStep,
+    bmm_gradients,
+    vmap_gradients,
+)
 from mlp_ext.bench.training import LAYERS, Step, sgd_step
 from mlp_ext.functional import linear_act
 from mlp_ext.nn import MODULES
 from mlp_ext.step_graph import StepGraph
 from mlp_ext.train_step import TrainStep
+from mlp_ext.train_steps import TrainSteps
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # [M, K], [N, K], [N] -> [M, N]
 
@@ -115,10 +124,31 @@ def _captured_step(*parts: Any) -> Step:
     return StepGraph(sgd_step(*parts), lambda: parts[2].param_groups[0]["lr"])
 
 
-def _fit(*parts: Any) -> Callable[..., Tensor]:
-    """Epochs of one batch; returns the last loss."""
-    step = TrainStep(*parts)
+def _fit(make: Callable[..., Any], *parts: Any) -> Callable[..., Tensor]:
+    """Epochs of one batch, by TrainStep or TrainSteps; returns the last loss or losses."""
+    step = make(*parts)
     return lambda input, target, epochs=1: step.fit(input, target, epochs=epochs)[-1]
+
+
+def _each(make: Callable[..., Step]) -> Callable[..., Any]:
+    """Steps network after network."""
+
+    def made(models: Models, criterion: nn.Module, optimizers: Optimizers) -> Any:
+        steps = [make(m, criterion, o) for m, o in zip(models, optimizers, strict=True)]
+        return lambda input, target: [step(input, target) for step in steps]
+
+    return made
+
+
+def _fit_each(models: Models, criterion: nn.Module, optimizers: Optimizers) -> Any:
+    fits = [_fit(TrainStep, m, criterion, o) for m, o in zip(models, optimizers, strict=True)]
+    return lambda input, target, epochs=1: [fit(input, target, epochs=epochs) for fit in fits]
+
+
+def _stacked(gradients: Callable[..., Any], **options: Any) -> Callable[..., StackedStep]:
+    """options: of torch.compile; not compiled without."""
+    compile = partial(torch.compile, **options) if options else lambda step: step
+    return partial(StackedStep, gradients, compile)
 
 
 def _relu_only(setting: Setting) -> str:
@@ -185,15 +215,17 @@ def _jax_here(setting: Setting) -> str:
 
 
 class Provider(NamedTuple):
-    """`make` takes a Setting in layers; in train it is called like training.LAYERS."""
+    """`make` takes a Setting in layers; in train it is called like training.LAYERS; in many it
+    takes models, criterion and optimizers, and its steps return the losses."""
 
     make: Callable[..., Any]
     about: str = ""  # one line
     obstacle: Callable[[Setting], str] = lambda setting: ""  # why it does not apply, or ""
     planned: bool = False  # it runs the path of `plan`
     captured: bool = False  # in layers: on cuda, captured in a CUDA graph and replayed
-    options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # in train: optimizer options
-    has_epochs: bool = False  # in train: a call may run several steps, and reports the time of one
+    options: Callable[[Setting], dict[str, Any]] = lambda setting: {}  # optimizer options
+    has_epochs: bool = False  # of networks: a call may run several steps; the time is of one
+    one_by_one: bool = False  # in many: runs the path of each network alone
     path: str | None = None  # of csrc/*/plan.h, forced
     takes: Callable[[Case, Setting], bool] = lambda case, setting: True
 
@@ -202,6 +234,8 @@ def path(case: Case, setting: Setting, provider: Provider) -> str:
     """The path of our kernels that it runs, forward/backward in mode full; "" for others."""
     if provider.path or not provider.planned:
         return provider.path or ""
+    if isinstance(case, Nets) and provider.one_by_one:
+        case = case.net
     found = paths(plan(case, setting, _arch(setting)))
     return "/".join(dict.fromkeys(found[way] for way in found if setting.mode in (way, "full")))
 
@@ -256,23 +290,74 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
         "stack": Provider(LAYERS["stack"], 'mlp_ext.fuse(model, level="stack")'),
         "step": Provider(LAYERS["step"], "mlp_ext.TrainStep", planned=True),
         "fit": Provider(
-            _fit, "TrainStep.fit, many epochs of one batch", planned=True, has_epochs=True
+            partial(_fit, TrainStep),
+            "TrainStep.fit, many epochs of one batch",
+            planned=True,
+            has_epochs=True,
         ),
         "jax": Provider(JaxStep, "the jitted step in JAX, which chooses its threads", _jax_here),
     },
+    "many": {
+        "native": Provider(_each(LAYERS["native"]), "the eager loop, network after network"),
+        "vmap": Provider(
+            _stacked(vmap_gradients), "torch.func: vmap(grad) of stacked parameters, and the update"
+        ),
+        "bmm": Provider(
+            _stacked(bmm_gradients), "stacked parameters, baddbmm and autograd, and the update"
+        ),
+        "compile-vmap": Provider(
+            _stacked(vmap_gradients, dynamic=False, fullgraph=True),
+            "torch.compile of vmap, as one graph",
+            _compiler_here,
+        ),
+        "step": Provider(
+            _each(LAYERS["step"]), "TrainStep of each in turn", planned=True, one_by_one=True
+        ),
+        "fit": Provider(
+            _fit_each,
+            "TrainStep.fit of each in turn, many epochs of one batch",
+            planned=True,
+            has_epochs=True,
+            one_by_one=True,
+        ),
+        "steps": Provider(
+            partial(_fit, TrainSteps),
+            "mlp_ext.TrainSteps.fit, many epochs of one batch",
+            planned=True,
+            has_epochs=True,
+        ),
+        "jax-vmap": Provider(JaxVmapStep, "the jitted vmap of the step in JAX", _jax_here),
+    },
 }
 DEFAULT = {  # by device; those that the suite has
-    "cpu": ("native", "native_fused", "compile", "compile-step", "fused", "stack", "step", "fit"),
+    "cpu": (
+        "native",
+        "native_fused",
+        "compile",
+        "compile-step",
+        "vmap",
+        "bmm",
+        "compile-vmap",
+        "fused",
+        "stack",
+        "step",
+        "fit",
+        "steps",
+    ),
     "cuda": (
         "native",
         "native_fused",
         "cudagraph",
         "compile",
         "compile-step",
+        "vmap",
+        "bmm",
+        "compile-vmap",
         "fused",
         "fused-cudagraph",
         "stack",
         "step",
         "fit",
+        "steps",
     ),
 }

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlp_ext.bench.cases import Case, Setting
+from mlp_ext.bench.cases import Case, Setting, networks
 from mlp_ext.bench.machine import (
     Peak,
     commit,
@@ -229,6 +229,7 @@ def _rows(
     for name, summary in summarize(seconds).items():
         setting = settings[name]
         bound, least = peak.bound(case, setting) if peak else ("", None)
+        operations = case.operations(setting.mode) / networks(case)
         of_time: dict[str, Any] = {k: short(value) for k, value in summary._asdict().items()}
         rows.append(
             Row(
@@ -241,7 +242,7 @@ def _rows(
                 mlp_ext=build_info()["mlp_ext"],
                 commit=commit(),
                 timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                gflops=short(case.operations(setting.mode) / summary.median_s / 1e9),
+                gflops=short(operations / summary.median_s / 1e9),
                 bound=bound,
                 share_of_bound=None if least is None else short(least / summary.median_s),
                 path=paths[name],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from functools import cache, partial
 from itertools import cycle
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlp_ext import _C
-from mlp_ext.bench.cases import Case, Layer, Net, Setting
+from mlp_ext.bench.cases import Case, Layer, Net, Nets, Setting, networks
 from mlp_ext.bench.providers import Function, Provider
 from mlp_ext.bench.training import OPTIMIZERS, make_mlp
 
@@ -23,8 +23,11 @@ LEARNING_RATE = 0.01
 # Optimizer options while results are compared: a large lr, so that updates exceed the rounding of
 # weights; a large eps, so that updates are proportional to gradients, whose sign may be a rounding
 # error.
-CHECKED = {"lr": 1e4 * LEARNING_RATE, "eps": 1.0, "weight_decay": 0.0}
-CALL_OPERATIONS = 2e9  # FLOPs per call that runs several steps
+CHECKED = {"eps": 1.0, "weight_decay": 0.0}
+CHECKED_RATE = 1e4  # times LEARNING_RATE
+# Of a call that runs several steps: at most so many FLOPs, and steps of one network.
+CALL_OPERATIONS = 2 * 10**9
+CALL_STEPS = 10**6
 
 
 class Work(NamedTuple):
@@ -43,7 +46,9 @@ def set_up(case: Case, setting: Setting) -> Callable[[Provider], Work]:
     generator = torch.Generator(setting.device).manual_seed(0)
     kind = {"device": setting.device, "dtype": setting.torch_dtype}
     draw = partial(torch.randn, generator=generator, **kind)
-    return _layer(case, setting, draw) if isinstance(case, Layer) else _net(case, setting, draw)
+    if isinstance(case, Layer):
+        return _layer(case, setting, draw)
+    return _networks(case, setting, draw)
 
 
 def _layer(
@@ -164,23 +169,32 @@ def _captured(make: Callable[[], Call], leaves: list[Tensor], path: str | None) 
 MODES = {"full": _full, "forward": _forward, "backward": _backward}
 
 
-def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[Provider], Work]:
-    model = make_mlp(case.widths, activation=setting.activation)
-    model = model.to(setting.device, setting.torch_dtype)
+def _networks(
+    case: Net | Nets, setting: Setting, draw: Callable[..., Tensor]
+) -> Callable[[Provider], Work]:
+    E = networks(case)
+    models = [
+        make_mlp(case.widths, seed, setting.activation).to(setting.device, setting.torch_dtype)
+        for seed in range(E)
+    ]
+    rates = [LEARNING_RATE * (1 + i / E) for i in range(E)]  # of each network its own
     sets = [
         (draw(case.batch, case.widths[0]), draw(case.batch, case.widths[-1]).sigmoid_())
         for _ in range(SETS)
     ]
-
-    several = int(min(1000, max(4, CALL_OPERATIONS // case.operations(setting.mode))))
+    several = min(1000, CALL_STEPS // E, CALL_OPERATIONS // case.operations(setting.mode))
 
     def start(provider: Provider) -> Work:
-        copy = deepcopy(model)
-        parameters: list[Tensor] = list(copy.parameters())
+        copies = deepcopy(models)
+        parameters: list[Tensor] = [p for model in copies for p in model.parameters()]
         options = provider.options(setting)
-        optimizer = OPTIMIZERS[setting.optimizer](parameters, lr=LEARNING_RATE, **options)
-        step = provider.make(copy, nn.MSELoss(), optimizer)
-        epochs = {"epochs": several} if provider.has_epochs else {}
+        optimizers = [
+            OPTIMIZERS[setting.optimizer](model.parameters(), lr=lr, **options)
+            for model, lr in zip(copies, rates, strict=True)
+        ]
+        parts = (copies, optimizers) if isinstance(case, Nets) else (copies[0], optimizers[0])
+        step = provider.make(parts[0], nn.MSELoss(), parts[1])
+        epochs = {"epochs": int(max(4, several))} if provider.has_epochs else {}
 
         def prepare(turn: int) -> Call:
             return partial(step, *sets[turn % SETS], **epochs)
@@ -188,29 +202,41 @@ def _net(case: Net, setting: Setting, draw: Callable[..., Tensor]) -> Callable[[
         def results() -> dict[str, Tensor]:
             """All updates in one tensor (16-bit rounding may erase single ones); undoes them."""
             before = [p.detach().clone() for p in parameters]
-            states = [(t, t.clone()) for t in _states(optimizer)]
-            (group,) = optimizer.param_groups
-            usual = {name: group[name] for name in CHECKED if name in group}
-            group.update({name: CHECKED[name] for name in usual})
-            loss: Any = step(*sets[0])
-            loss = loss.detach() if isinstance(loss, Tensor) else loss  # jax has its own arrays
-            loss = torch.tensor(float(loss), dtype=torch.float64)
-            getattr(step, "save", lambda: None)()  # peers with their own parameters
-            group.update(usual)
+            states = [(t, t.clone()) for t in _states(optimizers)]
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            usual = [dict(group) for group in groups]
+            for group in groups:
+                checked = {name: value for name, value in CHECKED.items() if name in group}
+                group.update(checked, lr=CHECKED_RATE * group["lr"])
+            load: Callable[[], None] = getattr(step, "load", lambda: None)  # of peers with copies
+            load()
+            losses = _as_tensor(step(*sets[0])).flatten()
+            getattr(step, "save", lambda: None)()
+            for group, options in zip(groups, usual, strict=True):
+                group.update(options)
             after = [p.detach().clone() for p in parameters]
             changes = [(a - b).flatten() for a, b in zip(after, before, strict=True)]
             with torch.no_grad():
                 torch._foreach_copy_(parameters, before)
                 found = {id(t): old for t, old in states}
-                for t in _states(optimizer):
+                for t in _states(optimizers):
                     t.copy_(found[id(t)]) if id(t) in found else t.zero_()
-            getattr(step, "load", lambda: None)()
-            return {"loss": loss, "change of the weights": torch.cat(changes)}
+            load()
+            return {"loss": losses, "change of the weights": torch.cat(changes)}
 
-        return Work(prepare, results, *epochs.values())
+        return Work(prepare, results, E * epochs.get("epochs", 1))
 
     return start
 
 
-def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [t for state in optimizer.state.values() for t in state.values() if t is not None]
+def _as_tensor(loss: Any) -> Tensor:
+    """A loss, or those of many networks, each of which may be a tensor or a JAX array."""
+    if isinstance(loss, list):
+        return torch.stack([_as_tensor(one) for one in loss])
+    numbers = loss.tolist() if hasattr(loss, "tolist") else loss
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _states(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [t for state in states for t in state.values() if t is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,14 @@ from typing import NoReturn
 import torch
 
 from mlp_ext.bench.rows import Row, read_csv
+from mlp_ext.bench.training import LOSSES, OPTIMIZERS
 from mlp_ext.commands import plots
+from mlp_ext.commands.data import Dataset, load, load_csv
+from mlp_ext.ops import ACTIVATIONS
 from mlp_ext_cli.arguments import unknown
 
 Fail = Callable[[str], NoReturn]  # prints a user's error in one line and exits with status 2
+OF_PROBABILITIES = ("bce", "bce_with_logits", "cross_entropy")  # losses for classes only
 
 
 def check_name(
@@ -31,6 +36,16 @@ def check_name(
         fail(f"argument {option}: {unknown(value, known)}")
 
 
+def check_training(args: argparse.Namespace) -> None:
+    """Fails if the network, its training or the picture has a name that is not known here."""
+    check_name("--activation", args.activation, ACTIVATIONS, args.fail)
+    if args.loss is not None:
+        check_name("--loss", args.loss, LOSSES, args.fail)
+    check_name("--optimizer", args.optimizer, OPTIMIZERS, args.fail)
+    check_device(args.device, args.fail)
+    check_picture(args.plot, args.fail)
+
+
 def check_device(device: str, fail: Fail) -> None:
     """Fails if torch does not find `device`, "cpu" or "cuda"."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -45,6 +60,31 @@ def check_picture(path: Path | None, fail: Fail, argument: str = "--plot") -> No
                 f"argument {argument}: the file must end in one of "
                 f"{', '.join('.' + t for t in sorted(plots.file_types()))}, got '{path}'"
             )
+
+
+def read_data(args: argparse.Namespace, path: Path | None, option: str) -> Dataset:
+    """The data set named by --data, or the rows of the CSV file that is `option`'s value."""
+    place = (args.seed, getattr(torch, args.dtype), args.device)
+    with advising(args.fail):
+        try:
+            if path:
+                return load_csv(path, args.target, *place, args.regression)
+        except OSError as error:
+            args.fail(f"argument {option}: cannot read '{path}': {error.strerror}")
+        except ValueError as error:
+            args.fail(f"argument {option}: {error}")
+        return load(args.data, *place)
+
+
+def check_loss(args: argparse.Namespace, data: Dataset) -> None:
+    """Fails if the loss cannot be computed on the data."""
+    if data.is_number and args.loss in OF_PROBABILITIES:
+        others = ", ".join(name for name in LOSSES if name not in OF_PROBABILITIES)
+        what = f"{args.loss} is for classes, and {args.target} is a number"
+        args.fail(f"argument --loss: {what}; use one of {others}")
+    if args.loss == "cross_entropy" and data.y.shape[1] == 1:
+        what = f"{data.name} has one output, a probability; use bce_with_logits"
+        args.fail(f"argument --loss: cross_entropy needs an output for each class, and {what}")
 
 
 def read_rows(path: Path) -> list[Row]:

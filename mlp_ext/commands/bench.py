@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Container, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from textwrap import fill
 from typing import Any
@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         cases = parse_all(setting.suite, args.cases or ())
     except ValueError as error:
-        hint = "; use --suite train" if setting.suite == "layers" and "@" in str(error) else ""
-        args.fail(f"argument --cases: {error}{hint}")
+        args.fail(f"argument --cases: {error}{_suite_with(args.cases)}")
     cases = cases or [*SUITES[setting.suite].published(args.device)]
     providers = _providers(args, setting)
     if args.plot and [*providers] == ["native"]:
@@ -121,6 +120,15 @@ def _elsewhere(name: str, by_suite: Mapping[str, Container[str]]) -> str:
     """The end of an error: the suite that has this mode or provider, if one has."""
     found = [suite for suite, names in by_suite.items() if name in names]
     return f"; {name} is in --suite {found[0]}" if found else ""
+
+
+def _suite_with(cases: Sequence[str]) -> str:
+    """The end of an error: the suite that has all these cases, if one has."""
+    for suite in SUITES:
+        with suppress(ValueError):
+            parse_all(suite, cases)
+            return f"; use --suite {suite}"
+    return ""
 
 
 def _print_list(args: argparse.Namespace) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from mlp_ext.commands.arguments import Fail
 
 COMMAND = "torchrun --nproc_per_node 2 -m mlp_ext train --distributed"
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+
+SLOWEST = timedelta(days=7)  # that the first process waits for the results of others
 
 
 def _ddp(model: nn.Module) -> nn.Module:
@@ -34,9 +38,12 @@ def _fsdp(model: nn.Module) -> nn.Module:
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": _ddp, "fsdp": _fsdp}
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train one model together, as one of them sees them."""
+    """The processes that train together, as one of them sees them."""
 
     rank: int = 0
     count: int = 1
@@ -57,6 +64,14 @@ class Processes:
         losses: list[float] = [0.0] * self.count
         dist.all_gather_object(losses, loss)
         return sum(losses) / self.count
+
+    def gather(self, results: list[Found]) -> list[Found]:
+        """The results of all processes, in the first one; none in the others."""
+        if self.count == 1:
+            return results
+        parts: list[list[Found]] | None = None if self.rank else [[] for _ in range(self.count)]
+        dist.gather_object(results, parts)
+        return [result for part in parts or [] for result in part]
 
 
 ALONE = Processes()
@@ -79,18 +94,41 @@ def joined(name: str | None, device: str, fail: Fail) -> Iterator[Processes]:
     if missing := [variable for variable in LAUNCHED if variable not in os.environ]:
         what = f"the launcher has not set {', '.join(missing)}"
         fail(f"argument --distributed: {what}; type: {COMMAND} {name}")
+    with _group(device, "nccl" if device == "cuda" else "gloo", "--distributed", fail) as found:
+        yield replace(found, wrap=WRAPPERS[name])
+
+
+@contextmanager
+def sharing(device: str, fail: Fail) -> Iterator[Processes]:
+    """The processes of torchrun, each with work of its own, or this process alone without it.
+
+    device: as in `joined`. Results are objects on the CPU, so gloo gathers them.
+    """
+    if not dist.is_available() or any(name not in os.environ for name in LAUNCHED):
+        yield ALONE
+        return
+    with _group(device, "gloo", "--device", fail, timeout=SLOWEST) as found:
+        yield found
+
+
+@contextmanager
+def _group(
+    device: str, backend: str, option: str, fail: Fail, timeout: timedelta | None = None
+) -> Iterator[Processes]:
+    """The processes of a launcher. Errors name `option`."""
     own = None
     if device == "cuda":
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if own.index >= torch.cuda.device_count():
             found = f"torch finds {torch.cuda.device_count()}"
-            fail(f"argument --distributed: process {own.index} needs a GPU of its own, {found}")
+            fail(f"argument {option}: process {own.index} needs a GPU of its own, {found}")
         torch.cuda.set_device(own)
     try:
-        dist.init_process_group("nccl" if own else "gloo", device_id=own)
+        device_id = own if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     except (ValueError, RuntimeError) as error:
-        fail(f"argument --distributed: {str(error).splitlines()[0]}")
+        fail(f"argument {option}: {str(error).splitlines()[0]}")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), WRAPPERS[name])
+        yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()

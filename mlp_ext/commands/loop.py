@@ -22,7 +22,9 @@ __all__ = [
     "TrainingRun",
     "accuracy",
     "make_mlp",
+    "make_optimizer",
     "sgd_step",
+    "share_correct",
     "start",
     "test_loss",
     "train",
@@ -55,13 +57,22 @@ def start(
     optimizer: str = "sgd",
     seed: int = 0,
     processes: Processes = ALONE,
+    weight_decay: float | None = None,
 ) -> TrainingRun:
     """A run with this row of LAYERS on a copy of `model`; `seed` shuffles the rows."""
     layers = LAYERS[kind]
     model = processes.wrap(layers.change(deepcopy(model)))
     criterion = LOSSES[loss].criterion()
-    step = layers.step(model, criterion, OPTIMIZERS[optimizer](model.parameters(), lr=lr))
+    step = layers.step(model, criterion, make_optimizer(model, optimizer, lr, weight_decay))
     return TrainingRun(kind, model, step, generator=torch.Generator().manual_seed(seed))
+
+
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float | None = None
+) -> torch.optim.Optimizer:
+    """The row `name` of OPTIMIZERS; None is the optimizer's own weight decay."""
+    options = {} if weight_decay is None else {"weight_decay": weight_decay}
+    return OPTIMIZERS[name](model.parameters(), lr=lr, **options)
 
 
 def train(
@@ -75,6 +86,7 @@ def train(
     seed: int = 0,
     loss: str = "mse",
     optimizer: str = "sgd",
+    weight_decay: float | None = None,
     processes: Processes = ALONE,
 ) -> Iterator[list[TrainingRun]]:
     """Trains a copy of `model` with each of `kinds`; yields their runs after each group of epochs.
@@ -87,7 +99,7 @@ def train(
 
     Each of several `processes` takes its part of each batch; the losses are those of one process.
     """
-    options = (model, lr, loss, optimizer, seed, processes)
+    options = (model, lr, loss, optimizer, seed, processes, weight_decay)
     first_batch = replace(data, x=data.x[:batch_size], y=data.y[:batch_size])
     seconds = []  # of a step of each kind, on a copy
     for kind in kinds:
@@ -141,12 +153,17 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, loss: str = "mse") -> float
     The classes y are [n, 1] of 0 and 1, or [n, N] one-hot.
     """
     with torch.no_grad():
-        output = model(x)
+        return float(share_correct(model(x), y, loss))
+
+
+def share_correct(output: Tensor, y: Tensor, loss: str = "mse") -> Tensor:
+    """The accuracy [*] of outputs [*, n, N]."""
     threshold = 0 if LOSSES[loss].last is nn.Identity else 0.5
-    found = (
-        (output > threshold) == (y > 0.5) if y.shape[1] == 1 else output.argmax(1) == y.argmax(1)
-    )
-    return float(found.double().mean())
+    if y.shape[1] == 1:
+        found = ((output > threshold) == (y > 0.5)).squeeze(-1)
+    else:
+        found = output.argmax(-1) == y.argmax(-1)
+    return found.double().mean(-1)
 
 
 def test_loss(model: nn.Module, data: Dataset, loss: str = "mse") -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
+
+from mlp_ext.commands.summary import moments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from mlp_ext.commands.loop import TrainingRun
 
 PANELS = 4  # in a row
+CELLS = 200  # of a heat map, at most, that have their values written
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20)  # ticks
 
 
@@ -54,6 +57,86 @@ def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
+    return figure
+
+
+Curve = tuple[str, Sequence[int], Sequence[Sequence[float]]]  # label, epochs, values at each
+
+
+def curves(found: Sequence[Curve], name: str, title: str, share: bool) -> Figure:
+    """Draws the mean of each curve's values over epochs, in a band of the standard deviation.
+
+    share: whether the values are shares, in percent. The axis of others is logarithmic.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize="small")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["viridis"]
+    for i, (label, epochs, values) in enumerate(found):
+        means, deviations = zip(*map(moments, values), strict=True)
+        color = colors(0.9 * i / max(1, len(found) - 1))
+        axes.plot(epochs, means, "o-", color=color, label=label, markersize=3)
+        low, high = (
+            [m + side * d for m, d in zip(means, deviations, strict=True)] for side in (-1, 1)
+        )
+        axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="epoch", ylabel=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    else:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if len(found) > 1:
+        figure.legend(loc="outside right center", fontsize="small")
+    return figure
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    best: tuple[int, int] | None,
+    name: str,
+    title: str,
+    share: bool,
+) -> Figure:
+    """Draws a cell for each value, and a frame around the best one.
+
+    share: whether the values are shares, in percent. The colors of others are logarithmic.
+    """
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import PercentFormatter
+
+    height, width = len(rows), len(columns)
+    size = (4 + 0.8 * min(width, 30), 2.5 + 0.5 * min(height, 30))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize="small")
+    axes = figure.subplots()
+    colors = "viridis" if share else "viridis_r"  # the best is bright
+    logarithmic = not share and any(0 < value < math.inf for row in values for value in row)
+    image = axes.imshow(values, cmap=colors, norm=LogNorm() if logarithmic else None, aspect="auto")
+    figure.colorbar(image, label=name, format=PercentFormatter(1) if share else None)
+    axes.set_xticks(range(width), columns, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(height), rows)
+    shades = image.to_rgba(np.asarray(values))
+    shown = product(range(height), range(width)) if height * width <= CELLS else ()
+    for i, j in shown:
+        value = values[i][j]
+        red, green, blue, _ = shades[i, j]
+        color = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+        text = f"{value:.1%}" if share else f"{value:.3g}"
+        axes.text(j, i, text, ha="center", va="center", color=color, fontsize="x-small")
+    if best:
+        i, j = best
+        axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="C3", linewidth=2))
     return figure
 
 

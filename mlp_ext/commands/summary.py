@@ -1,13 +1,27 @@
-"""The last line of a command's output, in words."""
+"""Tables, and the last line of a command's output in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from mlp_ext.bench.noise import SPREAD
 
 Speed = tuple[Any, Any, Any]  # torch's time / its own: median, 20% and 80% quantile
+
+
+def moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, which is NaN for a single value or where not all are finite."""
+    many = len(values) > 1 and all(map(math.isfinite, values))
+    return fmean(values), stdev(values) if many else math.nan
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
 
 
 def fastest(speeds: Mapping[str, Speed]) -> str:

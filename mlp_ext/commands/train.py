@@ -9,8 +9,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,13 +18,14 @@ from mlp_ext.bench.machine import cpus, other_cpu_seconds
 from mlp_ext.bench.noise import busy
 from mlp_ext.bench.rows import as_number, as_range, as_time, replacing
 from mlp_ext.bench.runner import summarize
-from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, make_mlp
+from mlp_ext.bench.training import LAYERS, LOSSES, make_mlp
 from mlp_ext.commands import arguments, plots
-from mlp_ext.commands.data import DATASETS, RENAMED, Dataset, load, load_csv
+from mlp_ext.commands.data import DATASETS, RENAMED, Dataset
 from mlp_ext.commands.distributed import Processes, joined
 from mlp_ext.commands.loop import TrainingRun, accuracy, test_loss, train, unscaled_state
-from mlp_ext.commands.summary import fastest
-from mlp_ext.ops import ACTIVATIONS, build_info
+from mlp_ext.commands.progress import Bar
+from mlp_ext.commands.summary import aligned, fastest
+from mlp_ext.ops import build_info
 
 OPTIONS = (  # recorded in the JSON file
     "layers",
@@ -40,6 +39,7 @@ OPTIONS = (  # recorded in the JSON file
     "optimizer",
     "epochs",
     "lr",
+    "weight_decay",
     "batch_size",
     "seed",
     "device",
@@ -57,11 +57,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # name in _result: hea
 }
 # Kinds that --distributed does not have: fit draws its own batches, step needs whole parameters.
 LEFT_OUT: dict[str | None, tuple[str, ...]] = {None: (), "ddp": ("fit",), "fsdp": ("step", "fit")}
-OF_PROBABILITIES = ("bce", "bce_with_logits", "cross_entropy")  # losses for classes only
 LINES = 10  # of epochs, about
 SAME = 1e-4  # losses are called the same if they differ by at most this part of the largest
 SHORTEST = 1.0  # seconds of training; the system's clock ticks are too coarse to judge less
-BAR_AFTER = 2.0  # seconds of training after which a progress bar is shown
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,11 +73,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         args.data = args.data or "tutorial"
         arguments.check_name("--data", args.data, DATASETS, fail, RENAMED)
-    arguments.check_name("--activation", args.activation, ACTIVATIONS, fail)
-    arguments.check_name("--loss", args.loss, LOSSES, fail)
-    arguments.check_name("--optimizer", args.optimizer, OPTIMIZERS, fail)
-    arguments.check_device(args.device, fail)
-    arguments.check_picture(args.plot, fail)
+    arguments.check_training(args)
     if args.layers in LEFT_OUT[args.distributed]:
         others = ", ".join(kind for kind in LAYERS if kind not in LEFT_OUT[args.distributed])
         fail(f"argument --layers: {args.distributed} has {others}, got '{args.layers}'")
@@ -88,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train_in(processes: Processes, args: argparse.Namespace) -> None:
-    data = _data(args)
+    data = arguments.read_data(args, args.csv, "--csv")
+    arguments.check_loss(args, data)
     last = torch.nn.Identity if data.is_number else LOSSES[args.loss].last
     widths = [data.x.shape[1], *args.hidden, data.y.shape[1]]
     dtype = getattr(torch, args.dtype)
@@ -105,7 +100,7 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
             print("batches cannot be split evenly: each process trains on all rows")
     kinds = [kind for kind in LAYERS if args.layers in ("all", kind)]
     kinds = [kind for kind in kinds if kind not in LEFT_OUT[args.distributed]]
-    names = ("epochs", "lr", "batch_size", "seed", "loss", "optimizer")
+    names = ("epochs", "lr", "weight_decay", "batch_size", "seed", "loss", "optimizer")
     settings = {name: getattr(args, name) for name in names}
     epochs = train(kinds, model, data, **settings, processes=processes)
     every = args.log_every or math.ceil(args.epochs / LINES)
@@ -138,31 +133,6 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
         args.fail(str(error).splitlines()[0])
 
 
-def _data(args: argparse.Namespace) -> Dataset:
-    """The data set, if the loss can be computed on it."""
-    dtype = getattr(torch, args.dtype)
-    with arguments.advising(args.fail):
-        if args.csv:
-            try:
-                data = load_csv(
-                    args.csv, args.target, args.seed, dtype, args.device, args.regression
-                )
-            except OSError as error:
-                args.fail(f"argument --csv: cannot read '{args.csv}': {error.strerror}")
-            except ValueError as error:
-                args.fail(f"argument --csv: {error}")
-        else:
-            data = load(args.data, args.seed, dtype, args.device)
-    if data.is_number and args.loss in OF_PROBABILITIES:
-        others = ", ".join(name for name in LOSSES if name not in OF_PROBABILITIES)
-        what = f"{args.loss} is for classes, and {args.target} is a number"
-        args.fail(f"argument --loss: {what}; use one of {others}")
-    if args.loss == "cross_entropy" and data.y.shape[1] == 1:
-        what = f"{data.name} has one output, a probability; use bce_with_logits"
-        args.fail(f"argument --loss: cross_entropy needs an output for each class, and {what}")
-    return data
-
-
 def _title(args: argparse.Namespace, data: Dataset, widths: Sequence[int], processes: int) -> str:
     rows = f"{len(data.x)} rows" + f" and {len(data.x_test)} to test" * bool(len(data.x_test))
     target = ""
@@ -173,10 +143,11 @@ def _title(args: argparse.Namespace, data: Dataset, widths: Sequence[int], proce
         target = f", target {args.target} ({kind})"
     threads = torch.get_num_threads()
     place = f"{threads} CPU thread{'s' * (threads > 1)}" if args.device == "cpu" else args.device
+    decay = "" if args.weight_decay is None else f" and weight decay {args.weight_decay:g}"
     title = (
         f"{data.name}: {rows}, {widths[0]} features{target}\n"
         f"network {'-'.join(map(str, widths))}, {args.activation}; {args.dtype} on {place}\n"
-        f"{args.loss}, {args.optimizer} with lr {args.lr:g}, batches of {args.batch_size}"
+        f"{args.loss}, {args.optimizer} with lr {args.lr:g}{decay}, batches of {args.batch_size}"
     )
     if args.distributed:
         title += f"\n{args.distributed} in {processes} process{'es' * (processes > 1)}"
@@ -186,14 +157,10 @@ def _title(args: argparse.Namespace, data: Dataset, widths: Sequence[int], proce
 def _follow(
     epochs: Iterator[list[TrainingRun]], total: int, every: int, shown: bool
 ) -> list[TrainingRun]:
-    """If `shown`, prints every so many epochs and the last one, and a progress bar in long runs on
-    a terminal."""
-    may_have_bar = shown and sys.stderr.isatty() and find_spec("tqdm")
-    bar: Any = None
-    started = time.monotonic()
+    """If `shown`, prints every so many epochs and the last one, with a progress bar."""
     runs: list[TrainingRun] = []
     done = 0
-    try:
+    with Bar(total, shown) as bar:
         for runs in epochs:
             before, done = done, len(runs[0].losses)
             lines = [
@@ -202,17 +169,9 @@ def _follow(
                 if shown and (epoch % every == 0 or epoch == total - 1)
             ]
             if lines:
-                with bar.external_write_mode() if bar else nullcontext():
+                with bar.aside():
                     print(*lines, sep="\n", flush=True)
-            if bar:
-                bar.update(done - before)
-            elif may_have_bar and time.monotonic() - started > BAR_AFTER:
-                from tqdm import tqdm
-
-                bar = tqdm(total=total, initial=done, unit="epoch", leave=False)
-    finally:
-        if bar:
-            bar.close()
+            bar.advance(done - before)
     return runs
 
 
@@ -251,8 +210,7 @@ def _table(results: dict[str, dict[str, Any]]) -> list[str]:
     rows = [["", *(COLUMNS[name][0] for name in known)]]
     for kind, result in results.items():
         rows.append([kind, *(COLUMNS[name][1](result[name]) for name in known)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def _sentence(results: dict[str, dict[str, Any]], noise: str = "") -> str:

@@ -337,7 +337,7 @@ void test(Report& report) {
   const LaneKernels* const kernels = TARGET::lane_kernels(Format<S>::dtype);
   const int64_t lanes = kernels->lanes();
   int turn = 0;
-  const auto count = [&] { return std::array<int64_t, 3>{lanes, lanes - 1, 1}[turn++ % 3]; };
+  const auto count = [&] { return std::array<int64_t, 4>{lanes, lanes - 1, 1, 2}[turn++ % 4]; };
   const OptimizerCase sgd = kOptimizers[0];
 
   // All optimizers, losses and activations, with each of the others in turn.

@@ -47,9 +47,9 @@ void scatter(const T* from, int64_t count, T* const* to, int used) {
 // In registers, so that the compiler moves it out of loops.
 MLP_EXT_INLINE Vec<float> to_float(Vec<double> low, Vec<double> high) {
 #if MLP_EXT_VECTOR_BYTES == 64
-  const auto half = [](Vec<double> v) { return _mm512_maskz_cvtpd_ps(-1, (__m512d)v.v); };
-  const __m512d both = _mm512_castpd256_pd512(_mm256_castps_pd(half(low)));
-  return Vec<float>((Vec<float>::Native)_mm512_insertf64x4(both, _mm256_castps_pd(half(high)), 1));
+  const auto half = [](Vec<double> v) { return _mm256_castps_pd(_mm512_maskz_cvtpd_ps(-1, (__m512d)v.v)); };
+  const __m512d both = _mm512_maskz_insertf64x4(-1, _mm512_castpd256_pd512(half(low)), half(high), 1);
+  return Vec<float>((Vec<float>::Native)both);
 #elif MLP_EXT_VECTOR_BYTES == 32
   return Vec<float>(
       (Vec<float>::Native)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)high.v), _mm256_cvtpd_ps((__m256d)low.v)));

@@ -46,7 +46,11 @@ class StepsInLanes {
 
  public:
   StepsInLanes(const LaneProblem& p, void* memory)
-      : p_(p), memory_(reinterpret_cast<uintptr_t>(memory)), of_rows_(is_of_rows_loss(*p.loss)), N_(p.layers.back().N) {
+      : p_(p), memory_(reinterpret_cast<uintptr_t>(memory)), N_(p.layers.back().N) {
+    visit(*p.loss, [&](auto loss) {
+      of_rows_ = is_of_rows<decltype(loss)>;
+      if constexpr (is_of_rows<decltype(loss)>) ignored_ = static_cast<int64_t>(loss.ignore_index);
+    });
     const int64_t K = p.layers[0].K;
     int64_t widths = 0, widest = 0;
     for (size_t l = 0; l < p.layers.size(); ++l) {
@@ -306,10 +310,9 @@ class StepsInLanes {
     }
   }
   void read_classes(int64_t m, int64_t count) {  // as numbers of T, -1 where they are ignored
-    const int64_t ignored = ignore_index_of(*p_.loss);
     const auto number = [&](int l, int64_t r) {
       const int64_t c = class_of(network(l), m + r);
-      return c == ignored ? T(-1) : static_cast<T>(c);
+      return c == ignored_ ? T(-1) : static_cast<T>(c);
     };
     for (int64_t r = 0; r < count; ++r)
       if (p_.same_target && p_.same_order)
@@ -323,7 +326,6 @@ class StepsInLanes {
   void set_scales(int64_t begin, int64_t M) {
     if (!p_.mean) return scales_.fill(1);
     if (!network(0).classes) return scales_.fill(1 / static_cast<double>(of_rows_ ? M : M * N_));
-    const int64_t ignored = ignore_index_of(*p_.loss);
     const T* const weight = static_cast<const T*>(p_.loss_weight);
     for (int l = 0; l < lanes; ++l) {
       if (l > 0 && p_.same_target && p_.same_order) {
@@ -333,7 +335,7 @@ class StepsInLanes {
       double total = 0;
       for (int64_t m = begin; m < begin + M; ++m) {
         const int64_t c = class_of(network(l), m);
-        if (c != ignored) total += weight ? static_cast<double>(weight[c]) : 1;
+        if (c != ignored_) total += weight ? static_cast<double>(weight[c]) : 1;
       }
       scales_[l] = 1 / total;
     }
@@ -395,8 +397,9 @@ class StepsInLanes {
   const LaneProblem& p_;
   const uintptr_t memory_;
   size_t used_ = 0;
-  const bool of_rows_;
   const int64_t N_;
+  bool of_rows_ = false;  // whether the loss is
+  int64_t ignored_ = -1;  // class
   int64_t block_ = kMostLaneRows;
   std::array<Layer, kMostLayers> layers_;
   std::array<Parameter, 2 * kMostLayers> parameters_{};
