@@ -209,8 +209,8 @@ struct LaneNetwork {
   int64_t done;          // out: steps done; fewer than all if the loss needs probabilities and got others
 };
 struct LaneProblem {
-  std::span<const LaneLayer> layers;
-  size_t lowest;  // lowest layer that learns
+  std::span<const LaneLayer> layers;  // at most kMostLayers
+  size_t lowest;                      // lowest layer that learns
   const LossFunction* loss;
   bool mean;
   const void* loss_weight;               // [N] of S, or nullptr
@@ -225,6 +225,9 @@ struct LaneKernels {
   size_t (*scratch_bytes)(const LaneProblem&);
   // All steps of 1 to lanes() networks on one thread. A network's bits do not depend on the others.
   void (*train)(const LaneProblem&, std::span<LaneNetwork> networks, void* scratch);
+  // As StepKernels::rows, with a row in each lane: for narrow layers.
+  size_t (*rows_scratch_bytes)(const StepProblem&);
+  double (*rows)(const StepProblem&, Range rows, void* sums, void* scratch, bool& valid);
 };
 
 bool multiplies_bfloat16();  // whether the processor has AVX512_BF16
