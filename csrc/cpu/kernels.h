@@ -228,6 +228,9 @@ struct LaneKernels {
   size_t (*scratch_bytes)(const LaneProblem&);
   // All steps of 1 to lanes() networks on one thread. A network's bits do not depend on the others.
   void (*train)(const LaneProblem&, std::span<LaneNetwork> networks, void* scratch);
+  // As StepKernels::rows, with a row in each lane: for narrow layers.
+  size_t (*rows_scratch_bytes)(const StepProblem&);
+  double (*rows)(const StepProblem&, Range rows, void* sums, void* scratch, bool& valid);
 };
 
 bool multiplies_bfloat16();  // whether the processor has AVX512_BF16
