@@ -177,7 +177,7 @@ def test_fit_makes_as_many_steps_as_it_is_divided_by(monkeypatch: pytest.MonkeyP
         work.prepare(0)()
         work.results()
         assert asked == [work.steps / networks, 1]
-        assert 4 <= asked[0] <= min(1000, 1e5 / networks)
+        assert 4 <= asked[0] <= min(1000, 1e6 / networks)
         asked.clear()
 
 

@@ -263,7 +263,7 @@ def test_step_of_16_bit_takes_no_panels() -> None:
 def test_step_by_blocks_is_narrow_where_pairs_are_multiplied() -> None:
     for mode, widest in (("fma", 512), ("bf16_dot", 48), ("amx", 48)):
         for width, path in ((widest, "blocks"), (widest + 1, "layers")):
-            plan = _C.step_plan([width, 8], 4096, item_size=2, threads=2, mode=mode)
+            plan = _C.step_plan([width, 8], 4096, 2, threads=2, mode=mode, machine="zen4")
             assert plan["path"] == path
 
 

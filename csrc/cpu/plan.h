@@ -204,18 +204,19 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
 }
 
 enum class StepPath {
+  lanes,   // as blocks, with a row in each lane of a vector
   blocks,  // all layers on one block of rows at a time
   panels,  // layer by layer on transposed, packed activations
   layers,  // layer by layer with the kernels of linear_act
 };
 constexpr const char* step_path_name(StepPath path) {
-  constexpr const char* names[] = {"blocks", "panels", "layers"};
+  constexpr const char* names[] = {"lanes", "blocks", "panels", "layers"};
   return names[static_cast<int>(path)];
 }
 
 struct StepPlan {
   StepPath path;
-  int64_t pieces;  // of the rows, for StepPath::blocks
+  int64_t pieces;  // of the rows, for StepPath::lanes and blocks
 };
 
 // widths: of the input and of each layer. item_size: bytes per element.
@@ -236,13 +237,16 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
                         widths.size() <= kMostLayers + 1;
   const bool weights_stay_in_cache = multiply_adds <= limits.step_weights;
   const bool rows_outweigh_sums = pieces == 1 || M >= pieces * limits.step_rows;
-  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums) return {StepPath::blocks, pieces};
-
   const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;
+  const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
+  const bool rows_fill_lanes =
+      item_size >= 4 && multiply_adds <= limits.row_lane_weights && M >= pieces * lanes && some_layer;
+  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums)
+    return {rows_fill_lanes ? StepPath::lanes : StepPath::blocks, pieces};
+
   const bool batch_fits =
       limits.panel_rows <= M && M * item_size <= kMostPanelBytes && limits.panel_rows_per_empty_lane * empty <= M;
   const bool loss_fits = widths.back() <= kMostPanelOutputs;
-  const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
   if (item_size >= 4 && batch_fits && loss_fits && columns_suffice && some_layer && pieces == threads)
     return {StepPath::panels, pieces};
   return {StepPath::layers, pieces};

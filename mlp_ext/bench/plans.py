@@ -23,6 +23,7 @@ PATHS = {  # of the CPU, in one line
     "few_rows": "W is read once, for dx, and dW is written in the same pass",
     "packed": "blocked GEMMs on packed operands, with the activation in the same pass",
     "library": "PyTorch's GEMM, and one pass for the rest",
+    "lanes": "as blocks, with a row in each lane of a vector",
     "blocks": "a block of rows runs through all layers, forward and backward",
     "panels": "layer by layer, on transposed activations and blocks of columns of W",
     "layers": "layer by layer, each by its own path",

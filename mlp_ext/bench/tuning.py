@@ -72,6 +72,7 @@ def halves(least: int, most: int) -> tuple[int, ...]:
 
 
 OWN = {"library_multiply_adds": NEVER, "library_weights": NEVER}  # without torch's GEMM
+OF_MANY = ("lane_weights", "core_multiply_adds")  # of many networks: not measured
 IF_LIBRARY = ("library_inputs", "library_outputs", "library_forward_inputs")
 EDGES = (16, 32, 48, 64, 96, 128, 192, 256)  # rows without empty lanes
 EMPTY = (5, 7, 9, 11, 15, 23, 31, 47, 63)  # rows over empty lanes
@@ -121,6 +122,8 @@ RULES = (
          "64-q/128-64@1024 128-q/256-128@1024 256-q/512-256@512 512-q/1024-512@256"),
     Rule("step_rows", "step", FROM, "others, blocks", halves(4, 128),
          "128-128-128@q*t 256-256-10@q*t 48-48-48-48-48@q*t"),
+    Rule("row_lane_weights", "step", UP_TO, "lanes, blocks", doubling(2**5, 2**11),
+         "8-q/16-8@64 16-q/32-16@64 16-q/16@64 16-q/17-1@128"),
     Rule("panel_rows", "step", FROM, "layers, panels", EDGES,
          "784-256-10@q 784-512-256-10@q 1024-512-10@q",
          {"step_width": 0, "panel_rows_per_empty_lane": 0}),
