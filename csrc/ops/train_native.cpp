@@ -228,31 +228,35 @@ at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)
   const auto dropped = [&](const at::Tensor& x, size_t l) {
     return dropout.empty() ? x : dropout[l].forward(x, training.dropout[l]);
   };
+  const auto dtype = training.input.scalar_type(), layer_dtype = training.autocast.value_or(dtype);
   at::Tensor y;
-  std::vector<at::Tensor> inputs;                   // of each layer
+  std::vector<at::Tensor> inputs, weights;          // of each layer, as it computes with them
   std::vector<std::optional<at::Tensor>> saved(L);  // what each activation's backward needs
   for (size_t l = 0; l < L; ++l) {
     const TrainedLayer& layer = training.layers[l];
-    const at::Tensor& weight = *layer.weight.value;
-    inputs.push_back(dropped(l > 0 ? y : training.input, l));
+    inputs.push_back(dropped(l > 0 ? y : training.input, l).to(layer_dtype));
+    weights.push_back(layer.weight.value->to(layer_dtype));
+    const at::Tensor& weight = weights[l];
+    const auto bias = layer.bias.value ? std::optional(layer.bias.value->to(layer_dtype)) : std::nullopt;
     const Needs needs = l >= training.lowest_learning ? needs_of(layer.activation) : Needs::nothing;
     if (needs == Needs::preactivation) {
-      std::tie(y, saved[l]) = linear_act_forward(inputs[l], weight, optional(layer.bias.value), layer.activation_name,
-                                                 layer.activation_parameters);
+      std::tie(y, saved[l]) =
+          linear_act_forward(inputs[l], weight, bias, layer.activation_name, layer.activation_parameters);
     } else {
-      y = linear_act(inputs[l], weight, optional(layer.bias.value), layer.activation_name, layer.activation_parameters);
+      y = linear_act(inputs[l], weight, bias, layer.activation_name, layer.activation_parameters);
       if (needs == Needs::output) saved[l] = y;
     }
   }
-  auto [loss, dy] = loss_and_grad(training, dropped(y, L));
+  auto [loss, dy] = loss_and_grad(training, dropped(y, L).to(dtype));
+  dy = dy.to(layer_dtype);
   for (size_t l = L; l-- > training.lowest_learning;) {
     const TrainedLayer& layer = training.layers[l];
     if (!dropout.empty()) dy = dropout[l + 1].backward(dy);
     const auto [dx, dw, db] = linear_act_backward(
-        dy, saved[l], inputs[l], *layer.weight.value, layer.activation_name, layer.activation_parameters,
+        dy, saved[l], inputs[l], weights[l], layer.activation_name, layer.activation_parameters,
         {l > training.lowest_learning, layer.weight.optimizer.has_value(), layer.bias.optimizer.has_value()});
-    if (layer.weight.optimizer) update(layer.weight, dw);
-    if (layer.bias.optimizer) update(layer.bias, db);
+    if (layer.weight.optimizer) update(layer.weight, dw.to(dtype));
+    if (layer.bias.optimizer) update(layer.bias, db.to(dtype));
     dy = dx;
   }
   for_learning(training, [](const TrainedParameter& p) {
@@ -271,8 +275,9 @@ at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const 
       return training.order ? at::index_select(t, 0, training.order->narrow(0, begin, size)) : t.narrow(0, begin, size);
     };
     const at::Tensor input = batch(training.input), target = batch(training.target);
-    losses.push_back(step({input, target, training.loss_weight, nullptr, std::nullopt, training.layers, training.loss,
-                           training.mean, training.dropout, training.target_is_classes, training.lowest_learning}));
+    losses.push_back(
+        step({input, target, training.loss_weight, nullptr, std::nullopt, training.layers, training.loss, training.mean,
+              training.dropout, training.autocast, training.target_is_classes, training.lowest_learning}));
   }
   return losses.empty() ? at::empty({0}, training.input.options()) : at::stack(losses);
 }
