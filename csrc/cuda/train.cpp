@@ -134,7 +134,7 @@ LossAndGrad loss_and_grad(const Training& training, const at::Tensor& y) {
   return result;
 }
 
-at::Tensor step(const Training& training) { return step_by_layers(training, loss_and_grad); }
+at::Tensor step(const Training& training) { return step_by_layers(training, {.loss_and_grad = loss_and_grad}); }
 
 at::Tensor train(const Training& training) {
   const Guard guard(training.input);

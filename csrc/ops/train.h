@@ -115,11 +115,20 @@ struct LossAndGrad {
 };
 // The loss of outputs y, and its gradient.
 LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y);
-// The update of a parameter that learns.
+// The update of a parameter that learns. The gradient may have another dtype.
 void update_native(const TrainedParameter& p, const at::Tensor& gradient);
-// One step, layer by layer, with this loss and this update. Dropout is native, so masks are drawn as in an eager loop.
-at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&),
-                          void (*update)(const TrainedParameter&, const at::Tensor&) = update_native);
+at::Tensor cast_native(const at::Tensor& t, at::ScalarType dtype);
+
+// What a backend does in its own way in step_by_layers.
+struct LayerStep {
+  LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor& y) = loss_and_grad_native;
+  void (*update)(const TrainedParameter&, const at::Tensor& gradient) = update_native;
+  at::Tensor (*cast)(const at::Tensor&, at::ScalarType) = cast_native;  // as to(): the same tensor if it has the dtype
+};
+// One step, layer by layer. Dropout is native, so masks are drawn as in an eager loop. Under autocast each tensor is
+// cast where autocast casts it: operands of a layer, then the outputs for the loss, dy for backward, dW and db for the
+// update.
+at::Tensor step_by_layers(const Training& training, const LayerStep& step = {});
 // Loops over batches; `step` takes a Training without order and batch_size.
 at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const Training&));
 // The steps as a composite of native operations: the reference, and the fallback for devices without our kernels.

@@ -221,8 +221,9 @@ LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y) 
   return visit(training.loss, [&](const auto& loss) { return native(loss, operands); });
 }
 
-at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&),
-                          void (*update)(const TrainedParameter&, const at::Tensor&)) {
+at::Tensor cast_native(const at::Tensor& t, at::ScalarType dtype) { return t.to(dtype); }
+
+at::Tensor step_by_layers(const Training& training, const LayerStep& step) {
   const size_t L = training.layers.size();
   std::vector<Dropout> dropout(training.dropout.empty() ? 0 : L + 1);
   const auto dropped = [&](const at::Tensor& x, size_t l) {
@@ -234,10 +235,10 @@ at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)
   std::vector<std::optional<at::Tensor>> saved(L);  // what each activation's backward needs
   for (size_t l = 0; l < L; ++l) {
     const TrainedLayer& layer = training.layers[l];
-    inputs.push_back(dropped(l > 0 ? y : training.input, l).to(layer_dtype));
-    weights.push_back(layer.weight.value->to(layer_dtype));
+    inputs.push_back(step.cast(dropped(l > 0 ? y : training.input, l), layer_dtype));
+    weights.push_back(step.cast(*layer.weight.value, layer_dtype));
     const at::Tensor& weight = weights[l];
-    const auto bias = layer.bias.value ? std::optional(layer.bias.value->to(layer_dtype)) : std::nullopt;
+    const auto bias = layer.bias.value ? std::optional(step.cast(*layer.bias.value, layer_dtype)) : std::nullopt;
     const Needs needs = l >= training.lowest_learning ? needs_of(layer.activation) : Needs::nothing;
     if (needs == Needs::preactivation) {
       std::tie(y, saved[l]) =
@@ -247,16 +248,16 @@ at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)
       if (needs == Needs::output) saved[l] = y;
     }
   }
-  auto [loss, dy] = loss_and_grad(training, dropped(y, L).to(dtype));
-  dy = dy.to(layer_dtype);
+  auto [loss, dy] = step.loss_and_grad(training, step.cast(dropped(y, L), dtype));
+  dy = step.cast(dy, layer_dtype);
   for (size_t l = L; l-- > training.lowest_learning;) {
     const TrainedLayer& layer = training.layers[l];
     if (!dropout.empty()) dy = dropout[l + 1].backward(dy);
     const auto [dx, dw, db] = linear_act_backward(
         dy, saved[l], inputs[l], weights[l], layer.activation_name, layer.activation_parameters,
         {l > training.lowest_learning, layer.weight.optimizer.has_value(), layer.bias.optimizer.has_value()});
-    if (layer.weight.optimizer) update(layer.weight, dw.to(dtype));
-    if (layer.bias.optimizer) update(layer.bias, db.to(dtype));
+    if (layer.weight.optimizer) step.update(layer.weight, dw);
+    if (layer.bias.optimizer) step.update(layer.bias, db);
     dy = dx;
   }
   for_learning(training, [](const TrainedParameter& p) {
@@ -284,7 +285,7 @@ at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const 
 
 namespace {
 
-at::Tensor step_native(const Training& training) { return step_by_layers(training, loss_and_grad_native); }
+at::Tensor step_native(const Training& training) { return step_by_layers(training); }
 
 }  // namespace
 
