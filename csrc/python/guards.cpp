@@ -14,6 +14,8 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "ops/checks.h"
+
 namespace py = pybind11;
 
 namespace mlp_ext {
@@ -199,7 +201,7 @@ void check_global_state(const at::Tensor& input, const at::Tensor& target, at::T
   const auto autocast = autocast_dtype(input);
   TORCH_CHECK(!autocast || input.scalar_type() == at::kFloat,
               "TrainStep: autocast is enabled, and a step follows it only with parameters of float32 or float64, got ",
-              input.scalar_type(), kLeave);
+              dtype_name(input.scalar_type()), kLeave);
   TORCH_CHECK(
       autocast != at::kHalf || input.is_cpu(),
       "TrainStep: autocast to float16 needs a GradScaler, which a step does not have; use bfloat16, or the eager loop");
