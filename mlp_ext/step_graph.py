@@ -130,7 +130,7 @@ class GraphTrainer:
 
     def __init__(self, trainer: _C.Trainer, widths: list[int]) -> None:
         self._trainer, self._widths = trainer, widths
-        self._ways: dict[tuple[int, torch.dtype, torch.device], _Way] = {}
+        self._ways: dict[tuple[int, torch.dtype, torch.device, bool], _Way] = {}
         self.graphs = Graphs()
 
     def step(self, input: Tensor, target: Tensor) -> Tensor | None:
@@ -154,13 +154,14 @@ class GraphTrainer:
             return _Way(one_launch=False, by_graph=False)
         size = len(input) if batch_size is None else min(batch_size, len(input))
         rows_of_one = input.numel() // max(1, len(input) * self._widths[0])
-        key = size * rows_of_one, input.dtype, input.device
+        rows, autocast = size * rows_of_one, torch.is_autocast_enabled("cuda")
+        key = rows, input.dtype, input.device, autocast
         if way := self._ways.get(key):
             return way
         if len(self._ways) == DECIDED:
             self._ways.clear()
         copied = (input.nbytes + target.nbytes) * size // max(1, len(input))
-        one_launch = _is_one_launch(self._widths, *key)
+        one_launch = not autocast and _is_one_launch(self._widths, *key[:3])
         way = self._ways[key] = _Way(one_launch, not one_launch and copied <= COPIED)
         return way
 

@@ -407,6 +407,10 @@ def test_a_number_of_rows_is_decided_once(
     for rows in range(1, 9):
         trainer.step(on_gpu(rows, 64), on_gpu(rows, 2))
     assert len(trainer._ways) == 2
+    asked.clear()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    trainer.step(on_gpu(6, 64), on_gpu(6, 2))
+    assert not asked  # layer by layer
 
 
 @pytest.mark.parametrize("input", [torch.rand(9, 64), None, on_gpu()], ids=["cpu", "none", "0-d"])

@@ -63,7 +63,6 @@ REFUSED: dict[str, tuple[Context, str]] = {
     "no_grad": (torch.no_grad, "gradients are disabled"),
     "set_grad_enabled": (lambda: torch.set_grad_enabled(False), "gradients are disabled"),
     "inference mode": (torch.inference_mode, "inference_mode forbids"),
-    "autocast": (lambda: torch.autocast("cpu"), "autocast is enabled"),
     "anomaly detection": (torch.autograd.detect_anomaly, "anomaly detection is on"),
     "anomaly detection without NaN": (
         lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),

@@ -36,6 +36,17 @@ double sum_losses(int64_t pieces, const F& f) {
 
 const void* data(const TrainedParameter& p) { return p.value ? p.value->const_data_ptr() : nullptr; }
 
+// The unscaled sum of the losses of outputs y, and their gradient into dy. y, dy: [M, N], contiguous.
+double sum_losses(const Loss& loss, const at::Tensor& y, const at::Tensor& dy) {
+  const DType dtype = dtype_of(y);
+  const int64_t M = y.size(0), N = y.size(1);
+  const int64_t pieces = std::clamp<int64_t>(M * N / limits_of(dtype).elements_per_thread, 1, threads());
+  return sum_losses(pieces, [&](int64_t i, bool& valid) {
+    return variant().step_kernels(dtype).loss(loss, piece(i, pieces, M), N, y.const_data_ptr(), dy.mutable_data_ptr(),
+                                              scratch((3 * kLossRows + 1) * N * accumulator_size(dtype)), valid);
+  });
+}
+
 // The updates of all parameters that learn, prepared for each step by begin_step().
 class Updates {
  public:
@@ -297,11 +308,7 @@ class BatchStep {
             dtype_);
     }
     at::Tensor dy = empty_cached({M_, N_}, dtype);
-    const int64_t pieces = std::clamp<int64_t>(M_ * N_ / limits_.elements_per_thread, 1, threads());
-    const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
-      return kernels_.loss(loss, piece(i, pieces, M_), N_, ys.back().const_data_ptr(), dy.mutable_data_ptr(),
-                           scratch((3 * kLossRows + 1) * N_ * accumulator_size(dtype_)), valid);
-    });
+    const double total = sum_losses(loss, ys.back(), dy);
     for (size_t l = L; l-- > training_.lowest_learning;) {
       const TrainedLayer& layer = training_.layers[l];
       const at::Tensor& w = *layer.weight.value;
@@ -408,6 +415,10 @@ void put(const at::Tensor& losses, int64_t i, double loss) {
     losses.view(-1)[i].fill_(loss);
 }
 
+at::Tensor cast(const at::Tensor& t, at::ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : empty_cached(t.sizes(), dtype).copy_(t);
+}
+
 // The update of a parameter by the kernels.
 void update(const TrainedParameter& p, const at::Tensor& gradient) {
   bool as_kernels_need = p.value->is_contiguous() && (!p.step || p.step->is_cpu());
@@ -417,7 +428,7 @@ void update(const TrainedParameter& p, const at::Tensor& gradient) {
   const Optimizer ready = at_step(*p.optimizer, p.step ? p.step->item<double>() + 1 : 1);
   Update update{p.value->mutable_data_ptr(), {}, &ready};
   for (size_t s = 0; s < kMaxStates; ++s) update.states[s] = p.states[s] ? p.states[s]->mutable_data_ptr() : nullptr;
-  const at::Tensor dense = gradient.contiguous();
+  const at::Tensor dense = cast(gradient, p.value->scalar_type()).contiguous();
   const void* const part = dense.const_data_ptr();
   const auto piece = [&](int64_t begin, int64_t end) { kernels.update_rounded(update, part, 1, 0, {begin, end}); };
   for_ranges(dense.numel(), limits_of(dtype_of(*p.value)).elements_per_thread, piece);
@@ -444,14 +455,23 @@ at::Tensor gather(const at::Tensor& t, const at::Tensor& order, bool takes_threa
   return out;
 }
 
+LossAndGrad loss_and_grad(const Training& training, const at::Tensor& y) {
+  const Rows source(training, training.input, training.target);
+  const Loss loss = source.loss(0, y.size(0));
+  const at::Tensor outputs = y.contiguous(), dy = empty_cached(y.sizes(), y.scalar_type());
+  LossAndGrad result{at::empty({}, y.options()), dy};
+  put(result.loss, 0, sum_losses(loss, outputs, dy) * loss.scale);
+  return result;
+}
+
 at::Tensor step_by_layers(const Training& training) {
-  return mlp_ext::step_by_layers(training, loss_and_grad_native, update);
+  return mlp_ext::step_by_layers(training, {loss_and_grad, update, cast});
 }
 
 }  // namespace
 
 at::Tensor train(const Training& training) {
-  if (!training.dropout.empty()) return loop_over_batches(training, step_by_layers);
+  if (training.autocast || !training.dropout.empty()) return loop_over_batches(training, step_by_layers);
   bool on_cpu = is_contiguous(training);
   for_learning(training, [&](const TrainedParameter& p) { on_cpu = on_cpu && (!p.step || p.step->is_cpu()); });
   if (!on_cpu) return train_native(training);

@@ -22,7 +22,7 @@ bool in_one_block(const Training& training, int64_t batch, bool many) {
   const Properties& here = properties();
   const StepPlan plan =
       make_step_plan({widths.data(), layers, batch, dtype_of(training.input), here.arch, here.block_shared, many});
-  return plan.path == StepPath::one_block && training.dropout.empty() && is_contiguous(training);
+  return plan.path == StepPath::one_block && training.dropout.empty() && !training.autocast && is_contiguous(training);
 }
 
 // loss_weight as [N]; undefined without one.
@@ -134,7 +134,7 @@ LossAndGrad loss_and_grad(const Training& training, const at::Tensor& y) {
   return result;
 }
 
-at::Tensor step(const Training& training) { return step_by_layers(training, loss_and_grad); }
+at::Tensor step(const Training& training) { return step_by_layers(training, {.loss_and_grad = loss_and_grad}); }
 
 at::Tensor train(const Training& training) {
   const Guard guard(training.input);

@@ -184,6 +184,14 @@ void check_dropout(const Training& training) {
   for (const double p : dropout) TORCH_CHECK_VALUE(p >= 0 && p <= 1, kOp, ": dropout must be from 0 to 1, got ", p);
 }
 
+void check_autocast(const Training& training) {
+  if (!training.autocast) return;
+  TORCH_CHECK_TYPE(*training.autocast == at::kBFloat16 || *training.autocast == at::kHalf, kOp,
+                   ": autocast must be bfloat16 or float16, got ", dtype_name(*training.autocast));
+  TORCH_CHECK_TYPE(training.input.scalar_type() == at::kFloat, kOp, ": with autocast input must be float32, got ",
+                   dtype_name(training.input.scalar_type()));
+}
+
 void check_batches(const TrainArgs& args) {
   if (!args.batch_size) {
     TORCH_CHECK_VALUE(!args.order, kOp, ": order needs a batch_size");
@@ -253,7 +261,8 @@ Training check_training(const TrainArgs& args) {
                     layers_of(args),
                     check_choice(kOp, Losses{}, args.loss, args.loss_parameters, "loss"),
                     args.reduction == "mean",
-                    args.dropout};
+                    args.dropout,
+                    args.autocast};
   const size_t optimizer = check_optimizer(kOp, args.optimizer);
   TORCH_CHECK_VALUE(training.mean || args.reduction == "sum", kOp, ": reduction must be mean or sum, got '",
                     args.reduction, "'");
@@ -282,6 +291,7 @@ Training check_training(const TrainArgs& args) {
                                      args.input);
   });
   check_dropout(training);
+  check_autocast(training);
   check_batches(args);
   const Training* const all[] = {&training};
   check_memory(all);
@@ -323,7 +333,7 @@ at::Tensor mlp_train_step_(const TrainArgs& a) {
                              .typed<std::remove_pointer_t<decltype(train_kernel<train_native>)>>();
   return op.call(a.input, a.target, a.parameters, a.states, a.steps, a.activations, a.activation_parameters, a.loss,
                  a.reduction, a.loss_weight, a.loss_parameters, a.optimizer, a.learning, a.hyperparameters, a.order,
-                 a.batch_size, a.dropout);
+                 a.batch_size, a.dropout, a.autocast);
 }
 
 c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args) {
@@ -407,7 +417,7 @@ TORCH_LIBRARY_FRAGMENT(mlp_ext, m) {
       "mlp_train_step_(Tensor input, Tensor target, Tensor(a!)[] parameters, Tensor(b!)[] states, Tensor(c!)[] steps, "
       "str[] activations, float[] activation_parameters, str loss, str reduction, Tensor? loss_weight, "
       "float[] loss_parameters, str optimizer, int[] learning, float[] hyperparameters, Tensor? order=None, "
-      "int? batch_size=None, float[] dropout=[]) -> Tensor",
+      "int? batch_size=None, float[] dropout=[], ScalarType? autocast=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "mlp_train_update_(Tensor(a!)[] parameters, Tensor(b!)[] states, Tensor(c!)[] steps, Tensor[] gradients, "

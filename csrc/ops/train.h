@@ -4,6 +4,7 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/SmallVector.h>
 
 #include <optional>
@@ -36,6 +37,7 @@ struct TrainArgs {
   const std::optional<at::Tensor>& order;        // int64 row indices into input, batch after batch
   std::optional<int64_t> batch_size;             // none: one step of all rows
   at::ArrayRef<double> dropout;                  // of each layer's input, then of the output; empty: none
+  std::optional<at::ScalarType> autocast = std::nullopt;  // of float32 arguments: layers compute in this dtype
 };
 
 // Without batch_size: one step; returns the loss [] before the update. With it: one step per batch, on rows
@@ -80,9 +82,10 @@ struct Training {
   c10::SmallVector<TrainedLayer, 8> layers;
   LossFunction loss;
   bool mean;
-  at::ArrayRef<double> dropout;    // [layers + 1], or empty
-  bool target_is_classes = false;  // rather than of the output's shape
-  size_t lowest_learning = 0;      // the first layer that learns; layers.size() if none does
+  at::ArrayRef<double> dropout;            // [layers + 1], or empty
+  std::optional<at::ScalarType> autocast;  // the dtype of the layers, as under autocast; all else is float32
+  bool target_is_classes = false;          // rather than of the output's shape
+  size_t lowest_learning = 0;              // the first layer that learns; layers.size() if none does
 
   int64_t rows() const { return order ? order->size(0) : input.size(0); }
 };
@@ -112,11 +115,20 @@ struct LossAndGrad {
 };
 // The loss of outputs y, and its gradient.
 LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y);
-// The update of a parameter that learns.
+// The update of a parameter that learns. The gradient may have another dtype.
 void update_native(const TrainedParameter& p, const at::Tensor& gradient);
-// One step, layer by layer, with this loss and this update. Dropout is native, so masks are drawn as in an eager loop.
-at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&),
-                          void (*update)(const TrainedParameter&, const at::Tensor&) = update_native);
+at::Tensor cast_native(const at::Tensor& t, at::ScalarType dtype);
+
+// What a backend does in its own way in step_by_layers.
+struct LayerStep {
+  LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor& y) = loss_and_grad_native;
+  void (*update)(const TrainedParameter&, const at::Tensor& gradient) = update_native;
+  at::Tensor (*cast)(const at::Tensor&, at::ScalarType) = cast_native;  // as to(): the same tensor if it has the dtype
+};
+// One step, layer by layer. Dropout is native, so masks are drawn as in an eager loop. Under autocast each tensor is
+// cast where autocast casts it: operands of a layer, then the outputs for the loss, dy for backward, dW and db for the
+// update.
+at::Tensor step_by_layers(const Training& training, const LayerStep& step = {});
 // Loops over batches; `step` takes a Training without order and batch_size.
 at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const Training&));
 // The steps as a composite of native operations: the reference, and the fallback for devices without our kernels.
@@ -130,12 +142,14 @@ at::Tensor with_args(const at::Tensor& input, const at::Tensor& target, at::Tens
                      const std::optional<at::Tensor>& loss_weight, at::ArrayRef<double> loss_parameters,
                      std::string_view optimizer, at::IntArrayRef learning, at::ArrayRef<double> hyperparameters,
                      const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size,
-                     at::ArrayRef<double> dropout) {
+                     at::ArrayRef<double> dropout, std::optional<at::ScalarType> autocast) {
   return f({input, target, parameters, states, steps, activations, activation_parameters, loss, reduction, loss_weight,
-            loss_parameters, optimizer, learning, hyperparameters, order, batch_size, dropout});
+            loss_parameters, optimizer, learning, hyperparameters, order, batch_size, dropout, autocast});
 }
 template <at::Tensor (*run)(const Training&)>
 at::Tensor checked(const TrainArgs& args) {
+  // Autocast is an argument: no operation called below follows the state of the thread.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return run(check_training(args));
 }
 // Makes a kernel of the operator from a function of checked arguments:

@@ -221,38 +221,43 @@ LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y) 
   return visit(training.loss, [&](const auto& loss) { return native(loss, operands); });
 }
 
-at::Tensor step_by_layers(const Training& training, LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor&),
-                          void (*update)(const TrainedParameter&, const at::Tensor&)) {
+at::Tensor cast_native(const at::Tensor& t, at::ScalarType dtype) { return t.to(dtype); }
+
+at::Tensor step_by_layers(const Training& training, const LayerStep& step) {
   const size_t L = training.layers.size();
   std::vector<Dropout> dropout(training.dropout.empty() ? 0 : L + 1);
   const auto dropped = [&](const at::Tensor& x, size_t l) {
     return dropout.empty() ? x : dropout[l].forward(x, training.dropout[l]);
   };
+  const auto dtype = training.input.scalar_type(), layer_dtype = training.autocast.value_or(dtype);
   at::Tensor y;
-  std::vector<at::Tensor> inputs;                   // of each layer
+  std::vector<at::Tensor> inputs, weights;          // of each layer, as it computes with them
   std::vector<std::optional<at::Tensor>> saved(L);  // what each activation's backward needs
   for (size_t l = 0; l < L; ++l) {
     const TrainedLayer& layer = training.layers[l];
-    const at::Tensor& weight = *layer.weight.value;
-    inputs.push_back(dropped(l > 0 ? y : training.input, l));
+    inputs.push_back(step.cast(dropped(l > 0 ? y : training.input, l), layer_dtype));
+    weights.push_back(step.cast(*layer.weight.value, layer_dtype));
+    const at::Tensor& weight = weights[l];
+    const auto bias = layer.bias.value ? std::optional(step.cast(*layer.bias.value, layer_dtype)) : std::nullopt;
     const Needs needs = l >= training.lowest_learning ? needs_of(layer.activation) : Needs::nothing;
     if (needs == Needs::preactivation) {
-      std::tie(y, saved[l]) = linear_act_forward(inputs[l], weight, optional(layer.bias.value), layer.activation_name,
-                                                 layer.activation_parameters);
+      std::tie(y, saved[l]) =
+          linear_act_forward(inputs[l], weight, bias, layer.activation_name, layer.activation_parameters);
     } else {
-      y = linear_act(inputs[l], weight, optional(layer.bias.value), layer.activation_name, layer.activation_parameters);
+      y = linear_act(inputs[l], weight, bias, layer.activation_name, layer.activation_parameters);
       if (needs == Needs::output) saved[l] = y;
     }
   }
-  auto [loss, dy] = loss_and_grad(training, dropped(y, L));
+  auto [loss, dy] = step.loss_and_grad(training, step.cast(dropped(y, L), dtype));
+  dy = step.cast(dy, layer_dtype);
   for (size_t l = L; l-- > training.lowest_learning;) {
     const TrainedLayer& layer = training.layers[l];
     if (!dropout.empty()) dy = dropout[l + 1].backward(dy);
     const auto [dx, dw, db] = linear_act_backward(
-        dy, saved[l], inputs[l], *layer.weight.value, layer.activation_name, layer.activation_parameters,
+        dy, saved[l], inputs[l], weights[l], layer.activation_name, layer.activation_parameters,
         {l > training.lowest_learning, layer.weight.optimizer.has_value(), layer.bias.optimizer.has_value()});
-    if (layer.weight.optimizer) update(layer.weight, dw);
-    if (layer.bias.optimizer) update(layer.bias, db);
+    if (layer.weight.optimizer) step.update(layer.weight, dw);
+    if (layer.bias.optimizer) step.update(layer.bias, db);
     dy = dx;
   }
   for_learning(training, [](const TrainedParameter& p) {
@@ -271,15 +276,16 @@ at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const 
       return training.order ? at::index_select(t, 0, training.order->narrow(0, begin, size)) : t.narrow(0, begin, size);
     };
     const at::Tensor input = batch(training.input), target = batch(training.target);
-    losses.push_back(step({input, target, training.loss_weight, nullptr, std::nullopt, training.layers, training.loss,
-                           training.mean, training.dropout, training.target_is_classes, training.lowest_learning}));
+    losses.push_back(
+        step({input, target, training.loss_weight, nullptr, std::nullopt, training.layers, training.loss, training.mean,
+              training.dropout, training.autocast, training.target_is_classes, training.lowest_learning}));
   }
   return losses.empty() ? at::empty({0}, training.input.options()) : at::stack(losses);
 }
 
 namespace {
 
-at::Tensor step_native(const Training& training) { return step_by_layers(training, loss_and_grad_native); }
+at::Tensor step_native(const Training& training) { return step_by_layers(training); }
 
 }  // namespace
 

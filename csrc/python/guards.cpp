@@ -14,6 +14,8 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "ops/checks.h"
+
 namespace py = pybind11;
 
 namespace mlp_ext {
@@ -183,14 +185,26 @@ void check_function_modes() {
 
 }  // namespace
 
+std::optional<at::ScalarType> autocast_dtype(const at::Tensor& t) {
+  const auto device = t.device().type();
+  if (t.scalar_type() == at::kDouble || !at::autocast::is_autocast_available(device) ||
+      !at::autocast::is_autocast_enabled(device))
+    return std::nullopt;
+  return at::autocast::get_autocast_dtype(device);
+}
+
 void check_global_state(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters) {
   constexpr const char* kLeave = "; leave it, or use the eager loop";
   TORCH_CHECK(!c10::InferenceMode::is_enabled(), "TrainStep: a step trains, which inference_mode forbids", kLeave);
   TORCH_CHECK(c10::GradMode::is_enabled(), "TrainStep: gradients are disabled, as by no_grad, and a step trains",
               kLeave);
-  const auto device = input.device().type();
-  TORCH_CHECK(!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device),
-              "TrainStep: autocast is enabled, and a step would not follow it", kLeave);
+  const auto autocast = autocast_dtype(input);
+  TORCH_CHECK(!autocast || input.scalar_type() == at::kFloat,
+              "TrainStep: autocast is enabled, and a step follows it only with parameters of float32 or float64, got ",
+              dtype_name(input.scalar_type()), kLeave);
+  TORCH_CHECK(
+      autocast != at::kHalf || input.is_cpu(),
+      "TrainStep: autocast to float16 needs a GradScaler, which a step does not have; use bfloat16, or the eager loop");
   TORCH_CHECK(!torch::autograd::AnomalyMode::is_enabled(),
               "TrainStep: anomaly detection is on, and a step does not look for NaN", kLeave);
   TORCH_CHECK(!at::SavedTensorDefaultHooks::get_hooks(),

@@ -87,6 +87,9 @@ pybind11::custom_type_setup collectable() {
 // A bit mask of the kinds of hooks that a parameter has or had.
 int hooks(const at::Tensor& parameter);
 
+// What autocast casts such a tensor to; none if it is disabled, and for float64.
+std::optional<at::ScalarType> autocast_dtype(const at::Tensor& t);
+
 // Throws if torch's global state requires something that a step does not support (table in docs/train-step.md).
 void check_global_state(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters);
 

@@ -135,7 +135,8 @@ class Trainer {
             now.hyperparameters,
             order,
             batch_size,
-            recipe_.dropout};
+            recipe_.dropout,
+            autocast_dtype(input)};
   }
 
   // A step whose gradients go to gradients_, and the update if it completes a group. Without the GIL.
@@ -158,7 +159,8 @@ class Trainer {
                    scales,
                    std::nullopt,
                    std::nullopt,
-                   recipe_.dropout};
+                   recipe_.dropout,
+                   autocast_dtype(x)};
     const at::Tensor loss = mlp_train_step_(sums);
     if (gradients_->end_step()) update(now);
     return loss;
@@ -204,6 +206,7 @@ class Trainer {
     for (const int64_t index : now.learning) add(index);
     add(static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)));
     add(at::globalContext().deterministicAlgorithms());
+    add(static_cast<int64_t>(autocast_dtype(now.parameters[0]).value_or(at::kFloat)));
     for (const at::TensorList tensors : {at::TensorList(now.parameters), at::TensorList(now.states), steps}) {
       add(static_cast<int64_t>(tensors.size()));
       for (const at::Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));

@@ -35,6 +35,17 @@ bool Trainers::is_current() const {
   return std::all_of(trainers_.begin(), trainers_.end(), [](const Trainer* trainer) { return trainer->is_current(); });
 }
 
+namespace {
+
+void check_state(const StepData& data, const Networks& networks) {
+  check_global_state(data.input, data.target, networks.parameters());
+  TORCH_CHECK(!autocast_dtype(data.input),
+              "TrainSteps: autocast is enabled, and steps of many networks do not follow it; leave it, or use a "
+              "TrainStep for each");
+}
+
+}  // namespace
+
 std::optional<Tensor> Trainers::step(const py::object& input, const py::object& target) const {
   if (!is_current()) return std::nullopt;
   const StepData data = read(input, target);
@@ -42,7 +53,7 @@ std::optional<Tensor> Trainers::step(const py::object& input, const py::object& 
   std::vector<size_t> all(trainers_.size());
   std::iota(all.begin(), all.end(), 0);
   Networks networks(trainers_, all);
-  check_global_state(data.input, data.target, networks.parameters());
+  check_state(data, networks);
   const py::gil_scoped_release no_gil;
   const Tensor losses =
       rows == 0 ? networks.step_without_rows(data) : networks.train(data, {0, all.size(), {}, 1, rows}).squeeze(1);
@@ -65,7 +76,7 @@ std::optional<Tensor> Trainers::fit(const py::object& input, const py::object& t
     return batch_size_of(options, a, M) < batch_size_of(options, b, M);
   });
   Networks networks(trainers_, order);
-  check_global_state(data.input, data.target, networks.parameters());
+  check_state(data, networks);
   ManyEpochsRun run(networks, data, options, trainers_[0]->recipe());
   const py::gil_scoped_release no_gil;
   return run.run();
