@@ -11,7 +11,7 @@ from once import Once, once_in
 from steps import Training, training
 from torch.utils import deterministic
 
-from mlp_ext import TrainStep
+from mlp_ext import _C, TrainStep
 
 # They need packages of their own: `make clients`.
 collect_ignore = [] if find_spec("stable_baselines3") else ["clients"]
@@ -54,6 +54,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def zen4() -> Iterator[None]:
+    """The limits of one machine, so that the same shapes take the same paths on all."""
+    modes = ("fma", "converted", "bf16_dot", "amx")
+    _C.use_machine({mode: _C.machine("zen4")[mode] for mode in modes})
+    yield
+    _C.use_machine(None)
 
 
 @pytest.fixture(scope="module")

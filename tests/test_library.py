@@ -45,7 +45,8 @@ def test_these_shapes_take_it() -> None:
 def test_odd_widths_do_not_take_it(K: int, N: int) -> None:
     """On a matrix unit torch's product reads beyond the end of such rows."""
     assert "library" not in _C.plan(519, K, N, 2, 2, mode="amx").values()
-    assert _C.plan(519, K, N, 2, 2, mode="bf16_dot")["backward_path"] == "library"
+    pairs = _C.plan(519, K, N, 2, 2, mode="bf16_dot", machine="zen4")
+    assert pairs["backward_path"] == "library"
 
 
 @pytest.mark.parametrize("shape", [(4096, 65, 128), (256, 1025, 1024), (1025, 57, 512)], ids=str)

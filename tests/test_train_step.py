@@ -70,6 +70,7 @@ def test_every_net_matches_eager(net: str, loss: str, dtype: torch.dtype) -> Non
     "frozen", [(), ("0.weight",), ("2.weight",), ("0.weight", "0.bias"), ("2.bias",)]
 )
 @pytest.mark.parametrize("last", [nn.Identity, nn.Tanh])
+@pytest.mark.usefixtures("zen4")
 def test_wide_nets_with_frozen_parts_match_eager(
     last: type[nn.Module], frozen: tuple[str, ...], dtype: torch.dtype, threads: int
 ) -> None:

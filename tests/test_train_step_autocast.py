@@ -72,7 +72,9 @@ def assert_as_accurate_as_eager(
         actual, expected, exact = (t - before.get(name, 0) for t in ran)
         assert_as_accurate_as_native(actual, expected, exact, unit * exact.abs(), name)
     plain = part.to(torch.float32).run(partial(TrainStep, **settings), steps)
-    assert not torch.equal(found["losses"], plain["losses"])  # the layers did not compute in float32
+    assert not torch.equal(
+        found["losses"], plain["losses"]
+    )  # the layers did not compute in float32
     return found
 
 
@@ -92,7 +94,9 @@ def test_optimizers(options: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["10-5-1@10", "33-64-20-7@1000", "530-300-5@112", "3-700-400-1@32"])
+@pytest.mark.parametrize(
+    "name", ["10-5-1@10", "33-64-20-7@1000", "530-300-5@112", "3-700-400-1@32"]
+)
 def test_nets(name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     assert_as_accurate_as_eager(training(name, "mse", "nesterov", torch.float32), 3)
@@ -216,7 +220,10 @@ def test_error_changes_nothing() -> None:
 def test_16_bit_parameters_are_refused(dtype: torch.dtype) -> None:
     part = part_of(dtype)
     name = str(dtype).removeprefix("torch.")
-    with autocast(), pytest.raises(RuntimeError, match=f"^TrainStep: autocast .* got {name}; leave"):
+    with (
+        autocast(),
+        pytest.raises(RuntimeError, match=f"^TrainStep: autocast .* got {name}; leave"),
+    ):
         TrainStep(*part[:3])(*part[3:])
 
 
@@ -225,7 +232,10 @@ def test_many_networks_refuse_it_by_name() -> None:
     models, optimizers = [p.model for p in parts], [p.optimizer for p in parts]
     steps = TrainSteps(models, parts[0].criterion, optimizers)
     for call in (steps, steps.fit):
-        with autocast(), pytest.raises(RuntimeError, match=r"^TrainSteps(\.fit)?: autocast is enab"):
+        with (
+            autocast(),
+            pytest.raises(RuntimeError, match=r"^TrainSteps(\.fit)?: autocast is enab"),
+        ):
             call(*parts[0][3:])
 
 

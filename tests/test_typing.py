@@ -21,8 +21,8 @@ import mlp_ext
 from mlp_ext import (
     ACTIVATIONS, FusionReport, Level, LinearELU, LinearGELU, LinearHardtanh, LinearLeakyReLU,
     LinearMish, LinearReLU, LinearReLU6, LinearSELU, LinearSiLU, LinearSigmoid, LinearSoftplus,
-    LinearTanh, Profile, Sequential, Site, Timing, TrainStep, build_info, fuse, fusion_report,
-    linear_act, linear_relu, linear_sigmoid, linear_tanh, profile, unfuse,
+    LinearTanh, Profile, Sequential, Site, Timing, TrainStep, TrainSteps, build_info, fuse,
+    fusion_report, linear_act, linear_relu, linear_sigmoid, linear_tanh, predict, profile, unfuse,
 )
 
 
@@ -80,6 +80,13 @@ reveal_type(losses)  # R: torch._tensor.Tensor
 step.fit(x, x, epochs="3")  # E: arg-type
 step(x)  # E: call-arg
 TrainStep(model, optimizer, nn.MSELoss())  # E: arg-type
+
+# TrainSteps
+steps = TrainSteps([model], nn.MSELoss(), [optimizer])
+reveal_type(steps(x, x))  # R: torch._tensor.Tensor
+reveal_type(steps.fit(x, x, generators=[torch.Generator()], rows=[b.long()]))  # R: torch._tensor.Tensor
+reveal_type(predict([model], x))  # R: torch._tensor.Tensor
+TrainSteps(model, nn.MSELoss(), [optimizer])  # E: arg-type
 
 # profile
 found: Profile = profile(model, x, train=True, rounds=2)
