@@ -84,7 +84,8 @@ TrainStep(model, optimizer, nn.MSELoss())  # E: arg-type
 # TrainSteps
 steps = TrainSteps([model], nn.MSELoss(), [optimizer])
 reveal_type(steps(x, x))  # R: torch._tensor.Tensor
-reveal_type(steps.fit(x, x, generators=[torch.Generator()], rows=[b.long()]))  # R: torch._tensor.Tensor
+found_losses = steps.fit(x, x, generators=[torch.Generator()], rows=[b.long()])
+reveal_type(found_losses)  # R: torch._tensor.Tensor
 reveal_type(predict([model], x))  # R: torch._tensor.Tensor
 TrainSteps(model, nn.MSELoss(), [optimizer])  # E: arg-type
 
