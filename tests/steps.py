@@ -23,6 +23,7 @@ NETS = {  # widths, and rows of a batch
     "70-600-515-3@80": ([70, 600, 515, 3], 80),
     "530-300-5@112": ([530, 300, 5], 112),
     "3-700-400-1@32": ([3, 700, 400, 1], 32),
+    "700-700-300@4": ([700, 700, 300], 4),
 }
 HIDDEN = (nn.ReLU, nn.Tanh, nn.Sigmoid)  # in this order, from the input on
 

@@ -62,6 +62,17 @@ def test_gradients_beyond_the_caches_match_native(dtype: torch.dtype, threads: i
     assert_matches_native(operands(shape, dtype), "relu", grad_output(shape, dtype))
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize(
+    "shape",
+    [Shape((430_001,), 7, 5), Shape((4201,), 1, 501), Shape((3,), 1500, 1501)],
+    ids=["narrow", "one_input", "few_rows"],
+)
+def test_results_of_one_pass_beyond_the_caches_match_native(shape: Shape, threads: int) -> None:
+    for activation in ("relu", "silu"):
+        assert_matches_native(operands(shape), activation, grad_output(shape))
+
+
 def test_bias_gradient_of_many_rows_keeps_its_digits() -> None:
     for shape in (Shape((100_000,), 2, 3), Shape((20_000,), 2, 600)):  # in one pass, and packed
         dy = torch.rand(*shape.leading, shape.N)

@@ -14,9 +14,10 @@ from mlp_ext import _C
 ROWS = 1 << 21
 TOLERANCE = 4 * torch.finfo(torch.float32).eps  # relative; plain sums in float32 are 4e-5 off
 PATHS = {  # of backward: K, N
-    "tall": (4, 8),
+    "tall": (9, 8),
+    "narrow": (4, 8),
     "one_input": (1, 16),
-    "one_output": (8, 1),
+    "one_output": (9, 1),
 }
 
 
@@ -26,7 +27,8 @@ def test_bias_gradient_of_millions_of_rows(path: str) -> None:
     K, N = PATHS[path]
     assert _C.plan(ROWS, K, N, 4, torch.get_num_threads())["backward_path"] == path
     bias = torch.zeros(N, requires_grad=True)
-    output = mlp_ext.linear_act(torch.zeros(ROWS, K), torch.zeros(N, K), bias, "identity")
+    weight = torch.zeros(N, K, requires_grad=True)  # else backward knows no K
+    output = mlp_ext.linear_act(torch.zeros(ROWS, K), weight, bias, "identity")
     output.backward(torch.full((), 0.1).expand_as(output))
     exact = ROWS * torch.tensor(0.1).double()
     assert ((bias.grad.double() - exact) / exact).abs().max() < TOLERANCE

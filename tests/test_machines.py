@@ -69,8 +69,8 @@ def test_each_path_is_reachable(machine: str, mode: str) -> None:
             paths.add(plan[which])
     table = _C.machine(machine)[mode]
     library = {"library"} if table["library_multiply_adds"] < NEVER else set()
-    assert found["forward_path"] == {"small", "dots", "packed"} | library
-    own = {"small", "tall", "one_input", "one_output", "few_rows", "packed"}
+    assert found["forward_path"] == {"small", "dots", "narrow", "one_input", "packed"} | library
+    own = {"small", "narrow", "tall", "one_input", "one_output", "few_rows", "packed"}
     assert found["backward_path"] in (own | library, own - {"packed"} | library)
 
 
@@ -82,9 +82,25 @@ SHAPES = [
     Shape((70,), 1, 17),
     Shape((65,), 33, 1),
     Shape((20,), 24, 1100),
+    Shape((8,), 1, 2500),
+    Shape((501,), 1, 5),
+    Shape((700,), 5, 7),
+    Shape((133,), 16, 2),
+    Shape((133,), 3, 16),
+    Shape((3,), 700, 150),  # two threads split the rows of W
+    Shape((4,), 1500, 70),  # or its columns
 ]
-FORWARD = ("small", "dots", "packed", "library")
-BACKWARD = ("small", "tall", "one_input", "one_output", "few_rows", "packed", "library")
+FORWARD = ("small", "dots", "narrow", "one_input", "packed", "library")
+BACKWARD = (
+    "small",
+    "narrow",
+    "tall",
+    "one_input",
+    "one_output",
+    "few_rows",
+    "packed",
+    "library",
+)
 
 
 @pytest.fixture(params=[*((f, None) for f in FORWARD), *((None, b) for b in BACKWARD)], ids=str)

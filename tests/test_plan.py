@@ -21,12 +21,28 @@ def plan(
 @pytest.mark.parametrize(
     ("shape", "forward", "backward"),
     [
-        ((10, 10, 5), "small", "small"),
-        ((16, 16, 16), "small", "small"),  # 4096 products
-        ((17, 16, 16), "packed", "packed"),
+        ((10, 20, 5), "small", "small"),
+        ((8, 16, 32), "small", "small"),  # 4096 products
+        ((8, 17, 32), "dots", "few_rows"),
+        ((10, 10, 5), "narrow", "small"),
+        ((6, 10, 5), "small", "small"),  # fewer outputs than W is worth packing for
+        ((200, 16, 16), "narrow", "tall"),
+        ((200, 17, 16), "packed", "tall"),
+        ((200, 16, 17), "packed", "tall"),
+        ((1024, 8, 1), "narrow", "narrow"),
+        ((1024, 9, 1), "dots", "one_output"),
+        ((1024, 8, 16), "narrow", "narrow"),
+        ((1024, 9, 16), "narrow", "tall"),
+        ((1024, 8, 17), "packed", "tall"),
+        ((128, 8, 8), "narrow", "narrow"),
+        ((127, 8, 8), "narrow", "tall"),
+        ((1024, 1, 8), "one_input", "narrow"),
+        ((1024, 1, 9), "one_input", "one_input"),
         ((4, 32, 32), "dots", "small"),  # 8 times as deep as there are rows
         ((4, 31, 32), "small", "small"),
-        ((1000, 1, 1), "dots", "small"),
+        ((1000, 1, 1), "one_input", "one_output"),
+        ((1, 1, 31), "small", "small"),
+        ((1, 1, 32), "one_input", "one_input"),
         ((0, 784, 256), "dots", "small"),
         ((64, 0, 256), "small", "small"),
         ((16, 100, 256), "dots", "packed"),
@@ -40,8 +56,8 @@ def plan(
         ((4096, 25, 4), "dots", "tall"),
         ((4096, 24, 4), "packed", "tall"),
         ((4096, 24, 1), "dots", "one_output"),
-        ((4096, 1, 64), "packed", "one_input"),
-        ((4096, 1, 1 << 16), "packed", "one_input"),
+        ((4096, 1, 64), "one_input", "one_input"),
+        ((4096, 1, 1 << 16), "one_input", "one_input"),
         ((4096, 1, (1 << 16) + 1), "packed", "packed"),
         ((4, (1 << 16) + 1, 1), "dots", "few_rows"),
         ((9, (1 << 16) + 1, 1), "dots", "packed"),
@@ -62,6 +78,23 @@ def test_plan_takes_the_path_of_the_shape(
 ) -> None:
     chosen = plan(*shape)
     assert (chosen["forward_path"], chosen["backward_path"]) == (forward, backward)
+
+
+def test_plan_measures_narrow_rows_as_they_are_accumulated() -> None:
+    for item_size, widest in ((2, 16), (4, 16), (8, 8)):
+        assert plan(4096, widest, widest, item_size=item_size)["forward_path"] == "narrow"
+        assert plan(4096, widest + 1, 4, item_size=item_size)["forward_path"] != "narrow"
+        assert plan(4096, widest // 2, 4, item_size=item_size)["backward_path"] == "narrow"
+        assert plan(4096, widest // 2 + 1, 4, item_size=item_size)["backward_path"] == "tall"
+
+
+def test_plan_cuts_what_is_bound_by_memory_into_whole_rows() -> None:
+    assert plan(65536, 4, 4)["forward"] == plan(1000, 1, 1000)["forward"] == (2, 1, 1)
+    assert plan(4, 1, 1 << 16)["forward"] == (1, 2, 1)  # unless there are too few
+    for N, dx, dw in ((128, (1, 1, 2), (2, 1, 1)), (127, (1, 2, 1), (1, 2, 1))):
+        chosen = plan(8, 4096, N)
+        assert chosen["backward_path"] == "few_rows"
+        assert (chosen["grad_input"], chosen["grad_weight"]) == (dx, dw)
 
 
 def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
@@ -230,7 +263,7 @@ def test_step_of_16_bit_takes_no_panels() -> None:
 def test_step_by_blocks_is_narrow_where_pairs_are_multiplied() -> None:
     for mode, widest in (("fma", 512), ("bf16_dot", 48), ("amx", 48)):
         for width, path in ((widest, "blocks"), (widest + 1, "layers")):
-            plan = _C.step_plan([width, 8], 4096, item_size=2, threads=2, mode=mode)
+            plan = _C.step_plan([width, 8], 4096, 2, threads=2, mode=mode, machine="zen4")
             assert plan["path"] == path
 
 

@@ -49,7 +49,7 @@ def test_layer_has_paths_pieces_and_limits(capsys: pytest.CaptureFixture[str]) -
     ]
     assert found["backward"][0] == "backward: packed, dx in 1 piece, dW in 1 piece, at once"
     few_rows = planned("4x784x256 --threads 2 --machine zen4", capsys)["backward"][0]
-    assert few_rows == "backward: few_rows, 2 pieces of columns"
+    assert few_rows == "backward: few_rows, 2 pieces of rows"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -77,7 +77,7 @@ def test_limits_of_a_layer_hold(
 
 
 def test_step_has_its_path_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
-    found = planned("784-256-10@64 --threads 2", capsys)
+    found = planned("784-256-10@64 --threads 2 --machine zen4", capsys)
     assert [*found] == ["step"]
     assert found["step"] == [
         "step: panels, 2 pieces",
@@ -89,7 +89,9 @@ def test_step_has_its_path_and_limits(capsys: pytest.CaptureFixture[str]) -> Non
         "    width 2 (256) >= 6 (5: layers)",
     ]
     assert planned("10-5-1@10", capsys)["step"][0] == "step: blocks, 1 piece"
-    layers = planned("1024-1024-1024@256 --threads 2 --dtype bfloat16", capsys)["step"]
+    layers = planned("1024-1024-1024@256 --threads 2 --dtype bfloat16 --machine zen4", capsys)[
+        "step"
+    ]
     assert layers[0] == "step: layers; see mlp-ext plan 256x1024x1024"
     assert layers[-1] == "  for all sizes"
 

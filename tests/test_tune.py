@@ -20,7 +20,7 @@ from mlp_ext import _C
 from mlp_ext.bench.cases import Layer
 from mlp_ext.bench.plans import paths, plan
 from mlp_ext.bench.providers import PATHS
-from mlp_ext.bench.tuning import IF_LIBRARY, NEVER, RULES, Point, choose, measure, points
+from mlp_ext.bench.tuning import IF_LIBRARY, NEVER, OF_MANY, RULES, Point, choose, measure, points
 from mlp_ext.commands import tune
 from mlp_ext_cli import main
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = {"fma": "float32", "converted": "float16", "bf16_dot": "bfloat16", "amx": "bfloat16"}
 LIMITS = {rule.limit: rule for rule in RULES}
-STEP_PATHS = ("blocks", "panels", "layers")
+STEP_PATHS = ("lanes", "blocks", "panels", "layers")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def of(limit: str) -> list[Point]:
 
 def test_every_limit_has_one_rule() -> None:
     assert len(LIMITS) == len(RULES)
-    assert {*LIMITS} == {*_C.machine()["fma"]}
+    assert {*LIMITS, *OF_MANY} == {*_C.machine()["fma"]}
     for rule in RULES:
         assert [*rule.ladder] == sorted({*rule.ladder}) and len(rule.ladder) > 2
         assert {*rule.also} < {*LIMITS}

@@ -119,14 +119,17 @@ struct LayerKernels {
   void (*small_backward)(const Backward&, void* scratch);
   // One thread's block of the result, packed.
   void (*forward)(const Forward&, Range rows, Range columns, void* scratch);
-  void (*forward_dots)(const Forward&, Range rows, Range columns, void* scratch);  // unpacked, for few rows of x or W
+  void (*forward_dots)(const Forward&, Range rows, Range columns, void* scratch);    // unpacked, for few rows of x or W
+  void (*forward_narrow)(const Forward&, Range rows, Range columns, void* scratch);  // K = 1, or few K and N
   void (*grad_input)(const Backward&, Range rows, Range columns, void* scratch);
   // dW and db over the rows `samples`, as accumulators; either may be nullptr. db is computed if columns.begin == 0.
   void (*grad_weight)(const Backward&, Range rows, Range columns, Range samples, void* dw, void* db, void* scratch);
-  // Columns of dx, and dW or the update of W, for M <= kMostFewRows; db with the first column.
-  void (*backward_few_rows)(const Backward&, Range columns, void* scratch);
+  // Rows and columns of dW, or their update, for M <= kMostFewRows; db with the first column. dx: the sums over these
+  // rows as accumulators [M, K], or nullptr to store dx.
+  void (*backward_few_rows)(const Backward&, Range rows, Range columns, void* dx, void* scratch);
   // dx of the rows `samples`, and dW and db over them as accumulators, in one pass. Sizes within plan.h's limits.
   void (*backward_tall)(const Backward&, Range samples, void* dw, void* db, void* scratch);
+  void (*backward_narrow)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   void (*backward_k1)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   void (*backward_n1)(const Backward&, Range samples, void* dw, void* db, void* scratch);
   // After a library's GEMM: y = act(z) for z of S, which may be y.
@@ -225,6 +228,9 @@ struct LaneKernels {
   size_t (*scratch_bytes)(const LaneProblem&);
   // All steps of 1 to lanes() networks on one thread. A network's bits do not depend on the others.
   void (*train)(const LaneProblem&, std::span<LaneNetwork> networks, void* scratch);
+  // As StepKernels::rows, with a row in each lane: for narrow layers.
+  size_t (*rows_scratch_bytes)(const StepProblem&);
+  double (*rows)(const StepProblem&, Range rows, void* sums, void* scratch, bool& valid);
 };
 
 bool multiplies_bfloat16();  // whether the processor has AVX512_BF16

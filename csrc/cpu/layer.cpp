@@ -96,7 +96,10 @@ void forward_layer(const Forward& problem, DType dtype) {
   if (plan.forward_path == Path::library) return forward_by_library(problem, kernels, dtype);
   if (plan.forward_path == Path::small)
     return kernels.small_forward(problem, scratch(small_forward_scratch_bytes(K, N)));
-  const auto block = plan.forward_path == Path::dots ? kernels.forward_dots : kernels.forward;
+  const bool narrow = plan.forward_path == Path::narrow || plan.forward_path == Path::one_input;
+  const auto block = plan.forward_path == Path::dots ? kernels.forward_dots
+                     : narrow                        ? kernels.forward_narrow
+                                                     : kernels.forward;
   Forward f = problem;
   f.block_bytes = block_bytes(limits_of(dtype));
   run({{plan.forward, M, N, 1,
@@ -160,7 +163,8 @@ class WeightSums {
 
 // dx, dW and db in one pass over the rows; each thread has its own accumulators.
 void backward_in_one_pass(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
-  const auto one_pass = plan.backward_path == Path::tall        ? kernels.backward_tall
+  const auto one_pass = plan.backward_path == Path::narrow      ? kernels.backward_narrow
+                        : plan.backward_path == Path::tall      ? kernels.backward_tall
                         : plan.backward_path == Path::one_input ? kernels.backward_k1
                                                                 : kernels.backward_n1;
   const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, false);
@@ -168,6 +172,27 @@ void backward_in_one_pass(const Backward& problem, const Plan& plan, const Layer
           one_pass(problem, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
         }}});
   sums.finish();
+}
+
+// dx and dW in one pass over W; if its rows are split, each piece has its own sums of dx.
+void backward_few_rows(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
+  const int64_t M = problem.M, K = problem.K;
+  const int64_t pieces_of_rows = plan.grad_input.samples, pieces_of_columns = plan.grad_input.columns,
+                item = accumulator_size(dtype);
+  at::Tensor sums;
+  if (problem.dx.data && pieces_of_rows > 1)
+    sums = empty_cached({pieces_of_rows, M, K}, dtype == DType::float64 ? at::kDouble : at::kFloat);
+  char* const parts = sums.defined() ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr;
+  for_pieces(pieces_of_rows * pieces_of_columns, [&](int64_t i) {
+    const int64_t r = i / pieces_of_columns, c = i % pieces_of_columns;
+    kernels.backward_few_rows(problem, piece_of_lines(r, pieces_of_rows, problem.N),
+                              piece_of_lines(c, pieces_of_columns, K), parts ? parts + r * M * K * item : nullptr,
+                              scratch(kScratchBytes));
+  });
+  for (int64_t m = 0; parts && m < M; ++m) {
+    char* const row = static_cast<char*>(problem.dx.data) + m * (problem.dx.stride - K) * item_size(dtype);
+    kernels.combine(parts, pieces_of_rows, M * K, {m * K, (m + 1) * K}, row);
+  }
 }
 
 // dx and dW as separate GEMMs; db is computed with dW.
@@ -204,15 +229,13 @@ void backward_layer(const Backward& problem, DType dtype) {
   switch (plan.backward_path) {
     case Path::library:
       return backward_by_library(problem, kernels, dtype);
+    case Path::narrow:
     case Path::tall:
     case Path::one_input:
     case Path::one_output:
       return in_region_if(plan.grad_weight.samples > 1, [&] { backward_in_one_pass(problem, plan, kernels, dtype); });
     case Path::few_rows:
-      return for_pieces(plan.grad_input.columns, [&](int64_t i) {
-        kernels.backward_few_rows(problem, piece_of_lines(i, plan.grad_input.columns, problem.K),
-                                  scratch(kScratchBytes));
-      });
+      return backward_few_rows(problem, plan, kernels, dtype);
     case Path::small:
       if (!updates) return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(problem.M, problem.N)));
       [[fallthrough]];

@@ -24,6 +24,7 @@ constexpr int64_t kTallInputs = 1024;         // K of tall
 constexpr int64_t kTallWeights = 1 << 18;     // N K of tall; each thread has its own dW
 constexpr int64_t kOneBreadth = 1 << 16;      // N of one_input, K of one_output
 constexpr int64_t kMostFewRows = 16;          // M of few_rows
+constexpr int64_t kNarrowBytes = 64;          // a row of x or z of narrow, as accumulated
 constexpr int64_t kDepthBytes = 2048;         // depth block of A; half of it writes partial sums twice as often
 constexpr int64_t kMostBlockBytes = 1 << 21;  // block of packed B
 constexpr int64_t kLeastBlockBytes = 1 << 17;
@@ -41,6 +42,9 @@ struct Limits {
   int64_t dot_depth = 12;                      // K / M
   int64_t dot_columns = 4;                     // N; up to here tiles are mostly empty
   int64_t tiny_depth = 24;                     // K; up to here tiles still beat dots
+  // narrow
+  int64_t narrow_bytes = kNarrowBytes;  // a row of x or z; above, tiles are full enough
+  int64_t narrow_rows = 128;            // M of backward; below, tall or small
   // tall
   int64_t tall_inputs = kTallInputs;    // K; a block of x stays in L2
   int64_t tall_weights = kTallWeights;  // N K; above, dW of each thread leaves the cache
@@ -57,6 +61,7 @@ struct Limits {
   int64_t step_width = kStepRowBytes / 4;  // blocks: widest layer
   int64_t step_weights = 1 << 18;          // blocks: each thread packs them twice and has its own gradients
   int64_t step_rows = 32;                  // blocks: M per thread; below, adding the gradients costs more
+  int64_t row_lane_weights = 1 << 8;       // lanes: weights; above, blocks fill vectors as well
   int64_t panel_rows = 32;                 // panels: fewest M
   int64_t panel_rows_per_empty_lane = 16;  // panels: M / empty lanes of the last vector
   int64_t panel_columns = 32;              // panels: columns of W per thread
@@ -87,6 +92,8 @@ constexpr Limit kLimits[] = {
     {"dot_depth", &Limits::dot_depth, 0, 1 << 20},
     {"dot_columns", &Limits::dot_columns, 0, kNever},
     {"tiny_depth", &Limits::tiny_depth, 0, kNever},
+    {"narrow_bytes", &Limits::narrow_bytes, 0, kNarrowBytes},
+    {"narrow_rows", &Limits::narrow_rows, 0, kNever},
     {"tall_inputs", &Limits::tall_inputs, 0, kTallInputs},
     {"tall_weights", &Limits::tall_weights, 0, kTallWeights},
     {"few_rows", &Limits::few_rows, 0, kMostFewRows},
@@ -99,6 +106,7 @@ constexpr Limit kLimits[] = {
     {"step_width", &Limits::step_width, 0, kStepRowBytes / 4},
     {"step_weights", &Limits::step_weights, 0, 1 << 22},
     {"step_rows", &Limits::step_rows, 1, kMostEach},
+    {"row_lane_weights", &Limits::row_lane_weights, 0, 1 << 16},
     {"panel_rows", &Limits::panel_rows, 1, kNever},
     {"panel_rows_per_empty_lane", &Limits::panel_rows_per_empty_lane, 0, 1 << 20},
     {"panel_columns", &Limits::panel_columns, 1, kMostEach},

@@ -13,16 +13,17 @@ namespace mlp_ext::cpu {
 enum class Path {
   small,       // one thread, nothing packed
   dots,        // forward: lanes along K, nothing packed
+  narrow,      // few inputs and outputs: several rows in a vector
   tall,        // backward: dx, dW and db in one pass over blocks of rows
-  one_input,   // backward: as tall, row by row, for K = 1
+  one_input,   // K = 1: forward as narrow, backward as tall, row by row
   one_output,  // backward: as tall, row by row, for N = 1
   few_rows,    // backward: W row by row, bound by memory
   packed,      // blocked and packed, one GEMM after another
   library,     // torch's GEMMs, with one elementwise pass after (y) or before (dz, db)
 };
-constexpr int kPaths = 8;
+constexpr int kPaths = 9;
 constexpr const char* path_name(Path path) {
-  constexpr const char* names[kPaths] = {"small",      "dots",     "tall",   "one_input",
+  constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall",   "one_input",
                                          "one_output", "few_rows", "packed", "library"};
   return names[static_cast<int>(path)];
 }
@@ -46,6 +47,7 @@ constexpr int64_t kRowsPerPiece = 512;               // M; bounds the float accu
 constexpr int64_t kBiasesPerPiece = 1 << 18;         // N; bounds the sums of db
 constexpr int64_t kMostPanelOutputs = 1 << 13;       // outputs; the loss of a panel fits the workspace
 constexpr size_t kMostLayers = 32;                   // of StepPath::blocks
+constexpr int64_t kFewOutputs = 32;                  // M N; below, packing W costs more than narrow saves
 constexpr int64_t kMostSmallMultiplyAdds = 1 << 16;  // bounds the workspace of small
 constexpr int64_t kLossRows = 8;                     // rows of outputs per call of the loss kernel
 constexpr int64_t kFlushedMultiplyAdds = 1 << 12;  // above, torch's bfloat16 GEMM flushes subnormals, as VDPBF16PS does
@@ -84,6 +86,7 @@ struct LayerShape {
   DotMode mode;
 
   int64_t multiply_adds() const { return M * K * N; }
+  int64_t row_bytes(int64_t columns) const { return columns * std::max<int64_t>(item_size, 4); }  // as accumulated
 };
 
 // Whether the kernels of a path can compute a shape, at whatever speed.
@@ -95,11 +98,12 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
       return s.multiply_adds() <= kMostSmallMultiplyAdds;
     case Path::dots:
       return forward;
+    case Path::narrow:
+      return s.row_bytes(s.K) <= kNarrowBytes && s.row_bytes(s.N) <= kNarrowBytes && s.K * s.N > 0;
     case Path::tall:
-      return !forward && s.N * std::max<int64_t>(s.item_size, 4) <= kTallRowBytes && s.K <= kTallInputs &&
-             s.N * s.K <= kTallWeights;
+      return !forward && s.row_bytes(s.N) <= kTallRowBytes && s.K <= kTallInputs && s.N * s.K <= kTallWeights;
     case Path::one_input:
-      return !forward && s.K == 1 && s.N <= kOneBreadth;
+      return s.K == 1 && s.N <= kOneBreadth;
     case Path::one_output:
       return !forward && s.N == 1 && s.K <= kOneBreadth;
     case Path::few_rows:
@@ -141,7 +145,15 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
                              supports(Path::library, shape, true);
 
   const bool is_deep = M <= limits.dot_rows_if_deep && K >= limits.dot_depth * M;
-  if (is_small)
+  const bool few_outputs = M * N < kFewOutputs, one_input = supports(Path::one_input, shape, true) && !few_outputs;
+  const bool narrow = supports(Path::narrow, shape, true) && !few_outputs &&
+                      (N == 1 ? 2 : 1) * shape.row_bytes(K) <= limits.narrow_bytes &&
+                      shape.row_bytes(N) <= limits.narrow_bytes;
+  if (one_input)
+    plan.forward_path = Path::one_input;
+  else if (narrow)
+    plan.forward_path = Path::narrow;
+  else if (is_small)
     plan.forward_path = N == 1 || limits.small_dot_depth * M <= K ? Path::dots : Path::small;
   else if (M <= limits.dot_rows || is_deep ||
            limits.tiles_mostly_empty(K, N))  // transposing W costs more than it saves
@@ -152,7 +164,11 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
   const bool blocks_stay_in_cache =
       supports(Path::tall, shape, false) && K <= limits.tall_inputs && N * K <= limits.tall_weights;
   const bool rows_outweigh_sums = M >= 2 * pieces * std::max(N, K);
-  if (is_small)
+  const bool narrow_wins = M >= limits.narrow_rows && 2 * shape.row_bytes(K) <= limits.narrow_bytes &&
+                           (K == 1 ? 2 : 1) * shape.row_bytes(N) <= limits.narrow_bytes && K * N > 1;
+  if (narrow && narrow_wins)
+    plan.backward_path = Path::narrow;
+  else if (is_small && !one_input)
     plan.backward_path = Path::small;
   else if (supports(Path::one_output, shape, false))
     plan.backward_path = Path::one_output;
@@ -169,10 +185,16 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
 
   if (options.forward && supports(*options.forward, shape, true)) plan.forward_path = *options.forward;
   if (options.backward && supports(*options.backward, shape, false)) plan.backward_path = *options.backward;
-  const Path backward = plan.backward_path;
-  if (backward == Path::few_rows)
-    plan.grad_input = plan.grad_weight = {1, std::clamp<int64_t>(K / kSmallestPieceEdge, 1, pieces), 1};
-  if (backward == Path::tall || backward == Path::one_input || backward == Path::one_output)
+  const Path forward = plan.forward_path, backward = plan.backward_path;
+  if ((forward == Path::narrow || forward == Path::one_input) && M >= kSmallestPieceEdge * pieces)
+    plan.forward = {pieces, 1, 1};
+  if (backward == Path::few_rows) {
+    const auto at_most = [&](int64_t size) { return std::clamp<int64_t>(size / kSmallestPieceEdge, 1, pieces); };
+    const bool by_rows = at_most(N) == pieces;  // of W, over which dx is summed
+    plan.grad_input = by_rows ? Grid{1, 1, pieces} : Grid{1, at_most(K), 1};
+    plan.grad_weight = by_rows ? Grid{pieces, 1, 1} : plan.grad_input;
+  }
+  if (backward == Path::narrow || backward == Path::tall || backward == Path::one_input || backward == Path::one_output)
     plan.grad_input = plan.grad_weight = {1, 1, pieces};
   // Partial sums of 16-bit results are kept in the workspace.
   const int64_t fewest_rows = item_size == 2 ? ceil_div(M, kRowsPerPiece) : 1;
@@ -182,18 +204,19 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
 }
 
 enum class StepPath {
+  lanes,   // as blocks, with a row in each lane of a vector
   blocks,  // all layers on one block of rows at a time
   panels,  // layer by layer on transposed, packed activations
   layers,  // layer by layer with the kernels of linear_act
 };
 constexpr const char* step_path_name(StepPath path) {
-  constexpr const char* names[] = {"blocks", "panels", "layers"};
+  constexpr const char* names[] = {"lanes", "blocks", "panels", "layers"};
   return names[static_cast<int>(path)];
 }
 
 struct StepPlan {
   StepPath path;
-  int64_t pieces;  // of the rows, for StepPath::blocks
+  int64_t pieces;  // of the rows, for StepPath::lanes and blocks
 };
 
 // widths: of the input and of each layer. item_size: bytes per element.
@@ -214,13 +237,16 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
                         widths.size() <= kMostLayers + 1;
   const bool weights_stay_in_cache = multiply_adds <= limits.step_weights;
   const bool rows_outweigh_sums = pieces == 1 || M >= pieces * limits.step_rows;
-  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums) return {StepPath::blocks, pieces};
-
   const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;
+  const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
+  const bool rows_fill_lanes =
+      item_size >= 4 && multiply_adds <= limits.row_lane_weights && M >= pieces * lanes && some_layer;
+  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums)
+    return {rows_fill_lanes ? StepPath::lanes : StepPath::blocks, pieces};
+
   const bool batch_fits =
       limits.panel_rows <= M && M * item_size <= kMostPanelBytes && limits.panel_rows_per_empty_lane * empty <= M;
   const bool loss_fits = widths.back() <= kMostPanelOutputs;
-  const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
   if (item_size >= 4 && batch_fits && loss_fits && columns_suffice && some_layer && pieces == threads)
     return {StepPath::panels, pieces};
   return {StepPath::layers, pieces};

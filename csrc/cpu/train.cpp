@@ -111,7 +111,11 @@ class BatchStep {
     for (const TrainedLayer& layer : training.layers) widths.push_back(layer.weight.value->size(0));
     plan_ = make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads(), dot_mode_of(dtype_),
                            machine());
-    if (plan_.path == StepPath::blocks) prepare_rows();
+    if (plan_.path == StepPath::lanes) {
+      scratch_bytes_of_ = variant().lane_kernels(dtype_)->rows_scratch_bytes;
+      rows_ = variant().lane_kernels(dtype_)->rows;
+    }
+    if (is_by_rows()) prepare_rows();
     if (plan_.path == StepPath::panels) prepare_panels();
   }
 
@@ -131,12 +135,12 @@ class BatchStep {
 
   // Runs one step; returns the unscaled sum of the losses.
   double run(const ConstMatrix& x, const Loss& loss) {
-    return plan_.path == StepPath::blocks   ? by_rows(x, loss)
-           : plan_.path == StepPath::panels ? by_panels(x, loss)
-                                            : by_layers(x, loss);
+    return is_by_rows() ? by_rows(x, loss) : plan_.path == StepPath::panels ? by_panels(x, loss) : by_layers(x, loss);
   }
 
  private:
+  bool is_by_rows() const { return plan_.path == StepPath::lanes || plan_.path == StepPath::blocks; }
+
   void prepare_rows() {
     const auto take = [&](size_t l, bool bias, const TrainedParameter& p) {
       const int64_t begin = sums_size_;
@@ -155,7 +159,7 @@ class BatchStep {
       const DType accumulator = dtype_ == DType::float64 ? dtype_ : DType::float32;
       memory_ = empty_cached({plan_.pieces * sums_size_}, scalar_type(accumulator));
     }
-    scratch_bytes_ = ceil_div(kernels_.scratch_bytes(problem({}, {})), kCacheLine) * kCacheLine;
+    scratch_bytes_ = ceil_div(scratch_bytes_of_(problem({}, {})), kCacheLine) * kCacheLine;
   }
   StepProblem problem(const ConstMatrix& x, const Loss& loss) const {
     return {x, {views_.data(), views_.size()}, training_.lowest_learning, sums_size_, &limits_, loss};
@@ -169,7 +173,7 @@ class BatchStep {
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
       char* const own = static_cast<char*>(scratch(scratch_bytes_ + (pieces > 1 ? 0 : bytes)));
       if (pieces == 1) sums = own + scratch_bytes_;
-      return kernels_.rows(p, piece(i, pieces, M_), sums + i * bytes, own, valid);
+      return rows_(p, piece(i, pieces, M_), sums + i * bytes, own, valid);
     });
     const auto finish = [&](const Update* update, const TrainedParameter& parameter, int64_t begin) {
       if (!update) return;
@@ -321,6 +325,8 @@ class BatchStep {
   const StepKernels& kernels_;
   const Limits& limits_;
   const Activation identity_ = choose(Activations{}, index_of(Identity::name, Activations{}), nullptr);
+  decltype(StepKernels::scratch_bytes) scratch_bytes_of_ = kernels_.scratch_bytes;
+  decltype(StepKernels::rows) rows_ = kernels_.rows;  // of blocks or lanes
   StepPlan plan_;
   at::Tensor memory_;  // by rows: accumulators of all threads; by panels: the panels
   c10::SmallVector<StepLayerView, 8> views_;

@@ -59,6 +59,17 @@ std::string lane_key(const TrainedNetwork& network) {
   return key;
 }
 
+// A count of steps on the CPU. By pointers: four calls of operators for each network would take longer than its step.
+double count_of(const at::Tensor& step) {
+  return step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
+}
+void advance(const at::Tensor& step, int64_t done) {
+  if (step.scalar_type() == at::kFloat)
+    *step.mutable_data_ptr<float>() += static_cast<float>(done);
+  else
+    *step.mutable_data_ptr<double>() += static_cast<double>(done);
+}
+
 bool fits_lanes(const Training& training) {
   bool steps_on_cpu = true;
   for_learning(training, [&](const TrainedParameter& p) { steps_on_cpu &= !p.step || p.step->is_cpu(); });
@@ -131,7 +142,7 @@ class Lanes {
         for (size_t s = 0; s < kMaxStates; ++s)
           parameter.states[s] = p->states[s] ? p->states[s]->mutable_data_ptr() : nullptr;
         parameter.hyperparameters = p->hyperparameters;
-        if (p->step) parameter.count = p->step->item<double>();
+        if (p->step && p->step->is_cpu()) parameter.count = count_of(*p->step);
         parameters_.push_back(parameter);
       }
     if (first_.target_is_classes) {
@@ -172,7 +183,7 @@ class Lanes {
     for (size_t l = 0; l < networks.size(); ++l) {
       const int64_t done = networks[l].done;
       for_learning(many_.networks[group[l]].training, [&](const TrainedParameter& p) {
-        if (p.step) p.step->add_(done);
+        if (p.step) advance(*p.step, done);
       });
       if (done < steps) errors.run(group[l], throw_not_a_probability);
     }

@@ -88,7 +88,17 @@ def _fused(setting: Setting) -> Function:
 
 
 PATHS = {  # of our kernels, by device
-    "cpu": ("small", "dots", "tall", "one_input", "one_output", "few_rows", "packed", "library"),
+    "cpu": (
+        "small",
+        "dots",
+        "narrow",
+        "tall",
+        "one_input",
+        "one_output",
+        "few_rows",
+        "packed",
+        "library",
+    ),
     "cuda": ("small", "tall", "large"),
 }
 

@@ -72,17 +72,18 @@ def halves(least: int, most: int) -> tuple[int, ...]:
 
 
 OWN = {"library_multiply_adds": NEVER, "library_weights": NEVER}  # without torch's GEMM
+OF_MANY = ("lane_weights", "core_multiply_adds")  # of many networks: not measured
 IF_LIBRARY = ("library_inputs", "library_outputs", "library_forward_inputs")
 EDGES = (16, 32, 48, 64, 96, 128, 192, 256)  # rows without empty lanes
 EMPTY = (5, 7, 9, 11, 15, 23, 31, 47, 63)  # rows over empty lanes
 # fmt: off
 RULES = (
     Rule("small_multiply_adds", "full", UP_TO, "small, packed", doubling(2**9, 2**16),
-         "q/64x8x8 8xq/128x16 32xq/512x16"),
+         "q/64x8x8 8xq/128x16 32xq/512x16", {"narrow_bytes": 0}),
     Rule("multiply_adds_per_thread", "full", PER_THREAD, "one thread, all", doubling(2**13, 2**20),
          "64xq*t/4096x64 q*t/4096x64x64 16-16-16@q*t/512"),
     Rule("small_dot_depth", "forward", FROM, "small, dots", doubling(1, 64),
-         "4x4*qx8 2x2*qx16 8x8*qx4", {"small_multiply_adds": 2**16}),
+         "4x4*qx8 2x2*qx16 8x8*qx4", {"small_multiply_adds": 2**16, "narrow_bytes": 0}),
     Rule("dot_rows", "forward", UP_TO, "dots, packed", halves(2, 64),
          "qx256x256 qx784x128 qx128x1000", {"dot_rows_if_deep": 0}),
     Rule("dot_rows_if_deep", "forward", UP_TO, "dots, packed", halves(8, 128),
@@ -92,7 +93,11 @@ RULES = (
     Rule("dot_columns", "forward", UP_TO, "dots, packed", halves(2, 16),
          "1024x64xq 4096x256xq 256x784xq", {"tiny_depth": 0}),
     Rule("tiny_depth", "forward", UP_TO, "packed, dots", halves(4, 64),
-         "16384xqx4 4096xqx3 16384xqx2", {"dot_columns": 4}),
+         "16384xqx4 4096xqx3 16384xqx2", {"dot_columns": 4, "narrow_bytes": 0}),
+    Rule("narrow_bytes", "forward", UP_TO, "narrow, packed", (8, 16, 24, 32, 48, 64),
+         "16384xq/4x4 4096xq/4x8 16384xq/4x3"),
+    Rule("narrow_rows", "backward", FROM, "others, narrow", doubling(16, 1024),
+         "qx4x4 qx2x8 qx8x3"),
     Rule("tall_inputs", "backward", UP_TO, "tall, packed", halves(16, 1024),
          "1024*txqx16 2048*txqx64 2048*txqx32", {"tall_weights": 2**18}),
     Rule("tall_weights", "backward", UP_TO, "tall, packed", doubling(2**12, 2**18),
@@ -117,6 +122,8 @@ RULES = (
          "64-q/128-64@1024 128-q/256-128@1024 256-q/512-256@512 512-q/1024-512@256"),
     Rule("step_rows", "step", FROM, "others, blocks", halves(4, 128),
          "128-128-128@q*t 256-256-10@q*t 48-48-48-48-48@q*t"),
+    Rule("row_lane_weights", "step", UP_TO, "lanes, blocks", doubling(2**5, 2**11),
+         "8-q/16-8@64 16-q/32-16@64 16-q/16@64 16-q/17-1@128"),
     Rule("panel_rows", "step", FROM, "layers, panels", EDGES,
          "784-256-10@q 784-512-256-10@q 1024-512-10@q",
          {"step_width": 0, "panel_rows_per_empty_lane": 0}),

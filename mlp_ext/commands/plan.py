@@ -100,7 +100,7 @@ def _split(way: str, path: str, found: dict[str, Any], case: Case) -> str:
         return f", {_grid('y', found['forward'])}"
     dx, dw = found["grad_input"], found["grad_weight"]
     if path == "few_rows":
-        return f", {_pieces(dx[1])} of columns"
+        return f", {_pieces(max(dx))} of {'rows' if dx[2] > 1 else 'columns'}"
     if path != "packed":  # in one pass
         return f", {_pieces(max(dx[2], dw[2]))}"
     at_once = ", at once" if found["concurrent_gemms"] else ", one after the other"

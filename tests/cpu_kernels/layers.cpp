@@ -91,6 +91,7 @@ class LayerTest {
   void run() {
     if (supports(Path::small, shape(), true)) forward("small");
     forward("dots");
+    if (supports(Path::narrow, shape(), true) || supports(Path::one_input, shape(), true)) forward("narrow");
     if (packs()) forward("packed");
     act_in_place();
     if (supports(Path::small, shape(), false)) small_backward();
@@ -99,6 +100,7 @@ class LayerTest {
     grad_weight();
     if (supports(Path::few_rows, shape(), false)) few_rows();
     if (supports(Path::tall, shape(), false)) one_pass("backward_tall", kernels_.backward_tall);
+    if (supports(Path::narrow, shape(), false)) one_pass("backward_narrow", kernels_.backward_narrow);
     if (supports(Path::one_input, shape(), false)) one_pass("backward_k1", kernels_.backward_k1);
     if (supports(Path::one_output, shape(), false)) one_pass("backward_n1", kernels_.backward_n1);
     if (K_ > 0) update_in_epilogue();
@@ -141,7 +143,9 @@ class LayerTest {
       Forward f = problem(y, z);
       f.block_bytes = in_pieces ? 1 << 14 : kMostBlockBytes;
       Scratch scratch(path == "small" ? small_forward_scratch_bytes(K_, N_) : kScratchBytes);
-      const auto piece = path == "dots" ? kernels_.forward_dots : kernels_.forward;
+      const auto piece = path == "dots"     ? kernels_.forward_dots
+                         : path == "narrow" ? kernels_.forward_narrow
+                                            : kernels_.forward;
       if (path == "small")
         kernels_.small_forward(f, scratch.data());
       else if (!in_pieces)
@@ -233,15 +237,32 @@ class LayerTest {
     report_.compare(rounded, db_, "db alone");
   }
 
+  // In pieces of its columns, or of its rows, which each have sums of dx.
   void few_rows() {
-    Array<S> dx(M_, K_, gap_of(K_)), dw(N_, K_), db(1, N_);
-    Scratch scratch(kScratchBytes);
-    for (const Range columns : pieces_of(K_))
-      kernels_.backward_few_rows(problem(&dx, dw.data(), db.data()), columns, scratch.data());
-    report_.compare(dx, dx_, "few_rows: dx");
-    report_.compare(dw, dw_, "few_rows: dW");
-    report_.compare(db, db_, "few_rows: db");
-    check_scratch(scratch, "few_rows");
+    for (const bool by_rows : {false, true}) {
+      Array<S> dx(M_, K_, gap_of(K_)), dw(N_, K_), db(1, N_);
+      Scratch scratch(kScratchBytes);
+      const Backward b = problem(&dx, dw.data(), db.data());
+      const auto pieces = pieces_of(by_rows ? N_ : K_);
+      const auto parts = static_cast<int64_t>(pieces.size());
+      Array<T> sums(parts, M_ * K_);
+      for (int64_t p = 0; p < parts; ++p)
+        if (by_rows)
+          kernels_.backward_few_rows(b, pieces[p], {0, K_}, sums.data() + p * M_ * K_, scratch.data());
+        else
+          kernels_.backward_few_rows(b, {0, N_}, pieces[p], nullptr, scratch.data());
+      if (by_rows) {
+        Array<S> total(M_, K_);
+        kernels_.combine(sums.data(), parts, M_ * K_, {0, M_ * K_}, total.data());
+        report_.compare(total, dx_, "few_rows by rows: dx");
+        report_.check(sums.is_alone(), "few_rows", "writes past its sums of dx");
+      } else {
+        report_.compare(dx, dx_, "few_rows: dx");
+      }
+      report_.compare(dw, dw_, "few_rows: dW");
+      report_.compare(db, db_, "few_rows: db");
+      check_scratch(scratch, "few_rows");
+    }
   }
 
   void one_pass(const char* what, decltype(LayerKernels::backward_tall) kernel) {
@@ -299,7 +320,7 @@ constexpr Sizes kSmall[] = {{0, 4, 3},  {1, 1, 1},   {1, 7, 1},    {1, 37, 19}, 
                             {5, 1, 9},  {5, 9, 1},   {7, 2, 15},   {9, 15, 2},  {13, 6, 4},  {23, 5, 3}, {16, 16, 16},
                             {29, 1, 1}, {33, 17, 7}, {140, 1, 31}, {11, 21, 8}, {150, 13, 1}};
 // Several blocks of rows, columns and depth in one of the products each.
-constexpr Sizes kLarge[] = {{117, 530, 270}, {19, 33, 1040}, {1040, 7, 9}, {500, 24, 35}, {6, 1100, 10}};
+constexpr Sizes kLarge[] = {{117, 530, 270}, {19, 33, 1040}, {1040, 7, 9}, {500, 24, 35}, {6, 1100, 10}, {9, 1, 4200}};
 
 template <class S>
 void test(Report& report) {

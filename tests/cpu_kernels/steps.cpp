@@ -259,10 +259,10 @@ struct Step {
 // The errors of a few layers add up.
 constexpr double kStepTimes = 16;
 
-template <class S>
-void step_by_rows(Report& report, const Net& net) {
+// rows and scratch_bytes of StepKernels or LaneKernels.
+template <class S, class Bytes, class Rows>
+void step_by_rows(Report& report, const Net& net, const Bytes& scratch_bytes, const Rows& sum_rows) {
   using T = Accumulator<S>;
-  const StepKernels& kernels = TARGET::step_kernels(Format<S>::dtype);
   Step<S> step(net);
   int64_t size = 0;
   const auto take = [&](int64_t elements) { return std::exchange(size, size + elements); };
@@ -280,8 +280,8 @@ void step_by_rows(Report& report, const Net& net) {
   double loss = 0;
   bool valid = true;
   for (const auto& [p, rows] : {std::pair{0, Range{0, half}}, {1, Range{half, net.M}}}) {
-    Scratch scratch(kernels.scratch_bytes(problem));
-    loss += kernels.rows(problem, rows, sums.data() + p * size, scratch.data(), valid);
+    Scratch scratch(scratch_bytes(problem));
+    loss += sum_rows(problem, rows, sums.data() + p * size, scratch.data(), valid);
     report.check(scratch.is_kept(), "rows", "needs more scratch than planned");
   }
   report.check(valid && sums.is_alone(), "rows");
@@ -383,6 +383,7 @@ const Net kNets[] = {
     {{31, 100, 10}, {"leaky_relu", "identity"}, {"cross_entropy", {-100, 0}, false, true}, 130},
     {{70, 40, 2}, {"relu", "identity"}, {"bce_with_logits", {}, true, false}, 45},
     {{1, 17, 1}, {"tanh", "identity"}, {"huber", {0.5}, false, false}, 33},
+    {{2, 3, 1}, {"elu", "identity"}, {"mse", {}, false, false}, 9000},
 };
 
 template <class S>
@@ -391,11 +392,15 @@ void test(Report& report) {
   test_updates<S>(report);
   for (const Net& net : kNets) {
     report.subject = std::string(Format<S>::name) + " network of " + net.loss.name + ", " + std::to_string(net.M);
-    step_by_rows<S>(report, net);
-    if constexpr (sizeof(S) > 2)
-      step_by_panels<S>(report, net);
-    else
+    const StepKernels& kernels = TARGET::step_kernels(Format<S>::dtype);
+    step_by_rows<S>(report, net, kernels.scratch_bytes, kernels.rows);
+    if constexpr (sizeof(S) > 2) {
+      const LaneKernels& lanes = *TARGET::lane_kernels(Format<S>::dtype);
+      step_by_rows<S>(report, net, lanes.rows_scratch_bytes, lanes.rows);
+      if (net.M * static_cast<int64_t>(sizeof(S)) <= kMostPanelBytes) step_by_panels<S>(report, net);
+    } else {
       report.check(TARGET::panel_kernels(Format<S>::dtype) == nullptr, "panels", "of a 16-bit type");
+    }
   }
 }
 

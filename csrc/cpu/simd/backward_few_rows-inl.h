@@ -1,5 +1,6 @@
-// Backward for few rows, bound by memory: one pass over the rows of W reads them for dx, and writes dW or updates W.
-// Each thread takes a range of columns, so that there are no sums to add across threads.
+// Backward for few rows, bound by memory: one pass over W reads it for dx, and writes dW or updates W. Threads split
+// the rows of W, so that each reads and writes contiguous memory, and have their own sums of dx. Where W has few rows
+// they split its columns.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -16,97 +17,103 @@ struct FewRows {
   using T = Accumulator<S>;
   using V = Vec<T>;
   static constexpr int64_t kRowsOfW = 4;             // at a time
-  static constexpr int64_t kColumns = 512;           // at a time: x and the sums of dx stay in L1 or L2
+  static constexpr int64_t kColumns = 1024;          // at a time: x, the sums of dx and the next rows of W stay in L1
   static constexpr int64_t kChunk = 2 * kShortRows;  // columns of dz computed at a time
-  static constexpr int64_t kScratch = kMostFewRows * (kChunk + 3 * kColumns) + kRowsOfW * kColumns;
+  static constexpr int64_t kStride = kColumns + 5 * V::lanes;  // not a multiple of a page: rows would share L1 sets
+  static constexpr int64_t kScratch = kMostFewRows * (kChunk + 3 * kStride) + kRowsOfW * kStride;
 
   const Backward& b;
   T* dz;                // [M, kChunk]
   T *x, *sums, *total;  // [M, kColumns]: x, and dx over a chunk and over all
   T* dw;                // [kRowsOfW, kColumns]
+  T* dx;                // [M, K] or nullptr
 
-  static void run(const Backward& b, Range columns, void* scratch) {
+  // Rows and columns of W. dx: sums over these rows, [M, K], or nullptr to store to b.dx.
+  static void run(const Backward& b, Range rows, Range columns, void* dx, void* scratch) {
     T* const dz = static_cast<T*>(scratch);
-    T *const x = dz + b.M * kChunk, *const sums = x + b.M * kColumns, *const total = sums + b.M * kColumns;
-    const FewRows self{b, dz, x, sums, total, total + b.M * kColumns};
-    for (int64_t k = columns.begin; k < columns.end; k += kColumns)
-      self.block({k, std::min(k + kColumns, columns.end)}, k == 0);
+    T *const sums = dz + b.M * kChunk, *const x = sums + b.M * kStride, *const total = x + b.M * kStride;
+    const FewRows self{b, dz, x, sums, total, total + b.M * kStride, static_cast<T*>(dx)};
+    const int64_t step = b.M > 2 ? kColumns / 2 : kColumns;
+    for (int64_t k = columns.begin; k < columns.end; k += step)
+      self.block(rows, {k, std::min(k + step, columns.end)}, k == 0);
     end_of_streams();
   }
 
  private:
-  bool needs_dw() const { return b.dw || b.update_w; }
-
-  void block(Range columns, bool first) const {
+  void block(Range rows, Range columns, bool first) const {
     const int64_t size = columns.size(), M = b.M;
-    for (int64_t m = 0; m < M; ++m) {
-      if (needs_dw())
-        for_vectors<T>(size, [&](int64_t k, auto lanes) {
-          store(x + m * kColumns + k, load(at<S>(b.x, m, columns.begin + k), lanes), lanes);
-        });
-      std::fill(total + m * kColumns, total + m * kColumns + size, T(0));
-    }
-    for (int64_t n0 = 0; n0 < b.N; n0 += kChunk) {
-      const Range chunk{n0, std::min(n0 + kChunk, b.N)};
+    const bool needs_dw = b.dw || b.update_w;
+    const auto clear = [&](T* sums_of_m) {
+      for (int64_t m = 0; m < M; ++m) std::fill(sums_of_m + m * kStride, sums_of_m + m * kStride + size, T(0));
+    };
+    for (int64_t m = 0; needs_dw && m < M; ++m)
+      for_vectors<T>(size, [&](int64_t k, auto lanes) {
+        store(x + m * kStride + k, load(at<S>(b.x, m, columns.begin + k), lanes), lanes);
+      });
+    clear(total);
+    for (int64_t n0 = rows.begin; n0 < rows.end; n0 += kChunk) {
+      const Range chunk{n0, std::min(n0 + kChunk, rows.end)};
       grad_z_rows<S>(b, {0, M}, chunk, dz, kChunk);
       if (first) bias(chunk);
-      for (int64_t m = 0; m < M; ++m) std::fill(sums + m * kColumns, sums + m * kColumns + size, T(0));
-      for_rows(chunk, [&](auto rows, int64_t n) {
-        constexpr int R = decltype(rows)::value;
-        if (b.dx.data) add_to_dx<R>(n, n - n0, columns);
-        if (needs_dw()) put_dw<R>(n, n - n0, columns);
+      clear(sums);
+      for_rows(chunk, [&](auto count, int64_t n) {
+        constexpr int R = decltype(count)::value;
+        if (!needs_dw)
+          rows_of_w<R, true, false>(n, n - n0, columns);
+        else if (b.dx.data)
+          rows_of_w<R, true, true>(n, n - n0, columns);
+        else
+          rows_of_w<R, false, true>(n, n - n0, columns);
       });
       for (int64_t m = 0; b.dx.data && m < M; ++m)
         for_vectors<T>(size, [&](int64_t k, auto lanes) {
-          T* const to = total + m * kColumns + k;
-          store(to, load(to, lanes) + load(sums + m * kColumns + k, lanes), lanes);
+          T* const to = total + m * kStride + k;
+          store(to, load(to, lanes) + load(sums + m * kStride + k, lanes), lanes);
         });
     }
     for (int64_t m = 0; b.dx.data && m < M; ++m)
       for_vectors<T>(size, [&](int64_t k, auto lanes) {
-        store(at<S>(b.dx, m, columns.begin + k), load(total + m * kColumns + k, lanes), lanes);
+        const V v = load(total + m * kStride + k, lanes);
+        dx ? store(dx + m * b.K + columns.begin + k, v, lanes) : store(at<S>(b.dx, m, columns.begin + k), v, lanes);
       });
   }
 
-  // dx += dz W for R rows of W
-  template <int R>
-  void add_to_dx(int64_t n, int64_t c, Range columns) const {
-    for_vectors<T>(columns.size(), [&](int64_t k, auto lanes) {
-      V w[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = load(at<S>(b.w, n + r, columns.begin + k), lanes);
-      for (int64_t m = 0; m < b.M; ++m) {
-        V sum = load(sums + m * kColumns + k, lanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) sum = sum + V(dz[m * kChunk + c + r]) * w[r];
-        store(sums + m * kColumns + k, sum, lanes);
-      }
-    });
-  }
-
-  // dW = dz^T x for R rows of W
-  template <int R>
-  void put_dw(int64_t n, int64_t c, Range columns) const {
-    const bool past_caches = b.N * b.K * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
-    const auto of_rows = [&](const auto& put) {
+  // dx += dz W and dW = dz^T x for R rows of W
+  template <int R, bool needs_dx, bool needs_dw>
+  void rows_of_w(int64_t n, int64_t c, Range columns) const {
+    const auto each = [&](const auto& put) {
       for_vectors<T>(columns.size(), [&](int64_t k, auto lanes) {
-        V sum[R];
-        for (int64_t m = 0; m < b.M; ++m) {
-          const V xm = load(x + m * kColumns + k, lanes);
+        V w[R], dw_of_rows[R];
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) sum[r] = sum[r] + V(dz[m * kChunk + c + r]) * xm;
+        for (int r = 0; needs_dx && r < R; ++r) {
+          const S* const from = at<S>(b.w, n + r, columns.begin + k);
+          w[r] = load(from, lanes);
+          __builtin_prefetch(from + R * b.w.stride);  // the next rows; it may lie past the end
+        }
+        for (int64_t m = 0; m < b.M; ++m) {
+          V xm, sum;
+          if constexpr (needs_dw) xm = load(x + m * kStride + k, lanes);
+          if constexpr (needs_dx) sum = load(sums + m * kStride + k, lanes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const V v = dz[m * kChunk + c + r];
+            if constexpr (needs_dw) dw_of_rows[r] = dw_of_rows[r] + v * xm;
+            if constexpr (needs_dx) sum = sum + v * w[r];
+          }
+          if constexpr (needs_dx) store(sums + m * kStride + k, sum, lanes);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) put(r, k, sum[r], lanes);
+        for (int r = 0; needs_dw && r < R; ++r) put(r, k, dw_of_rows[r], lanes);
       });
     };
     const int64_t begin = n * b.K + columns.begin;
     if (b.update_w) {
-      of_rows([&](int r, int64_t k, V v, auto lanes) { store(dw + r * kColumns + k, v, lanes); });
-      pointwise_of<S>().update(*b.update_w, begin, b.K, {dw, kColumns}, R, columns.size());
+      each([&](int r, int64_t k, V v, auto lanes) { store(dw + r * kStride + k, v, lanes); });
+      pointwise_of<S>().update(*b.update_w, begin, b.K, {dw, kStride}, R, columns.size());
     } else {
+      const bool past_caches = b.N * b.K * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
       S* const out = static_cast<S*>(b.dw) + begin;
-      of_rows([&](int r, int64_t k, V v, auto lanes) { store_result(out + r * b.K + k, v, lanes, past_caches); });
+      each([&](int r, int64_t k, V v, auto lanes) { store_result(out + r * b.K + k, v, lanes, past_caches); });
     }
   }
 

@@ -4,8 +4,10 @@
 #include "cpu/kernels.h"
 #include "cpu/simd/backward_few_rows-inl.h"
 #include "cpu/simd/backward_k1_n1-inl.h"
+#include "cpu/simd/backward_narrow-inl.h"
 #include "cpu/simd/dots-inl.h"
 #include "cpu/simd/epilogue-inl.h"
+#include "cpu/simd/forward_narrow-inl.h"
 #include "cpu/simd/gemm-inl.h"
 #include "cpu/simd/pack-inl.h"
 #include "cpu/simd/row_sums-inl.h"
@@ -298,6 +300,10 @@ struct LayerOf {
     end_of_streams();
   }
 
+  static void backward_narrow(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
+    (NarrowBackward<S>::takes(b) ? NarrowBackward<S>::run : backward_tall)(b, samples, dw, db, scratch);
+  }
+
   // ---- elementwise passes around a library's GEMM ----
 
   // Calls f(m, n, count) for pieces of rows that fit a small buffer of T.
@@ -391,9 +397,10 @@ struct LayerOf {
           [&](int64_t n, V v, auto lanes) { store(static_cast<S*>(b.db) + n, v, lanes); });
   }
 
-  static constexpr LayerKernels kernels{small_forward, small_backward,  forward,       forward_dots,   grad_input,
-                                        grad_weight,   FewRows<S>::run, backward_tall, backward_k1<S>, backward_n1<S>,
-                                        act,           put_grad_z,      combine};
+  static constexpr LayerKernels kernels{
+      small_forward, small_backward,  forward,       forward_dots,    Narrow<S>::run, grad_input,
+      grad_weight,   FewRows<S>::run, backward_tall, backward_narrow, backward_k1<S>, backward_n1<S>,
+      act,           put_grad_z,      combine};
 
  private:
   // Workspace of each path, in elements of T.
@@ -403,8 +410,8 @@ struct LayerOf {
                                           kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
   static constexpr int64_t kOneScratch = kOneBreadth * (7 + 2 * sizeof(double) / sizeof(T)) + kGradZInL1;
   static constexpr int64_t kWeightScratch = kPackedA<T> + kPackedB<T> + kBiasesPerPiece * sizeof(double) / sizeof(T);
-  static_assert(sizeof(T) *
-                    std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch, FewRows<S>::kScratch}) <=
+  static_assert(sizeof(T) * std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch, FewRows<S>::kScratch,
+                                      Narrow<S>::kScratch, NarrowBackward<S>::kScratch}) <=
                 kScratchBytes);
   static_assert(kTallRowBytes <= Blocking<T>::depth * sizeof(T) && kTallInputs % Tile<T>::columns == 0);
 };

@@ -40,14 +40,14 @@ constexpr int kMostWidth = kHas32Registers ? 4 : 3;
 constexpr int kMostHeight[] = {0, 8, kHas32Registers ? 8 : 6, kHas32Registers ? 6 : 4, 6};
 
 // A result [rows, columns] or, transposed, [columns, rows] in memory, with a number for each lane.
-template <class T, bool transposed>
+template <class T, bool is_transposed>
 struct Result {
   T* data;
   int64_t stride;  // in numbers for each lane
   Result from(int64_t i, int64_t j) const {
-    return {data + (transposed ? j * stride + i : i * stride + j) * Vec<T>::lanes, stride};
+    return {data + (is_transposed ? j * stride + i : i * stride + j) * Vec<T>::lanes, stride};
   }
-  T* at(int r, int c) const { return data + (transposed ? c * stride + r : r * stride + c) * Vec<T>::lanes; }
+  T* at(int r, int c) const { return data + (is_transposed ? c * stride + r : r * stride + c) * Vec<T>::lanes; }
 };
 
 // Calls f(r, c) for a tile.
@@ -81,11 +81,31 @@ struct AddBias {
   }
 };
 
-// dz = act'(sums, saved) if that is done in registers, else sums. dz may be saved.
+// The same where lanes are rows: y and the sums are transposed, a bias is the same in all lanes.
 template <class T>
+struct AddBiasOfRows {
+  const T* bias;
+  Result<T, true> y;
+  bool relu;
+  template <int R, int C>
+  MLP_EXT_INLINE void operator()(int64_t n, int64_t m, Vec<T> (&sums)[R][C]) const {
+    const auto to = y.from(n, m);
+    const T* const b = bias + n;
+    if (relu)
+      for_tile<R, C>([&](int r, int c) { store(to.at(r, c), ReLU{}.forward(sums[r][c] + V(b[r]))); });
+    else
+      for_tile<R, C>([&](int r, int c) { store(to.at(r, c), sums[r][c] + V(b[r])); });
+  }
+
+ private:
+  using V = Vec<T>;
+};
+
+// dz = act'(sums, saved) if that is done in registers, else sums. dz may be saved.
+template <class T, bool transposed>
 struct GradZ {
   const Activation* activation;
-  Result<T, false> saved, dz;
+  Result<T, transposed> saved, dz;
   template <int R, int C>
   MLP_EXT_INLINE void operator()(int64_t m, int64_t n, Vec<T> (&sums)[R][C]) const {
     const auto from = saved.from(m, n), to = dz.from(m, n);

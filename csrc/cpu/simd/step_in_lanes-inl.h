@@ -9,6 +9,7 @@
 #include "cpu/simd/per_lane-inl.h"
 #include "cpu/simd/products_in_lanes-inl.h"
 #include "cpu/simd/row_sums-inl.h"
+#include "cpu/simd/rows_in_lanes-inl.h"
 #include "cpu/simd/vec-inl.h"
 #include "math/losses.h"
 
@@ -359,7 +360,8 @@ class StepsInLanes {
       const Layer& below = layers_[l - 1];
       bool in_registers = true;
       with_act_in_registers(*below.activation, [](auto) {}, [&] { in_registers = false; });
-      const GradZ<T> finish{below.activation, {below.saved, below.N}, {in_registers ? below.dz : spare_, below.N}};
+      const GradZ<T, false> finish{
+          below.activation, {below.saved, below.N}, {in_registers ? below.dz : spare_, below.N}};
       lane_product(Each<T>{dz, layer.N, 1}, Each<T>{layer.w, 1, layer.K}, count, layer.K, layer.N, finish);
       if (!in_registers)
         pointwise_of<T>().grad_z(*below.activation, {spare_, 0}, {below.saved, 0}, {below.dz, 0}, nullptr, 1,
@@ -429,6 +431,10 @@ constexpr LaneKernels kLaneKernels{[]() -> int64_t { return Vec<T>::lanes; },
                                    [](const LaneProblem& p) { return StepsInLanes<T>(p, nullptr).bytes(); },
                                    [](const LaneProblem& p, std::span<LaneNetwork> networks, void* scratch) {
                                      StepsInLanes<T>(p, scratch).train(networks);
+                                   },
+                                   [](const StepProblem& p) { return RowsInLanes<T>(p, nullptr).bytes(); },
+                                   [](const StepProblem& p, Range rows, void* sums, void* scratch, bool& valid) {
+                                     return RowsInLanes<T>(p, scratch).run(rows, static_cast<T*>(sums), valid);
                                    }};
 
 }  // namespace
