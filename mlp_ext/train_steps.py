@@ -48,8 +48,8 @@ class TrainSteps:
     The models' own Parameters are updated in place. LR schedulers, checkpoints and ordinary eager
     steps keep working, `.grad` is not written, and changes of a model, the criterion or an
     optimizer take effect in the next call, all as with `TrainStep`. The results of a network do not
-    depend on which others are trained with it, on their order, or on the number of threads.
-    A network that diverges changes no other.
+    depend on which others are trained with it or on their order, nor on the number of threads,
+    unless networks are so large that threads share them. A network that diverges changes no other.
 
     Args:
         models (sequence of nn.Module): models as `TrainStep` takes them, with the same widths,
