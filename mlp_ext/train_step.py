@@ -34,7 +34,8 @@ class TrainStep:
         optimizer.step()
 
     It updates the model's own Parameters in place, with the optimizer's own settings and state. LR
-    schedulers, checkpoints and ordinary eager steps keep working. `.grad` is not written.
+    schedulers, checkpoints and ordinary eager steps keep working. `.grad` is not written. Under
+    `torch.autocast` it follows [autocast](train-step.md#autocast).
 
     Changes of the model, criterion or optimizer take effect in the next call, which raises what the
     constructor would raise. After `model.to(dtype)`, convert the optimizer's state with
@@ -142,8 +143,8 @@ class TrainStep:
             IndexError: a class is out of range.
             RuntimeError: a shape, dtype or device does not match; input or target requires a
                 gradient; values are not in [0, 1] with `nn.BCELoss`; no Parameter learns; or
-                PyTorch is in a state that a step does not support, such as no_grad, inference_mode
-                or autocast ([full list](train-step.md#pytorchs-global-state)).
+                PyTorch is in a state that a step does not support, such as no_grad or
+                inference_mode ([full list](train-step.md#pytorchs-global-state)).
 
         After any of these errors, nothing has changed.
 

@@ -225,3 +225,40 @@ def batch_of(t: Training) -> Data:
     N = t.widths[-1]
     target = torch.randint(N, (t.rows,)) if t.loss == "cross_entropy" else torch.rand(t.rows, N)
     return Data(torch.randn(t.rows, t.widths[0]), target, None, None)
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss, nn.CrossEntropyLoss])
+@pytest.mark.parametrize("training", [SMALL, MANY], ids=["narrow", "layers"])
+def test_autocast_is_the_eager_loop(training: Training, loss: type[nn.Module]) -> None:
+    """Also as a graph, from the fifth step on, and without autocast after it."""
+    x, y = (torch.rand(40, n, device="cuda") for n in (training.widths[0], training.widths[-1]))
+    nets = [model_of(training).cuda() for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
+    step = TrainStep(nets[0], loss(), optimizers[0])
+    for enabled in (*[True] * 7, False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            found, expected = step(x, y), loss()(nets[1](x), y)
+        optimizers[1].zero_grad()
+        expected.backward()
+        optimizers[1].step()
+        close(found, expected.detach(), rtol=1e-2, atol=1e-3)
+    close([*nets[0].parameters()], [*nets[1].parameters()], rtol=1e-2, atol=1e-3)
+
+
+def test_what_autocast_on_cuda_refuses() -> None:
+    model = model_of(SMALL).cuda()
+    x, y = torch.rand(8, 6, device="cuda"), torch.rand(8, 4, device="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for criterion, dtype, message in (
+        (nn.MSELoss(), torch.float16, "needs a GradScaler"),
+        (nn.BCELoss(), torch.bfloat16, "PyTorch refuses BCELoss"),
+    ):
+        step = TrainStep(model, criterion, optimizer)
+        with (
+            torch.autocast("cuda", dtype),
+            pytest.raises(RuntimeError, match=f"^TrainStep: .*{message}"),
+        ):
+            step(x, y)

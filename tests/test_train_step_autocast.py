@@ -1,4 +1,4 @@
-"""TrainStep under autocast equals an eager loop whose forward and loss run under the same autocast."""
+"""TrainStep under autocast equals an eager loop whose forward and loss run under it."""
 
 import re
 from collections.abc import Callable
@@ -9,13 +9,12 @@ import pytest
 import torch
 from eager_steps import Eager, adam, net, sgd, state_of
 from references import Results, assert_as_accurate_as_native
-from shapes import DTYPES
 from steps import LOSSES, OPTIONS, Training, assert_steps_match_eager, training
 from test_train_operator import OP, arguments
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep, TrainSteps
-from mlp_ext.commands.loop import Step, sgd_step
+from mlp_ext.commands.loop import Step
 from mlp_ext.nn import LinearAct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,9 +71,7 @@ def assert_as_accurate_as_eager(
         actual, expected, exact = (t - before.get(name, 0) for t in ran)
         assert_as_accurate_as_native(actual, expected, exact, unit * exact.abs(), name)
     plain = part.to(torch.float32).run(partial(TrainStep, **settings), steps)
-    assert not torch.equal(
-        found["losses"], plain["losses"]
-    )  # the layers did not compute in float32
+    assert not torch.equal(found["losses"], plain["losses"]), "in float32"
     return found
 
 
@@ -208,7 +205,7 @@ def test_float64_is_left_alone_as_in_eager() -> None:
 def test_error_changes_nothing() -> None:
     part = training(SMALL, "bce", "momentum", torch.float32)
     before = part.state()
-    with autocast(), pytest.raises(RuntimeError, match="^TrainStep: .*between 0 and 1"):
+    with autocast(), pytest.raises(RuntimeError, match=r"^TrainStep: .*between 0 and 1"):
         TrainStep(*part[:3])(part.input, part.target + 1)
     torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
 

@@ -218,6 +218,9 @@ class Trainer {
   StepData read(const pybind11::object& input, const pybind11::object& target, const OptimizerState& now) const {
     StepData data = data_.read(input, target, now.parameters[0].size(1));
     check_global_state(data.input, data.target, now.parameters);
+    TORCH_CHECK(recipe_.loss != BCE::name || !data.input.is_cuda() || !autocast_dtype(data.input),
+                "TrainStep: under autocast PyTorch refuses BCELoss on cuda; end the model without its Sigmoid, and use "
+                "BCEWithLogitsLoss");
     return data;
   }
 
