@@ -7,7 +7,7 @@ checks, first weights, stopping, predictions and scores are inherited.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -174,15 +174,15 @@ _NAMES = ("weight", "bias")
 
 def _linear(coef: Any, intercept: Any) -> nn.Linear:
     """A layer in the memory of the arrays, where they are contiguous and writable."""
-    layer = nn.Linear(*coef.shape, bias=True, device="meta")
+    layer = nn.Linear(coef.shape[0], coef.shape[1], device="meta")
     for name, array in zip(_NAMES, (coef.T, intercept), strict=True):
-        setattr(layer, name, nn.Parameter(_tensor(np.require(array, requirements="C"))))
+        setattr(layer, name, nn.Parameter(_tensor(array)))
     return layer
 
 
 def _tensor(array: Any) -> Tensor:
-    """In the memory of the array. torch warns of one that is not writable, so that is copied."""
-    return torch.from_numpy(np.require(array, requirements="W"))
+    """In the memory of the array, but for those that torch refuses or warns of."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 class Rows:
@@ -192,7 +192,7 @@ class Rows:
         self.count = len(X)
         batches = max(1, GATHERED // max(1, X[:1].nbytes * batch_size))
         self.most = min(self.count, batches * batch_size) if shuffle else self.count
-        self.order = np.arange(self.count) if shuffle else None
+        self.order: Any = np.arange(self.count) if shuffle else None
         self.arrays = [np.require(a, requirements="C") for a in (X, y)]
         gathered = [np.empty((self.most, *a.shape[1:]), a.dtype) for a in self.arrays]
         self.tensors = [_tensor(a) for a in (gathered if shuffle else self.arrays)]
@@ -219,7 +219,7 @@ class Rows:
 class _TrainedBySteps:
     """What the two estimators replace."""
 
-    def fit(self, X: Any, y: Any) -> Any:
+    def fit(self, X: Any, y: Any, **unsupported: Any) -> Any:
         """Trains on all rows, for at most `max_iter` epochs.
 
         Args:
@@ -236,7 +236,7 @@ class _TrainedBySteps:
         Raises:
             ValueError: a parameter, X or y is not supported.
         """
-        _check(self, X)
+        _check(self, X, unsupported)
         return super().fit(X, y)  # type: ignore[misc]
 
     def _fit_stochastic(self: Any, X: Any, y: Any, sample_weight: Any, *rest: Any) -> None:
@@ -338,9 +338,9 @@ class _TrainedBySteps:
             X = validate_data(self, X, accept_sparse=["csr", "csc"], reset=False)
         dtype = self.coefs_[0].dtype
         if issparse(X) or np.result_type(X, dtype) != dtype:
-            return super()._forward_pass_fast(X, check_input=False)
+            return super()._forward_pass_fast(X, check_input=False)  # type: ignore[misc]
         with _usual_state(), torch.no_grad():
-            y = _tensor(X.astype(dtype, copy=False))
+            y = _tensor(X.astype(dtype, copy=False))  # the last layer's output
             names = [ACTIVATIONS[self.activation][1]] * (self.n_layers_ - 2) + ["identity"]
             for coef, intercept, name in zip(self.coefs_, self.intercepts_, names, strict=True):
                 y = linear_act(y, _tensor(coef.T), _tensor(intercept), name)
@@ -352,14 +352,15 @@ class _TrainedBySteps:
         return tags
 
 
-def _check(estimator: Any, X: Any) -> None:
-    """Raises if scikit-learn's own estimator must be used."""
-    instead = f"use sklearn.neural_network.{type(estimator).__name__}"
+def _check(estimator: Any, X: Any, unsupported: Iterable[str]) -> None:
+    """Raises where scikit-learn's own estimator must be used."""
     name = type(estimator).__name__
-    if estimator.solver == "lbfgs":
-        raise ValueError(f"{name}: solver must be 'adam' or 'sgd', got 'lbfgs'; {instead}")
-    if getattr(estimator, "loss", None) == "poisson":
-        raise ValueError(f"{name}: loss must be 'squared_error', got 'poisson'; {instead}")
+    instead = f"use sklearn.neural_network.{name}"
+    for parameter, value in (("solver", "lbfgs"), ("loss", "poisson")):
+        if getattr(estimator, parameter, None) == value:
+            raise ValueError(f"{name}: {parameter}={value!r} is not supported; {instead}")
+    for argument in unsupported:
+        raise TypeError(f"{name}: {argument} is not supported; {instead}")
     if issparse(X):
         raise TypeError(f"{name}: X is sparse; pass X.toarray(), or {instead}")
 
@@ -378,18 +379,18 @@ def _usual_state() -> Iterator[None]:
 class MLPClassifier(_TrainedBySteps, neural_network.MLPClassifier):  # type: ignore[misc]
     """`sklearn.neural_network.MLPClassifier`, trained by `TrainStep`.
 
-    Parameters, attributes and methods are those of scikit-learn's class, of which this is a
-    subclass; so are the first weights and the batches of a `random_state`, and with them the
-    results but for rounding. Only this differs:
+    A subclass with the same parameters, attributes and methods. A `random_state` draws the same
+    first weights and the same batches, so results are scikit-learn's but for rounding. What is not:
 
     - `solver="lbfgs"`, sparse inputs and `sample_weight` are not supported.
-    - The share of `alpha` in `loss_` and `loss_curve_` is computed from the weights before and
-      after an epoch, not before each batch.
-    - With Adam, `epsilon` is up to 6% larger than in scikit-learn during a call of many steps.
-    - `coefs_` and `intercepts_` share memory with the network that `partial_fit` trains.
+    - In `loss_curve_`, the share of `alpha` is computed from the weights at both ends of an epoch,
+      not before each batch.
+    - In one of the calls that an epoch consists of, Adam's bias correction of `epsilon` stays that
+      of the first step: `epsilon` is up to 6% too large.
+    - `coefs_` and `intercepts_` are views of the network that `partial_fit` and `warm_start` train.
 
-    Inputs of float32 are trained in float32, all others in float64, as in scikit-learn. Pass
-    `X.astype(numpy.float32)` for the fastest training.
+    As with scikit-learn, inputs of float32 are trained in float32, all others in float64. Pass
+    `X.astype(numpy.float32)` for the shortest time.
 
     Examples:
         >>> from sklearn.datasets import load_digits
@@ -400,7 +401,7 @@ class MLPClassifier(_TrainedBySteps, neural_network.MLPClassifier):  # type: ign
         True
     """
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> MLPClassifier:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, **unsupported: Any) -> MLPClassifier:
         """Trains for one epoch, beginning where the last call ended.
 
         Args:
@@ -418,7 +419,7 @@ class MLPClassifier(_TrainedBySteps, neural_network.MLPClassifier):  # type: ign
         Raises:
             ValueError: a parameter, X or y is not supported.
         """
-        _check(self, X)
+        _check(self, X, unsupported)
         found: MLPClassifier = super().partial_fit(X, y, classes=classes)
         return found
 
@@ -432,12 +433,12 @@ class MLPRegressor(_TrainedBySteps, neural_network.MLPRegressor):  # type: ignor
         >>> from sklearn.datasets import load_diabetes
         >>> from mlp_ext.sklearn import MLPRegressor
         >>> X, y = load_diabetes(return_X_y=True)
-        >>> regressor = MLPRegressor((32,), learning_rate_init=0.01, max_iter=500, random_state=0)
+        >>> regressor = MLPRegressor(hidden_layer_sizes=(32,), random_state=0, max_iter=500)
         >>> regressor.fit(X * 20, y / 100).score(X * 20, y / 100) > 0.4
         True
     """
 
-    def partial_fit(self, X: Any, y: Any) -> MLPRegressor:
+    def partial_fit(self, X: Any, y: Any, **unsupported: Any) -> MLPRegressor:
         """Trains for one epoch, beginning where the last call ended.
 
         Args:
@@ -454,6 +455,6 @@ class MLPRegressor(_TrainedBySteps, neural_network.MLPRegressor):  # type: ignor
         Raises:
             ValueError: a parameter, X or y is not supported.
         """
-        _check(self, X)
+        _check(self, X, unsupported)
         found: MLPRegressor = super().partial_fit(X, y)
         return found
