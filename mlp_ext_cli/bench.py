@@ -7,6 +7,7 @@ from typing import Any
 from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, code, count, counts, file, listed
 
 SUITES = {"layers": ("full", "forward", "backward"), "train": ("step",)}  # their modes
+SKLEARN = "sklearn"  # has options of its own: see mlp_ext/commands/bench_sklearn.py
 DTYPES = (*FLOATS, "tf32")
 
 DESCRIPTION = """\
@@ -24,6 +25,9 @@ full is forward and backward, including the input's gradient; forward computes
 no gradients; backward is backward alone; step is forward, MSELoss, zero_grad,
 backward and update.
 
+The suite sklearn times fits of scikit-learn's MLPClassifier, native, and of
+mlp_ext.sklearn's, per epoch, and prints the accuracy of each.
+
 Your own provider is a function. In the suite layers, it takes a setting and
 returns function(input, weight, bias); in train, it takes model, criterion and
 optimizer and returns step(input, target), which updates the model and returns
@@ -38,6 +42,7 @@ examples:
   mlp-ext bench --cases 64x784x256 --provider own.py:mine
   mlp-ext bench --suite train --cases 784-256-10@64 --threads 1 --csv rows.csv
   mlp-ext bench --suite train --optimizer adam --plot speed.png
+  mlp-ext bench --suite sklearn --cases digits,search --csv rows.csv
   mlp-ext bench --peak
 """
 
@@ -54,7 +59,7 @@ def add_bench(commands: Any) -> None:
     )
     add = parser.add_argument
     modes = [mode for suite in SUITES.values() for mode in suite]
-    add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
+    add("--suite", choices=[*SUITES, SKLEARN], help="what to measure (default: layers)")
     add("--mode", choices=modes, help="pass to measure (default: full; in train: step)")
     add(
         "--cases",
