@@ -80,6 +80,7 @@ bench: build
 	$(RUN)/python benchmarks/readme_chart.py
 	$(BENCH) --suite train --peak --dtype bfloat16 --providers native,fused,stack,step,fit --csv $(RESULTS)/train-step-relu-bfloat16.csv
 	$(BENCH) --suite train --optimizer adam --peak --providers native,native_fused,compile-step,stack,step,fit --csv $(RESULTS)/train-step-relu-adam.csv
+	$(BENCH) --suite sklearn --csv $(RESULTS)/sklearn-fit.csv
 	@echo "== a sweep of sizes, with all threads and with one"
 	$(SWEEP) --mode full --csv $(RESULTS)/sweep-full-relu.csv
 	$(SWEEP) --mode forward --csv $(RESULTS)/sweep-forward-relu.csv

@@ -80,6 +80,7 @@ CODE = {
     README: "",
     DOCS / "usage.md": "",
     DOCS / "data.md": "",
+    DOCS / "sklearn.md": "",
     DOCS / "train-step.md": """
 import mlp_ext, torch
 from mlp_ext import TrainStep
