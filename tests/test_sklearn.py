@@ -1,5 +1,6 @@
 """mlp_ext.sklearn: the same as scikit-learn's own estimators, and fit for scikit-learn's tools."""
 
+import doctest
 import pickle
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, scale
 from sklearn.utils.estimator_checks import check_estimator
 
+import mlp_ext.sklearn
 from mlp_ext.sklearn import MLPClassifier, MLPRegressor
 
 NAMES = ("MLPClassifier", "MLPRegressor")
@@ -280,6 +282,11 @@ def test_search_in_two_processes() -> None:
     one, two = (GridSearchCV(model, **options, n_jobs=n).fit(X, y) for n in (1, 2))
     for key in ("mean_test_score", "std_test_score"):
         np.testing.assert_allclose(two.cv_results_[key], one.cv_results_[key])
+
+
+@pytest.mark.filterwarnings("error")
+def test_examples_run() -> None:
+    assert doctest.testmod(mlp_ext.sklearn) == (0, 10)
 
 
 def test_parameters_are_scikit_learns() -> None:
