@@ -81,6 +81,7 @@ bench: build
 	$(BENCH) --suite train --peak --dtype bfloat16 --providers native,fused,stack,step,fit --csv $(RESULTS)/train-step-relu-bfloat16.csv
 	$(BENCH) --suite train --optimizer adam --peak --providers native,native_fused,compile-step,stack,step,fit --csv $(RESULTS)/train-step-relu-adam.csv
 	$(BENCH) --suite many --peak --csv $(RESULTS)/many-step-relu.csv --plot $(RESULTS)/many-step-relu.png
+	$(BENCH) --suite sklearn --csv $(RESULTS)/sklearn-fit.csv
 	@echo "== a sweep of sizes, with all threads and with one"
 	$(SWEEP) --mode full --csv $(RESULTS)/sweep-full-relu.csv
 	$(SWEEP) --mode forward --csv $(RESULTS)/sweep-forward-relu.csv

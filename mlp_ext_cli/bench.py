@@ -11,6 +11,7 @@ SUITES = {  # their modes
     "train": ("step",),
     "many": ("step",),
 }
+SKLEARN = "sklearn"  # has options of its own: see mlp_ext/commands/bench_sklearn.py
 DTYPES = (*FLOATS, "tf32")
 
 DESCRIPTION = """\
@@ -29,6 +30,9 @@ full is forward and backward, including the input's gradient; forward computes
 no gradients; backward is backward alone; step is forward, MSELoss, zero_grad,
 backward and update. In the suite many, times are per network and step.
 
+The suite sklearn times fits of scikit-learn's MLPClassifier, native, and of
+mlp_ext.sklearn's, per epoch, and prints the accuracy of each.
+
 Your own provider is a function. In the suite layers, it takes a setting and
 returns function(input, weight, bias); in train, it takes model, criterion and
 optimizer and returns step(input, target), which updates the model and returns
@@ -45,6 +49,7 @@ examples:
   mlp-ext bench --suite train --cases 784-256-10@64 --threads 1 --csv rows.csv
   mlp-ext bench --suite train --optimizer adam --plot speed.png
   mlp-ext bench --suite many --cases 1000x10-5-1@10 --peak
+  mlp-ext bench --suite sklearn --cases digits,search --csv rows.csv
   mlp-ext bench --peak
 """
 
@@ -61,7 +66,7 @@ def add_bench(commands: Any) -> None:
     )
     add = parser.add_argument
     modes = [*dict.fromkeys(mode for suite in SUITES.values() for mode in suite)]
-    add("--suite", choices=[*SUITES], help="what to measure (default: layers)")
+    add("--suite", choices=[*SUITES, SKLEARN], help="what to measure (default: layers)")
     add("--mode", choices=modes, help="pass to measure (default: full, or step)")
     add(
         "--cases",

@@ -81,6 +81,7 @@ CODE = {
     DOCS / "usage.md": "",
     DOCS / "data.md": "",
     DOCS / "many-networks.md": "",
+    DOCS / "sklearn.md": "",
     DOCS / "train-step.md": """
 import mlp_ext, torch
 from mlp_ext import TrainStep

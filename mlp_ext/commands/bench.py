@@ -32,14 +32,18 @@ from mlp_ext.bench.rows import (
 )
 from mlp_ext.bench.runner import WrongResult, measure
 from mlp_ext.bench.training import OPTIMIZERS
-from mlp_ext.commands import arguments
+from mlp_ext.commands import arguments, bench_sklearn
 from mlp_ext.ops import ACTIVATIONS
 from mlp_ext_cli.arguments import meant
+from mlp_ext_cli.bench import SKLEARN
 
 WIDTH = 79  # of a terminal; tables fit in it
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.suite == SKLEARN:
+        bench_sklearn.run(args)
+        return
     arguments.check_name("--activation", args.activation, ACTIVATIONS, args.fail)
     if args.optimizer:
         arguments.check_name("--optimizer", args.optimizer, OPTIMIZERS, args.fail)
@@ -141,6 +145,8 @@ def _print_list(args: argparse.Namespace) -> None:
             obstacle = provider.obstacle(setting)
             line = f"  {name:22}{'no ' if obstacle else 'yes'}  {provider.about}"
             print(fill(line + f": {obstacle}" * bool(obstacle), WIDTH, subsequent_indent=" " * 29))
+    if not args.suite:
+        print(bench_sklearn.ABOUT)
 
 
 def _measure(
