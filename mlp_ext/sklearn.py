@@ -114,6 +114,7 @@ class Training:
         e.coefs_ = [weight.detach().numpy().T for weight in weights]
         e.intercepts_ = [bias.detach().numpy() for bias in biases]
         self.weights = [weight.detach() for weight in weights]
+        self.squares = self._squares()  # the sum of those of all weights
         modules = chain(*((layer, ACTIVATIONS[e.activation][0]()) for layer in self.layers))
         model = nn.Sequential(*[*modules][:-1])
         self.step = TrainStep(model, LOSSES[self.output].criterion(), self.optimizer)
@@ -124,8 +125,7 @@ class Training:
 
     def epoch(self, rows: Rows, batch_size: int) -> float:
         """Trains on the rows batch after batch; returns scikit-learn's loss of the epoch."""
-        n, total, before = rows.count, 0.0, self._squares()
-        begin = 0
+        n, total, begin = rows.count, 0.0, 0
         while begin < n:
             batch = min(batch_size, n - begin)
             count = min((n - begin) // batch, rows.most // batch or 1, self._most_steps())
@@ -136,9 +136,10 @@ class Training:
             self.steps += count
             begin = end
         batches = -(-n // batch_size)
-        # Sum of the squares before each batch, as if they changed evenly.
-        squares = before + (self._squares() - before) * (batches - 1) / (2 * batches)
-        penalty = 0.5 * self.alpha * squares * batches
+        before, self.squares = self.squares, self._squares()
+        # Their mean over the beginnings of the batches, as if they changed evenly.
+        mean = before + (self.squares - before) * (batches - 1) / (2 * batches)
+        penalty = 0.5 * self.alpha * mean * batches
         return (total * LOSSES[self.output].of_loss(self.outputs) + penalty) / n
 
     def set_rate(self, rate: float) -> None:
