@@ -34,18 +34,21 @@ def check_rows(name: str, input: Any, target: Any) -> None:
 
 def check_loader(name: str, argument: str, loader: Any, epochs: int) -> None:
     check = f"{name}: {argument}"
+    if is_pair(loader):
+        raise TypeError(f"{check} is a pair; pass input and target")
     if type(loader).__name__ in ("ndarray", "DataFrame"):
         check_tensor(name, argument, loader)
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(f"{check} is a Dataset; pass DataLoader({argument}, batch_size=...)")
     is_one_batch = isinstance(loader, (Tensor, str, dict))
     if is_one_batch or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
-        what = "must be a pair of tensors or a loader of (input, target)"
+        tensors = "a tensor" if argument == "input" else "a pair of tensors"
+        what = f"must be {tensors} or a loader of (input, target)"
         raise TypeError(f"{check} {what}, got {kind(loader)}")
     if epochs > 1 and isinstance(loader, Iterator):
         what = f"is an iterator, which ends after one of {epochs} epochs"
         raise ValueError(f"{check} {what}; pass a list or a DataLoader")
-    if hasattr(loader, "__len__") and len(loader) == 0:
+    if isinstance(loader, (tuple, list)) and not loader:
         raise ValueError(f"{check} has no batches")
 
 
