@@ -30,6 +30,9 @@ the epochs, and its 20% and 80% quantiles; above 1 is faster. max loss diff: the
 largest difference from native's loss in any epoch; up to 0.01% counts as the
 same. test acc, test loss: on the 20% of the rows held out for testing.
 
+--validation: after each epoch, the loss on rows held out from training; its
+time counts. val loss, val acc: those of the best epoch, whose weights are kept.
+
 --csv: the first line names the columns; all except the target must be numbers.
 A target of text, or of whole numbers with at most 20 distinct values, is a
 class; any other is a number, and so is every target with --regression. Numbers
@@ -49,6 +52,8 @@ examples:
   mlp-ext train --data digits --hidden 64 --lr 2 --epochs 20 --plot loss.png
   mlp-ext train --data mnist5k --optimizer adamw --activation gelu \\
       --loss cross_entropy --lr 0.001
+  mlp-ext train --data digits --validation 0.2 --patience 10 --epochs 500 \\
+      --optimizer adam
   mlp-ext train --csv own.csv --target price --hidden 32,16 --save model.pt
   torchrun --nproc_per_node 2 -m mlp_ext train --distributed ddp --data digits \\
       --batch-size 64
@@ -91,6 +96,18 @@ def add_train(commands: Any) -> None:
     add("--optimizer", default="sgd", metavar="NAME", help="(default: sgd)")
     add("--lr", type=_rate, default=0.01, metavar="X", help="learning rate (default: 0.01)")
     add("--epochs", type=count, default=50, metavar="N", help="passes over the data (default: 50)")
+    add(
+        "--validation",
+        type=_fraction,
+        metavar="X",
+        help="part of the training rows to validate on, such as 0.2",
+    )
+    add(
+        "--patience",
+        type=count,
+        metavar="N",
+        help="stop after N epochs without a lower validation loss",
+    )
     add("--batch-size", type=count, default=10, metavar="N", help="rows per step (default: 10)")
     add("--seed", type=_seed, default=0, metavar="N", help="random seed (default: 0)")
     add(
@@ -130,6 +147,7 @@ def add_train(commands: Any) -> None:
 
 
 _seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
+_fraction = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
 _rate = number(float, lambda x: 0 < x < float("inf"), "a positive number")
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import mlp_ext
 from mlp_ext import (
     ACTIVATIONS, FitResult, FusionReport, Level, LinearELU, LinearGELU, LinearHardtanh,
-    LinearLeakyReLU, LinearMish, LinearReLU, LinearReLU6, LinearSELU, LinearSiLU, LinearSigmoid, LinearSoftplus,
-    LinearTanh, Profile, Sequential, Site, Timing, TrainStep, build_info, fuse, fusion_report,
-    linear_act, linear_relu, linear_sigmoid, linear_tanh, profile, unfuse,
+    LinearLeakyReLU, LinearMish, LinearReLU, LinearReLU6, LinearSELU, LinearSiLU, LinearSigmoid,
+    LinearSoftplus, LinearTanh, Profile, Sequential, Site, Timing, TrainStep, build_info, fuse,
+    fusion_report, linear_act, linear_relu, linear_sigmoid, linear_tanh, profile, unfuse,
 )
 
 
