@@ -7,6 +7,7 @@ if find_spec("numpy") is None:  # torch's first import would warn, and nothing h
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
 from mlp_ext import interop, machine, moved  # noqa: F401  for what they register and read
+from mlp_ext.fitting import FitResult
 from mlp_ext.functional import linear_act, linear_relu, linear_sigmoid, linear_tanh
 from mlp_ext.fuse import FusionReport, Level, Site, fuse, fusion_report, unfuse
 from mlp_ext.nn import (
@@ -35,6 +36,7 @@ __version__: str = build_info()["mlp_ext"]
 
 __all__ = [
     "ACTIVATIONS",
+    "FitResult",
     "FusionReport",
     "Level",
     "LinearELU",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-AfterEpoch = Callable[[int, float], None]
+AfterEpoch = Callable[..., None]  # epoch, loss and, if there are such, validation loss and metric
 
 
 @contextmanager
@@ -21,24 +21,31 @@ def progress_bar(epochs: int) -> Iterator[AfterEpoch | None]:
 
         with tqdm(total=epochs, unit="epoch") as bar:
 
-            def show(epoch: int, loss: float) -> None:
-                bar.set_postfix_str(f"loss: {loss:.4f}", refresh=False)
+            def show(epoch: int, *losses: float) -> None:
+                bar.set_postfix_str(_text(losses), refresh=False)
                 bar.update()
 
             yield show
     else:
         shown = 0.0
 
-        def write(epoch: int, loss: float) -> None:
+        def write(epoch: int, *losses: float) -> None:
             nonlocal shown
             if epoch + 1 == epochs or time.monotonic() - shown > 0.1:
                 shown = time.monotonic()
-                print(f"\repoch: {epoch} loss: {loss:.4f}", end="", file=sys.stderr, flush=True)
+                text = f"\repoch: {epoch} {_text(losses)}"
+                print(text, end="", file=sys.stderr, flush=True)
 
         try:
             yield write
         finally:
             print(file=sys.stderr)
+
+
+def _text(losses: Sequence[float]) -> str:
+    names = ("loss", "validation loss", "metric")
+    values = zip(names, losses, strict=False)
+    return " ".join(f"{name}: {value:.4f}" for name, value in values)
 
 
 def _is_notebook() -> bool:

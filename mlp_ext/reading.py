@@ -276,10 +276,10 @@ def _read_data_parallel(model: DistributedDataParallel, reading: Reading) -> Non
     reading.guard(own, names)
     reading.guard(model._modules, ["module"])
     reading.guard_size(model._comm_hooks)
-    reading.average = partial(_average, model.process_group)
+    reading.average = partial(average, model.process_group)
 
 
-def _average(group: Any, gradients: Tensor) -> None:
+def average(group: Any, gradients: Tensor) -> None:
     """What DDP does with its buckets, for all gradients at once."""
     gradients.div_(group.size())
     torch.distributed.all_reduce(gradients, group=group)

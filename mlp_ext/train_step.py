@@ -7,20 +7,25 @@ guards; if one fails, the three are read and checked again.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from mlp_ext import _C
-from mlp_ext.errors import CAUGHT, check_input, check_target, check_tensor, kind, rename
-from mlp_ext.progress import progress_bar
-from mlp_ext.reading import LOSSES, Reading, criterion_module, read_model
+from mlp_ext import _C, batches
+from mlp_ext.errors import CAUGHT, check_tensor, kind, rename
+from mlp_ext.fitting import FIT, Between, DataCheck, FitResult, Loader
+from mlp_ext.progress import AfterEpoch, progress_bar
+from mlp_ext.reading import Reading, criterion_module
 from mlp_ext.reading import read as _read
 from mlp_ext.step_graph import graphed
 from mlp_ext.step_text import criterion_text, model_text, optimizer_text, positive
+
+DEFAULTS = (None, None, None, None, None, True)  # of fit's options from validation on
 
 
 class TrainStep:
@@ -163,16 +168,61 @@ class TrainStep:
             raise
         return loss
 
+    @overload
     def fit(
         self,
-        input: Tensor,
-        target: Tensor,
+        input: Tensor | Loader,
+        target: Tensor | None = None,
         epochs: int = 50,
         batch_size: int | None = None,
         shuffle: bool = False,
         generator: torch.Generator | None = None,
         progress: bool = False,
-    ) -> Tensor:
+        *,
+        validation: None = None,
+        metric: None = None,
+        patience: None = None,
+        restore_best: bool = True,
+        scheduler: LRScheduler | None = None,
+        on_epoch: Callable[[int, float], Any] | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def fit(
+        self,
+        input: Tensor | Loader,
+        target: Tensor | None = None,
+        epochs: int = 50,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        *,
+        validation: tuple[Tensor, Tensor] | Loader,
+        metric: Callable[[Tensor, Tensor], Any] | None = None,
+        patience: int | None = None,
+        restore_best: bool = True,
+        scheduler: LRScheduler | None = None,
+        on_epoch: Callable[..., Any] | None = None,
+    ) -> FitResult: ...
+
+    def fit(
+        self,
+        input: Tensor | Loader,
+        target: Tensor | None = None,
+        epochs: int = 50,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        *,
+        validation: tuple[Tensor, Tensor] | Loader | None = None,
+        metric: Callable[[Tensor, Tensor], Any] | None = None,
+        patience: int | None = None,
+        restore_best: bool = True,
+        scheduler: LRScheduler | None = None,
+        on_epoch: Callable[..., Any] | None = None,
+    ) -> Tensor | FitResult:
         """Trains for a number of epochs, without Python between the steps.
 
         Each epoch runs the same steps, in the same order, as
@@ -181,13 +231,22 @@ class TrainStep:
             for rows in order.split(batch_size or n):
                 step(input[rows], target[rows])
 
-        The optimizer's settings are read once, at the start. An incomplete group of `accumulate`
-        calls is applied at the end. Ctrl-C raises KeyboardInterrupt within 50 ms or one step. After
-        any error, all completed steps remain in effect.
+        and `fit(loader)`, where Python runs between the steps, as
+
+            for input, target in loader:
+                step(input, target)
+
+        The optimizer's settings are read once, at the start; with any option after `progress`, in
+        each epoch. An incomplete group of `accumulate` calls is applied at the end. Ctrl-C raises
+        KeyboardInterrupt within 50 ms or one step. After any error, all completed steps remain in
+        effect.
 
         Args:
-            input (Tensor): all rows, of the dtype and device of the Parameters.
-            target (Tensor): the target of each row, as in a call of the step.
+            input (Tensor or iterable): all rows, of the dtype and device of the Parameters. Or a
+                loader, such as a `DataLoader`: each epoch iterates over its batches of input and
+                target, and copies those on the CPU to the Parameters' GPU.
+            target (Tensor, optional): the target of each row, as in a call of the step. None with a
+                loader.
             epochs (int): number of passes over the rows. Default: 50.
             batch_size (int, optional): rows per step; the last batch may be smaller. None takes all
                 rows.
@@ -196,15 +255,32 @@ class TrainStep:
                 uses PyTorch's default generator.
             progress (bool): whether to show a progress bar in a terminal or notebook, with tqdm if
                 installed. Default: False.
+            validation (tuple of Tensor or iterable, optional): input and target of the validation
+                rows, or a loader of them. After each epoch, computes the criterion on all of them,
+                without gradients and with the model in eval mode.
+            metric (callable, optional): called with the outputs and targets of all validation rows;
+                returns a number, higher is better. The metric decides which epoch is best; without
+                one, the validation loss does.
+            patience (int, optional): number of epochs without improvement after which training
+                stops. None runs all epochs.
+            restore_best (bool): whether `validation` ends with the Parameters of the best epoch in
+                the model. The optimizer's state stays that of the last epoch, and after an error or
+                Ctrl-C so do the Parameters. Default: True.
+            scheduler (LRScheduler, optional): stepped after each epoch. `ReduceLROnPlateau` gets
+                the validation loss, the metric if its mode is "max", or without `validation` the
+                loss.
+            on_epoch (callable, optional): called after each epoch with its number, loss, validation
+                loss and metric, as far as there are such. Training stops if it returns True.
 
         Shape:
             - input: `(n, *, K)`.
             - target: `(n, *, N)`, or classes `(n)`.
-            - Output: `(epochs)`.
+            - Output: `(epochs)`, fewer if training stopped early.
 
         Returns:
             Tensor: the loss of each epoch, on the CPU: the mean over its rows, or the sum with the
-                reduction "sum". Its dtype is the input's, or float32 if that is 16-bit.
+                reduction "sum". Its dtype is the model's, or float32 if that is 16-bit. With
+                `validation`, a `FitResult` that has them as `losses`.
 
         Raises:
             TypeError, ValueError: an argument is of another type or out of range, or as in a call.
@@ -218,22 +294,34 @@ class TrainStep:
             >>> losses = step.fit(x, y, epochs=20, batch_size=32, shuffle=True)
             >>> losses.shape
             torch.Size([20])
+            >>> loader = torch.utils.data.DataLoader([*zip(x[200:], y[200:])], batch_size=32)
+            >>> held_out = x[:200], y[:200]
+            >>> result = step.fit(loader, epochs=20, validation=held_out, patience=3)
+            >>> len(result.losses) == len(result.validation_losses)
+            True
         """
-        _check_fit(input, target, shuffle, generator)
-        rows = max(1, len(input))
-        epochs = positive("TrainStep.fit", "epochs", epochs)
+        is_loader = target is None and not isinstance(input, Tensor)
+        if is_loader:
+            batches.check_unset(FIT, batch_size=batch_size, shuffle=shuffle, generator=generator)
+        else:
+            batches.check_no_loader(FIT, input, target)
+            _check_fit(input, target, shuffle, generator)
+        epochs = positive(FIT, "epochs", epochs)
+        if is_loader:
+            batches.check_loader(FIT, "input", input, epochs)
+        rows = 1 if is_loader else max(1, len(input))  # type: ignore[arg-type]
         if batch_size is not None:
-            batch_size = min(positive("TrainStep.fit", "batch_size", batch_size), rows)
-        batch_size = batch_size or rows
-        with progress_bar(epochs) if progress else nullcontext() as after_epoch:
-            options = (epochs, batch_size, shuffle, generator, after_epoch)
-            try:
-                while (losses := self._trainer.fit(input, target, *options)) is None:
-                    self._read()
-            except CAUGHT as error:
-                self._explain(error, input, target)
-                raise
-        dtype = torch.promote_types(input.dtype, torch.float32)
+            batch_size = min(positive(FIT, "batch_size", batch_size), rows)
+        options: Any = (batch_size or rows, shuffle, generator)
+        given = (validation, metric, patience, scheduler, on_epoch, restore_best)
+        between = None
+        if is_loader or not all(map(operator.is_, given, DEFAULTS)):
+            between = Between(self._parts, epochs, *given)
+        with progress_bar(epochs) if progress else nullcontext() as show:
+            if between:
+                return self._fit_between(between, input, target, options, show)
+            losses = self._epochs(input, target, epochs, *options, show)
+        dtype = torch.promote_types(input.dtype, torch.float32)  # type: ignore[union-attr]
         return torch.tensor(losses, dtype=dtype, device="cpu")
 
     def _epoch(self, input: Tensor, target: Tensor, batch_size: int) -> float:
@@ -244,20 +332,56 @@ class TrainStep:
         loss: float = losses[0]
         return loss
 
+    def _epochs(self, input: Any, target: Any, *options: Any) -> Any:
+        """The losses of whole epochs in one call."""
+        try:
+            while (losses := self._trainer.fit(input, target, *options)) is None:
+                self._read()
+        except CAUGHT as error:
+            self._explain(error, input, target)
+            raise
+        return losses
+
+    def _fit_between(
+        self, between: Between, input: Any, target: Any, options: Any, show: AfterEpoch | None
+    ) -> Tensor | FitResult:
+        model, criterion, _ = self._parts
+        weight = next(model.parameters())
+        mean = criterion_module(criterion, Reading()).reduction == "mean"
+        may_be_pending = self._settings[1] > 1
+        last: tuple[Tensor, Tensor] | None = None
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            nonlocal last
+            last = (x[:0], y[:0]) if may_be_pending else None
+            return self(x, y)
+
+        def of_batches() -> float:
+            if target is None:
+                found = batches.on_device(batches.of_loader(FIT, input), weight.device)
+            else:
+                found = batches.of_tensors(input, target, *options)
+            return batches.train(step, found, mean)
+
+        def in_one_call() -> float:
+            loss: float = self._epochs(input, target, 1, *options, None)[0]
+            return loss
+
+        def finish() -> None:
+            if last:  # with no rows, fit only applies an incomplete group
+                self._epochs(*last, 1, 1, False, None, None)
+
+        # A call would apply an incomplete group at the end of each epoch.
+        train = of_batches if target is None or may_be_pending else in_one_call
+        return between.run(train, finish, torch.promote_types(weight.dtype, torch.float32), show)
+
     def _explain(self, error: Exception, input: Any, target: Any) -> None:
         """Raises `error` in terms of TrainStep's arguments; returns if it already is."""
         check_tensor("TrainStep", "input", input)
         check_tensor("TrainStep", "target", target)
         if str(error).startswith("TrainStep"):
             return
-        model, criterion, _ = self._parts
-        reading = read_model(model)
-        first, last = (reading.layers[index].parameters[0] for index in (0, -1))
-        loss = LOSSES[type(criterion_module(criterion, Reading()))]
-        for dimensions in reading.flattened:
-            input = input.flatten(*dimensions)
-        check_input("TrainStep", input, first)
-        check_target("TrainStep", loss.name, input, target, last, loss.promotes)
+        DataCheck(*self._parts[:2])("TrainStep", input, target)
         message = str(error)
         if "an optimizer state must be" in message and "to match" in message:  # after model.to()
             advice = "call optimizer.load_state_dict(optimizer.state_dict())"
@@ -275,17 +399,8 @@ class _Unread:
         return None
 
 
-def _check_fit(
-    input: Tensor, target: Tensor, shuffle: bool, generator: torch.Generator | None
-) -> None:
-    for name, tensor in (("input", input), ("target", target)):
-        check_tensor("TrainStep.fit", name, tensor)
-        if tensor.dim() < (2 if name == "input" else 1):
-            shape = "[n, *, K]" if name == "input" else "[n, ...]"
-            raise ValueError(f"TrainStep.fit: {name} must be {shape}, got {list(tensor.shape)}")
-    if len(input) != len(target):
-        rows = f"input has {len(input)} rows, target {len(target)}"
-        raise ValueError(f"TrainStep.fit: {rows}")
+def _check_fit(input: Any, target: Any, shuffle: Any, generator: Any) -> None:
+    batches.check_rows(FIT, input, target)
     if not isinstance(shuffle, bool):
         raise TypeError(f"TrainStep.fit: shuffle must be True or False, got {kind(shuffle)}")
     if not isinstance(generator, (torch.Generator, type(None))):

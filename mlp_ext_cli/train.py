@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlp_ext_cli.arguments import DEVICES, FLOATS, add_command, count, decay, file, rate, seed
+from mlp_ext_cli.arguments import (
+    DEVICES,
+    FLOATS,
+    add_command,
+    count,
+    decay,
+    file,
+    number,
+    rate,
+    seed,
+)
 
 LAYERS = ("native", "fused", "stack", "step", "fit")
 WRAPPERS = ("ddp", "fsdp")
@@ -30,6 +40,9 @@ the epochs, and its 20% and 80% quantiles; above 1 is faster. max loss diff: the
 largest difference from native's loss in any epoch; up to 0.01% counts as the
 same. test acc, test loss: on the 20% of the rows held out for testing.
 
+--validation: after each epoch, the loss on rows held out from training; its
+time counts. val loss, val acc: those of the best epoch, whose weights are kept.
+
 --csv: the first line names the columns; all except the target must be numbers.
 A target of text, or of whole numbers with at most 20 distinct values, is a
 class; any other is a number, and so is every target with --regression. Numbers
@@ -49,6 +62,8 @@ examples:
   mlp-ext train --data digits --hidden 64 --lr 2 --epochs 20 --plot loss.png
   mlp-ext train --data mnist5k --optimizer adamw --activation gelu \\
       --loss cross_entropy --lr 0.001
+  mlp-ext train --data digits --validation 0.2 --patience 10 --epochs 500 \\
+      --optimizer adam
   mlp-ext train --csv own.csv --target price --hidden 32,16 --save model.pt
   torchrun --nproc_per_node 2 -m mlp_ext train --distributed ddp --data digits \\
       --batch-size 64
@@ -92,6 +107,18 @@ def add_train(commands: Any) -> None:
     add("--lr", type=rate, default=0.01, metavar="X", help="learning rate (default: 0.01)")
     add("--weight-decay", type=decay, metavar="X", help="(default: the optimizer's)")
     add("--epochs", type=count, default=50, metavar="N", help="passes over the data (default: 50)")
+    add(
+        "--validation",
+        type=_fraction,
+        metavar="X",
+        help="part of the training rows to validate on, such as 0.2",
+    )
+    add(
+        "--patience",
+        type=count,
+        metavar="N",
+        help="stop after N epochs without a lower validation loss",
+    )
     add("--batch-size", type=count, default=10, metavar="N", help="rows per step (default: 10)")
     add("--seed", type=seed, default=0, metavar="N", help="random seed (default: 0)")
     add(
@@ -128,6 +155,9 @@ def add_train(commands: Any) -> None:
     add("--plot", type=file, metavar="FILE.png", help="plot the losses over epochs and time")
     add("--save", type=file, metavar="FILE.pt", help="write the trained weights")
     add("--json", type=file, metavar="FILE", help="write the settings, versions and results")
+
+
+_fraction = number(float, lambda x: 0 < x < 1, "a number between 0 and 1")
 
 
 def _widths(text: str) -> list[int]:

@@ -172,6 +172,34 @@ def test_one_kind_alone_is_compared_with_nothing(capsys: pytest.CaptureFixture[s
     assert re.fullmatch(rf"fused trained in [\d.]+ [mu]?s: {losses}\.", sentence)
 
 
+def test_validation_and_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    path = tmp_path / "run.json"
+    options = "--data digits --hidden 32 --lr 0.03 --optimizer adam --batch-size 64 --epochs 200"
+    stopping = "--validation 0.2 --patience 3"
+    args = ["train", *options.split(), *stopping.split(), "--json", str(path)]
+    assert main([*args, "--layers", "fit"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("digits: 1150 rows, 287 to validate and 360 to test")
+    (found,) = json.loads(path.read_text())["results"].values()
+    losses, best = found["validation_losses"], found["best_epoch"]
+    assert losses[best] == found["validation_loss"] == min(losses)
+    last = best + 3
+    assert len(losses) == len(found["losses"]) == last + 1 < 200
+    *_, line = epoch_lines(out)
+    assert re.fullmatch(rf"epoch: {last} loss: {NUMBER} val loss: {NUMBER} val acc: .+%", line)
+    heading, row = out.splitlines()[-5:-3]
+    assert re.split(r" {2,}", heading.strip())[1:] == [
+        "val loss",
+        "val acc",
+        "best epoch",
+        "test acc",
+    ]
+    cells = [f"{losses[best]:.4f}", f"{found['validation_accuracies'][best]:.1%}", str(best)]
+    assert re.split(r" {2,}", row.strip())[2:5] == cells
+    assert out.endswith(f"Training ended at epoch {last}, 3 after the best.\n")
+
+
 def result(speed: float, difference: float = 0.0, last: float = 0.2) -> dict[str, object]:
     found = {"speed_up": speed, "speed_up_range": [0.9 * speed, 1.1 * speed]}
     return {**found, "largest_difference": difference, "losses": [0.3, last], "seconds": [1.0, 1.0]}
@@ -303,6 +331,8 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         "lr": 0.01,
         "weight_decay": 0.2,
         "batch_size": 50,
+        "validation": None,
+        "patience": None,
         "seed": 4,
         "device": "cpu",
         "dtype": "float64",
@@ -492,6 +522,10 @@ ERRORS = [
     ("--csv folder --target y", "argument --csv: cannot read 'folder': Is a directory"),
     ("--csv file --target y", "argument --csv: file has only the column 'before'; expected "),
     ("--csv file --target y --data digits", "argument --data: not allowed with argument --csv"),
+    ("--validation 1", "argument --validation: must be a number between 0 and 1, got '1'"),
+    ("--validation 0.01", "argument --validation: 0.01 of 10 rows is 0"),
+    ("--patience 3", "argument --patience: requires --validation X, such as 0.2"),
+    ("--validation 0.2 --patience 0", "argument --patience: must be a whole number"),
     ("--log-every 0", "argument --log-every: must be a whole number"),
     ("--json missing/run.json", "argument --json: cannot write 'missing/run.json': No such file"),
     ("--json file/run.json", "argument --json: cannot write 'file/run.json': Not a directory"),

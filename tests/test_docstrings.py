@@ -69,7 +69,8 @@ def test_every_parameter_is_explained(name: str) -> None:
         parameters |= {*inspect.signature(function.torch_module).parameters} & {*function.options}
     if name == "Sequential":  # they are those of nn.Sequential
         parameters.clear()
-    heading = "Attributes" if is_dataclass(function) else "Args"
+    is_record = is_dataclass(function) or hasattr(function, "_fields")
+    heading = "Attributes" if is_record else "Args"
     explained = re.findall(r"^    \*{0,2}(\w+)(?: \(.*\))?: ", found.get(heading, ""), re.MULTILINE)
     assert parameters <= {*explained}
 

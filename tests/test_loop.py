@@ -242,3 +242,31 @@ def test_accuracy_counts_classes_found() -> None:
     assert torch.tensor(accuracy(same, two[:0], two[:0])).isnan()
     logits = two - 0.5
     assert accuracy(same, logits, torch.tensor([[0.0], [1], [1], [1]]), "bce_with_logits") == 0.75
+
+
+def test_kinds_stop_where_a_plain_loop_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at the same epoch, with the weights of the best one; also in groups of epochs."""
+    monkeypatch.setattr(loop, "GROUP_SECONDS", 10.0)
+    torch.manual_seed(1)
+    x = torch.randn(60, 10).double()
+    y = (x[:, :1] + torch.randn(60, 1) > 0).double()
+    data = Dataset("random", x[:30], y[:30], x[:0], y[:0], classes=2)
+    rows, model = (x[30:], y[30:]), make_mlp([10, 16, 1]).double()
+    options = {"epochs": 60, "lr": 0.02, "optimizer": "adam", "batch_size": 30}
+    runs = finish([*LAYERS], model, data, **options, validation=rows, patience=4)
+
+    copy = make_mlp([10, 16, 1]).double()
+    step = sgd_step(copy, nn.MSELoss(), torch.optim.Adam(copy.parameters(), lr=0.02))
+    losses, states = [], []
+    while len(losses) - 1 - (best := losses.index(min(losses)) if losses else -1) < 4:
+        step(data.x, data.y)
+        with torch.no_grad():
+            losses.append(nn.functional.mse_loss(copy(rows[0]), rows[1]).item())
+        states.append([p.detach().clone() for p in copy.parameters()])
+    assert 0 < best < 50
+    for run in runs:
+        assert (run.has_ended, run.validation.best.epoch) == (True, best), run.kind
+        assert len(run.losses) == len(run.seconds) == len(losses)
+        assert run.validation.losses == pytest.approx(losses)
+        assert accuracy(run.model, *rows) == run.validation.accuracies[best]
+        torch.testing.assert_close([p.detach() for p in run.model.parameters()], states[best])

@@ -88,6 +88,9 @@ from mlp_ext import TrainStep
 model = torch.nn.Linear(3, 1)
 criterion, optimizer = torch.nn.MSELoss(), torch.optim.SGD(model.parameters())
 input, target, parameters, calls = torch.ones(2, 3), torch.ones(2, 1), [*model.parameters()], 4
+step = TrainStep(model, criterion, optimizer)
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+x, y, x_valid, y_valid, loader = input, target, input, target, [(input, target)]
 """,
 }
 ELSEWHERE = {  # in tests of their own

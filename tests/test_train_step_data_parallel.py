@@ -11,7 +11,7 @@ from once import Once
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mlp_ext import TrainStep
+from mlp_ext import FitResult, TrainStep
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -50,6 +50,22 @@ def fitted(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> list[Tens
     return state_of(model, optimizer)
 
 
+def stopped(model: nn.Module, part: slice) -> tuple[FitResult, list[Tensor]]:
+    """On a part of the rows and of the validation rows."""
+    (x, y), held_out = data()[0], data()[1]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    found = TrainStep(model, nn.MSELoss(), optimizer).fit(
+        x[part],
+        y[part],
+        epochs=30,
+        validation=(held_out[0][part], held_out[1][part]),
+        metric=lambda output, target: -(output - target).abs().mean(),
+        patience=3,
+        scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0),
+    )
+    return found, state_of(model, optimizer)
+
+
 def refusals() -> dict[str, str]:
     """What a step says where DDP does more than average."""
     found = {}
@@ -78,6 +94,8 @@ def rank_runs(rank: int, folder: str) -> None:
         found[f"step {index}"] = trained(model, [(x[mine], y[mine]) for x, y in data()], **settings)
     x, y = data()[0]
     found["fit"] = fitted(DistributedDataParallel(model_of(rank)), x[mine], y[mine], 2)
+    result, state = stopped(DistributedDataParallel(model_of(rank)), mine)
+    found["stopped"] = tuple(result), state
     found["refused"] = refusals()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -105,6 +123,16 @@ def test_fit_of_two_processes_equals_one(ranks: list[dict[str, Any]]) -> None:
     expected = fitted(model_of(0), x[order], y[order], 4)
     for found in ranks:
         torch.testing.assert_close(found["fit"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_stop_where_one_process_does(ranks: list[dict[str, Any]]) -> None:
+    expected, state = stopped(model_of(0), slice(None))
+    assert 0 < expected.best_epoch < len(expected.losses) - 1 < 29
+    for rank in ranks:
+        found = FitResult(*rank["stopped"][0])
+        assert found[3:] == expected[3:]
+        torch.testing.assert_close(found[1:3], expected[1:3])
+        torch.testing.assert_close(rank["stopped"][1], state, rtol=1e-4, atol=1e-6)
 
 
 def test_what_else_ddp_does_is_refused(ranks: list[dict[str, Any]]) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import mlp_ext
 from mlp_ext import (
-    ACTIVATIONS, FusionReport, Level, LinearELU, LinearGELU, LinearHardtanh, LinearLeakyReLU,
-    LinearMish, LinearReLU, LinearReLU6, LinearSELU, LinearSiLU, LinearSigmoid, LinearSoftplus,
-    LinearTanh, Profile, Sequential, Site, Timing, TrainStep, TrainSteps, build_info, fuse,
-    fusion_report, linear_act, linear_relu, linear_sigmoid, linear_tanh, predict, profile, unfuse,
+    ACTIVATIONS, FitResult, FusionReport, Level, LinearELU, LinearGELU, LinearHardtanh,
+    LinearLeakyReLU, LinearMish, LinearReLU, LinearReLU6, LinearSELU, LinearSiLU, LinearSigmoid,
+    LinearSoftplus, LinearTanh, Profile, Sequential, Site, Timing, TrainStep, TrainSteps,
+    build_info, fuse, fusion_report, linear_act, linear_relu, linear_sigmoid, linear_tanh, predict,
+    profile, unfuse,
 )
 
 
@@ -77,7 +78,12 @@ function = TrainStep(model, nn.functional.mse_loss, optimizer)
 reveal_type(step(x, x))  # R: torch._tensor.Tensor
 losses = step.fit(x, x, epochs=3, batch_size=2, shuffle=True, generator=None, progress=False)
 reveal_type(losses)  # R: torch._tensor.Tensor
-step.fit(x, x, epochs="3")  # E: arg-type
+step.fit(x, x, epochs="3")  # E: call-overload
+result = step.fit([(x, x)], epochs=3, validation=(x, x), metric=lambda y, target: y.mean())
+reveal_type(result.metrics)  # R: torch._tensor.Tensor | None
+best: FitResult = step.fit(x, x, validation=[(x, x)], on_epoch=lambda *losses: None)
+reveal_type(best.best_epoch)  # R: int | None
+step.fit(x, x, patience=3)  # E: call-overload
 step(x)  # E: call-arg
 TrainStep(model, optimizer, nn.MSELoss())  # E: arg-type
 

@@ -42,6 +42,18 @@ class Dataset:
         return replace(self, x=x, y=y, x_test=x_test, y_test=y_test)
 
 
+def held_out(data: Dataset, fraction: float) -> tuple[Dataset, tuple[Tensor, Tensor]]:
+    """Without the last rows, which are drawn at random in every data set, and these.
+
+    Raises ValueError if either has no rows.
+    """
+    count = round(fraction * len(data.x))
+    if not 0 < count < len(data.x):
+        raise ValueError(f"{fraction:g} of {len(data.x)} rows is {count}")
+    rest = replace(data, x=data.x[:-count], y=data.y[:-count])
+    return rest, (data.x[-count:], data.y[-count:])
+
+
 def tutorial(seed: int) -> Dataset:
     """The tutorial's 10 random rows of 10 features, with targets that do not depend on them."""
     x = torch.randn(10, 10, generator=torch.Generator().manual_seed(seed))

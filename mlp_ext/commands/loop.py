@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, Step, make_mlp, sgd_step
 from mlp_ext.commands.data import Dataset
 from mlp_ext.commands.distributed import ALONE, Processes
+from mlp_ext.fitting import Best
 
 __all__ = [
     "LAYERS",
@@ -37,6 +38,44 @@ GROUP_SECONDS = 1e-3  # of the fastest kind
 TURNS = 3  # at least, for a median
 
 
+class Validation:
+    """Losses and accuracies on held-out rows after each epoch, and the best epoch so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: tuple[Tensor, Tensor],
+        loss: str,
+        classes: int,
+        patience: int | None,
+        processes: Processes,
+    ) -> None:
+        self.rows, self._model, self._loss, self._processes = rows, model, loss, processes
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []  # none if the targets are not labels
+        self._classes = classes
+        self.best = Best(model, patience, restore=True)
+        self.has_ended = False
+
+    def __call__(self) -> None:
+        """Computes and adds those of an epoch."""
+        x, y = self.rows
+        with torch.no_grad():
+            output = self._model(x)
+            loss = LOSSES[self._loss].criterion()(output, y).item()
+        self.add(self._processes.mean(loss), self.metric(output, y))
+
+    def metric(self, output: Tensor, y: Tensor) -> float:
+        return float(share_correct(output, y, self._loss)) if self._classes else math.nan
+
+    def add(self, loss: float, accuracy: float) -> bool:
+        """Whether training should end."""
+        self.losses.append(loss)
+        self.accuracies += [accuracy] * bool(self._classes)
+        self.has_ended = self.best.update(len(self.losses) - 1, loss)
+        return self.has_ended
+
+
 @dataclass
 class TrainingRun:
     """A model in training in one of the ways of LAYERS."""
@@ -47,6 +86,12 @@ class TrainingRun:
     losses: list[float] = field(default_factory=list)  # per epoch
     seconds: list[float] = field(default_factory=list)  # per epoch, the mean of its group
     generator: torch.Generator = field(default_factory=torch.Generator)  # shuffles the rows
+    validation: Validation | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Before its epochs have."""
+        return self.validation is not None and self.validation.has_ended
 
 
 def start(
@@ -88,6 +133,8 @@ def train(
     optimizer: str = "sgd",
     weight_decay: float | None = None,
     processes: Processes = ALONE,
+    validation: tuple[Tensor, Tensor] | None = None,
+    patience: int | None = None,
 ) -> Iterator[list[TrainingRun]]:
     """Trains a copy of `model` with each of `kinds`; yields their runs after each group of epochs.
 
@@ -98,6 +145,9 @@ def train(
     fastest kind GROUP_SECONDS, after two steps on a copy that warm up the caches.
 
     Each of several `processes` takes its part of each batch; the losses are those of one process.
+
+    validation: rows on which the loss is computed after each epoch. A run ends after `patience`
+    epochs in which it was not lower than before, and gets the weights of its best epoch at the end.
     """
     options = (model, lr, loss, optimizer, seed, processes, weight_decay)
     first_batch = replace(data, x=data.x[:batch_size], y=data.y[:batch_size])
@@ -111,40 +161,57 @@ def train(
     count = max(1, min(int(GROUP_SECONDS / epoch), math.ceil(epochs / TURNS)))
 
     runs = [start(kind, *options) for kind in kinds]
+    for run in runs if validation else ():
+        about = (loss, data.classes, patience, processes)
+        run.validation = Validation(run.model, validation, *about)  # type: ignore[arg-type]
     copies = [start(kind, *options) for kind in kinds] if count > 1 else []
     for turn, done in enumerate(range(0, epochs, count)):
         for place in range(turn, turn + len(runs)):
             if copies:
                 _train(copies[place % len(runs)], first_batch, 2, batch_size, processes)
             run = runs[place % len(runs)]
-            _train(run, data, min(count, epochs - done), batch_size, processes)
+            if not run.has_ended:
+                _train(run, data, min(count, epochs - done), batch_size, processes)
+        is_last = done + count >= epochs or all(run.has_ended for run in runs)
+        for run in runs if is_last else ():
+            if run.validation:
+                run.validation.best.put_back()
         yield runs
+        if is_last:
+            return
 
 
 def _train(
     run: TrainingRun, data: Dataset, epochs: int, batch_size: int, processes: Processes
 ) -> None:
     """Trains for some epochs and appends to the run's losses and seconds."""
-    started = _now(data)
+    started, validation = _now(data), run.validation
     if run.kind == "fit":
-        shuffle = batch_size < len(data.x)
+        options: dict[str, Any] = {"shuffle": batch_size < len(data.x), "generator": run.generator}
+        if validation:  # patience goes on over the calls
+            options |= {"validation": validation.rows, "metric": validation.metric}
+            options |= {"on_epoch": lambda epoch, loss, *found: validation.add(*found)}
+            options |= {"restore_best": False}
         fit = run.step.fit  # type: ignore[attr-defined]
-        losses = fit(data.x, data.y, epochs, batch_size, shuffle, run.generator)
+        found = fit(data.x, data.y, epochs, batch_size, **options)
         seconds = _now(data) - started
-        run.losses += losses.tolist()
+        run.losses += (found.losses if validation else found).tolist()
     else:
-        steps = [
-            [
-                (run.step(processes.part(x), processes.part(y)), len(x))
-                for x, y in _batches(data, batch_size, run.generator)
-            ]
-            for _ in range(epochs)
-        ]
+        steps = []
+        for _ in range(epochs):
+            batches = _batches(data, batch_size, run.generator)
+            parts = ((processes.part(x), processes.part(y), len(x)) for x, y in batches)
+            steps.append([(run.step(x, y), rows) for x, y, rows in parts])
+            if validation:
+                validation()
+            if run.has_ended:
+                break
         seconds = _now(data) - started
         for epoch in steps:
             total = sum(loss.item() * rows for loss, rows in epoch)
             run.losses.append(processes.mean(total / len(data.x)))
-    run.seconds += epochs * [seconds / epochs]
+    count = len(run.losses) - len(run.seconds)
+    run.seconds += count * [seconds / count]
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, loss: str = "mse") -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlp_ext.bench.machine import cpus, other_cpu_seconds
 from mlp_ext.bench.noise import busy
@@ -20,7 +20,7 @@ from mlp_ext.bench.rows import as_number, as_range, as_time, replacing
 from mlp_ext.bench.runner import summarize
 from mlp_ext.bench.training import LAYERS, LOSSES, make_mlp
 from mlp_ext.commands import arguments, plots
-from mlp_ext.commands.data import DATASETS, RENAMED, Dataset
+from mlp_ext.commands.data import DATASETS, RENAMED, Dataset, held_out
 from mlp_ext.commands.distributed import Processes, joined
 from mlp_ext.commands.loop import TrainingRun, accuracy, test_loss, train, unscaled_state
 from mlp_ext.commands.progress import Bar
@@ -41,6 +41,8 @@ OPTIONS = (  # recorded in the JSON file
     "lr",
     "weight_decay",
     "batch_size",
+    "validation",
+    "patience",
     "seed",
     "device",
     "dtype",
@@ -52,9 +54,14 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # name in _result: hea
     "speed_up_range": ("20-80%", lambda q: as_range(*q) if q[0] < q[1] else ""),
     "largest_difference": ("max loss diff", "{:.2g}".format),
     "accuracy": ("train acc", "{:.1%}".format),
+    "validation_loss": ("val loss", "{:.4f}".format),
+    "validation_accuracy": ("val acc", "{:.1%}".format),
+    "best_epoch": ("best epoch", str),
     "held_out": ("test acc", "{:.1%}".format),
     "test_loss": ("test loss", "{:.4f}".format),
 }
+# Not in the table with --validation, whose columns take their place.
+REPLACED = ("speed_up_range", "largest_difference", "accuracy")
 # Kinds that --distributed does not have: fit draws its own batches, step needs whole parameters.
 LEFT_OUT: dict[str | None, tuple[str, ...]] = {None: (), "ddp": ("fit",), "fsdp": ("step", "fit")}
 LINES = 10  # of epochs, about
@@ -73,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         args.data = args.data or "tutorial"
         arguments.check_name("--data", args.data, DATASETS, fail, RENAMED)
+    if args.patience and not args.validation:
+        fail("argument --patience: requires --validation X, such as 0.2")
     arguments.check_training(args)
     if args.layers in LEFT_OUT[args.distributed]:
         others = ", ".join(kind for kind in LAYERS if kind not in LEFT_OUT[args.distributed])
@@ -84,6 +93,12 @@ def run(args: argparse.Namespace) -> None:
 def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     data = arguments.read_data(args, args.csv, "--csv")
     arguments.check_loss(args, data)
+    validation = None
+    if args.validation:
+        try:
+            data, validation = held_out(data, args.validation)
+        except ValueError as error:
+            args.fail(f"argument --validation: {error}")
     last = torch.nn.Identity if data.is_number else LOSSES[args.loss].last
     widths = [data.x.shape[1], *args.hidden, data.y.shape[1]]
     dtype = getattr(torch, args.dtype)
@@ -92,7 +107,7 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     except RuntimeError as error:  # out of memory
         args.fail(f"argument --hidden: {str(error).splitlines()[0]}")
 
-    title = _title(args, data, widths, processes.count)
+    title = _title(args, data, validation, widths, processes.count)
     shown = processes.rank == 0 and not args.quiet
     if shown:
         print(*(textwrap.fill(line, 79) for line in title.splitlines()), sep="\n", flush=True)
@@ -102,7 +117,8 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     kinds = [kind for kind in kinds if kind not in LEFT_OUT[args.distributed]]
     names = ("epochs", "lr", "weight_decay", "batch_size", "seed", "loss", "optimizer")
     settings = {name: getattr(args, name) for name in names}
-    epochs = train(kinds, model, data, **settings, processes=processes)
+    stopping = {"validation": validation, "patience": args.patience}
+    epochs = train(kinds, model, data, **settings, **stopping, processes=processes)
     every = args.log_every or math.ceil(args.epochs / LINES)
     others, started = other_cpu_seconds(), time.perf_counter()
     runs = _follow(epochs, args.epochs, every, shown)
@@ -116,7 +132,7 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
     noise = ""
     if args.device == "cpu" and sum(sum(run.seconds) for run in runs) > SHORTEST:
         noise = busy(others, torch.get_num_threads(), len(cpus()))
-    sentence = textwrap.fill(_sentence(results, noise), 79)
+    sentence = textwrap.fill(_sentence(results, noise) + _ending(results, args.patience), 79)
     print(*[""] * shown, *_table(results), "", sentence, sep="\n", flush=True)
     try:
         if args.json:
@@ -133,8 +149,17 @@ def _train_in(processes: Processes, args: argparse.Namespace) -> None:
         args.fail(str(error).splitlines()[0])
 
 
-def _title(args: argparse.Namespace, data: Dataset, widths: Sequence[int], processes: int) -> str:
-    rows = f"{len(data.x)} rows" + f" and {len(data.x_test)} to test" * bool(len(data.x_test))
+def _title(
+    args: argparse.Namespace,
+    data: Dataset,
+    validation: tuple[Tensor, Tensor] | None,
+    widths: Sequence[int],
+    processes: int,
+) -> str:
+    rows = f"{len(data.x)} rows"
+    if validation:
+        rows += f", {len(validation[0])} to validate"
+    rows += f" and {len(data.x_test)} to test" * bool(len(data.x_test))
     target = ""
     if args.csv:
         kind = "a number" if data.is_number else f"{data.classes} classes"
@@ -162,11 +187,12 @@ def _follow(
     done = 0
     with Bar(total, shown) as bar:
         for runs in epochs:
-            before, done = done, len(runs[0].losses)
+            before, done = done, max(len(run.losses) for run in runs)
+            last = done - 1 if all(run.has_ended for run in runs) else total - 1
             lines = [
                 _line(epoch, runs)
                 for epoch in range(before, done)
-                if shown and (epoch % every == 0 or epoch == total - 1)
+                if shown and (epoch % every == 0 or epoch == last)
             ]
             if lines:
                 with bar.aside():
@@ -178,9 +204,14 @@ def _follow(
 def _line(epoch: int, runs: Sequence[TrainingRun]) -> str:
     """One run's loss, or a table row, the first one with a heading."""
     if len(runs) == 1:
-        return f"epoch: {epoch} loss: {runs[0].losses[epoch]:.4f}"
+        text = f"epoch: {epoch} loss: {runs[0].losses[epoch]:.4f}"
+        if validation := runs[0].validation:
+            text += f" val loss: {validation.losses[epoch]:.4f}"
+            text += "".join(f" val acc: {a:.1%}" for a in validation.accuracies[epoch : epoch + 1])
+        return text
     heading = "\n epoch" + "".join(f"{run.kind:>9}" for run in runs) + "\n"
-    cells = "".join(f"{run.losses[epoch]:>9.4f}" for run in runs)
+    losses = [run.losses[epoch] if epoch < len(run.losses) else None for run in runs]
+    cells = "".join(" " * 9 if loss is None else f"{loss:>9.4f}" for loss in losses)
     return heading * (epoch == 0) + f"{epoch:>6}{cells}"
 
 
@@ -188,14 +219,25 @@ def _result(
     run: TrainingRun, native: TrainingRun | None, data: Dataset, loss: str
 ) -> dict[str, Any]:
     """The results of a run, compared with `native` if given."""
-    seconds = {"native": (native or run).seconds, run.kind: run.seconds}
+    count = min(len(each.seconds) for each in (native or run, run))
+    seconds = {each.kind: each.seconds[:count] for each in (native or run, run)}
+    seconds.setdefault("native", run.seconds)
     summary = summarize(seconds)[run.kind]
     result: dict[str, Any] = {"ms_per_epoch": 1e3 * summary.median_s}
     if native:
-        losses = torch.tensor([run.losses, native.losses], dtype=torch.float64)
+        losses = torch.tensor([run.losses[:count], native.losses[:count]], dtype=torch.float64)
         result["speed_up"] = summary.ratio_to_native
         result["speed_up_range"] = [summary.ratio_q20, summary.ratio_q80]
         result["largest_difference"] = (losses[0] - losses[1]).abs().max().item()
+    if validation := run.validation:
+        best = -1 if validation.best.epoch is None else validation.best.epoch
+        result["validation_loss"] = validation.losses[best]
+        if data.classes:
+            result["validation_accuracy"] = validation.accuracies[best]
+        result["best_epoch"] = validation.best.epoch
+        result["has_ended"] = run.has_ended
+        result["validation_losses"] = validation.losses
+        result["validation_accuracies"] = validation.accuracies
     if data.classes:
         result["accuracy"] = accuracy(run.model, data.x, data.y, loss)
         result["held_out"] = accuracy(run.model, data.x_test, data.y_test, loss)
@@ -206,7 +248,9 @@ def _result(
 
 def _table(results: dict[str, dict[str, Any]]) -> list[str]:
     """A table row for each kind, with the COLUMNS that the results have."""
-    known = [name for name in COLUMNS if name in next(iter(results.values()))]
+    first = next(iter(results.values()))
+    left_out = REPLACED if "best_epoch" in first else ()
+    known = [name for name in COLUMNS if name in first and name not in left_out]
     rows = [["", *(COLUMNS[name][0] for name in known)]]
     for kind, result in results.items():
         rows.append([kind, *(COLUMNS[name][1](result[name]) for name in known)])
@@ -233,6 +277,21 @@ def _sentence(results: dict[str, dict[str, Any]], noise: str = "") -> str:
     return (
         f"{text}; the losses of {largest} differ from torch's by up to {differences[largest]:.2g}."
     )
+
+
+def _ending(results: dict[str, dict[str, Any]], patience: int | None) -> str:
+    """Why training with validation ended."""
+    kinds: dict[str, list[str]] = {}
+    for kind, result in results.items():
+        if "best_epoch" not in result:
+            return ""
+        why = "after all epochs"
+        if result["has_ended"]:
+            why = f"at epoch {len(result['losses']) - 1}, {patience} after the best"
+        kinds.setdefault(why, []).append(kind)
+    if len(kinds) == 1:
+        return f" Training ended {next(iter(kinds))}."
+    return "".join(f" {', '.join(names)} ended {why}." for why, names in kinds.items())
 
 
 def _loading(args: argparse.Namespace, model: nn.Sequential, data: Dataset) -> list[str]:
