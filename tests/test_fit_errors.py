@@ -103,7 +103,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "error", "message"), ERRORS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("wrong", "error", "message"), ERRORS, ids=[e[-1][:40] for e in ERRORS])
 def test_wrong_argument_is_an_error_before_anything(
     wrong: dict[str, Any], error: type[Exception], message: str, part: Training
 ) -> None:
@@ -213,7 +213,9 @@ OF_LOADERS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "error", "message"), OF_LOADERS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"), OF_LOADERS, ids=[e[-1][:40] for e in OF_LOADERS]
+)
 def test_wrong_loader_is_an_error_before_anything(
     wrong: dict[str, Any], error: type[Exception], message: str, part: Training
 ) -> None:
