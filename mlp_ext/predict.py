@@ -105,6 +105,7 @@ def outputs(model: nn.Module, input: Tensor) -> Tensor:
 
     input: what a step takes, [n, *, K]. Call under no_grad.
     """
+    torch.clear_autocast_cache()  # under autocast it holds weights from before the last steps
     stack = _stack(0, model)
     parameters = stack.parameters()
     for dimensions in stack.flattened:

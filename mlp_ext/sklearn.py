@@ -7,7 +7,7 @@ checks, first weights, stopping, predictions and scores are inherited.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -353,14 +353,14 @@ class _TrainedBySteps:
         return tags
 
 
-def _check(estimator: Any, X: Any, unsupported: Iterable[str]) -> None:
+def _check(estimator: Any, X: Any, unsupported: Mapping[str, Any]) -> None:
     """Raises where scikit-learn's own estimator must be used."""
     name = type(estimator).__name__
     instead = f"use sklearn.neural_network.{name}"
     for parameter, value in (("solver", "lbfgs"), ("loss", "poisson")):
         if getattr(estimator, parameter, None) == value:
             raise ValueError(f"{name}: {parameter}={value!r} is not supported; {instead}")
-    for argument in unsupported:
+    for argument in (name for name, value in unsupported.items() if value is not None):
         raise TypeError(f"{name}: {argument} is not supported; {instead}")
     if issparse(X):
         raise TypeError(f"{name}: X is sparse; pass X.toarray(), or {instead}")

@@ -157,6 +157,7 @@ import torch
 from torch import nn
 import mlp_ext
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
 optimizer = torch.optim.Adam(model.parameters())

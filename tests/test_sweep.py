@@ -147,7 +147,7 @@ def test_networks_are_those_of_an_eager_loop_on_their_folds(loss: str) -> None:
         Setting((5, 4), 40, 0.2, 0),
     ]
     chosen = networks(settings, [0, 5], 3)
-    results = train_many(run, chosen, lambda epochs: None)
+    results, _ = train_many(run, chosen, lambda epochs: None)
     assert [result.network for result in results] == chosen
     for network, train_loss, (held,) in results[::4]:
         widths = [64, *network.setting.hidden, 10]
@@ -194,10 +194,10 @@ def test_other_seeds_draw_other_folds() -> None:
 def test_networks_that_do_not_fit_memory_train_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Sweep(load("breast_cancer"), 2, "relu", "mse", "sgd", epochs=2)
     chosen = networks([Setting((4,), 50, 0.1, None), Setting((4,), 50, 0.2, None)], range(3), 2)
-    expected = train_many(run, chosen, lambda epochs: None)
+    expected, _ = train_many(run, chosen, lambda epochs: None)
     seen: list[int] = []
     monkeypatch.setattr(many, "TOGETHER", 5 * (30 * 4 + 4 + 5))
-    assert train_many(run, chosen, seen.append) == expected
+    assert train_many(run, chosen, seen.append)[0] == expected
     assert seen == [5, 5, 5, 5, 2, 2]
 
 
@@ -397,11 +397,13 @@ def test_interrupted_sweep_leaves_nothing(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
+    before = f"{','.join(sweep_command.AXES)},seed,fold,of another sweep"
+    (folder / "file").write_text(before)
     monkeypatch.setattr(many.TrainSteps, "fit", interrupt)
     assert main(["sweep", *SMALL.split(), "--csv", "file", "--plot", "sweep.png"]) == 130
     assert capsys.readouterr().err == "\nmlp-ext: interrupted\n"
     assert {path.name for path in folder.iterdir()} == {"folder", "file"}
-    assert (folder / "file").read_text() == "before"
+    assert (folder / "file").read_text() == before
 
 
 class Terminal(io.StringIO):
@@ -477,3 +479,13 @@ def test_estimate_is_that_of_the_steps_of_all(monkeypatch: pytest.MonkeyPatch) -
     found = many.one_after_another(run, networks(settings, range(3), None))
     assert timed == [500, 1437]  # rows: 50 batches, all
     assert found["fit"] == pytest.approx(2 * 7 * 3 * (144 / 50 + 1))
+
+
+def test_data_is_not_overwritten_by_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("age,price\n1,2\n")
+    assert main(["sweep", "--csv", str(path)]) == 2
+    assert f"to train on it: --data {path} --target COLUMN" in capsys.readouterr().err
+    assert path.read_text() == "age,price\n1,2\n"

@@ -188,6 +188,7 @@ import torch
 from torch import nn
 import mlp_ext
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 torch.manual_seed(0)
 models = [nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 1)) for _ in range(100)]
 optimizers = [torch.optim.Adam(model.parameters()) for model in models]

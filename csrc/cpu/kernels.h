@@ -208,7 +208,7 @@ struct LaneNetwork {
   const int64_t* classes;           // [input rows] instead of target, or nullptr
   int64_t classes_stride;
   const int64_t* order;  // [epochs, rows] indices of input rows, or nullptr: rows in their own order
-  void* losses;          // [epochs, batches] of S, before each update
+  void* losses;          // [epochs, losses_per_epoch] of S, before each update
   int64_t done;          // out: steps done; fewer than all if the loss needs probabilities and got others
 };
 struct LaneProblem {
@@ -220,6 +220,7 @@ struct LaneProblem {
   size_t optimizer;                      // index in Optimizers
   int64_t rows, batch, epochs;           // the same for all; batches = ceil(rows / batch)
   bool same_x, same_target, same_order;  // whether all networks have the same pointers
+  int64_t losses_per_epoch;              // at least batches
 };
 
 // For float and double. Networks in one call agree in which of their hyperparameters are 0, and have the same states.

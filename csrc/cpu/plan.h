@@ -46,7 +46,7 @@ constexpr int64_t kBlockColumns = 1024;              // column block of C; A is 
 constexpr int64_t kRowsPerPiece = 512;               // M; bounds the float accumulators of 16-bit results
 constexpr int64_t kBiasesPerPiece = 1 << 18;         // N; bounds the sums of db
 constexpr int64_t kMostPanelOutputs = 1 << 13;       // outputs; the loss of a panel fits the workspace
-constexpr size_t kMostLayers = 32;                   // of StepPath::blocks
+constexpr size_t kMostLayers = 32;                   // of StepPath::lanes, blocks and ManyPath::lanes
 constexpr int64_t kFewOutputs = 32;                  // M N; below, packing W costs more than narrow saves
 constexpr int64_t kMostSmallMultiplyAdds = 1 << 16;  // bounds the workspace of small
 constexpr int64_t kLossRows = 8;                     // rows of outputs per call of the loss kernel
@@ -270,7 +270,8 @@ inline ManyPath make_many_plan(int64_t M, std::span<const int64_t> widths, int64
   int64_t weights = 0;
   for (size_t l = 1; l < widths.size(); ++l) weights += widths[l - 1] * widths[l];
   const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
-  if (item_size >= 4 && weights <= limits.lane_weights && some_layer) return ManyPath::lanes;
+  const bool fits = item_size >= 4 && widths.size() <= kMostLayers + 1 && weights <= limits.lane_weights;
+  if (fits && some_layer) return ManyPath::lanes;
   return M * weights <= limits.core_multiply_adds ? ManyPath::cores : ManyPath::turns;
 }
 

@@ -84,7 +84,7 @@ class Lanes {
         dtype_(dtype_of(first_.input)),
         kernels_(*variant().lane_kernels(dtype_)),
         losses_(zero_losses(many)),
-        steps_per_epoch_(many.batches()) {
+        losses_per_epoch_(many.batches()) {
     const auto unit_stride = [](const at::Tensor& t) {
       return t.dim() == 1 || t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous();
     };
@@ -178,7 +178,8 @@ class Lanes {
                               many_.epochs,
                               all_same([](const LaneNetwork& n) { return n.x.data; }),
                               all_same([](const LaneNetwork& n) { return std::pair(n.target.data, n.classes); }),
-                              all_same([](const LaneNetwork& n) { return n.order; })};
+                              all_same([](const LaneNetwork& n) { return n.order; }),
+                              losses_per_epoch_};
     kernels_.train(problem, {networks.data(), networks.size()}, scratch(kernels_.scratch_bytes(problem)));
     for (size_t l = 0; l < networks.size(); ++l) {
       const int64_t done = networks[l].done;
@@ -200,7 +201,7 @@ class Lanes {
   const DType dtype_;
   const LaneKernels& kernels_;
   const at::Tensor losses_;
-  const int64_t steps_per_epoch_;
+  const int64_t losses_per_epoch_;
   std::vector<at::Tensor> inputs_, targets_, orders_;
   at::Tensor loss_weight_;
   c10::SmallVector<LaneLayer, 8> layers_;

@@ -16,7 +16,7 @@ from mlp_ext_cli.arguments import meant
 from mlp_ext_cli.bench import SKLEARN
 
 WIDTH = 79  # of a terminal
-ABOUT = f"{SKLEARN}: cases {', '.join(CASES)}; native is scikit-learn's own estimator"
+ABOUT = f"{SKLEARN}: cases {', '.join(CASES)}; native is scikit-learn's"
 OTHERS = (  # options of the other suites
     *("mode", "providers", "provider", "optimizer", "json", "plot", "peak", "beside_load"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -128,20 +129,26 @@ def structures(networks: Iterable[Network]) -> Iterator[list[Network]]:
 
 def train_many(
     sweep: Sweep, networks: Sequence[Network], progress: Callable[[int], object]
-) -> list[Result]:
-    """Trains all; calls progress(epochs) with the number of epochs of a network done since."""
+) -> tuple[list[Result], float]:
+    """Trains all; also returns the seconds in TrainSteps.fit.
+
+    Calls progress(epochs) with the number of epochs of a network done since.
+    """
     results: list[Result] = []
+    seconds = 0.0
     for group in structures(networks):
         size = sum(parameter.numel() for parameter in sweep.model(group[0]).parameters())
         count = max(1, TOGETHER // size)
         for start in range(0, len(group), count):
-            results += _train(sweep, group[start : start + count], progress)
-    return results
+            found, took = _train(sweep, group[start : start + count], progress)
+            results += found
+            seconds += took
+    return results, seconds
 
 
 def _train(
     sweep: Sweep, networks: Sequence[Network], progress: Callable[[int], object]
-) -> list[Result]:
+) -> tuple[list[Result], float]:
     """Of one structure and batch size."""
     data, (_, batch_size, *_) = sweep.data, networks[0].setting
     models = [sweep.model(network) for network in networks]
@@ -155,20 +162,23 @@ def _train(
     seeds = [network.seed for network in networks] if shuffle else []
     generators = [torch.Generator().manual_seed(seed) for seed in seeds] or None
     held: list[list[Held]] = [[] for _ in networks]
-    chunk, done = ceil(sweep.epochs / EVALUATIONS), 0
+    chunk, done, seconds = ceil(sweep.epochs / EVALUATIONS), 0, 0.0
     while done < sweep.epochs:
         epochs = min(chunk, sweep.epochs - done)
+        started = time.perf_counter()
         losses = steps.fit(data.x, data.y, epochs, batch_size, shuffle, generators, rows)
+        seconds += time.perf_counter() - started
         done += epochs
         if sweep.curves or done == sweep.epochs:
             for network, found in _evaluate(sweep, networks, models, done):
                 held[network].append(found)
         progress(epochs * len(networks))
     last = losses[-1].tolist()
-    return [
+    results = [
         Result(network, loss, tuple(found))
         for network, loss, found in zip(networks, last, held, strict=True)
     ]
+    return results, seconds
 
 
 def _evaluate(

@@ -77,6 +77,7 @@ class Outcome:
 
 def run(args: argparse.Namespace) -> None:
     source = _source(args)
+    _check_results(args)
     arguments.check_training(args)
     count = math.prod(len(getattr(args, axis)) for axis in AXES) * args.seeds * (args.folds or 1)
     if count > MOST:
@@ -99,6 +100,17 @@ def _source(args: argparse.Namespace) -> Path | None:
     if args.csv and args.csv.resolve() == path.resolve():
         fail("argument --csv: is the file of --data; name another for the results")
     return path
+
+
+def _check_results(args: argparse.Namespace) -> None:
+    """`train` reads the file of --csv, so it may be the user's data."""
+    if args.csv and args.csv.exists() and args.csv.stat().st_size:
+        with args.csv.open(errors="replace") as file:
+            if not file.readline().startswith(f"{','.join(AXES)},seed,fold,"):
+                what = f"'{args.csv}' has no results of a sweep, which would replace it"
+                args.fail(
+                    f"argument --csv: {what}; to train on it: --data {args.csv} --target COLUMN"
+                )
 
 
 def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | None) -> None:
@@ -130,7 +142,7 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     mine = every[processes.rank :: processes.count]
     with Bar(len(mine) * args.epochs, shown) as bar:
         try:
-            found = train_many(sweep, mine, bar.advance)
+            found, seconds = train_many(sweep, mine, bar.advance)
         except RuntimeError as error:
             what = str(error).splitlines()[0]
             if "between 0 and 1" in what:  # the targets are
@@ -138,7 +150,6 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
                 args.fail(f"argument --loss: {what}; use a smaller --lr or bce_with_logits")
             args.fail(what)  # out of memory
     results = processes.gather(found)
-    seconds = time.perf_counter() - started
     if processes.rank:
         return
 

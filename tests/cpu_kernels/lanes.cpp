@@ -113,9 +113,19 @@ struct Call {
       layers.push_back({p.widths[l], p.widths[l + 1], &activations[l], p.has_bias(l), p.learns(2 * l),
                         p.has_bias(l) && p.learns(2 * l + 1)});
     const size_t optimizer = index_of(p.optimizer.name, Optimizers{});
-    const LaneProblem problem{layers,        p.lowest,    &loss,   p.mean,   p.loss.weighted ? weight.data() : nullptr,
-                              optimizer,     p.rows,      p.batch, p.epochs, !p.own_x,
-                              !p.own_target, p.orders < 2};
+    const LaneProblem problem{layers,
+                              p.lowest,
+                              &loss,
+                              p.mean,
+                              p.loss.weighted ? weight.data() : nullptr,
+                              optimizer,
+                              p.rows,
+                              p.batch,
+                              p.epochs,
+                              !p.own_x,
+                              !p.own_target,
+                              p.orders < 2,
+                              ceil_div(p.rows, p.batch)};
     std::vector<LaneNetwork> lanes;
     for (size_t e = 0; e < networks.size(); ++e) {
       Network<S>& n = networks[e];

@@ -55,6 +55,7 @@ struct FewRows {
       const Range chunk{n0, std::min(n0 + kChunk, rows.end)};
       grad_z_rows<S>(b, {0, M}, chunk, dz, kChunk);
       if (first) bias(chunk);
+      if (!needs_dw && !b.dx.data) continue;  // db alone
       clear(sums);
       for_rows(chunk, [&](auto count, int64_t n) {
         constexpr int R = decltype(count)::value;

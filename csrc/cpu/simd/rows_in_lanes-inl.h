@@ -58,7 +58,7 @@ class RowsInLanes {
     x_ = take(kGroups * p.layers[0].K * lanes);
     spare_ = take(kGroups * widest_ * lanes);
     zeros_ = take(widest_);
-    weight_ = p.loss.weight ? take(N * lanes) : nullptr;
+    weight_ = take(N * lanes);  // whatever the loss, which bytes() is not told
     gradients_ = take(p.sums * lanes);
     totals_ = reinterpret_cast<double*>(take(p.sums * static_cast<int64_t>(sizeof(double) / sizeof(T))));
   }
@@ -67,7 +67,7 @@ class RowsInLanes {
   // As StepRows::run.
   double run(Range rows, T* sums, bool& valid) {
     std::fill(zeros_, zeros_ + widest_, T(0));
-    if (weight_)
+    if (p_.loss.weight)
       for (int64_t n = 0; n < p_.layers.back().N; ++n)
         store(weight_ + n * lanes, V(static_cast<const T*>(p_.loss.weight)[n]));
     std::fill(totals_, totals_ + (rows.size() > kShortSum ? p_.sums : 0), 0.0);
@@ -91,18 +91,16 @@ class RowsInLanes {
     return at;
   }
 
-  // Rows [begin, begin + lanes) in lanes; lanes from `end` on repeat `past`, or the last row if that is nullptr.
-  void gather_rows(const ConstMatrix& matrix, int64_t width, int64_t begin, int64_t end, const T* past, T* to) const {
+  // Rows [begin, begin + lanes) in lanes; lanes from `end` on repeat the last row, since 0 could make a NaN.
+  void gather_rows(const ConstMatrix& matrix, int64_t width, int64_t begin, int64_t end, T* to) const {
     const T* rows[lanes];
-    for (int64_t l = 0; l < lanes; ++l)
-      rows[l] = begin + l >= end && past ? past : at<T>(matrix, std::min(begin + l, end - 1), 0);
+    for (int64_t l = 0; l < lanes; ++l) rows[l] = at<T>(matrix, std::min(begin + l, end - 1), 0);
     gather(rows, width, to);
   }
 
   double block(Range rows, bool adds, bool& valid) {
     const int64_t groups = ceil_div(rows.size(), int64_t(lanes)), K = p_.layers[0].K;
-    for (int64_t g = 0; g < groups; ++g)
-      gather_rows(p_.x, K, rows.begin + g * lanes, rows.end, zeros_, x_ + g * K * lanes);
+    for (int64_t g = 0; g < groups; ++g) gather_rows(p_.x, K, rows.begin + g * lanes, rows.end, x_ + g * K * lanes);
     forward(groups);
     double total = 0;
     for (int64_t g = 0; g < groups; ++g) total += loss(g, rows.begin + g * lanes, rows.end, valid);
@@ -136,8 +134,8 @@ class RowsInLanes {
         spare_[l] = c == given.ignore_index ? T(-1) : static_cast<T>(c);
       }
     else
-      gather_rows(given.target, N, begin, end, nullptr, spare_);
-    const Loss in_lanes{given.function, 1, {spare_, N}, nullptr, 1, weight_};
+      gather_rows(given.target, N, begin, end, spare_);
+    const Loss in_lanes{given.function, 1, {spare_, N}, nullptr, 1, given.weight ? weight_ : nullptr};
     std::array<double, lanes> scales, totals{};
     std::array<bool, lanes> all_valid;
     scales.fill(given.scale), all_valid.fill(true);

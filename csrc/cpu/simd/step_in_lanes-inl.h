@@ -107,7 +107,8 @@ class StepsInLanes {
     int64_t done = 0;
     for (int64_t epoch = 0; epoch < p_.epochs; ++epoch)
       for (int64_t i = 0; i < batches; ++i, ++done) {
-        step(epoch * p_.rows, i * p_.batch, std::min(p_.batch, p_.rows - i * p_.batch), done);
+        step(epoch * p_.rows, i * p_.batch, std::min(p_.batch, p_.rows - i * p_.batch), done,
+             epoch * p_.losses_per_epoch + i);
         if (learning_lanes_ == 0) return write_networks();
       }
     for (int l = 0; l < used_lanes_; ++l)
@@ -251,7 +252,8 @@ class StepsInLanes {
 
   // ---- a step ----
 
-  void step(int64_t epoch, int64_t begin, int64_t M, int64_t done) {
+  // Of rows [begin, begin + M) of the epoch whose order starts at `epoch`; stores its losses at index `at`.
+  void step(int64_t epoch, int64_t begin, int64_t M, int64_t done, int64_t at) {
     epoch_ = epoch;
     totals_of_losses_.fill(0);
     valid_.fill(true);
@@ -268,7 +270,7 @@ class StepsInLanes {
     for (int l = 0; l < used_lanes_; ++l) {
       if (learns_.v[l] == 0) continue;
       if (valid_[l]) {
-        static_cast<T*>(networks_[l].losses)[done] = static_cast<T>(totals_of_losses_[l] * scales_[l]);
+        static_cast<T*>(networks_[l].losses)[at] = static_cast<T>(totals_of_losses_[l] * scales_[l]);
       } else {
         learns_.v[l] = 0;
         --learning_lanes_;
