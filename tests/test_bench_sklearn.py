@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BENCH = ["bench", "--suite", "sklearn"]
 
 
+@pytest.mark.slow
 def test_rows_and_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

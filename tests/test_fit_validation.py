@@ -228,6 +228,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_of_validation_is_bounded() -> None:
     """All outputs of the hidden layer would be 381 MiB."""
     done = subprocess.run(

@@ -253,6 +253,7 @@ print(added(64), added(640))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_networks() -> None:
     """Beside the models: 640 networks' permutations of one epoch alone are 98 MiB."""
     done = subprocess.run(
