@@ -11,7 +11,7 @@ namespace mlp_ext::cpu {
 enum class DotMode {
   fma,       // 16-bit types are converted to float
   bf16_dot,  // AVX512_BF16 pairs, in our kernels and in torch's library
-  amx,       // matrix unit, used by torch's library only
+  amx,       // the tile unit of AMX, in our kernels and in torch's library
 };
 constexpr const char* kDotModes[] = {"fma", "bf16_dot", "amx"};
 

@@ -19,12 +19,13 @@ enum class Path {
   one_output,  // backward: as tall, row by row, for N = 1
   few_rows,    // backward: W row by row, bound by memory
   packed,      // blocked and packed, one GEMM after another
+  amx,         // packed once for the tile unit
   library,     // torch's GEMMs, with one elementwise pass after (y) or before (dz, db)
 };
-constexpr int kPaths = 9;
+constexpr int kPaths = 10;
 constexpr const char* path_name(Path path) {
-  constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall",   "one_input",
-                                         "one_output", "few_rows", "packed", "library"};
+  constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall", "one_input",
+                                         "one_output", "few_rows", "packed", "amx",    "library"};
   return names[static_cast<int>(path)];
 }
 
@@ -49,6 +50,7 @@ constexpr int64_t kMostPanelOutputs = 1 << 13;       // outputs; the loss of a p
 constexpr size_t kMostLayers = 32;                   // of StepPath::lanes, blocks and ManyPath::lanes
 constexpr int64_t kFewOutputs = 32;                  // M N; below, packing W costs more than narrow saves
 constexpr int64_t kMostSmallMultiplyAdds = 1 << 16;  // bounds the workspace of small
+constexpr int64_t kTileDepth = 1 << 15;              // K of amx; bounds the packed rows of x
 constexpr int64_t kLossRows = 8;                     // rows of outputs per call of the loss kernel
 constexpr int64_t kFlushedMultiplyAdds = 1 << 12;  // above, torch's bfloat16 GEMM flushes subnormals, as VDPBF16PS does
 
@@ -110,6 +112,8 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
       return !forward && s.M <= kMostFewRows && s.K > 0;
     case Path::packed:
       return true;
+    case Path::amx:
+      return s.mode == DotMode::amx && s.multiply_adds() > 0 && s.K <= kTileDepth;
     case Path::library:  // torch multiplies float16 slowly
       return (s.item_size > 2 || s.mode != DotMode::fma) && rows_in_whole_pairs && s.multiply_adds() > 0;
   }

@@ -1,0 +1,122 @@
+// A layer in bfloat16 on the tile unit: threads pack the operands together, then multiply.
+#include "cpu/amx.h"
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/caching_allocator.h"
+#include "cpu/layer.h"
+#include "cpu/variants.h"
+
+namespace mlp_ext::cpu {
+
+namespace {
+
+// Memory of packed operands, rounding up where they are small.
+at::Tensor panels(int64_t lines, int64_t depth) { return empty_cached({tile_panels_bytes(lines, depth)}, at::kByte); }
+
+// Piece i of n of [0, size), split at panels.
+Range piece_of_panels(int64_t i, int64_t n, int64_t size) {
+  const int64_t count = ceil_div(size, kPanelSide);
+  return {std::min(size, i * count / n * kPanelSide), std::min(size, (i + 1) * count / n * kPanelSide)};
+}
+
+// Runs f(rows, columns) for piece i of a grid over [rows, columns].
+template <class F>
+void run_piece(const Grid& grid, int64_t i, int64_t rows, int64_t columns, const F& f) {
+  const Range r = piece_of_panels(i / grid.columns, grid.rows, rows);
+  const Range c = piece_of_panels(i % grid.columns, grid.columns, columns);
+  if (r.size() > 0 && c.size() > 0) f(r, c);
+}
+
+constexpr int64_t kPackedBytes = int64_t(32) << 20;  // of dz and x at a time
+
+int64_t packing_pieces(int64_t elements) {
+  return std::clamp<int64_t>(elements / limits_of(DType::bfloat16).elements_per_thread, 1, threads());
+}
+
+// The rows `samples` of a problem.
+Backward part_of(const Backward& b, Range samples) {
+  const auto from = [&](auto m) {
+    using Byte = std::conditional_t<std::is_same_v<decltype(m), Matrix>, char, const char>;
+    if (m.data) m.data = static_cast<Byte*>(m.data) + samples.begin * m.stride * item_size(DType::bfloat16);
+    return m;
+  };
+  Backward part = b;
+  part.M = samples.size();
+  part.dy = from(b.dy), part.saved = from(b.saved), part.x = from(b.x), part.dx = from(b.dx);
+  return part;
+}
+
+}  // namespace
+
+// y = act(x W^T + b)
+void forward_by_amx(const Forward& problem, Grid grid, const TileKernels& kernels) {
+  Forward f = problem;
+  f.block_bytes = block_bytes(limits_of(DType::bfloat16));
+  const at::Tensor w = panels(f.N, f.K);
+  void* const w_panels = w.mutable_data_ptr();
+  const int64_t packing = packing_pieces(f.N * f.K);
+  in_region_if(packing > 1 || grid.size() > 1, [&] {
+    for_pieces(packing,
+               [&](int64_t i) { kernels.pack_b_transposed(f.w, piece_of_panels(i, packing, f.N), f.K, w_panels); });
+    for_pieces(grid.size(), [&](int64_t i) {
+      run_piece(grid, i, f.M, f.N, [&](Range rows, Range columns) {
+        kernels.forward(f, w_panels, rows, columns,
+                        scratch(tile_forward_scratch_bytes(rows.size(), f.K, f.block_bytes)));
+      });
+    });
+  });
+}
+
+// dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
+void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernels& kernels) {
+  const int64_t M = problem.M, K = problem.K, N = problem.N;
+  const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w,
+             needs_db = problem.db || problem.update_b;
+  const int64_t row_bytes = 2 * ((needs_dx ? N : 0) + (needs_dw ? N + K : 0));
+  const int64_t each =
+      std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(1, row_bytes) / kPanelSide * kPanelSide, kPanelSide,
+                          ceil_div(M, kPanelSide) * kPanelSide);
+  const at::Tensor w = needs_dx ? panels(K, N) : at::Tensor(), dz = needs_dx ? panels(each, N) : at::Tensor(),
+                   dz_t = needs_dw ? panels(N, each) : at::Tensor(), x = needs_dw ? panels(K, each) : at::Tensor();
+  const at::Tensor partial = needs_dw && each < M ? empty_cached({N, K}, at::kFloat) : at::Tensor();
+  const at::Tensor db = needs_db ? empty_cached({N}, at::kFloat) : at::Tensor();
+  const at::Tensor db_totals = needs_db ? empty_cached({N}, at::kDouble) : at::Tensor();
+  const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  double* const totals = static_cast<double*>(data(db_totals));
+  std::fill_n(totals, needs_db ? N : 0, 0.0);
+
+  const int64_t packing = packing_pieces(std::min(each, M) * (N + K) + N * K);
+  in_region_if(packing > 1 || plan.grad_input.size() > 1 || plan.grad_weight.size() > 1, [&] {
+    for (int64_t begin = 0; begin < M; begin += each) {
+      Backward b = part_of(problem, {begin, std::min(M, begin + each)});
+      b.block_bytes = block_bytes(limits_of(DType::bfloat16));
+      const bool first = begin == 0, last = begin + each >= M;
+      for_pieces(packing, [&](int64_t i) {
+        kernels.pack_grad(b, piece_of_panels(i, packing, N), data(dz), data(dz_t), totals);
+        const Range columns = piece_of_panels(packing - 1 - i, packing, K);
+        if (needs_dw) kernels.pack_b(b.x, columns, b.M, data(x));
+        if (needs_dx && first) kernels.pack_b(b.w, columns, N, data(w));
+      });
+      const int64_t dx_pieces = needs_dx ? plan.grad_input.size() : 0, dw_pieces = needs_dw ? plan.grad_weight.size() : 0;
+      for_pieces(dx_pieces + dw_pieces, [&](int64_t i) {
+        if (i < dx_pieces)
+          run_piece(plan.grad_input, i, b.M, K,
+                    [&](Range rows, Range columns) { kernels.grad_input(b, data(dz), data(w), rows, columns); });
+        else
+          run_piece(plan.grad_weight, i - dx_pieces, N, K, [&](Range rows, Range columns) {
+            kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last);
+          });
+      });
+    }
+  });
+  if (!needs_db) return;
+  float* const sums = static_cast<float*>(data(db));
+  kernels.round_db(totals, N, sums);
+  if (problem.update_b)
+    variant().step_kernels(DType::bfloat16).update(*problem.update_b, sums, 1, N, {0, N});
+  else
+    variant().layer_kernels(DType::bfloat16).combine(sums, 1, N, {0, N}, problem.db);
+}
+
+}  // namespace mlp_ext::cpu

@@ -1,0 +1,214 @@
+// A layer in bfloat16 on the tile unit of AMX. Each operand is packed once, with dz computed while packing; bias and
+// activation, or the update of W, take blocks of sums in L1. Compiled once per instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd/epilogue-inl.h"
+#include "cpu/simd/pack-inl.h"
+#include "cpu/simd/tile_pack-inl.h"
+#include "cpu/simd/tile_unit-inl.h"
+
+namespace mlp_ext::cpu {
+namespace {
+
+template <class Unit>
+struct TileLayer {
+  using S = BFloat16;
+  static constexpr int64_t kBlockRows = 2 * kPanelSide;    // of sums in L1
+  static constexpr int64_t kDepthInL1 = 8 * kPanelSide;    // of B: 16 KiB, read for both panels of A
+  static constexpr int kSumsStride = kPanelSide;
+
+  // sums [32, 32] += A B for a panel each of A and B, over some steps of the depth. Row and column tiles past the edges
+  // are left out.
+  template <int row_tiles, int column_tiles>
+  static void add_products(Unit& unit, const Bits16* a, const Bits16* b, int64_t steps, float* sums, bool from_zero) {
+    constexpr int64_t stride = kSumsStride * sizeof(float);
+    constexpr bool two_rows = row_tiles == 2, two_columns = column_tiles == 2;
+    float *const right = sums + kTileSide, *const below = sums + kTileSide * kSumsStride;
+    if (from_zero) {
+      unit.template zero<0>(), unit.template zero<1>(), unit.template zero<2>(), unit.template zero<3>();
+    } else {
+      unit.template load<0>(sums, stride);
+      if (two_columns) unit.template load<1>(right, stride);
+      if (two_rows) unit.template load<2>(below, stride);
+      if (two_rows && two_columns) unit.template load<3>(below + kTileSide, stride);
+    }
+    for (int64_t s = 0; s < steps; ++s, a += kStepElements, b += kStepElements) {
+      unit.template load<6>(b);
+      unit.template stream<4>(a);
+      unit.template dot<0, 4, 6>();
+      if (two_columns) {
+        unit.template load<7>(b + kTileElements);
+        unit.template dot<1, 4, 7>();
+      }
+      if (two_rows) {
+        unit.template stream<5>(a + kTileElements);
+        unit.template dot<2, 5, 6>();
+        if (two_columns) unit.template dot<3, 5, 7>();
+      }
+    }
+    unit.template store<0>(sums, stride);
+    if (two_columns) unit.template store<1>(right, stride);
+    if (two_rows) unit.template store<2>(below, stride);
+    if (two_rows && two_columns) unit.template store<3>(below + kTileSide, stride);
+  }
+
+  // A B for panels of A [rows, depth] and B [depth, columns], from their first on. Blocks of A stay in L2.
+  //   finish.begin(i, j, sums, rows, columns)  writes sums so far [rows, 32], or returns false
+  //   finish(i, j, sums, rows, columns)        takes the sums
+  template <class Finish>
+  static void multiply(const Bits16* a, const Bits16* b, int64_t rows, int64_t columns, int64_t depth,
+                       int64_t block_bytes, const Finish& finish) {
+    Unit unit;
+    alignas(64) float sums[kBlockRows * kSumsStride];
+    const int64_t panel = ceil_div(depth, kPanelSide) * kStepElements;
+    const int64_t rows_in_l2 = std::max<int64_t>(1, block_bytes / (panel * 4)) * kBlockRows;
+    for (int64_t i0 = 0; i0 < rows; i0 += rows_in_l2)
+      for (int64_t j = 0; j < columns; j += kPanelSide)
+        for (int64_t i = i0; i < std::min(rows, i0 + rows_in_l2); i += kBlockRows) {
+          const int block_rows = static_cast<int>(std::min(kBlockRows, rows - i));
+          const int block_columns = static_cast<int>(std::min(kPanelSide, columns - j));
+          const bool has_sums = finish.begin(i, j, sums, block_rows, block_columns);
+          for (int64_t k = 0; k < depth; k += kDepthInL1)
+            for (int r = 0; r < block_rows; r += kPanelSide) {
+              const bool two_rows = block_rows - r > kTileSide, two_columns = block_columns > kTileSide;
+              const auto add = two_rows ? (two_columns ? add_products<2, 2> : add_products<2, 1>)
+                                        : (two_columns ? add_products<1, 2> : add_products<1, 1>);
+              const int64_t from = k / kPanelSide * kStepElements;
+              add(unit, a + (i + r) / kPanelSide * panel + from, b + j / kPanelSide * panel + from,
+                  ceil_div(std::min(kDepthInL1, depth - k), kPanelSide), sums + r * kSumsStride, k == 0 && !has_sums);
+            }
+          finish(i, j, sums, block_rows, block_columns);
+        }
+  }
+
+  // y = act(x W^T + b)   (M,K)(K,N)
+  template <class Act>
+  struct FinishForward {
+    BiasAct<S, Act> vector;
+    bool begin(int64_t, int64_t, float*, int, int) const { return false; }
+    void operator()(int64_t i, int64_t j, float* sums, int rows, int columns) const {
+      for_sums<kSumsStride>(sums, rows, columns, [&](int r, int c, Vec<float> z, auto lanes) {
+        vector(i + r, j + c, z, lanes);
+      });
+    }
+  };
+  struct FinishForwardByTiles {
+    BiasActTile<S, kSumsStride> tile;
+    bool begin(int64_t, int64_t, float*, int, int) const { return false; }
+    void operator()(int64_t i, int64_t j, float* sums, int rows, int columns) const {
+      tile.tile(i, j, sums, rows, columns);
+    }
+  };
+  static void forward(const Forward& f, const void* w_panels, Range rows, Range columns, void* scratch) {
+    const Bits16* const w = step_of(const_cast<void*>(w_panels), f.K, columns.begin, 0);
+    const S* const bias = static_cast<const S*>(f.bias);
+    S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
+    const bool past_caches = f.M * f.N * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
+    const int64_t each =
+        std::max<int64_t>(1, f.block_bytes / (4 * kPanelSide * ceil_div(f.K, kPanelSide) * kPanelSide)) * kBlockRows;
+    for (int64_t m = rows.begin; m < rows.end; m += each) {
+      const int64_t count = std::min(each, rows.end - m);
+      pack_a(f.x, {m, m + count}, f.K, scratch);
+      const auto run = [&](const auto& finish) {
+        multiply(static_cast<const Bits16*>(scratch), w, count, columns.size(), f.K, f.block_bytes, finish);
+      };
+      with_act_in_registers(
+          *f.activation,
+          [&](auto act) {
+            run(FinishForward<decltype(act)>{
+                BiasAct<S, decltype(act)>{bias, y, f.y.stride, past_caches}.from(m, columns.begin)});
+          },
+          [&] {
+            run(FinishForwardByTiles{
+                BiasActTile<S, kSumsStride>{f.activation, bias, y, z, f.y.stride, f.z.stride, past_caches}.from(
+                    m, columns.begin)});
+          });
+    }
+    end_of_streams();
+  }
+
+  // dx = dz W   (M,N)(N,K)
+  struct Store {
+    S* out;
+    int64_t stride;
+    bool past_caches;
+    bool begin(int64_t, int64_t, float*, int, int) const { return false; }
+    void operator()(int64_t i, int64_t j, const float* sums, int rows, int columns) const {
+      for_sums<kSumsStride>(sums, rows, columns, [&](int r, int c, Vec<float> v, auto lanes) {
+        store_result(out + (i + r) * stride + j + c, v, lanes, past_caches);
+      });
+    }
+  };
+  static void grad_input(const Backward& b, const void* dz_panels, const void* w_panels, Range rows, Range columns) {
+    const bool past_caches = b.M * b.K * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
+    multiply(step_of(const_cast<void*>(dz_panels), b.N, rows.begin, 0),
+             step_of(const_cast<void*>(w_panels), b.N, columns.begin, 0), rows.size(), columns.size(), b.N,
+             b.block_bytes, Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
+    end_of_streams();
+  }
+
+  // dW = dz^T x   (N,M)(M,K), over all samples in several calls
+  struct FinishWeight {
+    const Backward& b;
+    Range rows, columns;
+    float* partial;  // [N, K], or nullptr if there is one call
+    bool first, last;
+
+    float* partial_at(int64_t i, int64_t j) const { return partial + (rows.begin + i) * b.K + columns.begin + j; }
+    bool begin(int64_t i, int64_t j, float* sums, int n_rows, int n_columns) const {
+      if (first) return false;
+      for (int r = 0; r < n_rows; ++r)
+        std::memcpy(sums + r * kSumsStride, partial_at(i + r, j), sizeof(float) * n_columns);
+      return true;
+    }
+    void operator()(int64_t i, int64_t j, float* sums, int n_rows, int n_columns) const {
+      const int64_t offset = (rows.begin + i) * b.K + columns.begin + j;
+      if (!last)
+        for (int r = 0; r < n_rows; ++r)
+          std::memcpy(partial_at(i + r, j), sums + r * kSumsStride, sizeof(float) * n_columns);
+      else if (b.update_w)
+        pointwise_of<S>().update(*b.update_w, offset, b.K, {sums, kSumsStride}, n_rows, n_columns);
+      else
+        Store{static_cast<S*>(b.dw) + offset, b.K, false}(0, 0, sums, n_rows, n_columns);
+    }
+  };
+  static void grad_weight(const Backward& b, const void* dz_t_panels, const void* x_panels, Range rows, Range columns,
+                          float* partial, bool first, bool last) {
+    multiply(step_of(const_cast<void*>(dz_t_panels), b.M, rows.begin, 0),
+             step_of(const_cast<void*>(x_panels), b.M, columns.begin, 0), rows.size(), columns.size(), b.M,
+             b.block_bytes, FinishWeight{b, rows, columns, partial, first, last});
+  }
+
+  static void round_db(const double* totals, int64_t N, float* db) { round_sums(totals, N, db); }
+
+  static constexpr TileKernels kernels{pack_b_transposed, pack_b,     pack_grad<Unit>, forward,
+                                       grad_input,        grad_weight, round_db};
+};
+
+}  // namespace
+
+namespace MLP_EXT_TARGET {
+
+const TileKernels& tile_kernels() {
+#if MLP_EXT_VECTOR_BYTES == 64
+  if (multiplies_tiles()) return TileLayer<TileUnit>::kernels;
+#endif
+  return TileLayer<PlainTileUnit>::kernels;
+}
+
+// As fma_loop, on four tiles of sums.
+int64_t tile_loop(int64_t rounds) {
+#if MLP_EXT_VECTOR_BYTES == 64
+  if (!multiplies_tiles()) return 0;
+  TileUnit unit;
+  for (int64_t round = 0; round < rounds; ++round)
+    unit.dot<0, 4, 6>(), unit.dot<1, 4, 7>(), unit.dot<2, 5, 6>(), unit.dot<3, 5, 7>();
+  return rounds * 4 * 2 * kTileSide * kTileSide * 2 * kTileSide;
+#else
+  return 0 * rounds;
+#endif
+}
+
+}  // namespace MLP_EXT_TARGET
+}  // namespace mlp_ext::cpu
