@@ -11,8 +11,10 @@ namespace mlp_ext::cpu {
 
 namespace {
 
-// Memory of packed operands, rounding up where they are small.
-at::Tensor panels(int64_t lines, int64_t depth) { return empty_cached({tile_panels_bytes(lines, depth)}, at::kByte); }
+// Memory of a packed operand.
+at::Tensor panels(int64_t lines, int64_t depth) {
+  return empty_cached({tile_panels_bytes(lines, depth) / item_size(DType::bfloat16)}, at::kBFloat16);
+}
 
 // Piece i of n of [0, size), split at panels.
 Range piece_of_panels(int64_t i, int64_t n, int64_t size) {

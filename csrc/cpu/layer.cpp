@@ -24,7 +24,9 @@ void* scratch(size_t bytes) {
   thread_local size_t size = 0;
   if (size < bytes) {
     size = 0;
-    data.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes, kCacheLine) * kCacheLine));
+    const int64_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
+    data.reset(std::aligned_alloc(alignment, ceil_div(bytes, alignment) * alignment));
+    if (data) advise_huge_pages(data.get(), bytes);
     TORCH_CHECK(data, "mlp_ext: no memory for ", bytes, " bytes of scratch");
     size = bytes;
   }

@@ -53,33 +53,55 @@ struct TileLayer {
     if (two_rows && two_columns) unit.template store<3>(below + kTileSide, stride);
   }
 
-  // A B for panels of A [rows, depth] and B [depth, columns], from their first on. Blocks of A stay in L2.
-  //   finish.begin(i, j, sums, rows, columns)  writes sums so far [rows, 32], or returns false
-  //   finish(i, j, sums, rows, columns)        takes the sums
+  // A block of sums, [rows, 32] from (i, j) on, and how many of its rows the epilogue has taken.
+  struct Block {
+    int64_t i, j;
+    int rows = 0, columns = 0, taken = 0;
+    alignas(64) float sums[kBlockRows * kSumsStride];
+  };
+  template <class Finish>
+  static void take_rows(Block& block, int count, const Finish& finish) {
+    const int rows = std::min(count, block.rows - block.taken);
+    if (rows > 0)
+      finish(block.i + block.taken, block.j, block.sums + block.taken * kSumsStride, rows, block.columns);
+    block.taken += rows;
+  }
+
+  // A B for panels of A [rows, depth] and B [depth, columns], from their first on. A part of A stays in L2. The epilogue
+  // takes a block while the tile unit multiplies the next.
+  //   finish.begin(i, j, sums, rows, columns)  writes sums so far, or returns false
+  //   finish(i, j, sums, rows, columns)        takes sums
   template <class Finish>
   static void multiply(const Bits16* a, const Bits16* b, int64_t rows, int64_t columns, int64_t depth,
                        int64_t block_bytes, const Finish& finish) {
     Unit unit;
-    alignas(64) float sums[kBlockRows * kSumsStride];
+    Block blocks[2];
+    Block *block = &blocks[0], *before = &blocks[1];
     const int64_t panel = ceil_div(depth, kPanelSide) * kStepElements;
     const int64_t rows_in_l2 = std::max<int64_t>(1, block_bytes / (panel * 4)) * kBlockRows;
+    const int rows_at_once = static_cast<int>(ceil_div(kBlockRows, 2 * ceil_div(depth, kDepthInL1)));
     for (int64_t i0 = 0; i0 < rows; i0 += rows_in_l2)
       for (int64_t j = 0; j < columns; j += kPanelSide)
         for (int64_t i = i0; i < std::min(rows, i0 + rows_in_l2); i += kBlockRows) {
-          const int block_rows = static_cast<int>(std::min(kBlockRows, rows - i));
-          const int block_columns = static_cast<int>(std::min(kPanelSide, columns - j));
-          const bool has_sums = finish.begin(i, j, sums, block_rows, block_columns);
+          block->i = i, block->j = j, block->taken = 0;
+          block->rows = static_cast<int>(std::min(kBlockRows, rows - i));
+          block->columns = static_cast<int>(std::min(kPanelSide, columns - j));
+          const bool has_sums = finish.begin(i, j, block->sums, block->rows, block->columns);
           for (int64_t k = 0; k < depth; k += kDepthInL1)
-            for (int r = 0; r < block_rows; r += kPanelSide) {
-              const bool two_rows = block_rows - r > kTileSide, two_columns = block_columns > kTileSide;
+            for (int r = 0; r < block->rows; r += kPanelSide) {
+              const bool two_rows = block->rows - r > kTileSide, two_columns = block->columns > kTileSide;
               const auto add = two_rows ? (two_columns ? add_products<2, 2> : add_products<2, 1>)
                                         : (two_columns ? add_products<1, 2> : add_products<1, 1>);
               const int64_t from = k / kPanelSide * kStepElements;
               add(unit, a + (i + r) / kPanelSide * panel + from, b + j / kPanelSide * panel + from,
-                  ceil_div(std::min(kDepthInL1, depth - k), kPanelSide), sums + r * kSumsStride, k == 0 && !has_sums);
+                  ceil_div(std::min(kDepthInL1, depth - k), kPanelSide), block->sums + r * kSumsStride,
+                  k == 0 && !has_sums);
+              take_rows(*before, rows_at_once, finish);
             }
-          finish(i, j, sums, block_rows, block_columns);
+          take_rows(*before, kBlockRows, finish);
+          std::swap(block, before);
         }
+    take_rows(*before, kBlockRows, finish);
   }
 
   // y = act(x W^T + b)   (M,K)(K,N)

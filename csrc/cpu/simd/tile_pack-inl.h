@@ -21,11 +21,28 @@ inline Bits16* step_of(void* panels, int64_t depth, int64_t line, int64_t k) {
          (line / kPanelSide * ceil_div(depth, kPanelSide) + k / kPanelSide) * kStepElements;
 }
 
-// A square of numbers, bfloat16 or pairs of them as 32 bits.
 inline Vec<float> load_pairs(const Bits16* p) {
   Vec<float> v;
   std::memcpy(&v.v, p, sizeof(v.v));
   return v;
+}
+
+typedef uint16_t Row16 __attribute__((vector_size(kVectorBytes)));
+inline Row16 load_row(const Bits16* p) {
+  Row16 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+// Pairs of the lanes of two rows: those of the first half, and those of the second.
+inline std::array<Row16, 2> interleave(Row16 a, Row16 b) {
+  constexpr int lanes = 2 * kLanes;
+  Row16 first{}, second{};
+#pragma GCC unroll 32
+  for (int l = 0; l < lanes; ++l) {
+    first[l] = static_cast<uint16_t>(l / 2 + l % 2 * lanes);
+    second[l] = static_cast<uint16_t>((l + lanes) / 2 + l % 2 * lanes);
+  }
+  return {shuffle(a, b, first), shuffle(a, b, second)};
 }
 
 // Stores the transpose of a tile's 16 rows of 16 pairs; row(r) is a pointer.
@@ -96,14 +113,13 @@ inline void pack_b(const ConstMatrix& m, Range lines, int64_t depth, void* panel
     const StepRows rows(m, k, depth - k, j, lines.end - j);
     Bits16* const step = step_of(panels, depth, j, k);
     for (int64_t p = 0; p < kTileSide; ++p)
-      for (int64_t c = 0; c < kPanelSide; c += kLanes) {
-        const auto bits = [&](int64_t r) {
-          U16 v;
-          std::memcpy(&v, rows.row(r) + c, sizeof(v));
-          return __builtin_convertvector(v, U32);
-        };
-        const U32 pairs = bits(2 * p) | bits(2 * p + 1) << 16;
-        std::memcpy(step + c / kTileSide * kTileElements + 2 * (p * kTileSide + c % kTileSide), &pairs, kVectorBytes);
+      for (int64_t c = 0; c < kPanelSide; c += 2 * kLanes) {
+        const auto pairs = interleave(load_row(rows.row(2 * p) + c), load_row(rows.row(2 * p + 1) + c));
+        for (int half = 0; half < 2; ++half) {
+          const int64_t column = c + half * kLanes;
+          std::memcpy(step + column / kTileSide * kTileElements + 2 * (p * kTileSide + column % kTileSide),
+                      &pairs[half], kVectorBytes);
+        }
       }
   });
 }
