@@ -17,11 +17,14 @@ struct TileLayer {
   static constexpr int64_t kBlockRows = 2 * kPanelSide;    // of sums in L1
   static constexpr int64_t kDepthInL1 = 8 * kPanelSide;    // of B: 16 KiB, read for both panels of A
   static constexpr int kSumsStride = kPanelSide;
+  static constexpr int kRowVectors = kSumsStride / kLanes;
+  static int lanes_of(int columns, int vector) { return std::clamp(columns - vector * kLanes, 0, kLanes); }
 
   // sums [32, 32] += A B for a panel each of A and B, over some steps of the depth. Row and column tiles past the edges
   // are left out.
   template <int row_tiles, int column_tiles>
-  static void add_products(Unit& unit, const Bits16* a, const Bits16* b, int64_t steps, float* sums, bool from_zero) {
+  static void add_products(Unit& unit, const Bits16* a, const Bits16* b, int64_t steps, float* sums, bool from_zero,
+                           Prefetcher& prefetcher) {
     constexpr int64_t stride = kSumsStride * sizeof(float);
     constexpr bool two_rows = row_tiles == 2, two_columns = column_tiles == 2;
     float *const right = sums + kTileSide, *const below = sums + kTileSide * kSumsStride;
@@ -34,6 +37,7 @@ struct TileLayer {
       if (two_rows && two_columns) unit.template load<3>(below + kTileSide, stride);
     }
     for (int64_t s = 0; s < steps; ++s, a += kStepElements, b += kStepElements) {
+      prefetcher.issue();
       unit.template load<6>(b);
       unit.template stream<4>(a);
       unit.template dot<0, 4, 6>();
@@ -81,8 +85,13 @@ struct TileLayer {
     const int64_t rows_in_l2 = std::max<int64_t>(1, block_bytes / (panel * 4)) * kBlockRows;
     const int rows_at_once = static_cast<int>(ceil_div(kBlockRows, 2 * ceil_div(depth, kDepthInL1)));
     for (int64_t i0 = 0; i0 < rows; i0 += rows_in_l2)
-      for (int64_t j = 0; j < columns; j += kPanelSide)
-        for (int64_t i = i0; i < std::min(rows, i0 + rows_in_l2); i += kBlockRows) {
+      for (int64_t j = 0; j < columns; j += kPanelSide) {
+        const int64_t end = std::min(rows, i0 + rows_in_l2);
+        const Bits16* const next_b = b + (j + kPanelSide < columns ? j / kPanelSide + 1 : 0) * panel;
+        Prefetcher prefetcher;
+        prefetcher.enqueue(next_b, 256, panel * sizeof(Bits16) / 256, 256);
+        prefetcher.pace(ceil_div(end - i0, kPanelSide) * ceil_div(depth, kPanelSide));
+        for (int64_t i = i0; i < end; i += kBlockRows) {
           block->i = i, block->j = j, block->taken = 0;
           block->rows = static_cast<int>(std::min(kBlockRows, rows - i));
           block->columns = static_cast<int>(std::min(kPanelSide, columns - j));
@@ -95,24 +104,35 @@ struct TileLayer {
               const int64_t from = k / kPanelSide * kStepElements;
               add(unit, a + (i + r) / kPanelSide * panel + from, b + j / kPanelSide * panel + from,
                   ceil_div(std::min(kDepthInL1, depth - k), kPanelSide), block->sums + r * kSumsStride,
-                  k == 0 && !has_sums);
+                  k == 0 && !has_sums, prefetcher);
               take_rows(*before, rows_at_once, finish);
             }
           take_rows(*before, kBlockRows, finish);
           std::swap(block, before);
         }
+      }
     take_rows(*before, kBlockRows, finish);
   }
 
   // y = act(x W^T + b)   (M,K)(K,N)
   template <class Act>
   struct FinishForward {
-    BiasAct<S, Act> vector;
+    const S* bias;  // or nullptr
+    S* y;
+    int64_t stride;
+    bool past_caches;
     bool begin(int64_t, int64_t, float*, int, int) const { return false; }
-    void operator()(int64_t i, int64_t j, float* sums, int rows, int columns) const {
-      for_sums<kSumsStride>(sums, rows, columns, [&](int r, int c, Vec<float> z, auto lanes) {
-        vector(i + r, j + c, z, lanes);
-      });
+    void operator()(int64_t i, int64_t j, const float* sums, int rows, int columns) const {
+      Vec<float> biases[kRowVectors];
+      for (int v = 0; bias && v < kRowVectors; ++v) biases[v] = load(bias + j + v * kLanes, lanes_of(columns, v));
+      for (int r = 0; r < rows; ++r) {
+        Vec<float> row[kRowVectors];
+        for (int v = 0; v < kRowVectors; ++v) {
+          const Vec<float> z = load(sums + r * kSumsStride + v * kLanes);
+          row[v] = Act{}.forward(bias ? z + biases[v] : z);  // -0 stays without a bias
+        }
+        Unit::store_row(y + (i + r) * stride + j, row, columns, past_caches);
+      }
     }
   };
   struct FinishForwardByTiles {
@@ -138,8 +158,8 @@ struct TileLayer {
       with_act_in_registers(
           *f.activation,
           [&](auto act) {
-            run(FinishForward<decltype(act)>{
-                BiasAct<S, decltype(act)>{bias, y, f.y.stride, past_caches}.from(m, columns.begin)});
+            run(FinishForward<decltype(act)>{bias ? bias + columns.begin : nullptr,
+                                             y + m * f.y.stride + columns.begin, f.y.stride, past_caches});
           },
           [&] {
             run(FinishForwardByTiles{
@@ -157,9 +177,11 @@ struct TileLayer {
     bool past_caches;
     bool begin(int64_t, int64_t, float*, int, int) const { return false; }
     void operator()(int64_t i, int64_t j, const float* sums, int rows, int columns) const {
-      for_sums<kSumsStride>(sums, rows, columns, [&](int r, int c, Vec<float> v, auto lanes) {
-        store_result(out + (i + r) * stride + j + c, v, lanes, past_caches);
-      });
+      for (int r = 0; r < rows; ++r) {
+        Vec<float> row[kRowVectors];
+        for (int v = 0; v < kRowVectors; ++v) row[v] = load(sums + r * kSumsStride + v * kLanes);
+        Unit::store_row(out + (i + r) * stride + j, row, columns, past_caches);
+      }
     }
   };
   static void grad_input(const Backward& b, const void* dz_panels, const void* w_panels, Range rows, Range columns) {

@@ -141,9 +141,11 @@ void pack_grad(const Backward& b, Range columns, void* dz_panels, void* dz_t_pan
       if (totals) add_up(totals + n, db, count);
       for (int64_t c = 0; dz_panels && c < padded; c += kPanelSide) {
         Bits16* const step = step_of(dz_panels, b.N, m, n + c);
-        for (int64_t r = 0; r < kPanelSide; ++r)
-          for (int64_t l = 0; l < kPanelSide; l += kLanes)
-            store(reinterpret_cast<BFloat16*>(step + r * kPanelSide + l), load(dz[r] + c + l));
+        for (int64_t r = 0; r < kPanelSide; ++r) {
+          Vec<float> row[kPanelSide / kLanes];
+          for (int64_t l = 0; l < kPanelSide; l += kLanes) row[l / kLanes] = load(dz[r] + c + l);
+          Unit::store_row(reinterpret_cast<BFloat16*>(step + r * kPanelSide), row, kPanelSide, false);
+        }
       }
       if (!dz_t_panels) continue;
       for (int64_t p = 0; p < kTileSide; ++p)

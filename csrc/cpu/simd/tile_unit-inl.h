@@ -62,6 +62,16 @@ class TileUnit {
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return bit_cast<U32>(_mm512_permutexvar_epi16(_mm512_load_si512(order), both));
   }
+  // Rounds and stores a row of up to 32 numbers.
+  static void store_row(BFloat16* p, const Vec<float> (&row)[2], int columns, bool past_caches) {
+    const auto rounded = bit_cast<__m512i>(_mm512_cvtne2ps_pbh((__m512)row[1].v, (__m512)row[0].v));
+    if (columns < 2 * kTileSide)
+      _mm512_mask_storeu_epi16(p, (uint32_t(1) << columns) - 1, rounded);
+    else if (past_caches && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), rounded);
+    else
+      _mm512_storeu_si512(p, rounded);
+  }
 };
 #endif
 
@@ -97,6 +107,9 @@ class PlainTileUnit {
   static U32 pairs(Vec<float> low, Vec<float> high) {
     return __builtin_convertvector(from_float(low, BFloat16{}), U32) |
            __builtin_convertvector(from_float(high, BFloat16{}), U32) << 16;
+  }
+  static void store_row(BFloat16* p, const Vec<float> (&row)[2 * kTileSide / kLanes], int columns, bool) {
+    for (int c = 0; c < columns; c += kLanes) cpu::store(p + c, row[c / kLanes], std::min(kLanes, columns - c));
   }
 
  private:
