@@ -52,9 +52,7 @@ Backward part_of(const Backward& b, Range samples) {
 }  // namespace
 
 // y = act(x W^T + b)
-void forward_by_amx(const Forward& problem, Grid grid, const TileKernels& kernels) {
-  Forward f = problem;
-  f.block_bytes = block_bytes(limits_of(DType::bfloat16));
+void forward_by_amx(const Forward& f, Grid grid, const TileKernels& kernels) {
   const at::Tensor w = panels(f.N, f.K);
   void* const w_panels = w.mutable_data_ptr();
   const int64_t packing = packing_pieces(f.N * f.K);
@@ -63,8 +61,7 @@ void forward_by_amx(const Forward& problem, Grid grid, const TileKernels& kernel
                [&](int64_t i) { kernels.pack_b_transposed(f.w, piece_of_panels(i, packing, f.N), f.K, w_panels); });
     for_pieces(grid.size(), [&](int64_t i) {
       run_piece(grid, i, f.M, f.N, [&](Range rows, Range columns) {
-        kernels.forward(f, w_panels, rows, columns,
-                        scratch(tile_forward_scratch_bytes(rows.size(), f.K, f.block_bytes)));
+        kernels.forward(f, w_panels, rows, columns, scratch(kScratchBytes));
       });
     });
   });
@@ -91,8 +88,7 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
   const int64_t packing = packing_pieces(std::min(each, M) * (N + K) + N * K);
   in_region_if(packing > 1 || plan.grad_input.size() > 1 || plan.grad_weight.size() > 1, [&] {
     for (int64_t begin = 0; begin < M; begin += each) {
-      Backward b = part_of(problem, {begin, std::min(M, begin + each)});
-      b.block_bytes = block_bytes(limits_of(DType::bfloat16));
+      const Backward b = part_of(problem, {begin, std::min(M, begin + each)});
       const bool first = begin == 0, last = begin + each >= M;
       for_pieces(packing, [&](int64_t i) {
         kernels.pack_grad(b, piece_of_panels(i, packing, N), data(dz), data(dz_t), totals);
@@ -104,10 +100,13 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
       for_pieces(dx_pieces + dw_pieces, [&](int64_t i) {
         if (i < dx_pieces)
           run_piece(plan.grad_input, i, b.M, K,
-                    [&](Range rows, Range columns) { kernels.grad_input(b, data(dz), data(w), rows, columns); });
+                    [&](Range rows, Range columns) {
+                      kernels.grad_input(b, data(dz), data(w), rows, columns, scratch(kScratchBytes));
+                    });
         else
           run_piece(plan.grad_weight, i - dx_pieces, N, K, [&](Range rows, Range columns) {
-            kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last);
+            kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last,
+                                scratch(kScratchBytes));
           });
       });
     }

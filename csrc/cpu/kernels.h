@@ -151,18 +151,17 @@ struct TileKernels {
   void (*pack_b)(const ConstMatrix& m, Range lines, int64_t depth, void* panels);             // B = m, [depth, lines]
   // dz for all rows and some columns, as A for dx and as A for dW, either nullptr; adds db to totals [N], or nullptr.
   void (*pack_grad)(const Backward&, Range columns, void* dz, void* dz_transposed, double* totals);
-  // Blocks of the results. Scratch: tile_forward_scratch_bytes.
+  // Blocks of the results. Scratch: kScratchBytes.
   void (*forward)(const Forward&, const void* w, Range rows, Range columns, void* scratch);
-  void (*grad_input)(const Backward&, const void* dz, const void* w, Range rows, Range columns);
+  void (*grad_input)(const Backward&, const void* dz, const void* w, Range rows, Range columns, void* scratch);
   // partial: sums [N, K] between calls over parts of the samples, or nullptr if one call is first and last. The last
   // stores dW or updates W.
   void (*grad_weight)(const Backward&, const void* dz_transposed, const void* x, Range rows, Range columns,
-                      float* partial, bool first, bool last);
+                      float* partial, bool first, bool last, void* scratch);
   void (*round_db)(const double* totals, int64_t N, float* db);
 };
-inline size_t tile_forward_scratch_bytes(int64_t M, int64_t K, int64_t block_bytes) {
-  return std::min(tile_panels_bytes(M, K), std::max(block_bytes, tile_panels_bytes(2 * kPanelSide, K)));
-}
+// A part of A that stays in L2, and of the result whose sums do.
+constexpr int64_t kTileRowsInL2 = 256, kTileColumnsInL2 = 1024, kTileDepthInL2 = 1024;
 
 // A layer of a training step by blocks of rows.
 struct StepLayerView {

@@ -18,6 +18,10 @@ struct TileLayer {
   static constexpr int64_t kDepthInL1 = 8 * kPanelSide;    // of B: 16 KiB, read for both panels of A
   static constexpr int kSumsStride = kPanelSide;
   static constexpr int kRowVectors = kSumsStride / kLanes;
+  // The workspace: sums, and packed rows of x.
+  static constexpr int64_t kSums = kTileRowsInL2 * kTileColumnsInL2;
+  static constexpr int64_t kPackedRows = kBlockRows * kTileDepth;
+  static_assert(kSums * sizeof(float) + kPackedRows * sizeof(S) <= kScratchBytes);
   static int lanes_of(int columns, int vector) { return std::clamp(columns - vector * kLanes, 0, kLanes); }
 
   // sums [32, 32] += A B for a panel each of A and B, over some steps of the depth. Row and column tiles past the edges
@@ -59,9 +63,9 @@ struct TileLayer {
 
   // A block of sums, [rows, 32] from (i, j) on, and how many of its rows the epilogue has taken.
   struct Block {
-    int64_t i, j;
+    int64_t i = 0, j = 0;
     int rows = 0, columns = 0, taken = 0;
-    alignas(64) float sums[kBlockRows * kSumsStride];
+    float* sums = nullptr;
   };
   template <class Finish>
   static void take_rows(Block& block, int count, const Finish& finish) {
@@ -71,47 +75,55 @@ struct TileLayer {
     block.taken += rows;
   }
 
-  // A B for panels of A [rows, depth] and B [depth, columns], from their first on. A part of A stays in L2. The epilogue
-  // takes a block while the tile unit multiplies the next.
+  // A B for panels of A [rows, depth] and B [depth, columns], from their first on. A part of A stays in L2 while B
+  // passes; its sums are in the workspace. The epilogue takes a block while the tile unit multiplies the next.
   //   finish.begin(i, j, sums, rows, columns)  writes sums so far, or returns false
   //   finish(i, j, sums, rows, columns)        takes sums
   template <class Finish>
-  static void multiply(const Bits16* a, const Bits16* b, int64_t rows, int64_t columns, int64_t depth,
-                       int64_t block_bytes, const Finish& finish) {
+  static void multiply(const Bits16* a, const Bits16* b, int64_t rows, int64_t columns, int64_t depth, float* workspace,
+                       const Finish& finish) {
     Unit unit;
-    Block blocks[2];
-    Block *block = &blocks[0], *before = &blocks[1];
+    Block before;
+    int64_t blocks = 0;
     const int64_t panel = ceil_div(depth, kPanelSide) * kStepElements;
-    const int64_t rows_in_l2 = std::max<int64_t>(1, block_bytes / (panel * 4)) * kBlockRows;
-    const int rows_at_once = static_cast<int>(ceil_div(kBlockRows, 2 * ceil_div(depth, kDepthInL1)));
-    for (int64_t i0 = 0; i0 < rows; i0 += rows_in_l2)
-      for (int64_t j = 0; j < columns; j += kPanelSide) {
-        const int64_t end = std::min(rows, i0 + rows_in_l2);
-        const Bits16* const next_b = b + (j + kPanelSide < columns ? j / kPanelSide + 1 : 0) * panel;
+    const bool in_parts = depth > kTileDepthInL2;
+    const auto part_of_depth = [&](int64_t i0, int64_t j0, int64_t k0) {
+      const int64_t end_i = std::min(rows, i0 + kTileRowsInL2), end_j = std::min(columns, j0 + kTileColumnsInL2);
+      const int64_t part = std::min(kTileDepthInL2, depth - k0), steps = ceil_div(part, kPanelSide);
+      const bool last = k0 + part == depth;
+      const int rows_at_once = static_cast<int>(ceil_div(kBlockRows, 2 * ceil_div(part, kDepthInL1)));
+      if (in_parts) blocks = 0;
+      for (int64_t j = j0; j < end_j; j += kPanelSide) {
+        const Bits16* const b_part = b + j / kPanelSide * panel + k0 / kPanelSide * kStepElements;
         Prefetcher prefetcher;
-        prefetcher.enqueue(next_b, 256, panel * sizeof(Bits16) / 256, 256);
-        prefetcher.pace(ceil_div(end - i0, kPanelSide) * ceil_div(depth, kPanelSide));
-        for (int64_t i = i0; i < end; i += kBlockRows) {
-          block->i = i, block->j = j, block->taken = 0;
-          block->rows = static_cast<int>(std::min(kBlockRows, rows - i));
-          block->columns = static_cast<int>(std::min(kPanelSide, columns - j));
-          const bool has_sums = finish.begin(i, j, block->sums, block->rows, block->columns);
-          for (int64_t k = 0; k < depth; k += kDepthInL1)
-            for (int r = 0; r < block->rows; r += kPanelSide) {
-              const bool two_rows = block->rows - r > kTileSide, two_columns = block->columns > kTileSide;
+        prefetcher.enqueue(b_part + panel, 256, j + kPanelSide < columns ? steps * 8 : 0, 256);
+        prefetcher.pace(ceil_div(end_i - i0, kPanelSide) * steps);
+        for (int64_t i = i0; i < end_i; i += kBlockRows) {
+          Block block{i, j, static_cast<int>(std::min(kBlockRows, rows - i)),
+                      static_cast<int>(std::min(kPanelSide, columns - j))};
+          block.sums = workspace + (in_parts ? blocks++ : blocks++ % 2) * kBlockRows * kSumsStride;
+          const bool has_sums = k0 > 0 || finish.begin(i, j, block.sums, block.rows, block.columns);
+          for (int64_t k = 0; k < part; k += kDepthInL1)
+            for (int r = 0; r < block.rows; r += kPanelSide) {
+              const bool two_rows = block.rows - r > kTileSide, two_columns = block.columns > kTileSide;
               const auto add = two_rows ? (two_columns ? add_products<2, 2> : add_products<2, 1>)
                                         : (two_columns ? add_products<1, 2> : add_products<1, 1>);
-              const int64_t from = k / kPanelSide * kStepElements;
-              add(unit, a + (i + r) / kPanelSide * panel + from, b + j / kPanelSide * panel + from,
-                  ceil_div(std::min(kDepthInL1, depth - k), kPanelSide), block->sums + r * kSumsStride,
-                  k == 0 && !has_sums, prefetcher);
-              take_rows(*before, rows_at_once, finish);
+              add(unit, a + (i + r) / kPanelSide * panel + (k0 + k) / kPanelSide * kStepElements,
+                  b_part + k / kPanelSide * kStepElements, ceil_div(std::min(kDepthInL1, part - k), kPanelSide),
+                  block.sums + r * kSumsStride, k == 0 && !has_sums, prefetcher);
+              take_rows(before, rows_at_once, finish);
             }
-          take_rows(*before, kBlockRows, finish);
-          std::swap(block, before);
+          take_rows(before, kBlockRows, finish);
+          if (last) before = block;
         }
       }
-    take_rows(*before, kBlockRows, finish);
+    };
+    for (int64_t i0 = 0; i0 < rows; i0 += kTileRowsInL2)
+      for (int64_t j0 = 0; j0 < columns; j0 += kTileColumnsInL2) {
+        for (int64_t k0 = 0; k0 < depth; k0 += kTileDepthInL2) part_of_depth(i0, j0, k0);
+        if (in_parts) take_rows(before, kBlockRows, finish);  // before its memory is used again
+      }
+    take_rows(before, kBlockRows, finish);
   }
 
   // y = act(x W^T + b)   (M,K)(K,N)
@@ -147,13 +159,15 @@ struct TileLayer {
     const S* const bias = static_cast<const S*>(f.bias);
     S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
     const bool past_caches = f.M * f.N * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
-    const int64_t each =
-        std::max<int64_t>(1, f.block_bytes / (4 * kPanelSide * ceil_div(f.K, kPanelSide) * kPanelSide)) * kBlockRows;
+    float* const workspace = static_cast<float*>(scratch);
+    Bits16* const x = reinterpret_cast<Bits16*>(workspace + kSums);
+    const int64_t row = ceil_div(f.K, kPanelSide) * kPanelSide;
+    const int64_t each = std::min(kTileRowsInL2, kPackedRows / row / kBlockRows * kBlockRows);
     for (int64_t m = rows.begin; m < rows.end; m += each) {
       const int64_t count = std::min(each, rows.end - m);
-      pack_a(f.x, {m, m + count}, f.K, scratch);
+      pack_a(f.x, {m, m + count}, f.K, x);
       const auto run = [&](const auto& finish) {
-        multiply(static_cast<const Bits16*>(scratch), w, count, columns.size(), f.K, f.block_bytes, finish);
+        multiply(x, w, count, columns.size(), f.K, workspace, finish);
       };
       with_act_in_registers(
           *f.activation,
@@ -184,11 +198,12 @@ struct TileLayer {
       }
     }
   };
-  static void grad_input(const Backward& b, const void* dz_panels, const void* w_panels, Range rows, Range columns) {
+  static void grad_input(const Backward& b, const void* dz_panels, const void* w_panels, Range rows, Range columns,
+                         void* scratch) {
     const bool past_caches = b.M * b.K * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
     multiply(step_of(const_cast<void*>(dz_panels), b.N, rows.begin, 0),
              step_of(const_cast<void*>(w_panels), b.N, columns.begin, 0), rows.size(), columns.size(), b.N,
-             b.block_bytes, Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
+             static_cast<float*>(scratch), Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
     end_of_streams();
   }
 
@@ -218,10 +233,10 @@ struct TileLayer {
     }
   };
   static void grad_weight(const Backward& b, const void* dz_t_panels, const void* x_panels, Range rows, Range columns,
-                          float* partial, bool first, bool last) {
+                          float* partial, bool first, bool last, void* scratch) {
     multiply(step_of(const_cast<void*>(dz_t_panels), b.M, rows.begin, 0),
              step_of(const_cast<void*>(x_panels), b.M, columns.begin, 0), rows.size(), columns.size(), b.M,
-             b.block_bytes, FinishWeight{b, rows, columns, partial, first, last});
+             static_cast<float*>(scratch), FinishWeight{b, rows, columns, partial, first, last});
   }
 
   static void round_db(const double* totals, int64_t N, float* db) { round_sums(totals, N, db); }
