@@ -30,7 +30,7 @@ void run_piece(const Grid& grid, int64_t i, int64_t rows, int64_t columns, const
   if (r.size() > 0 && c.size() > 0) f(r, c);
 }
 
-constexpr int64_t kPackedBytes = int64_t(32) << 20;  // of dz and x at a time
+const int64_t kPackedBytes = int64_t(getenv("PB")?atoi(getenv("PB")):32) << 20;  // of dz and x at a time
 
 int64_t packing_pieces(int64_t elements) {
   return std::clamp<int64_t>(elements / limits_of(DType::bfloat16).elements_per_thread, 1, threads());

@@ -81,47 +81,43 @@ class StepRows {
   Bits16 copy_[kPanelSide][kPanelSide];
 };
 
-// Calls f(line, k, step) for steps of the lines [begin, end) of a matrix [lines, depth].
-template <class F>
-inline void for_steps(Range lines, int64_t depth, const F& f) {
-  for (int64_t i = lines.begin; i < lines.end; i += kPanelSide)
-    for (int64_t k = 0; k < depth; k += kPanelSide) f(i, k);
-}
-
 // A = m [lines, depth]
 inline void pack_a(const ConstMatrix& m, Range lines, int64_t depth, void* panels) {
-  for_steps(lines, depth, [&](int64_t i, int64_t k) {
-    const StepRows rows(m, i, lines.end - i, k, depth - k);
-    Bits16* const step = step_of(panels, depth, i - lines.begin, k);
-    for (int64_t r = 0; r < kPanelSide; ++r) std::memcpy(step + r * kPanelSide, rows.row(r), 2 * kPanelSide);
-  });
+  for (int64_t i = lines.begin; i < lines.end; i += kPanelSide)
+    for (int64_t k = 0; k < depth; k += kPanelSide) {
+      const StepRows rows(m, i, lines.end - i, k, depth - k);
+      Bits16* const step = step_of(panels, depth, i - lines.begin, k);
+      for (int64_t r = 0; r < kPanelSide; ++r) std::memcpy(step + r * kPanelSide, rows.row(r), 2 * kPanelSide);
+    }
 }
 
 // B = m^T for m [lines, depth]
 inline void pack_b_transposed(const ConstMatrix& m, Range lines, int64_t depth, void* panels) {
-  for_steps(lines, depth, [&](int64_t j, int64_t k) {
-    const StepRows rows(m, j, lines.end - j, k, depth - k);
-    Bits16* const step = step_of(panels, depth, j, k);
-    for (int64_t tile = 0; tile < 2; ++tile)
-      transpose_tile([&](int64_t r) { return rows.row(kTileSide * tile + r); }, step + tile * kTileElements);
-  });
+  for (int64_t j = lines.begin; j < lines.end; j += kPanelSide)
+    for (int64_t k = 0; k < depth; k += kPanelSide) {
+      const StepRows rows(m, j, lines.end - j, k, depth - k);
+      Bits16* const step = step_of(panels, depth, j, k);
+      for (int64_t tile = 0; tile < 2; ++tile)
+        transpose_tile([&](int64_t r) { return rows.row(kTileSide * tile + r); }, step + tile * kTileElements);
+    }
 }
 
 // B = m [depth, lines]
 inline void pack_b(const ConstMatrix& m, Range lines, int64_t depth, void* panels) {
-  for_steps(lines, depth, [&](int64_t j, int64_t k) {
-    const StepRows rows(m, k, depth - k, j, lines.end - j);
-    Bits16* const step = step_of(panels, depth, j, k);
-    for (int64_t p = 0; p < kTileSide; ++p)
-      for (int64_t c = 0; c < kPanelSide; c += 2 * kLanes) {
-        const auto pairs = interleave(load_row(rows.row(2 * p) + c), load_row(rows.row(2 * p + 1) + c));
-        for (int half = 0; half < 2; ++half) {
-          const int64_t column = c + half * kLanes;
-          std::memcpy(step + column / kTileSide * kTileElements + 2 * (p * kTileSide + column % kTileSide),
-                      &pairs[half], kVectorBytes);
+  for (int64_t k = 0; k < depth; k += kPanelSide)
+    for (int64_t j = lines.begin; j < lines.end; j += kPanelSide) {
+      const StepRows rows(m, k, depth - k, j, lines.end - j);
+      Bits16* const step = step_of(panels, depth, j, k);
+      for (int64_t p = 0; p < kTileSide; ++p)
+        for (int64_t c = 0; c < kPanelSide; c += 2 * kLanes) {
+          const auto pairs = interleave(load_row(rows.row(2 * p) + c), load_row(rows.row(2 * p + 1) + c));
+          for (int64_t half = 0; half < 2; ++half) {
+            const int64_t column = c + half * kLanes;
+            std::memcpy(step + column / kTileSide * kTileElements + 2 * (p * kTileSide + column % kTileSide),
+                        &pairs[half], kVectorBytes);
+          }
         }
-      }
-  });
+    }
 }
 
 // dz of all rows and some columns n: A = dz and A = dz^T, either of which may be nullptr; adds db to totals [N], if
