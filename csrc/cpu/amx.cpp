@@ -30,7 +30,7 @@ void run_piece(const Grid& grid, int64_t i, int64_t rows, int64_t columns, const
   if (r.size() > 0 && c.size() > 0) f(r, c);
 }
 
-const int64_t kPackedBytes = int64_t(getenv("PB")?atoi(getenv("PB")):32) << 20;  // of dz and x at a time
+constexpr int64_t kPackedBytes = int64_t(32) << 20;  // of dz and x at a time
 
 int64_t packing_pieces(int64_t elements) {
   return std::clamp<int64_t>(elements / limits_of(DType::bfloat16).elements_per_thread, 1, threads());
@@ -49,13 +49,19 @@ Backward part_of(const Backward& b, Range samples) {
   return part;
 }
 
+// With few rows, each thread packs its own columns of B while it multiplies, and none is written to memory.
+bool packs_once(int64_t M) { return M <= kTileRowsInL2 / 2; }
+Grid columns_of(const Grid& grid) { return {1, grid.size(), 1}; }
+
 }  // namespace
 
 // y = act(x W^T + b)
 void forward_by_amx(const Forward& f, Grid grid, const TileKernels& kernels) {
-  const at::Tensor w = panels(f.N, f.K);
-  void* const w_panels = w.mutable_data_ptr();
-  const int64_t packing = packing_pieces(f.N * f.K);
+  const bool once = packs_once(f.M);
+  if (once) grid = columns_of(grid);
+  const at::Tensor w = once ? at::Tensor() : panels(f.N, f.K);
+  void* const w_panels = once ? nullptr : w.mutable_data_ptr();
+  const int64_t packing = once ? 0 : packing_pieces(f.N * f.K);
   in_region_if(packing > 1 || grid.size() > 1, [&] {
     for_pieces(packing,
                [&](int64_t i) { kernels.pack_b_transposed(f.w, piece_of_panels(i, packing, f.N), f.K, w_panels); });
@@ -76,7 +82,10 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
   const int64_t each =
       std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(1, row_bytes) / kPanelSide * kPanelSide, kPanelSide,
                           ceil_div(M, kPanelSide) * kPanelSide);
-  const at::Tensor w = needs_dx ? panels(K, N) : at::Tensor(), dz = needs_dx ? panels(each, N) : at::Tensor(),
+  // W is updated beside dx, so it is packed before.
+  const bool once = packs_once(M) && !problem.update_w;
+  const Grid dx_grid = once ? columns_of(plan.grad_input) : plan.grad_input;
+  const at::Tensor w = needs_dx && !once ? panels(K, N) : at::Tensor(), dz = needs_dx ? panels(each, N) : at::Tensor(),
                    dz_t = needs_dw ? panels(N, each) : at::Tensor(), x = needs_dw ? panels(K, each) : at::Tensor();
   const at::Tensor partial = needs_dw && each < M ? empty_cached({N, K}, at::kFloat) : at::Tensor();
   const at::Tensor db = needs_db ? empty_cached({N}, at::kFloat) : at::Tensor();
@@ -94,12 +103,12 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
         kernels.pack_grad(b, piece_of_panels(i, packing, N), data(dz), data(dz_t), totals);
         const Range columns = piece_of_panels(packing - 1 - i, packing, K);
         if (needs_dw) kernels.pack_b(b.x, columns, b.M, data(x));
-        if (needs_dx && first) kernels.pack_b(b.w, columns, N, data(w));
+        if (w.defined() && first) kernels.pack_b(b.w, columns, N, data(w));
       });
-      const int64_t dx_pieces = needs_dx ? plan.grad_input.size() : 0, dw_pieces = needs_dw ? plan.grad_weight.size() : 0;
+      const int64_t dx_pieces = needs_dx ? dx_grid.size() : 0, dw_pieces = needs_dw ? plan.grad_weight.size() : 0;
       for_pieces(dx_pieces + dw_pieces, [&](int64_t i) {
         if (i < dx_pieces)
-          run_piece(plan.grad_input, i, b.M, K,
+          run_piece(dx_grid, i, b.M, K,
                     [&](Range rows, Range columns) {
                       kernels.grad_input(b, data(dz), data(w), rows, columns, scratch(kScratchBytes));
                     });

@@ -151,7 +151,7 @@ struct TileKernels {
   void (*pack_b)(const ConstMatrix& m, Range lines, int64_t depth, void* panels);             // B = m, [depth, lines]
   // dz for all rows and some columns, as A for dx and as A for dW, either nullptr; adds db to totals [N], or nullptr.
   void (*pack_grad)(const Backward&, Range columns, void* dz, void* dz_transposed, double* totals);
-  // Blocks of the results. Scratch: kScratchBytes.
+  // Blocks of the results. w: nullptr to pack W as it is needed. Scratch: kScratchBytes.
   void (*forward)(const Forward&, const void* w, Range rows, Range columns, void* scratch);
   void (*grad_input)(const Backward&, const void* dz, const void* w, Range rows, Range columns, void* scratch);
   // partial: sums [N, K] between calls over parts of the samples, or nullptr if one call is first and last. The last

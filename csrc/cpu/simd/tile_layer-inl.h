@@ -18,10 +18,11 @@ struct TileLayer {
   static constexpr int64_t kDepthInL1 = 8 * kPanelSide;    // of B: 16 KiB, read for both panels of A
   static constexpr int kSumsStride = kPanelSide;
   static constexpr int kRowVectors = kSumsStride / kLanes;
-  // The workspace: sums, and packed rows of x.
+  // The workspace: sums, a panel of B and rows of x.
   static constexpr int64_t kSums = kTileRowsInL2 * kTileColumnsInL2;
+  static constexpr int64_t kPanelOfPart = kPanelSide * kTileDepthInL2;
   static constexpr int64_t kPackedRows = kBlockRows * kTileDepth;
-  static_assert(kSums * sizeof(float) + kPackedRows * sizeof(S) <= kScratchBytes);
+  static_assert(kSums * sizeof(float) + (kPanelOfPart + kPackedRows) * sizeof(S) <= kScratchBytes);
   static int lanes_of(int columns, int vector) { return std::clamp(columns - vector * kLanes, 0, kLanes); }
 
   // sums [32, 32] += A B for a panel each of A and B, over some steps of the depth. Row and column tiles past the edges
@@ -75,12 +76,34 @@ struct TileLayer {
     block.taken += rows;
   }
 
-  // A B for panels of A [rows, depth] and B [depth, columns], from their first on. A part of A stays in L2 while B
+  // Panels of B: packed before, or packed when they are needed, if that is once.
+  struct PackedBefore {
+    const Bits16* panels;
+    int64_t panel;  // elements
+    const Bits16* part(int64_t j, int64_t k, int64_t, int64_t) const {
+      return panels + j / kPanelSide * panel + k / kPanelSide * kStepElements;
+    }
+    void prefetch(int64_t j, int64_t k, int64_t depth, Prefetcher& prefetcher) const {
+      prefetcher.enqueue(part(j, k, 0, 0), 256, ceil_div(depth, kPanelSide) * 8, 256);
+    }
+  };
+  template <auto pack, bool transposed>
+  struct PackedOnce {
+    ConstMatrix m;  // B, or B^T
+    Bits16* panel;  // of one part of the depth
+    const Bits16* part(int64_t j, int64_t k, int64_t columns, int64_t depth) const {
+      pack({transposed ? at<S>(m, j, k) : at<S>(m, k, j), m.stride}, {0, columns}, depth, panel);
+      return panel;
+    }
+    void prefetch(int64_t, int64_t, int64_t, Prefetcher&) const {}  // no faster
+  };
+
+  // A B for panels of A [rows, depth], from their first on, and B [depth, columns]. A part of A stays in L2 while B
   // passes; its sums are in the workspace. The epilogue takes a block while the tile unit multiplies the next.
   //   finish.begin(i, j, sums, rows, columns)  writes sums so far, or returns false
   //   finish(i, j, sums, rows, columns)        takes sums
-  template <class Finish>
-  static void multiply(const Bits16* a, const Bits16* b, int64_t rows, int64_t columns, int64_t depth, float* workspace,
+  template <class B, class Finish>
+  static void multiply(const Bits16* a, const B& b, int64_t rows, int64_t columns, int64_t depth, float* workspace,
                        const Finish& finish) {
     Unit unit;
     Block before;
@@ -94,9 +117,9 @@ struct TileLayer {
       const int rows_at_once = static_cast<int>(ceil_div(kBlockRows, 2 * ceil_div(part, kDepthInL1)));
       if (in_parts) blocks = 0;
       for (int64_t j = j0; j < end_j; j += kPanelSide) {
-        const Bits16* const b_part = b + j / kPanelSide * panel + k0 / kPanelSide * kStepElements;
+        const Bits16* const b_part = b.part(j, k0, std::min(kPanelSide, columns - j), part);
         Prefetcher prefetcher;
-        prefetcher.enqueue(b_part + panel, 256, j + kPanelSide < columns ? steps * 8 : 0, 256);
+        if (j + kPanelSide < columns) b.prefetch(j + kPanelSide, k0, part, prefetcher);
         prefetcher.pace(ceil_div(end_i - i0, kPanelSide) * steps);
         for (int64_t i = i0; i < end_i; i += kBlockRows) {
           Block block{i, j, static_cast<int>(std::min(kBlockRows, rows - i)),
@@ -124,6 +147,10 @@ struct TileLayer {
         if (in_parts) take_rows(before, kBlockRows, finish);  // before its memory is used again
       }
     take_rows(before, kBlockRows, finish);
+  }
+
+  static PackedBefore before(const void* panels, int64_t depth, Range columns) {
+    return {step_of(const_cast<void*>(panels), depth, columns.begin, 0), ceil_div(depth, kPanelSide) * kStepElements};
   }
 
   // y = act(x W^T + b)   (M,K)(K,N)
@@ -155,19 +182,21 @@ struct TileLayer {
     }
   };
   static void forward(const Forward& f, const void* w_panels, Range rows, Range columns, void* scratch) {
-    const Bits16* const w = step_of(const_cast<void*>(w_panels), f.K, columns.begin, 0);
+    using Once = PackedOnce<pack_b_transposed, true>;
     const S* const bias = static_cast<const S*>(f.bias);
     S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
     const bool past_caches = f.M * f.N * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
     float* const workspace = static_cast<float*>(scratch);
-    Bits16* const x = reinterpret_cast<Bits16*>(workspace + kSums);
+    Bits16* const panel = reinterpret_cast<Bits16*>(workspace + kSums);
+    Bits16* const x = panel + kPanelOfPart;
     const int64_t row = ceil_div(f.K, kPanelSide) * kPanelSide;
     const int64_t each = std::min(kTileRowsInL2, kPackedRows / row / kBlockRows * kBlockRows);
     for (int64_t m = rows.begin; m < rows.end; m += each) {
       const int64_t count = std::min(each, rows.end - m);
       pack_a(f.x, {m, m + count}, f.K, x);
       const auto run = [&](const auto& finish) {
-        multiply(x, w, count, columns.size(), f.K, workspace, finish);
+        const auto with = [&](const auto& w) { multiply(x, w, count, columns.size(), f.K, workspace, finish); };
+        w_panels ? with(before(w_panels, f.K, columns)) : with(Once{{at<S>(f.w, columns.begin, 0), f.w.stride}, panel});
       };
       with_act_in_registers(
           *f.activation,
@@ -201,9 +230,14 @@ struct TileLayer {
   static void grad_input(const Backward& b, const void* dz_panels, const void* w_panels, Range rows, Range columns,
                          void* scratch) {
     const bool past_caches = b.M * b.K * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
-    multiply(step_of(const_cast<void*>(dz_panels), b.N, rows.begin, 0),
-             step_of(const_cast<void*>(w_panels), b.N, columns.begin, 0), rows.size(), columns.size(), b.N,
-             static_cast<float*>(scratch), Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
+    using Once = PackedOnce<pack_b, false>;
+    float* const workspace = static_cast<float*>(scratch);
+    Bits16* const panel = reinterpret_cast<Bits16*>(workspace + kSums);
+    const auto with = [&](const auto& w) {
+      multiply(step_of(const_cast<void*>(dz_panels), b.N, rows.begin, 0), w, rows.size(), columns.size(), b.N, workspace,
+               Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
+    };
+    w_panels ? with(before(w_panels, b.N, columns)) : with(Once{{at<S>(b.w, 0, columns.begin), b.w.stride}, panel});
     end_of_streams();
   }
 
@@ -235,7 +269,7 @@ struct TileLayer {
   static void grad_weight(const Backward& b, const void* dz_t_panels, const void* x_panels, Range rows, Range columns,
                           float* partial, bool first, bool last, void* scratch) {
     multiply(step_of(const_cast<void*>(dz_t_panels), b.M, rows.begin, 0),
-             step_of(const_cast<void*>(x_panels), b.M, columns.begin, 0), rows.size(), columns.size(), b.M,
+             before(x_panels, b.M, columns), rows.size(), columns.size(), b.M,
              static_cast<float*>(scratch), FinishWeight{b, rows, columns, partial, first, last});
   }
 
