@@ -30,7 +30,9 @@ void run_piece(const Grid& grid, int64_t i, int64_t rows, int64_t columns, const
   if (r.size() > 0 && c.size() > 0) f(r, c);
 }
 
-constexpr int64_t kPackedBytes = int64_t(32) << 20;  // of dz and x at a time
+// Bytes of dz and x packed at a time: they stay in a cache, but for dW so large that its sums are read and written
+// with each part.
+int64_t packed_bytes(int64_t weights) { return std::clamp<int64_t>(64 * weights, 2 << 20, 32 << 20); }
 
 int64_t packing_pieces(int64_t elements) {
   return std::clamp<int64_t>(elements / limits_of(DType::bfloat16).elements_per_thread, 1, threads());
@@ -80,7 +82,7 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
              needs_db = problem.db || problem.update_b;
   const int64_t row_bytes = 2 * ((needs_dx ? N : 0) + (needs_dw ? N + K : 0));
   const int64_t each =
-      std::clamp<int64_t>(kPackedBytes / std::max<int64_t>(1, row_bytes) / kPanelSide * kPanelSide, kPanelSide,
+      std::clamp<int64_t>(packed_bytes(N * K) / std::max<int64_t>(1, row_bytes) / kPanelSide * kPanelSide, kPanelSide,
                           ceil_div(M, kPanelSide) * kPanelSide);
   // W is updated beside dx, so it is packed before.
   const bool once = packs_once(M) && !problem.update_w;
