@@ -249,7 +249,20 @@ struct TileLayer {
     bool first, last;
 
     float* partial_at(int64_t i, int64_t j) const { return partial + (rows.begin + i) * b.K + columns.begin + j; }
+    // W and its states are read once, in short rows that the processor does not prefetch by itself.
+    void prefetch(const void* data, int64_t offset, int n_rows, int n_columns) const {
+      const S* row = static_cast<const S*>(data) + offset;
+      for (int r = 0; data && r < n_rows; ++r, row += b.K) {
+        __builtin_prefetch(row, 1);
+        __builtin_prefetch(row + n_columns - 1, 1);
+      }
+    }
     bool begin(int64_t i, int64_t j, float* sums, int n_rows, int n_columns) const {
+      if (last && b.update_w) {
+        const int64_t offset = (rows.begin + i) * b.K + columns.begin + j;
+        prefetch(b.update_w->parameter, offset, n_rows, n_columns);
+        for (const void* state : b.update_w->states) prefetch(state, offset, n_rows, n_columns);
+      }
       if (first) return false;
       for (int r = 0; r < n_rows; ++r)
         std::memcpy(sums + r * kSumsStride, partial_at(i + r, j), sizeof(float) * n_columns);
