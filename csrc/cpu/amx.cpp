@@ -87,6 +87,8 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
   // W is updated beside dx, so it is packed before.
   const bool once = packs_once(M) && !problem.update_w;
   const Grid dx_grid = once ? columns_of(plan.grad_input) : plan.grad_input;
+  // By rows of W, as forward packs them: each thread then updates what it reads.
+  const Grid dw_grid = N >= kPanelSide * plan.grad_weight.size() ? Grid{plan.grad_weight.size(), 1, 1} : plan.grad_weight;
   const at::Tensor w = needs_dx && !once ? panels(K, N) : at::Tensor(), dz = needs_dx ? panels(each, N) : at::Tensor(),
                    dz_t = needs_dw ? panels(N, each) : at::Tensor(), x = needs_dw ? panels(K, each) : at::Tensor();
   const at::Tensor partial = needs_dw && each < M ? empty_cached({N, K}, at::kFloat) : at::Tensor();
@@ -97,28 +99,30 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
   std::fill_n(totals, needs_db ? N : 0, 0.0);
 
   const int64_t packing = packing_pieces(std::min(each, M) * (N + K) + N * K);
-  in_region_if(packing > 1 || plan.grad_input.size() > 1 || plan.grad_weight.size() > 1, [&] {
+  in_region_if(packing > 1 || dx_grid.size() > 1 || dw_grid.size() > 1, [&] {
     for (int64_t begin = 0; begin < M; begin += each) {
       const Backward b = part_of(problem, {begin, std::min(M, begin + each)});
       const bool first = begin == 0, last = begin + each >= M;
       for_pieces(packing, [&](int64_t i) {
         kernels.pack_grad(b, piece_of_panels(i, packing, N), data(dz), data(dz_t), totals);
-        const Range columns = piece_of_panels(packing - 1 - i, packing, K);
+        const Range columns = piece_of_panels(i, packing, K);
         if (needs_dw) kernels.pack_b(b.x, columns, b.M, data(x));
         if (w.defined() && first) kernels.pack_b(b.w, columns, N, data(w));
       });
-      const int64_t dx_pieces = needs_dx ? dx_grid.size() : 0, dw_pieces = needs_dw ? plan.grad_weight.size() : 0;
-      for_pieces(dx_pieces + dw_pieces, [&](int64_t i) {
-        if (i < dx_pieces)
-          run_piece(dx_grid, i, b.M, K,
-                    [&](Range rows, Range columns) {
-                      kernels.grad_input(b, data(dz), data(w), rows, columns, scratch(kScratchBytes));
-                    });
-        else
-          run_piece(plan.grad_weight, i - dx_pieces, N, K, [&](Range rows, Range columns) {
-            kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last,
-                                scratch(kScratchBytes));
-          });
+      const auto multiply_dx = [&](Range rows, Range columns) {
+        kernels.grad_input(b, data(dz), data(w), rows, columns, scratch(kScratchBytes));
+      };
+      const auto multiply_dw = [&](Range rows, Range columns) {
+        kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last,
+                            scratch(kScratchBytes));
+      };
+      const bool both = needs_dx && needs_dw;
+      const int64_t pieces = std::max(needs_dx ? dx_grid.size() : 0, needs_dw ? dw_grid.size() : 0);
+      for_pieces(both ? 2 * pieces : pieces, [&](int64_t i) {  // a thread's own pieces are neighbours
+        const bool of_dx = both ? i % 2 == 0 : needs_dx;
+        const int64_t p = both ? i / 2 : i;
+        if (of_dx && p < dx_grid.size()) run_piece(dx_grid, p, b.M, K, multiply_dx);
+        if (!of_dx && p < dw_grid.size()) run_piece(dw_grid, p, N, K, multiply_dw);
       });
     }
   });
