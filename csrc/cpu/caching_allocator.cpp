@@ -27,7 +27,6 @@ namespace {
 constexpr size_t kLeastBytes = size_t(128) << 10;  // smaller blocks are left to malloc, which caches them
 constexpr size_t kDefaultMiB = 256;                // bound of the cache, unless MLP_EXT_RESULTS_MIB is set
 constexpr size_t kMostMiB = size_t(1) << 30;       // fits size_t in bytes
-constexpr size_t kHugePage = size_t(2) << 20;      // one page fault in place of 512
 
 struct Block {
   void* data = nullptr;
@@ -35,11 +34,12 @@ struct Block {
   void (*free)(void*) = std::free;  // matches the allocation: c10's may be mimalloc
 
   explicit Block(size_t size) : bytes(size) {
-#if defined(__linux__)
-    if (bytes >= kHugePage) data = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage);
-    if (data) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: an error changes nothing
-#endif
-    if (data) return;
+    constexpr size_t page = kHugePage;
+    if (bytes >= page) data = std::aligned_alloc(page, (bytes + page - 1) / page * page);
+    if (data) {
+      advise_huge_pages(data, bytes);
+      return;
+    }
     data = c10::alloc_cpu(bytes);  // throws if out of memory
     free = c10::free_cpu;
   }
@@ -124,6 +124,12 @@ struct CachingAllocator final : c10::Allocator {
 };
 
 }  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a hint: an error changes nothing
+#endif
+}
 
 at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype) {
   static auto* const allocator = new CachingAllocator;

@@ -8,6 +8,10 @@ namespace mlp_ext::cpu {
 // at::empty, contiguous. Memory of large results is cached when they are freed.
 at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype);
 
+// For memory aligned to such pages: one page fault in place of 512, and fewer misses of the TLB.
+constexpr int64_t kHugePage = int64_t(2) << 20;
+void advise_huge_pages(void* data, size_t bytes);
+
 int64_t cached_bytes();  // in freed blocks now
 
 }  // namespace mlp_ext::cpu

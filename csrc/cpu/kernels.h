@@ -140,6 +140,29 @@ struct LayerKernels {
   void (*combine)(const void* parts, int64_t count, int64_t size, Range range, void* out);
 };
 
+// Products in bfloat16 on tiles, packed as simd/tile_pack-inl.h says. Panels are those of a whole operand, of
+// tile_panels_bytes(lines, depth), and ranges begin at multiples of kPanelSide.
+constexpr int64_t kPanelSide = 32;  // rows or columns of a panel, and the depth of its two tiles
+inline int64_t tile_panels_bytes(int64_t lines, int64_t depth) {
+  return 2 * ceil_div(lines, kPanelSide) * kPanelSide * ceil_div(depth, kPanelSide) * kPanelSide;
+}
+struct TileKernels {
+  void (*pack_b_transposed)(const ConstMatrix& m, Range lines, int64_t depth, void* panels);  // B = m^T, [lines, depth]
+  void (*pack_b)(const ConstMatrix& m, Range lines, int64_t depth, void* panels);             // B = m, [depth, lines]
+  // dz for all rows and some columns, as A for dx and as A for dW, either nullptr; adds db to totals [N], or nullptr.
+  void (*pack_grad)(const Backward&, Range columns, void* dz, void* dz_transposed, double* totals);
+  // Blocks of the results. w: nullptr to pack W as it is needed. Scratch: kScratchBytes.
+  void (*forward)(const Forward&, const void* w, Range rows, Range columns, void* scratch);
+  void (*grad_input)(const Backward&, const void* dz, const void* w, Range rows, Range columns, void* scratch);
+  // partial: sums [N, K] between calls over parts of the samples, or nullptr if one call is first and last. The last
+  // stores dW or updates W.
+  void (*grad_weight)(const Backward&, const void* dz_transposed, const void* x, Range rows, Range columns,
+                      float* partial, bool first, bool last, void* scratch);
+  void (*round_db)(const double* totals, int64_t N, float* db);
+};
+// A part of A that stays in L2, and of the result whose sums do.
+constexpr int64_t kTileRowsInL2 = 256, kTileColumnsInL2 = 1024, kTileDepthInL2 = 1024;
+
 // A layer of a training step by blocks of rows.
 struct StepLayerView {
   int64_t K, N;
@@ -235,6 +258,7 @@ struct LaneKernels {
 };
 
 bool multiplies_bfloat16();  // whether the processor has AVX512_BF16
+bool multiplies_tiles();     // whether it has AMX for bfloat16, and the kernel allows it
 
 constexpr size_t kScratchBytes = size_t(5) << 20;  // per thread, whatever the shape
 inline size_t small_forward_scratch_bytes(int64_t K, int64_t N) { return 8 * static_cast<size_t>(K * N + K + N); }

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 
+#include "cpu/amx.h"
 #include "cpu/caching_allocator.h"
 #include "cpu/library.h"
 #include "cpu/plan.h"
@@ -23,7 +24,9 @@ void* scratch(size_t bytes) {
   thread_local size_t size = 0;
   if (size < bytes) {
     size = 0;
-    data.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes, kCacheLine) * kCacheLine));
+    const int64_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
+    data.reset(std::aligned_alloc(alignment, ceil_div(bytes, alignment) * alignment));
+    if (data) advise_huge_pages(data.get(), bytes);
     TORCH_CHECK(data, "mlp_ext: no memory for ", bytes, " bytes of scratch");
     size = bytes;
   }
@@ -94,6 +97,7 @@ void forward_layer(const Forward& problem, DType dtype) {
   const LayerKernels& kernels = variant().layer_kernels(dtype);
   const Plan plan = forward_plan(M, K, N, dtype);
   if (plan.forward_path == Path::library) return forward_by_library(problem, kernels, dtype);
+  if (plan.forward_path == Path::amx) return forward_by_amx(problem, plan.forward, variant().tile_kernels());
   if (plan.forward_path == Path::small)
     return kernels.small_forward(problem, scratch(small_forward_scratch_bytes(K, N)));
   const bool narrow = plan.forward_path == Path::narrow || plan.forward_path == Path::one_input;
@@ -229,6 +233,8 @@ void backward_layer(const Backward& problem, DType dtype) {
   switch (plan.backward_path) {
     case Path::library:
       return backward_by_library(problem, kernels, dtype);
+    case Path::amx:
+      return backward_by_amx(problem, plan, variant().tile_kernels());
     case Path::narrow:
     case Path::tall:
     case Path::one_input:

@@ -11,7 +11,7 @@ namespace mlp_ext::cpu {
 enum class DotMode {
   fma,       // 16-bit types are converted to float
   bf16_dot,  // AVX512_BF16 pairs, in our kernels and in torch's library
-  amx,       // matrix unit, used by torch's library only
+  amx,       // the tile unit of AMX, in our kernels and in torch's library
 };
 constexpr const char* kDotModes[] = {"fma", "bf16_dot", "amx"};
 
@@ -55,6 +55,11 @@ struct Limits {
   int64_t library_inputs = 24;             // K; below, tall wins
   int64_t library_outputs = 16;            // N; below, tall wins
   int64_t library_forward_inputs = 1024;   // K; forward gains only from here
+  // amx, from these sizes on
+  int64_t amx_rows = 16;              // M; below, dots or few_rows
+  int64_t amx_inputs = 16;            // K of forward
+  int64_t amx_outputs = 4;            // N of forward; tiles are mostly empty, but dots read x as slowly
+  int64_t amx_backward_columns = 32;  // K and N of backward; below, tall reads each operand once
   // packed
   int64_t block_bytes = 0;  // of a block of packed B; 0: half of L2
   // training steps
@@ -102,6 +107,10 @@ constexpr Limit kLimits[] = {
     {"library_inputs", &Limits::library_inputs, 1, kNever},
     {"library_outputs", &Limits::library_outputs, 1, kNever},
     {"library_forward_inputs", &Limits::library_forward_inputs, 0, kNever},
+    {"amx_rows", &Limits::amx_rows, 0, kNever},
+    {"amx_inputs", &Limits::amx_inputs, 0, kNever},
+    {"amx_outputs", &Limits::amx_outputs, 0, kNever},
+    {"amx_backward_columns", &Limits::amx_backward_columns, 0, kNever},
     {"block_bytes", &Limits::block_bytes, 0, kMostBlockBytes},
     {"step_width", &Limits::step_width, 0, kStepRowBytes / 4},
     {"step_weights", &Limits::step_weights, 0, 1 << 22},

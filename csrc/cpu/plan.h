@@ -19,12 +19,13 @@ enum class Path {
   one_output,  // backward: as tall, row by row, for N = 1
   few_rows,    // backward: W row by row, bound by memory
   packed,      // blocked and packed, one GEMM after another
+  amx,         // packed once for the tile unit
   library,     // torch's GEMMs, with one elementwise pass after (y) or before (dz, db)
 };
-constexpr int kPaths = 9;
+constexpr int kPaths = 10;
 constexpr const char* path_name(Path path) {
-  constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall",   "one_input",
-                                         "one_output", "few_rows", "packed", "library"};
+  constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall", "one_input",
+                                         "one_output", "few_rows", "packed", "amx",    "library"};
   return names[static_cast<int>(path)];
 }
 
@@ -49,6 +50,7 @@ constexpr int64_t kMostPanelOutputs = 1 << 13;       // outputs; the loss of a p
 constexpr size_t kMostLayers = 32;                   // of StepPath::lanes, blocks and ManyPath::lanes
 constexpr int64_t kFewOutputs = 32;                  // M N; below, packing W costs more than narrow saves
 constexpr int64_t kMostSmallMultiplyAdds = 1 << 16;  // bounds the workspace of small
+constexpr int64_t kTileDepth = 1 << 14;              // K of amx; bounds the packed rows of x
 constexpr int64_t kLossRows = 8;                     // rows of outputs per call of the loss kernel
 constexpr int64_t kFlushedMultiplyAdds = 1 << 12;  // above, torch's bfloat16 GEMM flushes subnormals, as VDPBF16PS does
 
@@ -110,6 +112,8 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
       return !forward && s.M <= kMostFewRows && s.K > 0;
     case Path::packed:
       return true;
+    case Path::amx:
+      return s.mode == DotMode::amx && s.multiply_adds() > 0 && (!forward || s.K <= kTileDepth);
     case Path::library:  // torch multiplies float16 slowly
       return (s.item_size > 2 || s.mode != DotMode::fma) && rows_in_whole_pairs && s.multiply_adds() > 0;
   }
@@ -149,10 +153,13 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
   const bool narrow = supports(Path::narrow, shape, true) && !few_outputs &&
                       (N == 1 ? 2 : 1) * shape.row_bytes(K) <= limits.narrow_bytes &&
                       shape.row_bytes(N) <= limits.narrow_bytes;
+  const bool fills_tiles = supports(Path::amx, shape, true) && M >= limits.amx_rows;
   if (one_input)
     plan.forward_path = Path::one_input;
   else if (narrow)
     plan.forward_path = Path::narrow;
+  else if (!is_small && fills_tiles && K >= limits.amx_inputs && N >= limits.amx_outputs)
+    plan.forward_path = Path::amx;
   else if (is_small)
     plan.forward_path = N == 1 || limits.small_dot_depth * M <= K ? Path::dots : Path::small;
   else if (M <= limits.dot_rows || is_deep ||
@@ -170,6 +177,8 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.backward_path = Path::narrow;
   else if (is_small && !one_input)
     plan.backward_path = Path::small;
+  else if (fills_tiles && std::min(K, N) >= limits.amx_backward_columns)
+    plan.backward_path = Path::amx;
   else if (supports(Path::one_output, shape, false))
     plan.backward_path = Path::one_output;
   else if (supports(Path::one_input, shape, false))
@@ -180,7 +189,8 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.backward_path = Path::tall;
   // With bf16_dot, few_rows beats the library, and so does packed if it updates W in its epilogue.
   const Path own = plan.backward_path;
-  const bool own_wins = mode == DotMode::bf16_dot && (own == Path::few_rows || (own == Path::packed && options.update));
+  const bool own_wins = own == Path::amx || (mode == DotMode::bf16_dot &&
+                                             (own == Path::few_rows || (own == Path::packed && options.update)));
   if (fills_library && !is_small && !own_wins) plan.backward_path = Path::library;
 
   if (options.forward && supports(*options.forward, shape, true)) plan.forward_path = *options.forward;

@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace mlp_ext::cpu {
@@ -20,11 +22,13 @@ namespace mlp_ext::cpu {
   const StepKernels& step_kernels(DType);   \
   const PanelKernels* panel_kernels(DType); \
   const LaneKernels* lane_kernels(DType);   \
+  const TileKernels& tile_kernels();        \
   int64_t fma_loop(int64_t rounds);         \
+  int64_t tile_loop(int64_t rounds);        \
   }
 #define MLP_EXT_LIST(target)                                                                                         \
-  Variant{#target,         target::layer_kernels, target::step_kernels, target::panel_kernels, target::lane_kernels, \
-          target::fma_loop},
+  Variant{#target, target::layer_kernels, target::step_kernels, target::panel_kernels, target::lane_kernels, \
+          target::tile_kernels, target::fma_loop, target::tile_loop},
 MLP_EXT_TARGETS(MLP_EXT_DECLARE)
 
 std::span<const Variant> variants() {
@@ -55,25 +59,27 @@ bool multiplies_bfloat16() {
 #endif
 }
 
-namespace {
-
-bool has_amx_bfloat16() {  // not all compilers' __builtin_cpu_supports know it
-#if defined(__x86_64__)
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
+bool multiplies_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has_them = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    // Not all compilers' __builtin_cpu_supports know AMX. Bits: amx-bf16 and amx-tile.
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx >> 22 & 1) == 0 || (edx >> 24 & 1) == 0) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return has_them;
 #else
   return false;
 #endif
 }
-
-}  // namespace
 
 DotMode dot_mode_of(DType dtype) {
   if (dtype != DType::bfloat16) return DotMode::fma;
   if (const auto forced = forced_dot_mode.load()) return *forced;
   static const DotMode here = [] {
     const bool pairs = std::string_view(variant().name) == "avx512" && multiplies_bfloat16();
-    return !pairs ? DotMode::fma : has_amx_bfloat16() ? DotMode::amx : DotMode::bf16_dot;
+    return !pairs ? DotMode::fma : multiplies_tiles() ? DotMode::amx : DotMode::bf16_dot;
   }();
   return here;
 }

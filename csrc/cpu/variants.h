@@ -15,7 +15,9 @@ struct Variant {
   const StepKernels& (*step_kernels)(DType);
   const PanelKernels* (*panel_kernels)(DType);  // nullptr for 16-bit types
   const LaneKernels* (*lane_kernels)(DType);    // nullptr for 16-bit types
+  const TileKernels& (*tile_kernels)();         // in plain C++ where there is no AMX
   int64_t (*fma_loop)(int64_t rounds);          // FMAs in registers; returns the number of FLOPs
+  int64_t (*tile_loop)(int64_t rounds);         // the same of bfloat16 on tiles; 0 without AMX
 };
 
 std::span<const Variant> variants();  // of this build, most capable first

@@ -153,9 +153,10 @@ std::optional<cpu::Path> cpu_path(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
   for (int i = 0; i < cpu::kPaths; ++i)
     if (*name == cpu::path_name(static_cast<cpu::Path>(i))) return static_cast<cpu::Path>(i);
-  throw py::value_error(
-      "path must be small, dots, narrow, tall, one_input, one_output, few_rows, packed or library, got '" + *name +
-      "'");
+  std::string known;
+  for (int i = 0; i < cpu::kPaths; ++i)
+    known += (i == 0 ? "" : i + 1 == cpu::kPaths ? " or " : ", ") + std::string(cpu::path_name(static_cast<cpu::Path>(i)));
+  throw py::value_error("path must be " + known + ", got '" + *name + "'");
 }
 
 py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& mode,

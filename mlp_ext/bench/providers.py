@@ -97,6 +97,7 @@ PATHS = {  # of our kernels, by device
         "one_output",
         "few_rows",
         "packed",
+        "amx",
         "library",
     ),
     "cuda": ("small", "tall", "large"),

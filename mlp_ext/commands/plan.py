@@ -101,6 +101,8 @@ def _split(way: str, path: str, found: dict[str, Any], case: Case) -> str:
     dx, dw = found["grad_input"], found["grad_weight"]
     if path == "few_rows":
         return f", {_pieces(max(dx))} of {'rows' if dx[2] > 1 else 'columns'}"
+    if path == "amx":
+        return f", {_grid('dx', dx)}, {_grid('dW', dw)}"
     if path != "packed":  # in one pass
         return f", {_pieces(max(dx[2], dw[2]))}"
     at_once = ", at once" if found["concurrent_gemms"] else ", one after the other"

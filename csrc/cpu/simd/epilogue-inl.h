@@ -68,7 +68,7 @@ struct BiasAct {
 };
 
 // The same for tiles in L1 and any activation. Also stores z + b to z, if given.
-template <class S>
+template <class S, int sums_stride = Tile<Accumulator<S>>::columns>
 struct BiasActTile {
   static constexpr bool whole_depth = false, takes_tiles = true;
   using T = Accumulator<S>;
@@ -83,12 +83,12 @@ struct BiasActTile {
   }
   void tile(int64_t i, int64_t j, T* sums, int rows, int width) const {
     if (bias || z)
-      for_sums(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
+      for_sums<sums_stride>(sums, rows, width, [&](int r, int c, Vec<T> v, auto lanes) {
         if (bias) v = v + load(bias + j + c, lanes);
-        store(sums + r * Tile<T>::columns + c, v, lanes);
+        store(sums + r * sums_stride + c, v, lanes);
         if (z) store(z + (i + r) * z_stride + j + c, v, lanes);
       });
-    pointwise_of<S>().act(*activation, {sums, Tile<T>::columns}, {y + i * stride + j, stride}, rows, width,
+    pointwise_of<S>().act(*activation, {sums, sums_stride}, {y + i * stride + j, stride}, rows, width,
                           past_caches);
   }
 };

@@ -195,10 +195,10 @@ struct StoreTile {
 };
 
 // Calls f(row, column, vector, lanes) for all sums of a tile.
-template <class T, class F>
+template <int stride = 0, class T, class F>
 inline void for_sums(const T* sums, int rows, int width, const F& f) {
   constexpr int lanes = Vec<T>::lanes;
-  for (int r = 0; r < rows; ++r, sums += Tile<T>::columns) {
+  for (int r = 0; r < rows; ++r, sums += stride ? stride : Tile<T>::columns) {
     int c = 0;
     for (; c + lanes <= width; c += lanes) f(r, c, load(sums + c), AllLanes{});
     if (c < width) f(r, c, load(sums + c), width - c);

@@ -1,0 +1,7 @@
+#include "cpu/targets/avx512.h"
+// After the target.
+#include "cpu/simd/tile_layer-inl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif

@@ -1,0 +1,3 @@
+#include "cpu/targets/generic.h"
+// After the target.
+#include "cpu/simd/tile_layer-inl.h"
