@@ -52,7 +52,7 @@ Backward part_of(const Backward& b, Range samples) {
 }
 
 // With few rows, each thread packs its own columns of B while it multiplies, and none is written to memory.
-bool packs_once(int64_t M) { return M <= kTileRowsInL2 / 2; }
+bool packs_once(int64_t M) { return M <= kTileRowsInL2; }
 Grid columns_of(const Grid& grid) { return {1, grid.size(), 1}; }
 
 }  // namespace
