@@ -52,7 +52,7 @@ Backward part_of(const Backward& b, Range samples) {
 }
 
 // With few rows, each thread packs its own columns of B while it multiplies, and none is written to memory.
-bool packs_once(int64_t M) { return M <= kTileRowsInL2 / 2; }
+bool packs_once(int64_t M) { return M <= kTileRowsInL2; }
 Grid columns_of(const Grid& grid) { return {1, grid.size(), 1}; }
 
 }  // namespace
@@ -84,8 +84,7 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
   const int64_t each =
       std::clamp<int64_t>(packed_bytes(N * K) / std::max<int64_t>(1, row_bytes) / kPanelSide * kPanelSide, kPanelSide,
                           ceil_div(M, kPanelSide) * kPanelSide);
-  // W is updated beside dx, so it is packed before.
-  const bool once = packs_once(M) && !problem.update_w;
+  const bool once = packs_once(M);
   const Grid dx_grid = once ? columns_of(plan.grad_input) : plan.grad_input;
   // By rows of W, as forward packs them: each thread then updates what it reads.
   const Grid dw_grid = N >= kPanelSide * plan.grad_weight.size() ? Grid{plan.grad_weight.size(), 1, 1} : plan.grad_weight;
@@ -116,14 +115,18 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
         kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last,
                             scratch(kScratchBytes));
       };
-      const bool both = needs_dx && needs_dw;
-      const int64_t pieces = std::max(needs_dx ? dx_grid.size() : 0, needs_dw ? dw_grid.size() : 0);
-      for_pieces(both ? 2 * pieces : pieces, [&](int64_t i) {  // a thread's own pieces are neighbours
-        const bool of_dx = both ? i % 2 == 0 : needs_dx;
-        const int64_t p = both ? i / 2 : i;
-        if (of_dx && p < dx_grid.size()) run_piece(dx_grid, p, b.M, K, multiply_dx);
-        if (!of_dx && p < dw_grid.size()) run_piece(dw_grid, p, N, K, multiply_dw);
-      });
+      const int64_t dx_pieces = needs_dx ? dx_grid.size() : 0, dw_pieces = needs_dw ? dw_grid.size() : 0;
+      const auto run = [&](bool of_dx, int64_t p) {
+        if (of_dx && p < dx_pieces) run_piece(dx_grid, p, b.M, K, multiply_dx);
+        if (!of_dx && p < dw_pieces) run_piece(dw_grid, p, N, K, multiply_dw);
+      };
+      if (dx_pieces && dw_pieces && !(once && b.update_w)) {
+        for_pieces(2 * std::max(dx_pieces, dw_pieces),  // a thread's own pieces are neighbours
+                   [&](int64_t i) { run(i % 2 == 0, i / 2); });
+      } else {  // dx reads W, which dW updates
+        for_pieces(dx_pieces, [&](int64_t p) { run(true, p); });
+        for_pieces(dw_pieces, [&](int64_t p) { run(false, p); });
+      }
     }
   });
   if (!needs_db) return;

@@ -40,7 +40,7 @@ void in_region_if(bool has_loops, const F& body) {
 void run_pieces(int64_t pieces, const void* f, void (*run)(const void* f, int64_t i));
 template <class F>
 void for_pieces(int64_t pieces, const F& f) {
-  if (pieces == 1) return f(int64_t(0));
+  if (pieces <= 1) return pieces == 1 ? f(int64_t(0)) : void();
   run_pieces(pieces, &f, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); });
 }
 
