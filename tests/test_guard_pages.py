@@ -5,7 +5,6 @@ AddressSanitizer does not see what vector instructions with a mask touch; these 
 
 import ctypes
 import mmap
-from itertools import product
 
 import pytest
 import torch
@@ -53,16 +52,17 @@ def test_layers_stay_within_their_operands(shape: Shape, dtype: torch.dtype, sid
         assert_matches_native(given, activation, guarded(grad_output(shape, dtype), side))
 
 
-NETS = ["1-1@1", "10-5-1@10", "3-17-5@100", "33-64-20-7@1000", "70-600-3@50"]
-TRAININGS = [("mse", "momentum"), ("classes-weight-smoothing", "adam-amsgrad")]
+TRAININGS = {  # nets, loss, options
+    torch.float32: (["1-1@1", "10-5-1@10", "3-17-5@100", "70-600-3@50"], "mse", "momentum"),
+    torch.float64: (["10-5-1@10", "3-17-5@100", "70-600-3@50"], "classes", "momentum"),
+    torch.bfloat16: (["10-5-1@10", "33-64-20-7@1000"], "mse", "adamw"),
+    torch.float16: (["10-5-1@10", "33-64-20-7@1000"], "mse", "momentum"),
+}
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("net", "kind"), product(NETS, TRAININGS), ids=str)
-def test_steps_stay_within_their_operands(
-    net: str, kind: tuple[str, str], dtype: torch.dtype, side: str
-) -> None:
+@pytest.mark.parametrize("dtype", TRAININGS, ids=str)
+def test_steps_stay_within_their_operands(dtype: torch.dtype, side: str) -> None:
     """Parameters, the optimizer's state, input and target."""
 
     def make(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
@@ -78,4 +78,6 @@ def test_steps_stay_within_their_operands(
 
         return run
 
-    assert_steps_match_eager(training(net, *kind, dtype), 3, make)
+    nets, *kind = TRAININGS[dtype]
+    for net in nets:
+        assert_steps_match_eager(training(net, *kind, dtype), 3, make)
