@@ -1,6 +1,7 @@
 # make demo | check | test | clients | lint | bench | clean: each makes what it needs first, on a machine with python3, its venv, g++ and make.
 # make release-check: before a release. make wheel: a wheel in dist/, for the torch of the environment.
-# make arm-check: the CPU kernels on ARM, in emulation. make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
+# make sanitize: the CPU's code with AddressSanitizer and UBSan. make arm-check: the CPU kernels on ARM, in emulation.
+# make cuda-check: with nvcc, and no GPU. make gpu: with a GPU, and no network.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -11,7 +12,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test clients notebooks release-check lint docs bench bench-quick format build wheel arm-check cuda-check gpu clean distclean
+.PHONY: demo check test clients notebooks release-check lint docs bench bench-quick format build wheel sanitize arm-check cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -57,10 +58,11 @@ else
 	$(PYTEST) --nbmake --nbmake-timeout=300 --durations=0 $(NOTEBOOKS)
 endif
 
-# Before a release: the sdist too, compiled and installed in an environment of its own.
+# Before a release: more tests with the sanitizers; the sdist too, whose wheel is installed in an environment of its own.
 release-check: test clients
 	@echo "== tests of what is released"
 	$(RUN)/python -m pytest -m release
+	$(MAKE) sanitize SANITIZED="$(SANITIZED) $(SANITIZED_TOO)"
 
 # The figures and charts of README and docs/performance.md. Leave the machine alone meanwhile.
 # A folder by the name of your machine.
@@ -128,13 +130,30 @@ $(DOCS)/tools: pyproject.toml
 # PATH, so that the environment's ninja is found.
 build: $(VENV)/built
 
-# Beside the torch in the environment: its libraries, OpenMP's and CUDA's are left out of the wheel.
+# Beside the torch in the environment: its libraries, OpenMP's and CUDA's are left out of the wheel. auditwheel
+# keeps the date that setup.py gave all files.
 OF_TORCH := libtorch* libc10* libgomp* libcu* libnv*
 wheel: $(VENV)/tools
 	@echo "== compiling a wheel"
 	@rm -rf build/wheel
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/auditwheel repair $(foreach lib,$(OF_TORCH),--exclude '$(lib)') --wheel-dir dist build/wheel/mlp_ext-*.whl
+	PATH="$(CURDIR)/$(RUN):$$PATH" SOURCE_DATE_EPOCH=$$($(RUN)/python -c '$(DATE)' build/wheel/mlp_ext-*.whl) \
+	    $(RUN)/auditwheel repair $(foreach lib,$(OF_TORCH),--exclude '$(lib)') --wheel-dir dist build/wheel/mlp_ext-*.whl
+DATE := import calendar, sys, zipfile; print(calendar.timegm(zipfile.ZipFile(sys.argv[1]).infolist()[0].date_time))
+
+# AddressSanitizer and UBSan: the kernels without torch, and the extension, in build/sanitized, under tests that reach each of
+# its paths. SANITIZED: other tests. Python's own leaks are not reported; freed results stay in no cache.
+SANITIZED     ?= $(addprefix tests/test_,guard_pages.py values.py gradients.py train_step.py train_steps.py)
+SANITIZED_TOO := $(addprefix tests/test_,activations.py fit.py library.py mlp.py narrow_steps.py predict.py regions.py train_operator.py)
+SANITIZE  := MLP_EXT_SANITIZE=1 MLP_EXT_ISA=native MLP_EXT_CUDA=0
+sanitize: build
+	@echo "== the kernels without torch, with sanitizers"
+	$(PYTEST) -k sanitize tests/test_cpu_kernels.py tests/test_team.py tests/test_cuda_on_cpu.py
+	@echo "== compiling the extension with sanitizers"
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(SANITIZE) $(RUN)/python setup.py --quiet build --build-lib build/sanitized --build-temp build/sanitized-temp
+	@echo "== tests with sanitizers"
+	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 MLP_EXT_RESULTS_MIB=0 PYTHONPATH=build/sanitized \
+	    $(RUN)/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow and not release" $(SANITIZED)
 
 $(VENV)/built: $(VENV)/tools $(BUILT_FROM)
 	@echo "== compiling the extension (about three minutes)"

@@ -10,6 +10,7 @@ import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-std=c++20", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARM = pytest.param(
     "aarch64",
     marks=[
@@ -39,5 +40,5 @@ def compiled(program: Path, sources: Sequence[Path], processor: str, *flags: str
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    call(*(["-static"] if is_arm else []), *objects, "-o", program)
+    call(*(["-static"] if is_arm else []), *flags, *objects, "-o", program)
     return ["qemu-aarch64", str(program)] if is_arm else [str(program)]

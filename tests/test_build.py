@@ -12,12 +12,14 @@ import tarfile
 import venv
 import zipfile
 from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from forks import in_forks
+from packaging.requirements import Requirement
 
 import mlp_ext
 from mlp_ext import _C
@@ -38,35 +40,67 @@ def checked(*command: str | Path, **kwargs: object) -> str:
 
 def copy_tree(folder: Path) -> Path:
     """The source tree with what an editable build left in it, which the sdist must not take."""
-    for name in ("csrc", "mlp_ext", "mlp_ext_cli", "tests", "benchmarks"):
+    folders = (".ci", "benchmarks", "csrc", "docs", "examples", "mlp_ext", "mlp_ext_cli", "tests")
+    for name in folders:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (p for p in ROOT.iterdir() if p.is_file()):
+    for path in (p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"):
         shutil.copy(path, folder)
     return folder
 
 
+def make_sdist(tree: Path) -> Path:
+    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    env = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+    checked(sys.executable, "-c", build, cwd=tree, env=env)
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    return archive
+
+
+def unpack(sdist: Path, folder: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (tree,) = folder.iterdir()
+    return tree
+
+
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree, out = copy_tree(tmp_path_factory.mktemp("tree")), tmp_path_factory.mktemp("sdist")
-    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
-    checked(sys.executable, "-c", build, cwd=tree)
-    (archive,) = out.glob("*.tar.gz")
+    return make_sdist(copy_tree(tmp_path_factory.mktemp("tree")))
+
+
+def make_wheel(tree: Path) -> Path:
+    checked("make", "wheel", "--old-file=.venv/tools", cwd=tree)
+    (archive,) = (tree / "dist").glob("*.whl")
     return archive
 
 
 @pytest.fixture(scope="session")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist alone; the one compilation of this file."""
-    out = tmp_path_factory.mktemp("wheel")
-    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", out]
-    checked(sys.executable, "-m", "pip", "wheel", *flags, sdist)
-    (archive,) = out.glob("*.whl")
-    return archive
+    """Made from the sdist alone, with the tools here; the one compilation of this file."""
+    tree = unpack(sdist, tmp_path_factory.mktemp("wheel"))
+    (tree / ".venv").symlink_to(sys.prefix)
+    return make_wheel(tree)
+
+
+def link_torch(folder: Path) -> None:
+    """torch and what it requires, and nothing else that is installed here."""
+    names, found = ["torch"], set()
+    while names:
+        name = names.pop()
+        if name in found:
+            continue
+        found.add(name)
+        required = map(Requirement, metadata.requires(name) or [])
+        names += [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for distribution in map(metadata.distribution, found):
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
 
 
 @pytest.fixture(scope="session")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with the wheel, which finds torch in the present one."""
+    """A fresh environment with the wheel, torch and what torch requires."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -74,8 +108,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # --python, so that the script mlp-ext starts this environment's interpreter.
     flags = ["install", "--no-deps", "--no-index"]
     checked(sys.executable, "-m", "pip", "--python", python, *flags, wheel)
-    # A .pth file that is read, but whose own .pth files, such as an editable mlp_ext's, are not.
-    (site / "torch_of_the_present_environment.pth").write_text("\n".join(SITE_PACKAGES))
+    link_torch(site)
     return python
 
 
@@ -85,23 +118,20 @@ def test_every_folder_is_a_package() -> None:
     assert all((folder / "__init__.py").exists() for folder in folders)
 
 
-def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
+def test_sdist_holds_the_repository_and_nothing_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    csrc = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()}
-    assert csrc
-    assert csrc <= names
-    assert {"setup.py", "LICENSE", "README.md", "mlp_ext/py.typed"} <= names
+    assert {"setup.py", "LICENSE", "Makefile", "csrc/python/module.cpp"} <= names
     assert not {name for name in names if name.endswith(".so")} | ({"mlp_ext/_built.py"} & names)
+    listed = run("git", "ls-files", cwd=ROOT)
+    if listed.returncode != 0 or not listed.stdout:
+        pytest.skip("this is no clone")
+    assert {*listed.stdout.splitlines()} - names == set()
 
 
-def test_sdist_holds_its_tests(sdist: Path) -> None:
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    files = {p for p in ROOT.glob("tests/**/*") if p.is_file() and "__pycache__" not in p.parts}
-    used = {"Makefile", "CONTRIBUTING.md", "pyproject.toml", "benchmarks/conftest.py"}
-    assert Path(__file__) in files
-    assert {str(p.relative_to(ROOT)) for p in files} | used <= names
+def test_sdist_of_a_sdist_is_the_same(sdist: Path, tmp_path: Path) -> None:
+    """In another folder and at another time."""
+    assert make_sdist(unpack(sdist, tmp_path)).read_bytes() == sdist.read_bytes()
 
 
 @pytest.mark.slow
@@ -116,7 +146,18 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.release
-def test_install_from_sdist_computes_in_a_fresh_environment(python: Path, tmp_path: Path) -> None:
+def test_wheel_does_not_depend_on_time_and_folder(wheel: Path) -> None:
+    first = wheel.read_bytes()
+    assert make_wheel(wheel.parents[1]).read_bytes() == first
+    if {*_C.build_info()["instruction_sets"]} < {"generic", "avx2", "avx512"}:
+        pytest.skip("the module here is for fewer instruction sets")
+    name = Path(_C.__file__).name
+    assert zipfile.ZipFile(wheel).read(f"mlp_ext/{name}") == Path(_C.__file__).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.release
+def test_wheel_computes_in_a_fresh_environment(python: Path, tmp_path: Path) -> None:
     code = """
 import torch, mlp_ext
 x, layer = torch.randn(64, 10), mlp_ext.LinearReLU(10, 5)
@@ -266,7 +307,7 @@ def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path: Path)
         pytest.skip("this compiler brings no libstdc++.a")
     source, library = tmp_path / "message.cpp", tmp_path / "message.so"
     source.write_text("""#include <sstream>
-extern "C" size_t length() {
+extern "C" size_t PyInit__C() {
   std::ostringstream out;
   out << "got " << 1234;
   return out.str().size();
@@ -275,7 +316,7 @@ extern "C" size_t length() {
     (ours,) = extensions([{}], {**os.environ}, torch="")
     flags = ["-shared", "-fPIC", "-static-libstdc++", *ours["link"]]
     checked(*compiler, source, "-o", library, *flags)
-    code = f"import torch, ctypes; print(ctypes.CDLL({str(library)!r}).length())"
+    code = f"import torch, ctypes; print(ctypes.CDLL({str(library)!r}).PyInit__C())"
     assert int(checked(sys.executable, "-c", code)) == len("got 1234")
 
 

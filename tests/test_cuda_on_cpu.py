@@ -18,6 +18,7 @@ import pytest
 import torch
 from cuda_kernels import FAMILIES, Runner, compile_all, linear_act, load_once
 from once import Once
+from processors import SANITIZERS
 from references import EACH_KIND, assert_matches_native
 from shapes import DTYPES, Shape, grad_output, operands
 from test_activations import CASES as ACTIVATION_CASES
@@ -204,10 +205,8 @@ def test_kernels_fit_any_number_of_processors(
 
 @pytest.mark.slow
 def test_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
-    flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    program = compile_all(
-        tmp_path / "kernels", ["small", "tall", "pointwise", "step", "main"], *flags
-    )
+    files = ["small", "tall", "pointwise", "step", "main"]
+    program = compile_all(tmp_path / "kernels", files, *SANITIZERS, "-O0")
     # Fibers have stacks of their own, and a kernel's run is not to be followed to its end.
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
     done = subprocess.run(
