@@ -210,7 +210,9 @@ def test_tables_of_accuracy_are_rows() -> None:
     script = runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"))
     rows = script["read"](RESULTS / "granite_rapids" / "accuracy.csv")
     said = (DOCS / "accuracy.md").read_text().splitlines()
-    assert [line for line in script["tables"](rows) if line.startswith("|") and line not in said] == []
+    assert [
+        line for line in script["tables"](rows) if line.startswith("|") and line not in said
+    ] == []
 
 
 def test_gains_in_readme_are_the_least_and_the_most_of_their_rows() -> None:
