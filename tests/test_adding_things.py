@@ -49,7 +49,7 @@ int main() {
     for (const double t : {-1.0, 1.0}) {
       visit(loss, [&](auto l) {
         if constexpr (!is_of_rows<decltype(l)>)
-          std::printf(" %.17g %.17g", l.forward(x, t, 1.0), l.backward(x, t, 1.0));
+          std::printf(" %.17g %.17g", l.forward(x, t, 1.0), l.backward(x, t, 1.0, 1.0));
       });
     }
     double parameter = 1, state[kMaxStates] = {};

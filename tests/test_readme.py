@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,6 +204,15 @@ def test_table_of_the_demo_is_what_it_wrote() -> None:
         for kind in ("fused", "stack", "step"):
             assert says(said[kind], results[kind]["speed_up"]), (name, kind)
         assert said[table.head[-1]] == f"{results['step']['largest_difference']:.2g}"
+
+
+def test_tables_of_accuracy_are_rows() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"))
+    rows = script["read"](RESULTS / "granite_rapids" / "accuracy.csv")
+    said = (DOCS / "accuracy.md").read_text().splitlines()
+    assert [
+        line for line in script["tables"](rows) if line.startswith("|") and line not in said
+    ] == []
 
 
 def test_gains_in_readme_are_the_least_and_the_most_of_their_rows() -> None:

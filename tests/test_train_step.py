@@ -44,6 +44,23 @@ def test_fifty_steps_match_eager(
     assert last > first if part.optimizer.param_groups[0]["maximize"] else last < first
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_sgd_changes_all_elements_of_16_bit_parameters(dtype: torch.dtype) -> None:
+    """torch's own changes few on the CPU."""
+    kept = []
+    for fused in (False, True):
+        model = nn.Linear(16, 16, dtype=dtype)
+        nn.init.ones_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=fused)
+        step = TrainStep(model, nn.MSELoss(reduction="sum"), optimizer)
+        for _ in range(2):
+            step(torch.ones(4, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype))
+        kept.append(model.weight.detach())
+    assert kept[0].ne(1).all()
+    assert torch.equal(*kept)
+
+
 # Each net with each loss, and both of them with each dtype.
 NETS_AND_LOSSES = [
     (net, loss, DTYPES[(i + j) % 2])

@@ -52,6 +52,7 @@ constexpr int64_t kFewOutputs = 32;                  // M N; below, packing W co
 constexpr int64_t kMostSmallMultiplyAdds = 1 << 16;  // bounds the workspace of small
 constexpr int64_t kTileDepth = 1 << 14;              // K of amx; bounds the packed rows of x
 constexpr int64_t kLossRows = 8;                     // rows of outputs per call of the loss kernel
+constexpr int64_t kRowsPerSum = 1 << 17;             // M of a piece of tall or blocks, whose sums add block after block
 constexpr int64_t kFlushedMultiplyAdds = 1 << 12;  // above, torch's bfloat16 GEMM flushes subnormals, as VDPBF16PS does
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,6 +81,11 @@ inline Grid cut(int64_t rows, int64_t columns, int64_t pieces, PackingCost packi
     }
   }
   return best;
+}
+
+// A multiple of the pieces, so that each has at most kRowsPerSum rows.
+constexpr int64_t pieces_of_rows(int64_t M, int64_t pieces) {
+  return pieces * std::max<int64_t>(1, ceil_div(M, pieces * kRowsPerSum));
 }
 
 // A layer as the plan sees it. item_size: bytes per element.
@@ -204,8 +210,9 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.grad_input = by_rows ? Grid{1, 1, pieces} : Grid{1, at_most(K), 1};
     plan.grad_weight = by_rows ? Grid{pieces, 1, 1} : plan.grad_input;
   }
-  if (backward == Path::narrow || backward == Path::tall || backward == Path::one_input || backward == Path::one_output)
-    plan.grad_input = plan.grad_weight = {1, 1, pieces};
+  if (backward == Path::one_input || backward == Path::one_output) plan.grad_input = plan.grad_weight = {1, 1, pieces};
+  if (backward == Path::tall || backward == Path::narrow)  // without shuffles, narrow is tall
+    plan.grad_input = plan.grad_weight = {1, 1, pieces_of_rows(M, pieces)};
   // Partial sums of 16-bit results are kept in the workspace.
   const int64_t fewest_rows = item_size == 2 ? ceil_div(M, kRowsPerPiece) : 1;
   if (plan.forward_path == Path::packed) plan.forward.rows = std::max(plan.forward.rows, fewest_rows);
@@ -251,8 +258,10 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
   const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
   const bool rows_fill_lanes =
       item_size >= 4 && multiply_adds <= limits.row_lane_weights && M >= pieces * lanes && some_layer;
-  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums)
-    return {rows_fill_lanes ? StepPath::lanes : StepPath::blocks, pieces};
+  if (rows_fit && weights_stay_in_cache && rows_outweigh_sums) {
+    if (rows_fill_lanes) return {StepPath::lanes, pieces};
+    return {StepPath::blocks, pieces_of_rows(M, pieces)};
+  }
 
   const bool batch_fits =
       limits.panel_rows <= M && M * item_size <= kMostPanelBytes && limits.panel_rows_per_empty_lane * empty <= M;

@@ -1,5 +1,5 @@
 // Losses: the formula, then forward above backward. First elementwise losses, where V is a scalar or a CPU vector, then
-// losses of whole rows.
+// losses of whole rows. backward returns scale dl/dy: dl/dy alone may overflow where its share of a mean does not.
 #pragma once
 
 #include <cmath>
@@ -21,8 +21,8 @@ struct MSE {  // l = (y - t)^2,  dl/dy = 2 (y - t)
     return (y - t) * (y - t);
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
-    return 2 * (y - t);
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V, V scale) const {
+    return (2 * scale) * (y - t);
   }
 };
 
@@ -39,9 +39,9 @@ struct BCE {  // l = -(t log y + (1 - t) log(1 - y)), logs clamped at -100,  dl/
     return (t - 1) * clamped(log1p(-y)) - t * clamped(log(y));
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V, V scale) const {
     const V slope = y * (1 - y);
-    return (y - t) / where(slope < V(1e-12), V(1e-12), slope);
+    return (y - t) / where(slope < V(1e-12), V(1e-12), slope) * scale;
   }
 };
 
@@ -54,11 +54,18 @@ struct BCEWithLogits {  // l = (1 - t) z + (1 + (w - 1) t) log(1 + exp(-z)),  dl
     using std::exp;
     using std::log1p;
     const V softplus = where(0 <= z, 0, -z) + log1p(exp(where(z < 0, z, -z)));  // exp(-z) itself may overflow
-    return (1 - t) * z + (1 + (w - 1) * t) * softplus;
+    return (1 - t) * z + factor(t, w) * softplus;
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE V backward(V z, V t, V w) const {
-    return (1 + (w - 1) * t) * Sigmoid{}.forward(z) - w * t;
+  MLP_EXT_HOST_DEVICE V backward(V z, V t, V w, V scale) const {
+    return (factor(t, w) * Sigmoid{}.forward(z) - w * t) * scale;
+  }
+
+ private:
+  // 1 + (w - 1) t, without 0 t where t is infinite
+  template <class V>
+  MLP_EXT_HOST_DEVICE V factor(V t, V w) const {
+    return 1 + where(w <= 1, where(1 <= w, 0, (w - 1) * t), (w - 1) * t);
   }
 };
 
@@ -80,8 +87,8 @@ struct L1 {  // l = |y - t|,  dl/dy = sign(y - t)
     return magnitude(y - t);
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
-    return sign(y - t);
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V, V scale) const {
+    return sign(y - t) * scale;
   }
 };
 
@@ -96,9 +103,10 @@ struct SmoothL1 {  // d = y - t,  l = d^2 / (2 beta) where |d| < beta, else |d| 
     return where(size < V(beta), V(0.5) * d * d / V(beta), size - V(0.5 * beta));
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V w, V scale) const {
+    if (beta == 0) return L1{}.backward(y, t, w, scale);
     const V d = y - t;
-    return where(magnitude(d) < V(beta), d / V(beta), sign(d));
+    return where(V(beta) <= magnitude(d), sign(d), d / V(beta)) * scale;  // NaN if d is
   }
 };
 
@@ -113,9 +121,9 @@ struct Huber {  // d = y - t,  l = d^2 / 2 where |d| <= delta, else delta (|d| -
     return where(size <= V(delta), V(0.5) * d * d, V(delta) * (size - V(0.5 * delta)));
   }
   template <class V>
-  MLP_EXT_HOST_DEVICE V backward(V y, V t, V) const {
+  MLP_EXT_HOST_DEVICE V backward(V y, V t, V, V scale) const {
     const V d = y - t;
-    return where(magnitude(d) <= V(delta), d, V(delta) * sign(d));
+    return where(V(delta) < magnitude(d), V(delta) * sign(d), d) * scale;  // NaN if d is
   }
 };
 
@@ -124,7 +132,7 @@ struct Huber {  // d = y - t,  l = d^2 / 2 where |d| <= delta, else delta (|d| -
 // A Row provides, for one row of N outputs, or one of each network in lanes:
 //   z(n)           the outputs
 //   c(), t(n)      the class c, or -1 if the target is probabilities t
-//   w(n)           the class weights
+//   w(n)           the class weights, all 0 if the row is ignored
 //   sum_exp(most)  sum over n of exp(z(n) - most)
 //   exp(n, most)   its terms, after a call of sum_exp
 //   put(n, dz)     stores the gradient, possibly over z(n)
@@ -161,9 +169,9 @@ struct CrossEntropy {
       const T z = row.z(n);
       most = where(z <= most, most, z);
     }
-    const T sum = row.sum_exp(most), log_sum = log(sum) + most;
-    const auto term = [&](int64_t n) -> T { return q(n) * (row.z(n) - log_sum); };
-    if (has_class(c) && !smooth) {  // no 0 log 0
+    const T sum = row.sum_exp(most), log_sum = log(sum);
+    const auto term = [&](int64_t n) -> T { return q(n) * ((row.z(n) - most) - log_sum); };  // small, unlike most
+    if (has_class(c) && !smooth) {                                                           // no 0 log 0
       loss = -of_class(c, N, term);
       all_q = of_class(c, N, q);
     } else {
@@ -188,7 +196,7 @@ struct NLL {  // log-probabilities y, class c:  l = -w(c) y(c),  dl/dy(n) = -w(c
   MLP_EXT_HOST_DEVICE T row(Row row, int64_t N, T scale) const {
     const auto c = row.c();
     const T loss = of_class(c, N, [&](int64_t n) -> T { return -row.w(n) * row.z(n); });
-    const T slope = of_class(c, N, [&](int64_t n) -> T { return -row.w(n) * scale; });
+    const T slope = of_class(c, N, [&](int64_t n) -> T { return T(0) - row.w(n) * scale; });  // no -0 if ignored
     for (int64_t n = 0; n < N; ++n) row.put(n, where(is_class(c, n), slope, T(0)));
     return loss;
   }

@@ -66,15 +66,15 @@ LossAndGrad native(const Loss& loss, const Operands& o) {
   const at::Tensor* const weight = o.training.loss_weight;
   const at::Tensor y = doubles(o.y), t = doubles(o.t), w = doubles((weight ? *weight : o.dy).expand_as(o.y)),
                    dy = at::empty_like(y);
+  const double scale = o.training.mean ? 1 / static_cast<double>(y.numel()) : 1;
   double total = 0;
   for (int64_t i = 0; i < y.numel(); ++i) {
     const auto at = [i](const at::Tensor& operand) { return operand.const_data_ptr<double>()[i]; };
     if (is_of_probabilities<Loss> && !(at(y) >= 0 && at(y) <= 1 && at(t) >= 0 && at(t) <= 1)) throw_not_a_probability();
     total += loss.forward(at(y), at(t), at(w));
-    dy.mutable_data_ptr<double>()[i] = loss.backward(at(y), at(t), at(w));
+    dy.mutable_data_ptr<double>()[i] = loss.backward(at(y), at(t), at(w), scale);
   }
-  if (o.training.mean) total /= static_cast<double>(y.numel());
-  return {at::full_like(o.dy, total), o.reduced(dy.to(o.y.options()))};
+  return {at::full_like(o.dy, total * scale), dy.to(o.y.options())};
 }
 
 LossAndGrad native(const MSE&, const Operands& o) {
@@ -90,7 +90,7 @@ LossAndGrad native(const BCE&, const Operands& o) {
 
 LossAndGrad native(const BCEWithLogits& loss, const Operands& o) {
   const at::Tensor* const weight = o.training.loss_weight;
-  const at::Tensor dz = weight ? loss.backward(o.y, o.t, *weight) : at::sigmoid(o.y) - o.t;
+  const at::Tensor dz = weight ? loss.backward(o.y, o.t, *weight, o.dy) : at::sigmoid(o.y) - o.t;
   return {at::binary_cross_entropy_with_logits(o.y, o.t, {}, optional(weight), o.reduction), o.reduced(dz)};
 }
 

@@ -270,7 +270,7 @@ struct Call {
       } else {
         for (int64_t n = 0; n < N; ++n) {
           sum += l.forward(y[n], row.t(n), row.w(n));
-          dy[n] = scale * l.backward(y[n], row.t(n), row.w(n));
+          dy[n] = l.backward(y[n], row.t(n), row.w(n), scale);
         }
       }
       return sum;

@@ -64,7 +64,7 @@ struct Target {
         } else {
           for (int64_t n = 0; n < y.columns; ++n) {
             sum += l.forward(row.z(n), row.t(n), row.w(n));
-            row.put(n, scale * l.backward(row.z(n), row.t(n), row.w(n)));
+            row.put(n, l.backward(row.z(n), row.t(n), row.w(n), scale));
           }
         }
         return sum;

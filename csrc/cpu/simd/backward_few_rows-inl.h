@@ -20,19 +20,22 @@ struct FewRows {
   static constexpr int64_t kColumns = 1024;          // at a time: x, the sums of dx and the next rows of W stay in L1
   static constexpr int64_t kChunk = 2 * kShortRows;  // columns of dz computed at a time
   static constexpr int64_t kStride = kColumns + 5 * V::lanes;  // not a multiple of a page: rows would share L1 sets
-  static constexpr int64_t kScratch = kMostFewRows * (kChunk + 3 * kStride) + kRowsOfW * kStride;
+  static constexpr int64_t kDouble = sizeof(double) / sizeof(T);
+  static constexpr int64_t kScratch = kMostFewRows * (kChunk + (2 + kDouble) * kStride) + kRowsOfW * kStride;
 
   const Backward& b;
-  T* dz;                // [M, kChunk]
-  T *x, *sums, *total;  // [M, kColumns]: x, and dx over a chunk and over all
-  T* dw;                // [kRowsOfW, kColumns]
-  T* dx;                // [M, K] or nullptr
+  T* dz;          // [M, kChunk]
+  T *x, *sums;    // [M, kColumns]: x, and dx over a chunk
+  double* total;  // [M, kColumns]: dx
+  T* dw;          // [kRowsOfW, kColumns]
+  T* dx;          // [M, K] or nullptr
 
   // Rows and columns of W. dx: sums over these rows, [M, K], or nullptr to store to b.dx.
   static void run(const Backward& b, Range rows, Range columns, void* dx, void* scratch) {
     T* const dz = static_cast<T*>(scratch);
-    T *const sums = dz + b.M * kChunk, *const x = sums + b.M * kStride, *const total = x + b.M * kStride;
-    const FewRows self{b, dz, x, sums, total, total + b.M * kStride, static_cast<T*>(dx)};
+    T *const sums = dz + b.M * kChunk, *const x = sums + b.M * kStride, *const dw = x + b.M * kStride;
+    double* const total = reinterpret_cast<double*>(dw + kRowsOfW * kStride);
+    const FewRows self{b, dz, x, sums, total, dw, static_cast<T*>(dx)};
     const int64_t step = b.M > 2 ? kColumns / 2 : kColumns;
     for (int64_t k = columns.begin; k < columns.end; k += step)
       self.block(rows, {k, std::min(k + step, columns.end)}, k == 0);
@@ -43,8 +46,8 @@ struct FewRows {
   void block(Range rows, Range columns, bool first) const {
     const int64_t size = columns.size(), M = b.M;
     const bool needs_dw = b.dw || b.update_w;
-    const auto clear = [&](T* sums_of_m) {
-      for (int64_t m = 0; m < M; ++m) std::fill(sums_of_m + m * kStride, sums_of_m + m * kStride + size, T(0));
+    const auto clear = [&](auto* sums_of_m) {
+      for (int64_t m = 0; m < M; ++m) std::fill(sums_of_m + m * kStride, sums_of_m + m * kStride + size, 0);
     };
     for (int64_t m = 0; needs_dw && m < M; ++m)
       for_vectors<T>(size, [&](int64_t k, auto lanes) {
@@ -66,17 +69,15 @@ struct FewRows {
         else
           rows_of_w<R, false, true>(n, n - n0, columns);
       });
-      for (int64_t m = 0; b.dx.data && m < M; ++m)
-        for_vectors<T>(size, [&](int64_t k, auto lanes) {
-          T* const to = total + m * kStride + k;
-          store(to, load(to, lanes) + load(sums + m * kStride + k, lanes), lanes);
-        });
+      for (int64_t m = 0; b.dx.data && m < M; ++m) add_up(total + m * kStride, sums + m * kStride, size);
     }
-    for (int64_t m = 0; b.dx.data && m < M; ++m)
+    for (int64_t m = 0; b.dx.data && m < M; ++m) {
+      round_sums(total + m * kStride, size, sums);
       for_vectors<T>(size, [&](int64_t k, auto lanes) {
-        const V v = load(total + m * kStride + k, lanes);
+        const V v = load(sums + k, lanes);
         dx ? store(dx + m * b.K + columns.begin + k, v, lanes) : store(at<S>(b.dx, m, columns.begin + k), v, lanes);
       });
+    }
   }
 
   // dx += dz W and dW = dz^T x for R rows of W

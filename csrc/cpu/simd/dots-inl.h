@@ -13,38 +13,61 @@ struct Sizes {
   int64_t M, K, N;
 };
 
-// Calls f(k, lanes) for every vector of Elements along the depth.
+// Calls f(k, lanes) for every vector of Elements in a range of the depth.
 template <class Element, class T, class F>
-inline void for_depth(int64_t depth, const F& f) {
+inline void for_depth(Range depth, const F& f) {
   constexpr int64_t step = Element::depth * Vec<T>::lanes;
-  int64_t k = 0;
-  for (; k + step <= depth; k += step) f(k, AllLanes{});
-  if (k < depth) f(k, static_cast<int>(depth - k));
+  int64_t k = depth.begin;
+  for (; k + step <= depth.end; k += step) f(k, AllLanes{});
+  if (k < depth.end) f(k, static_cast<int>(depth.end - k));
+}
+
+// Calls f(range), which adds to sums, for chunks of the depth, so that no lane adds up many terms one by one. The sums
+// of earlier chunks are kept in memory: the registers are full.
+constexpr int64_t kShortDepth = 256;  // vectors of a chunk
+template <class T, int count, class F>
+MLP_EXT_INLINE void in_chunks(int64_t depth, int64_t chunk, Vec<T> (&sums)[count], const F& f) {
+  alignas(kVectorBytes) T earlier[count * Vec<T>::lanes];
+  for (int64_t k = 0;; k += chunk) {
+    f(Range{k, std::min(k + chunk, depth)});
+    if (k > 0)
+#pragma GCC unroll 16
+      for (int i = 0; i < count; ++i) sums[i] = sums[i] + load(earlier + i * Vec<T>::lanes);
+    if (k + chunk >= depth) return;
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) {
+      store(earlier + i * Vec<T>::lanes, sums[i]);
+      sums[i] = Vec<T>();
+    }
+  }
 }
 
 // One row of A against Q rows of B at a time. Q is small: for a single row of B, or rows that alias in L1.
 template <int Q, class S, class Element, class Finish>
 void dots_of_one_row(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Range columns, const Finish finish) {
-  using V = Vec<Accumulator<S>>;
+  using T = Accumulator<S>;
+  using V = Vec<T>;
   constexpr int chains = 4;
   constexpr int64_t step = Element::depth * V::lanes;
   for (int64_t n = columns.begin; n < columns.end; n += Q) {
     const S *const x = at<S>(a, 0, 0), *w[Q];  // past the edge: the last row again
     for (int q = 0; q < Q; ++q) w[q] = at<S>(b, std::min<int64_t>(n + q, columns.end - 1), 0);
-    V sums[chains][Q];
+    V sums[chains * Q];
     const auto add = [&](int chain, int64_t k, auto lanes) {
       const V xk = Element::read(x + k, lanes);
 #pragma GCC unroll 4
       for (int q = 0; q < Q; ++q)
-        sums[chain][q] = Element::accumulate(sums[chain][q], xk, Element::read(w[q] + k, lanes));
+        sums[chain * Q + q] = Element::accumulate(sums[chain * Q + q], xk, Element::read(w[q] + k, lanes));
     };
-    int64_t k = 0;
-    for (; k + chains * step <= depth; k += chains * step)
+    in_chunks<T>(depth, chains * kShortDepth * step, sums, [&](Range chunk) {
+      int64_t k = chunk.begin;
+      for (; k + chains * step <= chunk.end; k += chains * step)
 #pragma GCC unroll 4
-      for (int chain = 0; chain < chains; ++chain) add(chain, k + chain * step, AllLanes{});
-    for_depth<Element, Accumulator<S>>(depth - k, [&](int64_t j, auto lanes) { add(0, k + j, lanes); });
+        for (int chain = 0; chain < chains; ++chain) add(chain, k + chain * step, AllLanes{});
+      for_depth<Element, T>({k, chunk.end}, [&](int64_t j, auto lanes) { add(0, j, lanes); });
+    });
     for (int q = 0; q < Q && n + q < columns.end; ++q)
-      finish(0, n + q, V(sum_lanes((sums[0][q] + sums[1][q]) + (sums[2][q] + sums[3][q]))), 1);
+      finish(0, n + q, V(sum_lanes((sums[q] + sums[Q + q]) + (sums[2 * Q + q] + sums[3 * Q + q]))), 1);
   }
 }
 
@@ -66,16 +89,18 @@ void dots_of_tiles(const ConstMatrix& a, const ConstMatrix& b, int64_t depth, Ra
       for (int p = 0; p < P; ++p) x[p] = at<S>(a, std::min<int64_t>(m + p, rows.end - 1), 0);
       for (int q = 0; q < Q; ++q) w[q] = at<S>(b, std::min<int64_t>(n + q, columns.end - 1), 0);
       V acc[V::lanes];
-      for_depth<Element, T>(depth, [&](int64_t k, auto lanes) {
-        V wk[Q];
+      in_chunks<T>(depth, kShortDepth * Element::depth * V::lanes, acc, [&](Range chunk) {
+        for_depth<Element, T>(chunk, [&](int64_t k, auto lanes) {
+          V wk[Q];
 #pragma GCC unroll 16
-        for (int q = 0; q < Q; ++q) wk[q] = Element::read(w[q] + k, lanes);
+          for (int q = 0; q < Q; ++q) wk[q] = Element::read(w[q] + k, lanes);
 #pragma GCC unroll 16
-        for (int p = 0; p < P; ++p) {
-          const V xk = Element::read(x[p] + k, lanes);
+          for (int p = 0; p < P; ++p) {
+            const V xk = Element::read(x[p] + k, lanes);
 #pragma GCC unroll 16
-          for (int q = 0; q < Q; ++q) acc[p * Q + q] = Element::accumulate(acc[p * Q + q], xk, wk[q]);
-        }
+            for (int q = 0; q < Q; ++q) acc[p * Q + q] = Element::accumulate(acc[p * Q + q], xk, wk[q]);
+          }
+        });
       });
       transpose(acc);
       V z = acc[0];

@@ -313,6 +313,18 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
     if (i < rows) tiles<Layout, Element, next>(a, b, depth, i, rows, columns, stage, partial, finish, prefetcher);
 }
 
+// to += from, [rows, columns] each
+template <class T>
+__attribute__((noinline)) void add_block(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+                                         int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i)
+    for_vectors<T>(columns, [&](int64_t j, auto lanes) {
+      T* const at = to + i * to_stride + j;
+      store(at, load(at, lanes) + load(from + i * from_stride + j, lanes), lanes);
+    });
+}
+constexpr int64_t kBlocksPerSum = 256;  // short depth blocks; the sums of more are added up
+
 // C[rows, columns] = A[rows, depth] B[depth, columns], depth counted in packed Elements.
 //   pack_a      (i, rows, k, depth, first_columns, packed, prefetcher): packs a block of A as Layout; may enqueue what
 //               is read next
@@ -338,9 +350,18 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
     const int64_t in_l1 = std::max<int64_t>(8, kBytesInL1 / static_cast<int64_t>(sizeof(T)) / nc);
     const bool in_rows = b.data && b.panel_step == Tile<T>::columns;
     const int64_t step = in_rows ? std::min<int64_t>(in_l1, Block::depth) : Block::depth;
+    const int64_t depth_of_sum = kBlocksPerSum * step;
+    T* const totals = packed_b;  // [rows, nc], if B is in place
     int64_t k0 = 0;
     do {  // at least once: with depth 0 the epilogue still runs, on zeros
       const int64_t kc = std::min<int64_t>(step, depth - k0);
+      const bool last = k0 + kc == depth, starts_over = in_rows && !last && k0 > 0 && k0 % depth_of_sum == 0;
+      if (starts_over) {
+        if (k0 == depth_of_sum) std::fill(totals, totals + rows * nc, T(0));
+        add_block(partial.at(0, j0), partial.row_stride, totals, nc, rows, nc);
+      } else if (in_rows && last && k0 > depth_of_sum) {
+        add_block(totals, nc, partial.at(0, j0), partial.row_stride, rows, nc);
+      }
       if (kc && !b.data) pack_b(k0, kc, j0, nc, packed_b);
       const auto panels = b.data ? b.from(k0, j0) : Panels<T>::packed(packed_b, kc);
       for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
@@ -350,7 +371,7 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
         prefetcher.pace(ceil_div(mc, Tile<T>::rows) * ceil_div(nc, Tile<T>::columns));
         const Partial<T> sums_so_far{partial.at(i0, partial.starts_over ? 0 : j0), partial.row_stride,
                                      partial.panel_step};
-        tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0, k0 + kc == depth},
+        tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0 || starts_over, last},
                                               sums_so_far, finish.from(i0, j0), prefetcher);
       }
       k0 += kc;

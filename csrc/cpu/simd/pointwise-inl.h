@@ -108,7 +108,7 @@ __attribute__((flatten)) void element_loss(const LossOf& loss, Vec<T> scale, int
       const int64_t i = begin + j;
       const V yi = load(y + i, lanes), ti = load(t + i, lanes), wi = w ? load(w + i, lanes) : V(1);
       if constexpr (is_of_probabilities<LossOf>) sums.check(yi, ti);
-      store(dy + i, l.backward(yi, ti, wi) * scale, lanes);
+      store(dy + i, l.backward(yi, ti, wi, scale), lanes);
       sum = sum + only(l.forward(yi, ti, wi), lanes);
     });
     sums.add(sum);
@@ -122,11 +122,12 @@ struct LossRow {
   int64_t m, N, class_of_row;
   const T* y;
   T* dy;
+  bool ignored;
 
-  int64_t c() const { return class_of_row; }
+  int64_t c() const { return ignored ? 0 : class_of_row; }
   T z(int64_t n) const { return y[n]; }
   T t(int64_t n) const { return scalar(at<S>(loss.target, m, n)); }
-  T w(int64_t n) const { return loss.weight ? scalar(static_cast<const S*>(loss.weight) + n) : T(1); }
+  T w(int64_t n) const { return ignored ? T(0) : loss.weight ? scalar(static_cast<const S*>(loss.weight) + n) : T(1); }
   T sum_exp(T most) const {
     T sum = 0;
     for_vectors<T>(N, [&](int64_t n, auto lanes) {
@@ -147,12 +148,12 @@ double row_losses(const Loss& loss, Range rows, int64_t N, const void* y_data, v
   const T* y = static_cast<const T*>(y_data);
   T* dy = static_cast<T*>(dy_data);
   double total = 0;
-  for (int64_t m = rows.begin; m < rows.end; ++m, y += N, dy += N) {
+  for (int64_t m = rows.begin; m < rows.end && N > 0; ++m, y += N, dy += N) {
     const int64_t c = loss.classes ? loss.classes[m * loss.classes_stride] : -1;
-    if (loss.classes && c == loss.ignore_index)
-      std::fill(dy, dy + N, T(0));
-    else
-      total += l.template row<T>(LossRow<S>{loss, m, N, c, y, dy}, N, static_cast<T>(loss.scale));
+    const bool ignored = loss.classes && c == loss.ignore_index;
+    const double of_row =
+        l.template row<T>(LossRow<S>{loss, m, N, c, y, dy, ignored}, N, ignored ? T(0) : static_cast<T>(loss.scale));
+    if (!ignored) total += of_row;
   }
   return total;
 }
@@ -229,7 +230,7 @@ struct RowOfEachLane {
   const ClassOfEachLane<T>& c() const { return classes; }
   V z(int64_t n) const { return load(y + n * V::lanes); }
   V t(int64_t n) const { return load(target + n * V::lanes); }
-  V w(int64_t n) const { return weight ? load(weight + n * V::lanes) : V(1); }
+  V w(int64_t n) const { return learned(weight ? load(weight + n * V::lanes) : V(1)); }
   V sum_exp(V most) const {
     V sum;
     for (int64_t n = 0; n < N; ++n) {
@@ -241,7 +242,7 @@ struct RowOfEachLane {
   }
   V exp(int64_t n, V) const { return load(dy + n * V::lanes); }
   V learned(V v) const { return classes.given ? where(classes.number < 0, V(), v) : v; }  // 0 if ignored
-  void put(int64_t n, V v) const { store(dy + n * V::lanes, learned(v)); }
+  void put(int64_t n, V v) const { store(dy + n * V::lanes, v); }
 };
 
 template <class T, class LossOf>
@@ -251,7 +252,7 @@ __attribute__((flatten)) void row_losses_in_lanes(const LossOf& loss, Vec<T> sca
   Vec<T> sum;
   for (int64_t m = 0; m < rows; ++m, row.y += size, row.dy += size) {
     row.classes = {of_classes ? load(row.target) : Vec<T>(), of_classes};
-    sum = sum + row.learned(loss.template row<Vec<T>>(row, row.N, scale));
+    sum = sum + row.learned(loss.template row<Vec<T>>(row, row.N, row.learned(scale)));
     row.target += of_classes ? Vec<T>::lanes : size;
   }
   sums.add(sum);

@@ -254,7 +254,7 @@ __device__ T add_losses(const ElementLoss<S>& f, const Loss& loss) {
       const T y = to_accumulator(outputs.at[v]), t = to_accumulator(targets.at[v]);
       if constexpr (is_of_probabilities<Loss>) device_assert(0 <= y && y <= 1 && 0 <= t && t <= 1, "a probability");
       sum += loss.forward(y, t, weight[v]);
-      dy.at[v] = from_accumulator<S>(loss.backward(y, t, weight[v]) * f.scale);
+      dy.at[v] = from_accumulator<S>(loss.backward(y, t, weight[v], f.scale));
     }
     store(f.dy.at(m, column), dy);
   }
