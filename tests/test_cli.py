@@ -320,7 +320,6 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["args"] == {
         "layers": "all",
         "data": "digits",
-        "csv": None,
         "target": None,
         "regression": False,
         "hidden": [8, 6],
@@ -439,7 +438,7 @@ def test_saved_weights_are_those_of_a_sequential(layers: str, tmp_path: Path) ->
     rows = [",".join(map(repr, [*r.tolist(), t.item()])) for r, t in zip(x, y, strict=True)]
     csv.write_text("\n".join(["a,b,c,y", *rows]))
     args = "--hidden 8 --dtype float64 --optimizer adam --epochs 40 --activation tanh --quiet"
-    files = ["--csv", str(csv), "--target", "y", "--save", str(path)]
+    files = ["--data", str(csv), "--target", "y", "--save", str(path)]
     assert main(["train", "--layers", layers, *args.split(), *files]) == 0
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     model.load_state_dict(torch.load(path, weights_only=True))
@@ -515,13 +514,16 @@ ERRORS = [
     ("--plot missing/loss.png", "argument --plot: cannot write 'missing/loss.png': No such file"),
     ("--save missing/model.pt", "argument --save: cannot write 'missing/model.pt': No such file"),
     ("--data seed", "argument --data: 'seed' is now called tutorial"),
-    ("--target y", "argument --target: requires --csv FILE"),
-    ("--regression", "argument --regression: requires --csv FILE"),
-    ("--csv file", "argument --csv: add --target COLUMN, the column to predict"),
-    ("--csv none --target y", "argument --csv: cannot read 'none': No such file or directory"),
-    ("--csv folder --target y", "argument --csv: cannot read 'folder': Is a directory"),
-    ("--csv file --target y", "argument --csv: file has only the column 'before'; expected "),
-    ("--csv file --target y --data digits", "argument --data: not allowed with argument --csv"),
+    ("--target y", "argument --target: requires --data FILE.csv"),
+    ("--regression", "argument --regression: requires --data FILE.csv"),
+    ("--data file", "argument --data: add --target COLUMN, the column to predict"),
+    (
+        "--data no.csv --target y",
+        "argument --data: cannot read 'no.csv': No such file or directory",
+    ),
+    ("--data folder --target y", "argument --data: cannot read 'folder': Is a directory"),
+    ("--data file --target y", "argument --data: file has only the column 'before'; expected "),
+    ("--csv file", "argument --data: add --target COLUMN, the column to predict"),  # its first name
     ("--validation 1", "argument --validation: must be a number between 0 and 1, got '1'"),
     ("--validation 0.01", "argument --validation: 0.01 of 10 rows is 0"),
     ("--patience 3", "argument --patience: requires --validation X, such as 0.2"),
@@ -609,7 +611,7 @@ def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     options = "layers data hidden activation loss optimizer epochs lr weight-decay batch-size seed"
-    options += " device dtype distributed csv target regression log-every quiet plot save json"
+    options += " device dtype distributed target regression log-every quiet plot save json"
     assert all(f"--{option} " in out for option in options.split())
 
 
