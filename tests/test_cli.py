@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,24 @@ def test_plot_is_of_losses_over_epochs_and_time() -> None:
     assert figure.get_suptitle() == "the title"
     assert (epochs.get_xlabel(), epochs.get_ylabel()) == ("epoch", "loss")
     assert time.get_xlabel().startswith("training time")
+
+
+def test_plot_has_the_losses_of_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
+    monkeypatch.setattr(train_command, "replacing", nullcontext)
+    path = tmp_path / "run.json"
+    args = "--layers step --epochs 4 --validation 0.2 --plot loss.png --json"
+    assert main(["train", *args.split(), str(path)]) == 0
+    result = json.loads(path.read_text())["results"]["step"]
+    for axes in figures[0].axes:
+        found = [list(line.get_ydata()) for line in axes.lines if len(line.get_ydata())]
+        assert found == [result["losses"], result["validation_losses"]]
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert texts == ["step", "validation"]
 
 
 @pytest.mark.parametrize("epochs", [1, 40])
