@@ -43,8 +43,8 @@ def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
         above = len(runs) - 1 - i
         color = f"C{i - 1}" if i else "0.75" if above else "C0"
         marker = "o" if len(run.losses) == 1 else ""
-        style = {"color": color, "solid_capstyle": "butt", "dash_capstyle": "butt"}
-        style |= {"marker": marker, "markersize": 5 + 3 * above}
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5 + 3 * above}
+        style |= {"solid_capstyle": "butt", "dash_capstyle": "butt"}
         seconds = [*accumulate(run.seconds)]
         for losses, line in zip(_losses(run), ("-", "--"), strict=False):
             label = run.kind if line == "-" else ""
