@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mlp_ext.errors import kind
 from mlp_ext.reading import Reading
 
 GROUPS = "make one call for each kind"
+ALONE = "use TrainStep for each network"
 Look = dict[str, object]
 
 
@@ -26,6 +28,21 @@ def listed(name: str, argument: str, value: Any) -> list[Any]:
     if not found:
         raise ValueError(f"{name}: {argument} must be at least one, got an empty list")
     return found
+
+
+def check_options(
+    name: str,
+    own: Callable[..., object],
+    of_one: Callable[..., object],
+    unknown: Iterable[str],
+) -> None:
+    """Raises for options that `own` does not have. of_one: the same of TrainStep."""
+    for option in unknown:
+        if option not in signature(of_one).parameters:
+            raise TypeError(f"{name}() got an unexpected keyword argument '{option}'")
+        if f"{option}s" in signature(own).parameters:
+            raise TypeError(f"{name}: pass {option}s, one for each network, not {option}")
+        raise TypeError(f"{name}: {option} is not supported; {ALONE}")
 
 
 def of_network(name: str, error: Exception, index: int) -> Exception:

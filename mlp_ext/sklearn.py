@@ -113,7 +113,7 @@ class Training:
         weights, biases = ([getattr(layer, name) for layer in self.layers] for name in _NAMES)
         e.coefs_ = [weight.detach().numpy().T for weight in weights]
         e.intercepts_ = [bias.detach().numpy() for bias in biases]
-        self.weights = [weight.detach() for weight in weights]
+        self.weights = [weight.detach().flatten() for weight in weights]
         self.squares = self._squares()  # the sum of those of all weights
         modules = chain(*((layer, ACTIVATIONS[e.activation][0]()) for layer in self.layers))
         model = nn.Sequential(*[*modules][:-1])
@@ -166,8 +166,7 @@ class Training:
 
     def _squares(self) -> float:
         # Not by NumPy's BLAS, whose threads would then spin beside those of the steps.
-        norms = (torch.linalg.vector_norm(weight).item() for weight in self.weights)
-        return sum(norm**2 for norm in norms) if self.alpha else 0.0
+        return sum(w.dot(w).item() for w in self.weights) if self.alpha else 0.0
 
 
 _NAMES = ("weight", "bias")
@@ -239,6 +238,27 @@ class _TrainedBySteps:
         """
         _check(self, X, unsupported)
         return super().fit(X, y)  # type: ignore[misc]
+
+    def partial_fit(self, X: Any, y: Any, **unsupported: Any) -> Any:
+        """Trains for one epoch, beginning where the last call ended.
+
+        Args:
+            X (array): inputs, dense.
+            y (array): targets, as in `fit`.
+            **unsupported: what only scikit-learn's own estimator has, such as `sample_weight`.
+
+        Shape:
+            - X: `(n_samples, n_features)`.
+            - y: `(n_samples)` or `(n_samples, n_outputs)`.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: a parameter, X or y is not supported.
+        """
+        _check(self, X, unsupported)
+        return super().partial_fit(X, y)  # type: ignore[misc]
 
     def _fit_stochastic(self: Any, X: Any, y: Any, sample_weight: Any, *rest: Any) -> None:
         """In place of scikit-learn's loop. X, y: checked; y is one-hot or an indicator matrix for a
@@ -420,7 +440,7 @@ class MLPClassifier(_TrainedBySteps, neural_network.MLPClassifier):  # type: ign
             ValueError: a parameter, X or y is not supported.
         """
         _check(self, X, unsupported)
-        found: MLPClassifier = super().partial_fit(X, y, classes=classes)
+        found: MLPClassifier = super(_TrainedBySteps, self).partial_fit(X, y, classes=classes)
         return found
 
 
@@ -437,24 +457,3 @@ class MLPRegressor(_TrainedBySteps, neural_network.MLPRegressor):  # type: ignor
         >>> regressor.fit(X * 20, y / 100).score(X * 20, y / 100) > 0.4
         True
     """
-
-    def partial_fit(self, X: Any, y: Any, **unsupported: Any) -> MLPRegressor:
-        """Trains for one epoch, beginning where the last call ended.
-
-        Args:
-            X (array): inputs, dense.
-            y (array): their targets.
-
-        Shape:
-            - X: `(n_samples, n_features)`.
-            - y: `(n_samples)` or `(n_samples, n_outputs)`.
-
-        Returns:
-            The estimator itself.
-
-        Raises:
-            ValueError: a parameter, X or y is not supported.
-        """
-        _check(self, X, unsupported)
-        found: MLPRegressor = super().partial_fit(X, y)
-        return found

@@ -17,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from mlp_ext import _C
 from mlp_ext.errors import CAUGHT, check_input, check_target, check_tensor, kind, rename
 from mlp_ext.networks import (
+    ALONE,
     GROUPS,
     Look,
     check_alike,
     check_distinct,
+    check_options,
     flattened,
     listed,
     look,
@@ -30,6 +32,7 @@ from mlp_ext.nn import type_name
 from mlp_ext.progress import progress_bar
 from mlp_ext.reading import LOSSES, Reading, criterion_module, read_all, read_model
 from mlp_ext.step_text import criterion_text, model_text, optimizer_text, positive
+from mlp_ext.train_step import TrainStep
 
 NAME, FIT = "TrainSteps", "TrainSteps.fit"
 
@@ -58,9 +61,11 @@ class TrainSteps:
         criterion (nn.Module or function): the loss of each, as `TrainStep` takes it.
         optimizers (sequence of torch.optim.Optimizer): one for each model, as `TrainStep` takes
             them, all of one type.
+        **unsupported: `max_norm` and `accumulate`, which only `TrainStep` has.
 
     Raises:
-        TypeError: a module, the criterion or an optimizer is of a type that is not supported.
+        TypeError: a module, the criterion or an optimizer is of a type that is not supported, or an
+            option is not.
         ValueError: models or optimizers are not alike, or have options, hooks, shared Parameters or
             the like that are not supported.
 
@@ -77,7 +82,9 @@ class TrainSteps:
         models: Sequence[nn.Module],
         criterion: nn.Module | Callable[..., Tensor],
         optimizers: Sequence[torch.optim.Optimizer],
+        **unsupported: Any,
     ) -> None:
+        check_options(NAME, TrainSteps, TrainStep, unsupported)
         self._parts = (
             listed(NAME, "models", models),
             criterion,
@@ -165,13 +172,14 @@ class TrainSteps:
     def fit(
         self,
         input: Tensor,
-        target: Tensor,
+        target: Tensor | None = None,
         epochs: int = 50,
         batch_size: int | None = None,
         shuffle: bool = False,
         generators: Sequence[torch.Generator] | None = None,
         rows: Sequence[Tensor] | None = None,
         progress: bool = False,
+        **unsupported: Any,
     ) -> Tensor:
         """Trains all networks for a number of epochs, without Python between the steps.
 
@@ -201,6 +209,8 @@ class TrainSteps:
                 samples. Their lengths may differ. None takes all rows.
             progress (bool): whether to show a progress bar with the lowest loss of all networks, in
                 a terminal or notebook, with tqdm if installed. Default: False.
+            **unsupported: `validation` and the others that only `TrainStep.fit` has. Loaders too
+                are not supported.
 
         Shape:
             - input: `(n, K)` or `(E, n, K)`.
@@ -212,7 +222,8 @@ class TrainSteps:
             Tensor: the loss of each epoch and network, on the CPU, as of `TrainStep.fit`.
 
         Raises:
-            TypeError, ValueError, IndexError: an argument is of another type or out of range.
+            TypeError, ValueError, IndexError: an argument is of another type or out of range, or is
+                not supported.
             RuntimeError: as in a call of the steps. Where values of some networks are not in [0, 1]
                 with `nn.BCELoss`, these stop before that step, and the others are trained to the
                 end.
@@ -227,7 +238,11 @@ class TrainSteps:
             >>> losses.shape
             torch.Size([20, 2])
         """
+        check_options(FIT, self.fit, TrainStep.fit, unsupported)
         count = len(self._parts[0])
+        if target is None and not isinstance(input, Tensor):
+            what = f"pass tensors of all rows, input and target, not a loader, got {kind(input)}"
+            raise TypeError(f"{FIT}: {what}; or {ALONE}")
         check_tensor(FIT, "input", input)
         check_tensor(FIT, "target", target)
         if not isinstance(shuffle, bool):

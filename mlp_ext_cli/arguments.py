@@ -55,6 +55,14 @@ def add_command(commands: Any, name: str, run: str, help: str, **texts: str) -> 
     return parser
 
 
+def add_shared(add: Callable[..., object], **defaults: object) -> None:
+    """Adds these options, which several commands have, by an argument group's add_argument."""
+    for name, default in defaults.items():
+        options: dict[str, Any] = SHARED[name]
+        text = options["help"].format(default)
+        add(f"--{name}", **{**options, "default": default, "help": text})
+
+
 def unknown(value: str, known: Iterable[str]) -> str:
     """The end of an error: what there is, and which of it was probably meant."""
     return f"must be one of {', '.join(known)}, got '{value}'{meant(value, known)}"
@@ -116,3 +124,22 @@ def file(text: str) -> Path:
             return path
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write '{text}': {error.strerror}") from None
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "activation": {"metavar": "NAME", "help": "hidden-layer activation (default: {})"},
+    "optimizer": {"metavar": "NAME", "help": "(default: {})"},
+    "epochs": {"type": count, "metavar": "N", "help": "passes over the data (default: {})"},
+    "dtype": {
+        "choices": FLOATS,
+        "metavar": "TYPE",
+        "help": f"{', '.join(FLOATS)} (default: {{}})",
+    },
+    "device": {"choices": DEVICES, "help": "(default: {})"},
+    "data": {
+        "metavar": "NAME",
+        "help": "a data set listed by mlp-ext info, or FILE.csv (default: {})",
+    },
+    "target": {"metavar": "COLUMN", "help": "the column of FILE.csv to predict"},
+    "regression": {"action": "store_true", "help": "treat the target as a number"},
+}

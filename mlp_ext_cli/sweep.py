@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from typing import Any
 
 from mlp_ext_cli.arguments import (
-    DEVICES,
-    FLOATS,
     add_command,
+    add_shared,
     count,
     decay,
     each,
@@ -41,9 +41,7 @@ classes.
 
 --plot: the accuracy (or loss) over epochs, a curve for each value, if only one
 option has several values; else a heat map, whose rows are those of the first
-such option. --csv: a line for each network.
-
---data FILE.csv: as mlp-ext train --csv FILE.csv.
+such option.
 
 Under torchrun, each process trains its share of the networks. The table is that
 of a single process.
@@ -53,7 +51,7 @@ examples:
   mlp-ext sweep --data digits --lr 0.01,0.03,0.1,0.3 --hidden 64,32-16 \\
       --seeds 8 --epochs 20 --folds 5 --plot sweep.png
   mlp-ext sweep --data own.csv --target price --optimizer adamw \\
-      --lr 0.001,0.003,0.01 --weight-decay 0,0.01,0.1 --csv networks.csv
+      --lr 0.001,0.003,0.01 --weight-decay 0,0.01,0.1 --results networks.csv
   torchrun --nproc_per_node 2 -m mlp_ext sweep --seeds 50
 """
 
@@ -103,43 +101,28 @@ def add_sweep(commands: Any) -> None:
     add = parser.add_argument_group(
         "network and training (mlp-ext info lists the names)"
     ).add_argument
-    add(
-        "--activation",
-        default="relu",
-        metavar="NAME",
-        help="hidden-layer activation (default: relu)",
-    )
+    add_shared(add, activation="relu", optimizer="sgd")
     add(
         "--loss",
         metavar="NAME",
         help="(default: cross_entropy; bce_with_logits for two classes; mse for numbers)",
     )
-    add("--optimizer", default="sgd", metavar="NAME", help="(default: sgd)")
-    add("--epochs", type=count, default=20, metavar="N", help="passes over the data (default: 20)")
     add("--seed", type=seed, default=0, metavar="N", help="the first seed (default: 0)")
-    add(
-        "--dtype",
-        choices=FLOATS,
-        default="float32",
-        metavar="TYPE",
-        help=f"{', '.join(FLOATS)} (default: float32)",
-    )
-    add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
+    add_shared(add, epochs=20, dtype="float32", device="cpu")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        default="digits",
-        metavar="NAME",
-        help="a data set listed by mlp-ext info, or FILE.csv (default: digits)",
-    )
-    add("--target", metavar="COLUMN", help="the column of FILE.csv to predict")
-    add("--regression", action="store_true", help="treat the target as a number")
+    add_shared(add, data="digits", target=None, regression=False)
 
     add = parser.add_argument_group("output").add_argument
     add("--quiet", action="store_true", help="print only the table and what follows it")
     add("--plot", type=file, metavar="FILE.png", help="plot the curves or the heat map")
-    add("--csv", type=file, metavar="FILE", help="write the results of each network")
+    add(
+        "--results",
+        type=file,
+        metavar="FILE.csv",
+        help="write a line for each network",
+    )
+    add("--csv", type=file, dest="results", default=SUPPRESS, help=SUPPRESS)  # its first name
 
 
 _folds = number(int, lambda n: 2 <= n < 2**31, "a whole number from 2 to 2147483647")

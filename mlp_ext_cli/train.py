@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from argparse import SUPPRESS
 from typing import Any
 
 from mlp_ext_cli.arguments import (
-    DEVICES,
-    FLOATS,
     add_command,
+    add_shared,
     count,
     decay,
     file,
@@ -43,11 +42,12 @@ same. test acc, test loss: on the 20% of the rows held out for testing.
 --validation: after each epoch, the loss on rows held out from training; its
 time counts. val loss, val acc: those of the best epoch, whose weights are kept.
 
---csv: the first line names the columns; all except the target must be numbers.
-A target of text, or of whole numbers with at most 20 distinct values, is a
-class; any other is a number, and so is every target with --regression. Numbers
-take the losses mse, l1, smooth_l1 and huber. Features and numeric targets are
-standardized with the mean and standard deviation of the training rows.
+--data FILE.csv: its first line names the columns; all except the target must be
+numbers. A target of text, or of whole numbers with at most 20 distinct values,
+is a class; any other is a number, and so is every target with --regression.
+Numbers take the losses mse, l1, smooth_l1 and huber. Features and numeric
+targets are standardized with the mean and standard deviation of the training
+rows.
 
 --save: the state_dict of an nn.Sequential; native's if several kinds train. The
 scaling is folded into the weights, so the model takes and predicts values in
@@ -64,7 +64,7 @@ examples:
       --loss cross_entropy --lr 0.001
   mlp-ext train --data digits --validation 0.2 --patience 10 --epochs 500 \\
       --optimizer adam
-  mlp-ext train --csv own.csv --target price --hidden 32,16 --save model.pt
+  mlp-ext train --data own.csv --target price --hidden 32,16 --save model.pt
   torchrun --nproc_per_node 2 -m mlp_ext train --distributed ddp --data digits \\
       --batch-size 64
 """
@@ -96,17 +96,12 @@ def add_train(commands: Any) -> None:
         metavar="N,...",
         help="widths of the hidden layers (default: 5)",
     )
-    add(
-        "--activation",
-        default="relu",
-        metavar="NAME",
-        help="hidden-layer activation (default: relu)",
-    )
+    add_shared(add, activation="relu")
     add("--loss", default="mse", metavar="NAME", help="(default: mse)")
-    add("--optimizer", default="sgd", metavar="NAME", help="(default: sgd)")
+    add_shared(add, optimizer="sgd")
     add("--lr", type=rate, default=0.01, metavar="X", help="learning rate (default: 0.01)")
     add("--weight-decay", type=decay, metavar="X", help="(default: the optimizer's)")
-    add("--epochs", type=count, default=50, metavar="N", help="passes over the data (default: 50)")
+    add_shared(add, epochs=50)
     add(
         "--validation",
         type=_fraction,
@@ -121,28 +116,16 @@ def add_train(commands: Any) -> None:
     )
     add("--batch-size", type=count, default=10, metavar="N", help="rows per step (default: 10)")
     add("--seed", type=seed, default=0, metavar="N", help="random seed (default: 0)")
-    add(
-        "--dtype",
-        choices=FLOATS,
-        default="float32",
-        metavar="TYPE",
-        help=f"{', '.join(FLOATS)} (default: float32)",
-    )
-    add("--device", choices=DEVICES, default="cpu", help="(default: cpu)")
+    add_shared(add, dtype="float32", device="cpu")
     add(
         "--distributed",
         choices=WRAPPERS,
         help="share each batch among the processes of torchrun",
     )
 
-    rows = parser.add_argument_group("data")
-    source = rows.add_mutually_exclusive_group()
-    source.add_argument(
-        "--data", metavar="NAME", help="a data set listed by mlp-ext info (default: tutorial)"
-    )
-    source.add_argument("--csv", type=Path, metavar="FILE", help="your own data; needs --target")
-    rows.add_argument("--target", metavar="COLUMN", help="the column of --csv to predict")
-    rows.add_argument("--regression", action="store_true", help="treat the target as a number")
+    add = parser.add_argument_group("data").add_argument
+    add_shared(add, data="tutorial", target=None, regression=False)
+    add("--csv", dest="data", default=SUPPRESS, help=SUPPRESS)  # until version 0.3, for a file
 
     add = parser.add_argument_group("output").add_argument
     add(

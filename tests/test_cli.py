@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,6 @@ def test_json_tells_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["args"] == {
         "layers": "all",
         "data": "digits",
-        "csv": None,
         "target": None,
         "regression": False,
         "hidden": [8, 6],
@@ -405,6 +405,24 @@ def test_plot_is_of_losses_over_epochs_and_time() -> None:
     assert time.get_xlabel().startswith("training time")
 
 
+def test_plot_has_the_losses_of_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
+    monkeypatch.setattr(train_command, "replacing", nullcontext)
+    path = tmp_path / "run.json"
+    args = "--layers step --epochs 4 --validation 0.2 --plot loss.png --json"
+    assert main(["train", *args.split(), str(path)]) == 0
+    result = json.loads(path.read_text())["results"]["step"]
+    for axes in figures[0].axes:
+        found = [list(line.get_ydata()) for line in axes.lines if len(line.get_ydata())]
+        assert found == [result["losses"], result["validation_losses"]]
+    texts = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert texts == ["step", "validation"]
+
+
 @pytest.mark.parametrize("epochs", [1, 40])
 def test_plot_shows_every_one_of_equal_curves(epochs: int) -> None:
     pytest.importorskip("matplotlib")
@@ -439,7 +457,7 @@ def test_saved_weights_are_those_of_a_sequential(layers: str, tmp_path: Path) ->
     rows = [",".join(map(repr, [*r.tolist(), t.item()])) for r, t in zip(x, y, strict=True)]
     csv.write_text("\n".join(["a,b,c,y", *rows]))
     args = "--hidden 8 --dtype float64 --optimizer adam --epochs 40 --activation tanh --quiet"
-    files = ["--csv", str(csv), "--target", "y", "--save", str(path)]
+    files = ["--data", str(csv), "--target", "y", "--save", str(path)]
     assert main(["train", "--layers", layers, *args.split(), *files]) == 0
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     model.load_state_dict(torch.load(path, weights_only=True))
@@ -515,13 +533,16 @@ ERRORS = [
     ("--plot missing/loss.png", "argument --plot: cannot write 'missing/loss.png': No such file"),
     ("--save missing/model.pt", "argument --save: cannot write 'missing/model.pt': No such file"),
     ("--data seed", "argument --data: 'seed' is now called tutorial"),
-    ("--target y", "argument --target: requires --csv FILE"),
-    ("--regression", "argument --regression: requires --csv FILE"),
-    ("--csv file", "argument --csv: add --target COLUMN, the column to predict"),
-    ("--csv none --target y", "argument --csv: cannot read 'none': No such file or directory"),
-    ("--csv folder --target y", "argument --csv: cannot read 'folder': Is a directory"),
-    ("--csv file --target y", "argument --csv: file has only the column 'before'; expected "),
-    ("--csv file --target y --data digits", "argument --data: not allowed with argument --csv"),
+    ("--target y", "argument --target: requires --data FILE.csv"),
+    ("--regression", "argument --regression: requires --data FILE.csv"),
+    ("--data file", "argument --data: add --target COLUMN, the column to predict"),
+    (
+        "--data no.csv --target y",
+        "argument --data: cannot read 'no.csv': No such file or directory",
+    ),
+    ("--data folder --target y", "argument --data: cannot read 'folder': Is a directory"),
+    ("--data file --target y", "argument --data: file has only the column 'before'; expected "),
+    ("--csv file", "argument --data: add --target COLUMN, the column to predict"),  # its first name
     ("--validation 1", "argument --validation: must be a number between 0 and 1, got '1'"),
     ("--validation 0.01", "argument --validation: 0.01 of 10 rows is 0"),
     ("--patience 3", "argument --patience: requires --validation X, such as 0.2"),
@@ -609,7 +630,7 @@ def test_help_tells_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     options = "layers data hidden activation loss optimizer epochs lr weight-decay batch-size seed"
-    options += " device dtype distributed csv target regression log-every quiet plot save json"
+    options += " device dtype distributed target regression log-every quiet plot save json"
     assert all(f"--{option} " in out for option in options.split())
 
 

@@ -90,9 +90,9 @@ def test_sweep_in_two_processes_is_that_of_one(
     load("digits")  # or skip
     sweep = ["sweep", *f"--data digits --lr 0.03,0.3 --hidden 8,6-5 --epochs 2 {args}".split()]
     one, two = tmp_path / "one.csv", tmp_path / "two.csv"
-    assert main([*sweep, "--csv", str(one)]) == 0
+    assert main([*sweep, "--results", str(one)]) == 0
     title, *expected = capsys.readouterr().out.split("\n\n")
-    out = torchrun(tmp_path, "-m", "mlp_ext", *sweep, "--csv", str(two))
+    out = torchrun(tmp_path, "-m", "mlp_ext", *sweep, "--results", str(two))
     found_title, *found = out.split("\n\n")
     assert found_title == f"{title}\nin 2 processes"
     assert found[0] == expected[0]  # the table

@@ -17,6 +17,7 @@ import torch
 from many import Many, many
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import mlp_ext
 from mlp_ext import TrainStep, TrainSteps
@@ -261,6 +262,48 @@ OF_FIT: dict[str, tuple[dict[str, Any], str]] = {
         "IndexError: TrainSteps.fit: rows[2] must be from 0 to 5, got -1 to -1",
     ),
 }
+
+
+UNSUPPORTED = {
+    "validation": (
+        {"validation": (torch.ones(6, 4), torch.ones(6, 2)), "patience": 3},
+        "TrainSteps.fit: validation is not supported; use TrainStep for each network",
+    ),
+    "scheduler": (
+        {"scheduler": None},
+        "TrainSteps.fit: scheduler is not supported; use TrainStep for each network",
+    ),
+    "generator": (
+        {"generator": torch.default_generator},
+        "TrainSteps.fit: pass generators, one for each network, not generator",
+    ),
+    "typo": ({"epoch": 3}, "TrainSteps.fit() got an unexpected keyword argument 'epoch'"),
+    "loader": (
+        {"input": DataLoader([*zip(*data().values(), strict=True)]), "target": None},
+        "TrainSteps.fit: pass tensors of all rows, input and target, not a loader, got ",
+    ),
+    "batches": (
+        {"input": [(data()["input"], data()["target"])], "target": None},
+        "TrainSteps.fit: pass tensors of all rows, input and target, not a loader, got list",
+    ),
+    "no target": ({"target": None}, "TrainSteps.fit: target must be a tensor, got None"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_only_one_network_has_is_refused(case: str) -> None:
+    wrong, message = UNSUPPORTED[case]
+    parts = three()
+    text = unchanged(TrainSteps(*parts[:3]).fit, parts, {**data(), **wrong})
+    assert text.startswith(f"TypeError: {message}")
+
+
+@pytest.mark.parametrize("option", ["max_norm", "accumulate"])
+def test_gradients_of_groups_are_refused(option: str) -> None:
+    models, criterion, optimizers, *_ = three()
+    text = raised(lambda: TrainSteps(models, criterion, optimizers, **{option: 2}))
+    what = f"{option} is not supported; use TrainStep for each network"
+    assert text == f"TypeError: TrainSteps: {what}"
 
 
 def unchanged(call: Callable[..., object], parts: Many, arguments: dict[str, Any]) -> str:

@@ -141,6 +141,21 @@ def _fit(make: Callable[..., Any], *parts: Any) -> Callable[..., Tensor]:
     return lambda input, target, epochs=1: step.fit(input, target, epochs=epochs)[-1]
 
 
+def _native_autocast(model: nn.Module, criterion: nn.Module, *rest: Any) -> Step:
+    """The eager step whose forward and loss run under autocast."""
+    autocast = _autocast_of(model)
+    return sgd_step(autocast(model), autocast(criterion), *rest)
+
+
+def _autocast(model: nn.Module, *rest: Any) -> Step:
+    step: Step = _autocast_of(model)(TrainStep(model, *rest))
+    return step
+
+
+def _autocast_of(model: nn.Module) -> Any:
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+
+
 def _each(make: Callable[..., Step]) -> Callable[..., Any]:
     """Steps network after network."""
 
@@ -177,6 +192,10 @@ def _fused_optimizer_here(setting: Setting) -> str:
     if optimizer == "sgd" and on_cpu and setting.torch_dtype.itemsize == 2:
         return f"torch's fused sgd does not update {setting.dtype} on the CPU"  # seen with 2.13
     return ""
+
+
+def _float32_only(setting: Setting) -> str:
+    return "" if setting.dtype == "float32" else "for parameters of float32 only"
 
 
 def _capturable_here(setting: Setting) -> str:
@@ -238,6 +257,7 @@ class Provider(NamedTuple):
     has_epochs: bool = False  # of networks: a call may run several steps; the time is of one
     one_by_one: bool = False  # in many: runs the path of each network alone
     path: str | None = None  # of csrc/*/plan.h, forced
+    rounds_to: str | None = None  # the dtype that it computes in, if not the setting's
     takes: Callable[[Case, Setting], bool] = lambda case, setting: True
 
 
@@ -305,6 +325,18 @@ PROVIDERS: dict[str, dict[str, Provider]] = {  # by suite
             "TrainStep.fit, many epochs of one batch",
             planned=True,
             has_epochs=True,
+        ),
+        "native_autocast": Provider(
+            _native_autocast,
+            "native under torch.autocast in bfloat16",
+            _float32_only,
+            rounds_to="bfloat16",
+        ),
+        "autocast": Provider(
+            _autocast,
+            "mlp_ext.TrainStep under torch.autocast in bfloat16",
+            _float32_only,
+            rounds_to="bfloat16",
         ),
         "jax": Provider(JaxStep, "the jitted step in JAX, which chooses its threads", _jax_here),
     },

@@ -126,7 +126,7 @@ def check(works: Mapping[str, Work], case: Case, setting: Setting) -> None:
             expected = expected or found
             distances = {what: _distance(found.get(what), expected[what]) for what in expected}
         for what, distance in distances.items():
-            if not distance <= TOLERANCE[setting.dtype]:  # also NaN
+            if not distance <= TOLERANCE[work.rounds_to or setting.dtype]:  # also NaN
                 raise WrongResult(
                     f"{name} is wrong in {setting.name} {case}: "
                     f"its {what} differs from native's by {distance:.2g} of the norm"

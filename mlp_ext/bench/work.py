@@ -36,6 +36,7 @@ class Work(NamedTuple):
     prepare: Callable[[int], Call]  # the call to time, on the inputs of that round
     results: Callable[[], dict[str, Tensor]]  # results of one call, to compare with native's
     steps: int = 1  # steps per call
+    rounds_to: str | None = None  # see Provider
 
 
 def set_up(case: Case, setting: Setting) -> Callable[[Provider], Work]:
@@ -224,7 +225,7 @@ def _networks(
             load()
             return {"loss": losses, "change of the weights": torch.cat(changes)}
 
-        return Work(prepare, results, E * epochs.get("epochs", 1))
+        return Work(prepare, results, E * epochs.get("epochs", 1), provider.rounds_to)
 
     return start
 

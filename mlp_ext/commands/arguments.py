@@ -14,7 +14,7 @@ import torch
 from mlp_ext.bench.rows import Row, read_csv
 from mlp_ext.bench.training import LOSSES, OPTIMIZERS
 from mlp_ext.commands import plots
-from mlp_ext.commands.data import Dataset, load, load_csv
+from mlp_ext.commands.data import DATASETS, RENAMED, Dataset, load, load_csv
 from mlp_ext.ops import ACTIVATIONS
 from mlp_ext_cli.arguments import unknown
 
@@ -62,17 +62,31 @@ def check_picture(path: Path | None, fail: Fail, argument: str = "--plot") -> No
             )
 
 
-def read_data(args: argparse.Namespace, path: Path | None, option: str) -> Dataset:
-    """The data set named by --data, or the rows of the CSV file that is `option`'s value."""
+def source(args: argparse.Namespace) -> Path | None:
+    """The CSV file that is --data, or None if that names a data set."""
+    path = Path(args.data)
+    if args.data in DATASETS or not (path.suffix or path.exists()):
+        for name in ("target", "regression"):
+            if getattr(args, name):
+                args.fail(f"argument --{name}: requires --data FILE.csv")
+        check_name("--data", args.data, DATASETS, args.fail, RENAMED)
+        return None
+    if args.target is None:
+        args.fail("argument --data: add --target COLUMN, the column to predict")
+    return path
+
+
+def read_data(args: argparse.Namespace, path: Path | None) -> Dataset:
+    """The rows of the CSV file, or else of the data set that --data names."""
     place = (args.seed, getattr(torch, args.dtype), args.device)
     with advising(args.fail):
         try:
             if path:
                 return load_csv(path, args.target, *place, args.regression)
         except OSError as error:
-            args.fail(f"argument {option}: cannot read '{path}': {error.strerror}")
+            args.fail(f"argument --data: cannot read '{path}': {error.strerror}")
         except ValueError as error:
-            args.fail(f"argument {option}: {error}")
+            args.fail(f"argument --data: {error}")
         return load(args.data, *place)
 
 

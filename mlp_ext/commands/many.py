@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, product
 from math import ceil
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ EVALUATIONS = 10  # about, of a curve; as often the progress is told
 TOGETHER = 2**26  # Parameters' elements of the networks that are in memory at a time
 # The networks that are timed one after another.
 TIMED_SECONDS = 0.3  # each
+TIMED_EPOCHS = 1000  # at most, in turn; their median is the time where other programs run too
 TIMED_STEPS = 50  # in an epoch, at most
 TIMED_LR = 1e-6  # at which none diverges
 
@@ -205,7 +207,7 @@ def _loss(criterion: nn.Module, output: Tensor, y: Tensor) -> float:
 
 def one_after_another(sweep: Sweep, networks: Sequence[Network]) -> dict[str, float]:
     """About how many seconds the networks take one after another, with torch ("native") and with
-    TrainStep.fit ("fit"): the fastest epoch of one network of each structure, by its steps."""
+    TrainStep.fit ("fit"): the median epoch of one network of each structure, by its steps."""
     total = {"native": 0.0, "fit": 0.0}
     for group in structures(networks):
         first, batch_size = group[0], group[0].setting.batch_size
@@ -213,7 +215,7 @@ def one_after_another(sweep: Sweep, networks: Sequence[Network]) -> dict[str, fl
         data = replace(sweep.data, x=sweep.data.x[:count], y=sweep.data.y[:count])
         steps = sum(ceil(sweep.rows(n.fold) / batch_size) for n in group) * sweep.epochs
         for run in _timed(sweep, first, data):
-            total[run.kind] += steps * min(run.seconds) / ceil(count / batch_size)
+            total[run.kind] += steps * median(run.seconds) / ceil(count / batch_size)
     return total
 
 
@@ -224,7 +226,7 @@ def _timed(sweep: Sweep, network: Network, data: Dataset) -> list[TrainingRun]:
         ("native", "fit"),
         sweep.model(network),
         data,
-        epochs=sweep.epochs,
+        epochs=TIMED_EPOCHS,
         lr=TIMED_LR,
         batch_size=setting.batch_size,
         loss=sweep.loss,

@@ -28,7 +28,8 @@ def file_types() -> set[str]:
 
 
 def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
-    """Draws the loss of each run over epochs, and over the training time.
+    """Draws the loss of each run over epochs, and over the training time; those of validation
+    dashed.
 
     Each curve is narrower than the one beneath it, so that equal ones are all seen.
     """
@@ -42,13 +43,20 @@ def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
         above = len(runs) - 1 - i
         color = f"C{i - 1}" if i else "0.75" if above else "C0"
         marker = "o" if len(run.losses) == 1 else ""
-        style = {"label": run.kind, "color": color, "solid_capstyle": "butt", "marker": marker}
-        epochs.plot(run.losses, **style, linewidth=1.5 + 2 * above, markersize=5 + 3 * above)
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5 + 3 * above}
+        style |= {"solid_capstyle": "butt", "dash_capstyle": "butt"}
         seconds = [*accumulate(run.seconds)]
-        time.plot(seconds, run.losses, **style, linewidth=1.5 + above, markersize=5 + 3 * above)
+        for losses, line in zip(_losses(run), ("-", "--"), strict=False):
+            label = run.kind if line == "-" else ""
+            for axes, x, width in ((epochs, range(len(losses)), 2), (time, seconds, 1)):
+                wide = 1.5 + width * above
+                axes.plot(x, losses, line, label=label, linewidth=wide, **style)
     epochs.set(xlabel="epoch", ylabel="loss")
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    losses = [loss for run in runs for loss in run.losses if math.isfinite(loss)]
+    if any(run.validation for run in runs):
+        epochs.plot([], [], "--", color="0.5", label="validation")
+    every = (loss for run in runs for losses in _losses(run) for loss in losses)
+    losses = [*filter(math.isfinite, every)]
     if losses and max(losses) - min(losses) <= 1e-3 * max(losses):  # nothing but rounding
         epochs.set_ylim(0, 2 * max(losses) or 1)
     time.set(xlabel="training time (log scale)", xscale="log")
@@ -56,8 +64,14 @@ def loss_curves(runs: Sequence[TrainingRun], title: str) -> Figure:
     for axes in (epochs, time):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
+    handles, labels = epochs.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
+
+
+def _losses(run: TrainingRun) -> list[Sequence[float]]:
+    """Of training and, if there are such, of validation."""
+    return [run.losses, *([run.validation.losses] if run.validation else [])]
 
 
 Curve = tuple[str, Sequence[int], Sequence[Sequence[float]]]  # label, epochs, values at each

@@ -20,7 +20,7 @@ from mlp_ext.bench.machine import cpus, other_cpu_seconds
 from mlp_ext.bench.noise import busy
 from mlp_ext.bench.rows import as_time, replacing
 from mlp_ext.commands import arguments, plots
-from mlp_ext.commands.data import DATASETS, RENAMED, Dataset
+from mlp_ext.commands.data import Dataset
 from mlp_ext.commands.distributed import Processes, sharing
 from mlp_ext.commands.many import (
     Network,
@@ -76,8 +76,9 @@ class Outcome:
 
 
 def run(args: argparse.Namespace) -> None:
-    source = _source(args)
-    _check_results(args)
+    source = arguments.source(args)
+    if args.results:
+        _check_results(args.results, source, args.fail)
     arguments.check_training(args)
     count = math.prod(len(getattr(args, axis)) for axis in AXES) * args.seeds * (args.folds or 1)
     if count > MOST:
@@ -86,35 +87,19 @@ def run(args: argparse.Namespace) -> None:
         _sweep_in(processes, args, source)
 
 
-def _source(args: argparse.Namespace) -> Path | None:
-    """The CSV file with the data, or None for a data set of DATASETS."""
-    fail, path = args.fail, Path(args.data)
-    if args.data in DATASETS or not (path.suffix or path.exists()):
-        for name in ("target", "regression"):
-            if getattr(args, name):
-                fail(f"argument --{name}: requires --data FILE.csv")
-        arguments.check_name("--data", args.data, DATASETS, fail, RENAMED)
-        return None
-    if args.target is None:
-        fail("argument --data: add --target COLUMN, the column to predict")
-    if args.csv and args.csv.resolve() == path.resolve():
-        fail("argument --csv: is the file of --data; name another for the results")
-    return path
-
-
-def _check_results(args: argparse.Namespace) -> None:
-    """`train` reads the file of --csv, so it may be the user's data."""
-    if args.csv and args.csv.exists() and args.csv.stat().st_size:
-        with args.csv.open(errors="replace") as file:
+def _check_results(path: Path, source: Path | None, fail: arguments.Fail) -> None:
+    """Fails if the file may be the user's data, which the results would replace."""
+    if source and path.resolve() == source.resolve():
+        fail("argument --results: is the file of --data; name another")
+    if path.exists() and path.stat().st_size:
+        with path.open(errors="replace") as file:
             if not file.readline().startswith(f"{','.join(AXES)},seed,fold,"):
-                what = f"'{args.csv}' has no results of a sweep, which would replace it"
-                args.fail(
-                    f"argument --csv: {what}; to train on it: --data {args.csv} --target COLUMN"
-                )
+                what = f"'{path}' has no results of a sweep, which would replace it"
+                fail(f"argument --results: {what}; to train on it: --data {path} --target COLUMN")
 
 
 def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | None) -> None:
-    data = arguments.read_data(args, source, "--data")
+    data = arguments.read_data(args, source)
     if args.loss is None:
         args.loss = _usual_loss(data)
     arguments.check_loss(args, data)
@@ -158,8 +143,8 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     best = _best(outcomes, metric)
     print(*_table(outcomes, best, metric, varying), "", sep="\n", flush=True)
     try:
-        if args.csv:
-            with replacing(args.csv) as path:
+        if args.results:
+            with replacing(args.results) as path:
                 _write_csv(path, outcomes)
         if args.plot:
             with replacing(args.plot) as path:
@@ -269,7 +254,8 @@ def _next(args: argparse.Namespace, source: Path | None, setting: Setting) -> li
     """The command that trains the setting with the first seed, in lines that end with a
     backslash."""
     options = {
-        **({"csv": source, "target": args.target} if source else {"data": args.data}),
+        "data": args.data,
+        **({"target": args.target} if source else {}),
         **({"regression": None} if args.regression else {}),
         "hidden": ",".join(map(str, setting.hidden)),
         "activation": args.activation,

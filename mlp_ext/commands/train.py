@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mlp_ext.bench.rows import as_number, as_range, as_time, replacing
 from mlp_ext.bench.runner import summarize
 from mlp_ext.bench.training import LAYERS, LOSSES, make_mlp
 from mlp_ext.commands import arguments, plots
-from mlp_ext.commands.data import DATASETS, RENAMED, Dataset, held_out
+from mlp_ext.commands.data import Dataset, held_out
 from mlp_ext.commands.distributed import Processes, joined
 from mlp_ext.commands.loop import TrainingRun, accuracy, test_loss, train, unscaled_state
 from mlp_ext.commands.progress import Bar
@@ -30,7 +31,6 @@ from mlp_ext.ops import build_info
 OPTIONS = (  # recorded in the JSON file
     "layers",
     "data",
-    "csv",
     "target",
     "regression",
     "hidden",
@@ -70,16 +70,7 @@ SHORTEST = 1.0  # seconds of training; the system's clock ticks are too coarse t
 
 
 def run(args: argparse.Namespace) -> None:
-    fail = args.fail
-    if args.csv:
-        if args.target is None:
-            fail("argument --csv: add --target COLUMN, the column to predict")
-    elif args.target is not None or args.regression:
-        option = "--regression" if args.target is None else "--target"
-        fail(f"argument {option}: requires --csv FILE")
-    else:
-        args.data = args.data or "tutorial"
-        arguments.check_name("--data", args.data, DATASETS, fail, RENAMED)
+    fail, source = args.fail, arguments.source(args)
     if args.patience and not args.validation:
         fail("argument --patience: requires --validation X, such as 0.2")
     arguments.check_training(args)
@@ -87,11 +78,11 @@ def run(args: argparse.Namespace) -> None:
         others = ", ".join(kind for kind in LAYERS if kind not in LEFT_OUT[args.distributed])
         fail(f"argument --layers: {args.distributed} has {others}, got '{args.layers}'")
     with joined(args.distributed, args.device, fail) as processes:
-        _train_in(processes, args)
+        _train_in(processes, args, source)
 
 
-def _train_in(processes: Processes, args: argparse.Namespace) -> None:
-    data = arguments.read_data(args, args.csv, "--csv")
+def _train_in(processes: Processes, args: argparse.Namespace, source: Path | None) -> None:
+    data = arguments.read_data(args, source)
     arguments.check_loss(args, data)
     validation = None
     if args.validation:
@@ -161,7 +152,7 @@ def _title(
         rows += f", {len(validation[0])} to validate"
     rows += f" and {len(data.x_test)} to test" * bool(len(data.x_test))
     target = ""
-    if args.csv:
+    if args.target:
         kind = "a number" if data.is_number else f"{data.classes} classes"
         if data.classes > 2 and all(name.lstrip("-").isdigit() for name in data.names):
             kind += "; for a number, add --regression"
