@@ -74,8 +74,9 @@ class Best:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        for p, best in self._parameters:
-            p.copy_(best)
+        if self._parameters:
+            parameters, best = zip(*self._parameters, strict=True)
+            torch._foreach_copy_(parameters, best)  # one call: Ctrl-C does not come in between
 
 
 class DataCheck:

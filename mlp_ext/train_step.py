@@ -147,9 +147,10 @@ class TrainStep:
                 not supported.
             IndexError: a class is out of range.
             RuntimeError: a shape, dtype or device does not match; input or target requires a
-                gradient; values are not in [0, 1] with `nn.BCELoss`; no Parameter learns; or
-                PyTorch is in a state that a step does not support, such as no_grad or
-                inference_mode ([full list](train-step.md#pytorchs-global-state)).
+                gradient; values are not in [0, 1] with `nn.BCELoss`; no Parameter learns; the
+                storage of a tensor was freed; memory runs out; or PyTorch is in a state that a step
+                does not support, such as no_grad or inference_mode ([full
+                list](train-step.md#pytorchs-global-state)).
 
         After any of these errors, nothing has changed.
 

@@ -133,18 +133,24 @@ def test_graphs_are_captured_in_their_own_thread(monkeypatch: pytest.MonkeyPatch
 
 
 class Calls:
-    """A graph that notes keys and batches, and runs each step after event(which one)."""
+    """A graph that notes keys and batches, and runs each step between event and after."""
 
-    def __init__(self, event: Callable[[int], object] = lambda call: None) -> None:
+    def __init__(
+        self,
+        event: Callable[[int], object] = lambda call: None,
+        after: Callable[[int], object] = lambda call: None,
+    ) -> None:
         self.keys: list[bytes] = []
         self.batches: list[tuple[Tensor, Tensor]] = []
-        self.event = event
+        self.event, self.after = event, after
 
     def __call__(self, step: Step, key: bytes, input: Tensor, target: Tensor) -> Tensor:
         self.event(len(self.keys))
         self.keys.append(key)
         self.batches.append((input, target))
-        return step(input, target)
+        loss = step(input, target)
+        self.after(len(self.keys) - 1)
+        return loss
 
 
 def momentum_buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -253,9 +259,14 @@ def fail(call: int) -> None:
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize(
-    ("event", "error"), [(interrupt, KeyboardInterrupt), (fail, ZeroDivisionError)]
+EVENTS = pytest.mark.parametrize(
+    ("event", "error"),
+    [(interrupt, KeyboardInterrupt), (fail, ZeroDivisionError)],
+    ids=["interrupt", "fail"],
 )
+
+
+@EVENTS
 @pytest.mark.parametrize("calls", [0, 3])
 def test_what_interrupts_leaves_whole_steps(
     event: Callable[[int], None], error: type[BaseException], calls: int
@@ -268,6 +279,25 @@ def test_what_interrupts_leaves_whole_steps(
     step = TrainStep(*plain[:3])
     for rows in torch.arange(100).split(20)[: 1 + calls]:  # the first began momentum
         step(plain.input[rows], plain.target[rows])
+    torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
+
+
+@EVENTS
+@pytest.mark.parametrize("options", ["adam", "dampening"])
+def test_a_step_done_before_an_error_counts(
+    options: str, event: Callable[[int], None], error: type[BaseException]
+) -> None:
+    """As where memory runs out for the copy of its loss."""
+    part = training("10-5-1@10", "mse", options, torch.float64)
+    plain = part.to(torch.float64)
+    trainer, _ = _read(*part[:3])
+    for graph in (None, Calls(), Calls(after=event), Calls(event), Calls()):
+        raises = isinstance(graph, Calls) and event in (graph.event, graph.after)
+        with pytest.raises(error) if raises else nullcontext():
+            trainer.step(*part[3:], graph)
+    step = TrainStep(*plain[:3])
+    for _ in range(4):  # all but the one that an error came before
+        step(*plain[3:])
     torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
 
 

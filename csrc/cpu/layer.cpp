@@ -2,8 +2,8 @@
 #include "cpu/layer.h"
 
 #include <ATen/Context.h>
+#include <c10/util/FunctionRef.h>
 
-#include <functional>
 #include <memory>
 
 #include "cpu/amx.h"
@@ -31,6 +31,15 @@ void* scratch(size_t bytes) {
     size = bytes;
   }
   return data.get();
+}
+
+bool can_help() {
+  try {
+    scratch(kScratchBytes);
+    return true;
+  } catch (...) {
+    return false;
+  }
 }
 
 Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
@@ -63,7 +72,7 @@ Plan backward_plan(int64_t M, int64_t K, int64_t N, DType dtype, bool both, bool
 struct SplitGemm {
   Grid grid;
   int64_t rows, columns, samples;
-  std::function<void(Range, Range, Range, int64_t)> run;
+  c10::function_ref<void(Range, Range, Range, int64_t)> run;
 
   // Runs share i of n of the pieces.
   void run_share(int64_t i, int64_t n) const {
@@ -117,7 +126,9 @@ namespace {
 class WeightSums {
  public:
   // update_in_epilogue: grad_weight updates, so finish() has nothing to do.
-  WeightSums(const Backward& problem, int64_t pieces, const LayerKernels& kernels, DType dtype, bool update_in_epilogue)
+  // sums: memory for count_sums() accumulators, or nullptr if there are none.
+  WeightSums(const Backward& problem, int64_t pieces, const LayerKernels& kernels, DType dtype, bool update_in_epilogue,
+             void* sums)
       : problem_(problem),
         pieces_(pieces),
         kernels_(kernels),
@@ -127,12 +138,9 @@ class WeightSums {
         size_(problem.dw || problem.update_w ? problem.N * problem.K : 0),
         limits_(limits_of(dtype)),
         item_(accumulator_size(dtype)),
-        update_in_epilogue_(update_in_epilogue) {
-    const bool updates = problem.update_w || problem.update_b;
-    if (pieces == 1 && item_size(dtype) == item_ && !updates) return;
-    const DType accumulator = dtype == DType::float64 ? dtype : DType::float32;
-    sums_ = empty_cached({pieces * (size_ + problem.N)}, scalar_type(accumulator));
-    char* const begin = static_cast<char*>(sums_.mutable_data_ptr());
+        finishes_(sums && !update_in_epilogue) {
+    if (!sums) return;
+    char* const begin = static_cast<char*>(sums);
     if (dw_ || problem.update_w) dw_ = begin;
     if (db_ || problem.update_b) db_ = begin + pieces * size_ * item_;
   }
@@ -141,7 +149,7 @@ class WeightSums {
   void* db(int64_t piece) const { return db_ ? db_ + piece * problem_.N * item_ : nullptr; }
 
   void finish() const {
-    if (!sums_.defined() || update_in_epilogue_) return;
+    if (!finishes_) return;
     if (dw_)
       for_ranges(size_, ceil_div(limits_.elements_per_thread, pieces_),
                  [&](int64_t begin, int64_t end) { finish(problem_.update_w, dw_, size_, {begin, end}, problem_.dw); });
@@ -161,17 +169,17 @@ class WeightSums {
   const int64_t size_;
   const Limits& limits_;
   const int64_t item_;
-  const bool update_in_epilogue_;
-  at::Tensor sums_;
+  const bool finishes_;
 };
 
 // dx, dW and db in one pass over the rows; each thread has its own accumulators.
-void backward_in_one_pass(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
+void backward_in_one_pass(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype,
+                          void* memory) {
   const auto one_pass = plan.backward_path == Path::narrow      ? kernels.backward_narrow
                         : plan.backward_path == Path::tall      ? kernels.backward_tall
                         : plan.backward_path == Path::one_input ? kernels.backward_k1
                                                                 : kernels.backward_n1;
-  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, false);
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, false, memory);
   run({{plan.grad_weight, problem.N, problem.K, problem.M, [&](Range, Range, Range samples, int64_t s) {
           one_pass(problem, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
         }}});
@@ -179,14 +187,12 @@ void backward_in_one_pass(const Backward& problem, const Plan& plan, const Layer
 }
 
 // dx and dW in one pass over W; if its rows are split, each piece has its own sums of dx.
-void backward_few_rows(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
+void backward_few_rows(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype,
+                       void* sums) {
   const int64_t M = problem.M, K = problem.K;
   const int64_t pieces_of_rows = plan.grad_input.samples, pieces_of_columns = plan.grad_input.columns,
                 item = accumulator_size(dtype);
-  at::Tensor sums;
-  if (problem.dx.data && pieces_of_rows > 1)
-    sums = empty_cached({pieces_of_rows, M, K}, dtype == DType::float64 ? at::kDouble : at::kFloat);
-  char* const parts = sums.defined() ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr;
+  char* const parts = static_cast<char*>(sums);
   for_pieces(pieces_of_rows * pieces_of_columns, [&](int64_t i) {
     const int64_t r = i / pieces_of_columns, c = i % pieces_of_columns;
     kernels.backward_few_rows(problem, piece_of_lines(r, pieces_of_rows, problem.N),
@@ -200,19 +206,20 @@ void backward_few_rows(const Backward& problem, const Plan& plan, const LayerKer
 }
 
 // dx and dW as separate GEMMs; db is computed with dW.
-void backward_packed(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype) {
+void backward_packed(const Backward& problem, const Plan& plan, const LayerKernels& kernels, DType dtype,
+                     void* memory) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
-  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, problem.update_w);
+  const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, problem.update_w, memory);
   Backward b = problem;
   b.block_bytes = block_bytes(limits_of(dtype));
   if (!problem.update_w) b.update_b = nullptr;
-  const SplitGemm grad_input{plan.grad_input, M, K, 1, [&](Range rows, Range columns, Range, int64_t) {
-                               kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
-                             }};
-  const SplitGemm grad_weight{plan.grad_weight, N, K, M, [&](Range rows, Range columns, Range samples, int64_t s) {
-                                kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s),
-                                                    scratch(kScratchBytes));
-                              }};
+  const auto dx_block = [&](Range rows, Range columns, Range, int64_t) {
+    kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
+  };
+  const auto dw_block = [&](Range rows, Range columns, Range samples, int64_t s) {
+    kernels.grad_weight(b, rows, columns, samples, sums.dw(s), sums.db(s), scratch(kScratchBytes));
+  };
+  const SplitGemm grad_input{plan.grad_input, M, K, 1, dx_block}, grad_weight{plan.grad_weight, N, K, M, dw_block};
   if (plan.concurrent_gemms) {
     run({grad_input, grad_weight});
   } else {
@@ -222,14 +229,44 @@ void backward_packed(const Backward& problem, const Plan& plan, const LayerKerne
   sums.finish();
 }
 
+Plan plan_of(const Backward& b, DType dtype) {
+  const bool needs_dw = b.dw || b.update_w, updates = b.update_w || b.update_b;
+  Plan plan = backward_plan(b.M, b.K, b.N, dtype, b.dx.data && needs_dw, updates);
+  if (!needs_dw) plan.grad_weight.columns = 1;  // db has no columns: two pieces would write the same sums
+  if (plan.backward_path == Path::small && updates) plan.backward_path = Path::packed;
+  return plan;
+}
+
+// Number of accumulators of dW and db, or of dx, where they are not summed in the results.
+int64_t count_sums(const Backward& b, const Plan& plan, DType dtype) {
+  const int64_t pieces = plan.grad_weight.samples, parts_of_dx = plan.grad_input.samples;
+  switch (plan.backward_path) {
+    case Path::library:
+    case Path::small:
+      return 0;
+    case Path::few_rows:
+      return b.dx.data && parts_of_dx > 1 ? parts_of_dx * b.M * b.K : 0;
+    default:
+      const bool in_results = pieces == 1 && item_size(dtype) == accumulator_size(dtype) && !b.update_w && !b.update_b;
+      return in_results ? 0 : pieces * ((b.dw || b.update_w ? b.N * b.K : 0) + b.N);
+  }
+}
+
 }  // namespace
 
+bool backward_allocates(const Backward& b, DType dtype) { return plan_of(b, dtype).backward_path == Path::library; }
+int64_t backward_bytes(const Backward& b, DType dtype) {
+  return count_sums(b, plan_of(b, dtype), dtype) * accumulator_size(dtype);
+}
+
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-void backward_layer(const Backward& problem, DType dtype) {
-  const bool needs_dw = problem.dw || problem.update_w, updates = problem.update_w || problem.update_b;
+void backward_layer(const Backward& problem, DType dtype, void* memory) {
   const LayerKernels& kernels = variant().layer_kernels(dtype);
-  Plan plan = backward_plan(problem.M, problem.K, problem.N, dtype, problem.dx.data && needs_dw, updates);
-  if (!needs_dw) plan.grad_weight.columns = 1;  // db has no columns: two pieces would write the same sums
+  const Plan plan = plan_of(problem, dtype);
+  const int64_t count = count_sums(problem, plan, dtype);
+  at::Tensor own;
+  if (count > 0 && !memory) own = empty_cached({count * accumulator_size(dtype)}, at::kByte);
+  void* const sums = count == 0 ? nullptr : memory ? memory : own.mutable_data_ptr();
   switch (plan.backward_path) {
     case Path::library:
       return backward_by_library(problem, kernels, dtype);
@@ -239,15 +276,15 @@ void backward_layer(const Backward& problem, DType dtype) {
     case Path::tall:
     case Path::one_input:
     case Path::one_output:
-      return in_region_if(plan.grad_weight.samples > 1, [&] { backward_in_one_pass(problem, plan, kernels, dtype); });
+      return in_region_if(plan.grad_weight.samples > 1,
+                          [&] { backward_in_one_pass(problem, plan, kernels, dtype, sums); });
     case Path::few_rows:
-      return backward_few_rows(problem, plan, kernels, dtype);
+      return backward_few_rows(problem, plan, kernels, dtype, sums);
     case Path::small:
-      if (!updates) return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(problem.M, problem.N)));
-      [[fallthrough]];
+      return kernels.small_backward(problem, scratch(small_backward_scratch_bytes(problem.M, problem.N)));
     default:
       return in_region_if(plan.grad_weight.size() > 1 || plan.concurrent_gemms,
-                          [&] { backward_packed(problem, plan, kernels, dtype); });
+                          [&] { backward_packed(problem, plan, kernels, dtype, sums); });
   }
 }
 

@@ -8,8 +8,12 @@
 namespace mlp_ext::cpu {
 
 void forward_layer(const Forward& problem, DType dtype);
-// With update_w or update_b, pass no dw and db; the parameters are updated once W is no longer read.
-void backward_layer(const Backward& problem, DType dtype);
+// With update_w or update_b, pass no dw and db; the parameters are updated once W is no longer read. memory:
+// backward_bytes() of it, or nullptr.
+void backward_layer(const Backward& problem, DType dtype, void* memory = nullptr);
+int64_t backward_bytes(const Backward& problem, DType dtype);
+// Whether it allocates memory in spite of that, as torch's GEMM does.
+bool backward_allocates(const Backward& problem, DType dtype);
 
 // Whether a part of such a layer is left to torch's GEMM, which must not be called in a region.
 bool takes_library(int64_t M, int64_t K, int64_t N, DType dtype, bool update);

@@ -151,7 +151,10 @@ void in_region_of(const void* body, void (*run)(const void*)) {
   Team team(size);
   Clock::time_point begin, end;
   at::parallel_for(0, alone ? 1 : size, 1, [&](int64_t first, int64_t) {
-    if (first > 0) return team.help(first);
+    if (first > 0) {
+      if (can_help()) team.help(first);
+      return;
+    }
     const Entered entered(&team);
     begin = Clock::now();
     try {

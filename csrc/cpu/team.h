@@ -22,7 +22,12 @@ class OnOneThread {
   const bool before_;
 };
 
+// Whether this thread can run pieces: it has a workspace, or memory for one.
+bool can_help();
+
 // Runs body() in this thread, with threads() - 1 helpers for the loops in it. In a region, or with one thread: body().
+// Only threads that can help do so, so that a body whose own thread has its workspace does not run out of memory
+// halfway.
 // at::parallel_for and torch's operators run on one thread in body.
 void in_region_of(const void* body, void (*run)(const void* body));
 template <class F>

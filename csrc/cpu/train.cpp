@@ -2,6 +2,7 @@
 // are checked and plans made once for all batches.
 #include "cpu/train.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <torch/library.h>
@@ -38,17 +39,16 @@ double sum_losses(int64_t pieces, const F& f) {
 const void* data(const TrainedParameter& p) { return p.value ? p.value->const_data_ptr() : nullptr; }
 
 // The unscaled sum of the losses of outputs y, and their gradient into dy. y, dy: [M, N], contiguous.
-double sum_losses(const Loss& loss, const at::Tensor& y, const at::Tensor& dy) {
-  const DType dtype = dtype_of(y);
-  const int64_t M = y.size(0), N = y.size(1);
+double sum_losses(const Loss& loss, const void* y, void* dy, int64_t M, int64_t N, DType dtype) {
   const int64_t pieces = std::clamp<int64_t>(M * N / limits_of(dtype).elements_per_thread, 1, threads());
   return sum_losses(pieces, [&](int64_t i, bool& valid) {
-    return variant().step_kernels(dtype).loss(loss, piece(i, pieces, M), N, y.const_data_ptr(), dy.mutable_data_ptr(),
+    return variant().step_kernels(dtype).loss(loss, piece(i, pieces, M), N, y, dy,
                                               scratch((3 * kLossRows + 1) * N * accumulator_size(dtype)), valid);
   });
 }
 
-// A training step for batches of one size.
+// A training step for batches of one size. Its constructor takes all the memory of a step: one that runs out of memory
+// must not have updated some parameters.
 class BatchStep {
  public:
   BatchStep(const Training& training, const Updates& updates, int64_t M)
@@ -68,8 +68,8 @@ class BatchStep {
       scratch_bytes_of_ = variant().lane_kernels(dtype_)->rows_scratch_bytes;
       rows_ = variant().lane_kernels(dtype_)->rows;
     }
-    if (is_by_rows()) prepare_rows();
-    if (plan_.path == StepPath::panels) prepare_panels();
+    if (!is_by_rows()) scratch(kScratchBytes);
+    is_by_rows() ? prepare_rows() : plan_.path == StepPath::panels ? prepare_panels() : prepare_layers();
   }
 
   int64_t rows() const { return M_; }
@@ -94,6 +94,10 @@ class BatchStep {
  private:
   bool is_by_rows() const { return plan_.path == StepPath::lanes || plan_.path == StepPath::blocks; }
 
+  void* allocate(int64_t elements, at::ScalarType type) {
+    return memory_.emplace_back(empty_cached({elements}, type)).mutable_data_ptr();
+  }
+
   void prepare_rows() {
     const auto take = [&](size_t l, bool bias, const TrainedParameter& p) {
       const int64_t begin = sums_size_;
@@ -110,7 +114,7 @@ class BatchStep {
     }
     if (plan_.pieces > 1) {
       const DType accumulator = dtype_ == DType::float64 ? dtype_ : DType::float32;
-      memory_ = empty_cached({plan_.pieces * sums_size_}, scalar_type(accumulator));
+      sums_ = allocate(plan_.pieces * sums_size_, scalar_type(accumulator));
     }
     scratch_bytes_ = ceil_div(scratch_bytes_of_(problem({}, {})), kCacheLine) * kCacheLine;
   }
@@ -122,7 +126,7 @@ class BatchStep {
   double by_rows(const ConstMatrix& x, const Loss& loss) {
     const int64_t pieces = plan_.pieces, bytes = sums_size_ * accumulator_size(dtype_);  // accumulators of a piece
     const StepProblem p = problem(x, loss);
-    char* sums = pieces > 1 ? static_cast<char*>(memory_.mutable_data_ptr()) : nullptr;
+    char* sums = static_cast<char*>(sums_);
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
       char* const own = static_cast<char*>(scratch(scratch_bytes_ + (pieces > 1 ? 0 : bytes)));
       if (pieces == 1) sums = own + scratch_bytes_;
@@ -154,8 +158,7 @@ class BatchStep {
       features += keeps_z ? 2 * N : N;
     }
     const int64_t rows = ceil_div(M_, panel_width_) * panel_width_, size = item_size(dtype_);
-    memory_ = empty_cached({rows * (features + 2 * widest)}, training_.input.scalar_type());
-    char* free = static_cast<char*>(memory_.mutable_data_ptr());
+    auto* free = static_cast<char*>(allocate(rows * (features + 2 * widest), training_.input.scalar_type()));
     const auto take = [&](int64_t F) { return std::exchange(free, free + rows * F * size); };
     char *const input = take(K_), *const gradients[] = {take(widest), take(widest)};
     for (size_t l = 0; l < training_.layers.size(); ++l) {
@@ -228,45 +231,63 @@ class BatchStep {
     return total;
   }
 
-  // The kernels of linear_act, one layer after another; W is updated in the epilogue of dW.
-  double by_layers(const ConstMatrix& input, const Loss& loss) {
-    const auto dtype = training_.input.scalar_type();
-    const size_t L = training_.layers.size();
-    const auto matrix = [](const at::Tensor& t) { return ConstMatrix{t.const_data_ptr(), t.size(1)}; };
-    const auto out = [](const at::Tensor& t) {
-      return t.defined() ? Matrix{t.mutable_data_ptr(), t.size(1)} : Matrix{};
-    };
-    c10::SmallVector<at::Tensor, 8> ys, zs;
-    const auto x = [&](size_t l) { return l > 0 ? matrix(ys[l - 1]) : input; };
+  // Allocates the layers' outputs and gradients. dy of a layer and of the next one are in two buffers in turn.
+  void prepare_layers() {
+    const auto type = training_.input.scalar_type();
+    const size_t L = training_.layers.size(), lowest = training_.lowest_learning;
+    const auto rows = [&](int64_t columns) { return Matrix{allocate(M_ * columns, type), columns}; };
+    const auto read = [](const Matrix& m) { return ConstMatrix{m.data, m.stride}; };
+    const auto width = [&](size_t l) { return training_.layers[l].weight.value->size(0); };
+    int64_t widest[2] = {};
+    for (size_t l = lowest; l < L; ++l) widest[l % 2] = std::max(widest[l % 2], width(l));
+    void* const dys[] = {rows(widest[0]).data, rows(widest[1]).data};
     for (size_t l = 0; l < L; ++l) {
       const TrainedLayer& layer = training_.layers[l];
-      const at::Tensor& w = *layer.weight.value;
-      const bool needs_z = needs_of(layer.activation) == Needs::preactivation;
-      ys.push_back(empty_cached({M_, w.size(0)}, dtype));
-      zs.push_back(needs_z ? empty_cached({M_, w.size(0)}, dtype) : at::Tensor());
-      if (ys[l].numel() > 0)
-        forward_layer(
-            {M_, w.size(1), w.size(0), x(l), matrix(w), data(layer.bias), out(ys[l]), out(zs[l]), &layer.activation},
-            dtype_);
+      const int64_t K = l > 0 ? width(l - 1) : K_, N = width(l);
+      const bool needs_z = l >= lowest && needs_of(layer.activation) == Needs::preactivation;
+      const ConstMatrix x = l > 0 ? read(layers_[l - 1].forward.y) : ConstMatrix{};
+      const ConstMatrix w{layer.weight.value->const_data_ptr(), K};
+      const Matrix y = rows(N), z = needs_z ? rows(N) : Matrix{}, dx{l > lowest ? dys[(l - 1) % 2] : nullptr, K};
+      Backward backward{M_, K,  N,       {dys[l % 2], N}, read(needs_z ? z : y), x,
+                        w,  dx, nullptr, nullptr,         &layer.activation};
+      backward.update_w = K > 0 ? updates_.of(l, false) : nullptr;
+      backward.update_b = updates_.of(l, true);
+      layers_.push_back({{M_, K, N, x, w, data(layer.bias), y, z, &layer.activation}, backward});
     }
-    at::Tensor dy = empty_cached({M_, N_}, dtype);
-    const double total = sum_losses(loss, ys.back(), dy);
-    for (size_t l = L; l-- > training_.lowest_learning;) {
-      const TrainedLayer& layer = training_.layers[l];
-      const at::Tensor& w = *layer.weight.value;
-      const int64_t K = w.size(1), N = w.size(0);
-      at::Tensor dx;
-      if (l > training_.lowest_learning) dx = empty_cached({M_, K}, dtype);
-      Backward b{M_,      K,       N,       matrix(dy),       matrix(zs[l].defined() ? zs[l] : ys[l]), x(l), matrix(w),
-                 out(dx), nullptr, nullptr, &layer.activation};
-      b.update_w = K > 0 ? updates_.of(l, false) : nullptr;
-      b.update_b = updates_.of(l, true);
-      backward_layer(b, dtype_);
-      dy = dx;
+    // What allocates may run out of memory, so layers above the last one that does are updated afterwards.
+    size_t l = lowest;
+    while (l < L && !backward_allocates(layers_[l].backward, dtype_)) ++l;
+    for (++l; l < L; ++l) {
+      Backward& b = layers_[l].backward;
+      if (std::exchange(b.update_w, nullptr)) b.dw = allocate(b.N * b.K, type);
+      if (std::exchange(b.update_b, nullptr)) b.db = allocate(b.N, type);
+    }
+    int64_t bytes = 0;
+    for (l = lowest; l < L; ++l) bytes = std::max(bytes, backward_bytes(layers_[l].backward, dtype_));
+    if (bytes > 0) sums_ = allocate(bytes, at::kByte);
+  }
+
+  // The kernels of linear_act, one layer after another; W is updated in the epilogue of dW.
+  double by_layers(const ConstMatrix& x, const Loss& loss) {
+    layers_[0].forward.x = layers_[0].backward.x = x;
+    for (const Layer& l : layers_)
+      if (l.forward.M > 0 && l.forward.N > 0) forward_layer(l.forward, dtype_);
+    const Layer& top = layers_.back();
+    const double total = sum_losses(loss, top.forward.y.data, const_cast<void*>(top.backward.dy.data), M_, N_, dtype_);
+    for (size_t l = layers_.size(); l-- > training_.lowest_learning;)
+      backward_layer(layers_[l].backward, dtype_, sums_);
+    for (size_t l = training_.lowest_learning; l < layers_.size(); ++l) {
+      const Backward& b = layers_[l].backward;
+      if (b.dw) update_with(*updates_.of(l, false), b.dw, b.N * b.K, dtype_);
+      if (b.db) update_with(*updates_.of(l, true), b.db, b.N, dtype_);
     }
     return total;
   }
 
+  struct Layer {
+    Forward forward;
+    Backward backward;
+  };
   const Training& training_;
   const Updates& updates_;
   const int64_t M_, K_, N_;
@@ -277,12 +298,14 @@ class BatchStep {
   decltype(StepKernels::scratch_bytes) scratch_bytes_of_ = kernels_.scratch_bytes;
   decltype(StepKernels::rows) rows_ = kernels_.rows;  // of blocks or lanes
   StepPlan plan_;
-  at::Tensor memory_;  // by rows: accumulators of all threads; by panels: the panels
+  c10::SmallVector<at::Tensor, 8> memory_;
+  void* sums_ = nullptr;  // accumulators: by rows, of all threads; by layers, of one layer
   c10::SmallVector<StepLayerView, 8> views_;
   int64_t sums_size_ = 0;  // accumulators of all gradients
   size_t scratch_bytes_ = 0;
   c10::SmallVector<PanelLayer, 8> panels_;
   int64_t panel_width_ = 0;
+  c10::SmallVector<Layer, 8> layers_;
 };
 
 // Input, target and loss weight as the kernels take them.
@@ -350,11 +373,10 @@ class Rows {
   int64_t item_;
 };
 
+// By a pointer, since an operator may fail, and the parameters are updated.
 void put(const at::Tensor& losses, int64_t i, double loss) {
-  if (losses.scalar_type() == at::kFloat)
-    losses.mutable_data_ptr<float>()[i] = static_cast<float>(loss);
-  else
-    losses.view(-1)[i].fill_(loss);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, losses.scalar_type(), "put",
+                                  [&] { losses.mutable_data_ptr<scalar_t>()[i] = static_cast<scalar_t>(loss); });
 }
 
 // The rows of t at these indices. On one thread, since at::index_select would wake others and may wait for a busy core.
@@ -383,7 +405,9 @@ LossAndGrad loss_and_grad(const Training& training, const at::Tensor& y) {
   const Loss loss = source.loss(0, y.size(0));
   const at::Tensor outputs = y.contiguous(), dy = empty_cached(y.sizes(), y.scalar_type());
   LossAndGrad result{at::empty({}, y.options()), dy};
-  put(result.loss, 0, sum_losses(loss, outputs, dy) * loss.scale);
+  const double total =
+      sum_losses(loss, outputs.const_data_ptr(), dy.mutable_data_ptr(), y.size(0), y.size(1), dtype_of(y));
+  put(result.loss, 0, total * loss.scale);
   return result;
 }
 

@@ -36,7 +36,7 @@ at::Tensor zero_losses(const TrainingOfMany& many) {
 
 at::Tensor on_cores(const TrainingOfMany& many) {
   const at::Tensor losses = zero_losses(many);
-  NetworkErrors errors;
+  NetworkErrors errors(many.networks.size());
   for_pieces(losses.size(0), [&](int64_t i) {
     const OnOneThread alone;
     errors.run(i, [&] { train_one(many, many.networks[i], losses.select(0, i), train); });
@@ -57,17 +57,6 @@ std::string lane_key(const TrainedNetwork& network) {
     });
   });
   return key;
-}
-
-// A count of steps on the CPU. By pointers: four calls of operators for each network would take longer than its step.
-double count_of(const at::Tensor& step) {
-  return step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
-}
-void advance(const at::Tensor& step, int64_t done) {
-  if (step.scalar_type() == at::kFloat)
-    *step.mutable_data_ptr<float>() += static_cast<float>(done);
-  else
-    *step.mutable_data_ptr<double>() += static_cast<double>(done);
 }
 
 bool fits_lanes(const Training& training) {
@@ -106,7 +95,7 @@ class Lanes {
   }
 
   at::Tensor run() {
-    NetworkErrors errors;
+    NetworkErrors errors(networks_.size());
     std::map<std::string, std::vector<int64_t>> alike;
     std::vector<std::span<const int64_t>> groups;
     for (size_t i = 0; i < networks_.size(); ++i) {
@@ -120,7 +109,7 @@ class Lanes {
     for_pieces(static_cast<int64_t>(groups.size()), [&](int64_t g) {
       const OnOneThread alone;
       const std::span<const int64_t> group = groups[g];
-      if (fits_lanes(many_.networks[group[0]].training)) return run(group, errors);
+      if (fits_lanes(many_.networks[group[0]].training)) return errors.run_all(group, [&] { run(group, errors); });
       errors.run(group[0], [&] { train_one(many_, many_.networks[group[0]], losses_.select(0, group[0]), train); });
     });
     errors.rethrow();

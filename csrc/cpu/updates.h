@@ -26,7 +26,7 @@ class Updates {
           l.update.parameter = p->value->mutable_data_ptr();
           for (size_t s = 0; s < kMaxStates; ++s)
             l.update.states[s] = p->states[s] ? p->states[s]->mutable_data_ptr() : nullptr;
-          if (p->step) l.steps = p->step->item<double>();
+          if (p->step) l.steps = count_of(*p->step);
         }
         updates_.push_back(l);
       }
@@ -49,11 +49,7 @@ class Updates {
     for (Learning& l : updates_) {
       if (!l.parameter || !l.parameter->step) continue;
       l.steps += 1;
-      const at::Tensor& step = *l.parameter->step;
-      if (step.scalar_type() == at::kFloat)  // add_ takes as long as a small network's step
-        *step.mutable_data_ptr<float>() += 1;
-      else
-        step.add_(1);
+      advance(*l.parameter->step);
     }
   }
 
@@ -78,19 +74,33 @@ inline at::Tensor cast(const at::Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t : empty_cached(t.sizes(), dtype).copy_(t);
 }
 
-// The update of a parameter by the kernels.
-inline void update(const TrainedParameter& p, const at::Tensor& gradient) {
-  bool as_kernels_need = p.value->is_contiguous() && (!p.step || p.step->is_cpu());
-  for (const at::Tensor* state : p.states) as_kernels_need = as_kernels_need && (!state || state->is_contiguous());
-  if (!as_kernels_need) return update_native(p, gradient);
-  const StepKernels& kernels = variant().step_kernels(dtype_of(*p.value));
-  const Optimizer ready = at_step(*p.optimizer, p.step ? p.step->item<double>() + 1 : 1);
-  Update update{p.value->mutable_data_ptr(), {}, &ready};
-  for (size_t s = 0; s < kMaxStates; ++s) update.states[s] = p.states[s] ? p.states[s]->mutable_data_ptr() : nullptr;
-  const at::Tensor dense = cast(gradient, p.value->scalar_type()).contiguous();
-  const void* const part = dense.const_data_ptr();
-  const auto piece = [&](int64_t begin, int64_t end) { kernels.update_rounded(update, part, 1, 0, {begin, end}); };
-  for_ranges(dense.numel(), limits_of(dtype_of(*p.value)).elements_per_thread, piece);
+// Updates `size` elements with a gradient [size] of the parameter's dtype. Allocates nothing.
+inline void update_with(const Update& update, const void* gradient, int64_t size, DType dtype) {
+  const StepKernels& kernels = variant().step_kernels(dtype);
+  for_ranges(size, limits_of(dtype).elements_per_thread,
+             [&](int64_t begin, int64_t end) { kernels.update_rounded(update, gradient, 1, 0, {begin, end}); });
+}
+
+// The updates by the kernels, of what lies as they need it. All memory is taken before the first is written.
+inline void update(at::ArrayRef<Gradient> gradients) {
+  c10::SmallVector<Gradient, 16> dense, others;
+  for (const Gradient& g : gradients) {
+    const TrainedParameter& p = *g.parameter;
+    bool as_kernels_need = p.value->is_contiguous() && (!p.step || p.step->is_cpu());
+    for (const at::Tensor* state : p.states) as_kernels_need = as_kernels_need && (!state || state->is_contiguous());
+    if (as_kernels_need)
+      dense.push_back({&p, cast(g.gradient, p.value->scalar_type()).contiguous()});
+    else
+      others.push_back(g);
+  }
+  update_native(others);
+  for (const auto& [parameter, gradient] : dense) {
+    const TrainedParameter& p = *parameter;
+    const Optimizer ready = at_step(*p.optimizer, p.step ? count_of(*p.step) + 1 : 1);
+    Update update{p.value->mutable_data_ptr(), {}, &ready};
+    for (size_t s = 0; s < kMaxStates; ++s) update.states[s] = p.states[s] ? p.states[s]->mutable_data_ptr() : nullptr;
+    update_with(update, gradient.const_data_ptr(), gradient.numel(), dtype_of(gradient));
+  }
 }
 
 }  // namespace mlp_ext::cpu

@@ -108,7 +108,7 @@ void launch(const Training& training, int64_t rows, int64_t batch, const at::Ten
   const StepsProblem problem = steps_problem(training, 1, batch, steps, weight);
   C10_CUDA_CHECK(launch_train_steps(problem, network_problem(training, rows, training.order, losses, kept), gpu()));
   for_learning(training, [&](const TrainedParameter& p) {
-    if (p.step) p.step->add_(steps);
+    if (p.step) advance(*p.step, steps);
   });
 }
 
@@ -190,7 +190,7 @@ at::Tensor train_many(const TrainingOfMany& many) {
     (fits ? together : apart).push_back(i);
   }
   if (!together.empty()) launch_many(many, together, losses);
-  NetworkErrors errors;
+  NetworkErrors errors(many.networks.size());
   for (const size_t i : apart)
     errors.run(i, [&] { train_one(many, many.networks[i], losses.select(0, static_cast<int64_t>(i)), train); });
   errors.rethrow();

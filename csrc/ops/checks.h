@@ -78,12 +78,29 @@ void check_defined(const char* op, const at::Tensor& tensor, const Name& name) {
   TORCH_CHECK_TYPE(tensor.defined(), op, ": ", name, " must be a tensor, got None");
 }
 
+// Whether the tensor has elements and kernels would read them at a null pointer. Wrappers of tensors and tensors
+// without data, as in tracing, never reach a kernel.
+inline bool is_freed(const at::Tensor& t) {
+  constexpr auto wrappers =
+      c10::python_ks | c10::DispatchKeySet{c10::DispatchKey::Functionalize, c10::DispatchKey::ZeroTensor};
+  return t.has_storage() && !t.is_meta() && !t.key_set().has_any(wrappers) &&
+         !t.unsafeGetTensorImpl()->storage_initialized();
+}
+
+// Checks that the tensor's memory is there.
+template <class Name>
+void check_allocated(const char* op, const at::Tensor& t, const Name& name) {
+  TORCH_CHECK(!is_freed(t), op, ": ", name, " ", t.sizes(), " has no memory: its storage was freed, as by ",
+              "untyped_storage().resize_(0); resize the storage and fill it before the call");
+}
+
 template <class Name>
 void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
   check_defined(op, first, name);
   const auto dtype = first.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op, ": ",
               name, " must be float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
+  check_allocated(op, first, name);
 }
 
 // For tensors that passed check_dtype.
@@ -105,14 +122,22 @@ inline at::ScalarType scalar_type(DType dtype) {
   return types[static_cast<int>(dtype)];
 }
 
+// Checks the device and dtype of a tensor that may not be read.
 template <class Name, class First>
-void check_like(const char* op, const at::Tensor& tensor, const Name& name, const at::Tensor& first,
-                const First& first_name) {
+void check_same_kind(const char* op, const at::Tensor& tensor, const Name& name, const at::Tensor& first,
+                     const First& first_name) {
   check_defined(op, tensor, name);
   TORCH_CHECK(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(), " to match ",
               first_name, ", got ", tensor.device());
   TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " must be ", dtype_name(first.scalar_type()),
               " to match ", first_name, ", got ", dtype_name(tensor.scalar_type()));
+}
+
+template <class Name, class First>
+void check_like(const char* op, const at::Tensor& tensor, const Name& name, const at::Tensor& first,
+                const First& first_name) {
+  check_same_kind(op, tensor, name, first, first_name);
+  check_allocated(op, tensor, name);
 }
 
 // Checks a layer's weight [N, K] and bias [N] or none. `source...` names what K must match.

@@ -89,14 +89,14 @@ Activation check_linear_act_backward(const at::Tensor& grad_output, const std::o
                 " to match saved, got ", grad_output.sym_sizes());
   }
   if (weight) {
-    check_like(kOp, *weight, "weight", grad_output, "grad_output");
+    check_same_kind(kOp, *weight, "weight", grad_output, "grad_output");
     TORCH_CHECK(weight->dim() == 2, "linear_act: weight must be [N, K], got ", weight->sym_sizes());
     TORCH_SYM_CHECK(weight->sym_size(0).sym_eq(grad_output.sym_size(-1)),
                     "linear_act: weight must be [N=", grad_output.sym_size(-1), ", K] to match grad_output ",
                     grad_output.sym_sizes(), ", got ", weight->sym_sizes());
   }
   if (input) {
-    check_like(kOp, *input, "input", grad_output, "grad_output");
+    check_same_kind(kOp, *input, "input", grad_output, "grad_output");
     TORCH_CHECK(input->dim() == grad_output.dim() && input->sym_sizes().slice(0, input->dim() - 1) ==
                                                          grad_output.sym_sizes().slice(0, grad_output.dim() - 1),
                 "linear_act: input must be [*, K] with the leading sizes of grad_output ", grad_output.sym_sizes(),
@@ -106,6 +106,8 @@ Activation check_linear_act_backward(const at::Tensor& grad_output, const std::o
     TORCH_SYM_CHECK(weight->sym_size(1).sym_eq(input->sym_size(-1)),
                     "linear_act: weight must be [N, K=", input->sym_size(-1), "] to match input ", input->sym_sizes(),
                     ", got ", weight->sym_sizes());
+  if (output_mask[0]) check_allocated(kOp, *weight, "weight");
+  if (output_mask[1]) check_allocated(kOp, *input, "input");
   return act;
 }
 

@@ -90,6 +90,7 @@ void check_target(const Loss&, Training& training) {
     TORCH_CHECK(target.dim() == 1 && target.sym_size(0) == input.sym_size(0), kOp,
                 ": target must be [M=", input.sym_size(0), "] of classes to match input ", input.sym_sizes(), ", got ",
                 target.sym_sizes());
+    check_allocated(kOp, target, "target");
   } else {
     const c10::SymInt N = training.layers.back().weight.value->sym_size(0);
     check_like(kOp, target, "target", input, "input");
@@ -113,6 +114,7 @@ void check_step(const char* op, const at::Tensor& step, const at::Tensor& input)
                    ": a count of steps must be float32 or float64, got ", dtype_name(step.scalar_type()));
   TORCH_CHECK(step.is_cpu() || step.device() == input.device(), op, ": a count of steps must be on the cpu or on ",
               input.device(), " to match input, got ", step.device());
+  check_allocated(op, step, "a count of steps");
   check_writable(op, step, "a count of steps");
 }
 
@@ -205,6 +207,7 @@ void check_batches(const TrainArgs& args) {
   TORCH_CHECK_TYPE(order.scalar_type() == at::kLong, kOp, ": order must be int64, got ",
                    dtype_name(order.scalar_type()));
   TORCH_CHECK(order.dim() == 1, kOp, ": order must be indices [rows] among those of input, got ", order.sym_sizes());
+  check_allocated(kOp, order, "order");
 }
 
 // The memory range of a tensor, from its first element to its last.
@@ -321,6 +324,19 @@ void check_classes(const Training& training) {
                     ignore_index, ", got ", t.masked_select(wrong)[0].item<int64_t>());
 }
 
+double count_of(const at::Tensor& step) {
+  return step.scalar_type() == at::kFloat ? *step.const_data_ptr<float>() : *step.const_data_ptr<double>();
+}
+
+void advance(const at::Tensor& step, int64_t steps) {
+  if (!step.is_cpu())
+    step.add_(steps);
+  else if (step.scalar_type() == at::kFloat)
+    *step.mutable_data_ptr<float>() += static_cast<float>(steps);
+  else
+    *step.mutable_data_ptr<double>() += static_cast<double>(steps);
+}
+
 void throw_not_a_probability() {
   TORCH_CHECK(false, kOp,
               ": bce needs outputs and targets between 0 and 1; end the model with a Sigmoid, or use "
@@ -404,7 +420,7 @@ void update_autograd(at::TensorList parameters, at::TensorList states, at::Tenso
   for (const at::TensorList tensors : {parameters, states, steps})
     for (const at::Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
 }
-void update_meta(const TrainedParameter&, const at::Tensor&) {}
+void update_meta(at::ArrayRef<Gradient>) {}
 
 void throw_renamed(const c10::OperatorHandle&, c10::Stack*) {
   TORCH_CHECK(false, "mlp_sgd_step_: since mlp_ext 0.2 this is mlp_train_step_(..., optimizer=\"sgd\", ...)");

@@ -102,6 +102,10 @@ bool is_contiguous(const Training& training);
 void check_classes(const Training& training);
 // The error of losses of probabilities for outputs or targets outside [0, 1].
 [[noreturn]] void throw_not_a_probability();
+// A count of steps on the CPU, and a step more. By pointers: operators would take longer than a small network's step,
+// and could fail after parameters were updated.
+double count_of(const at::Tensor& step);
+void advance(const at::Tensor& step, int64_t steps = 1);  // on any device
 // Calls f(parameter) for each learning parameter.
 template <class F>
 void for_learning(const Training& training, const F& f) {
@@ -115,19 +119,24 @@ struct LossAndGrad {
 };
 // The loss of outputs y, and its gradient.
 LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y);
-// The update of a parameter that learns. The gradient may have another dtype.
-void update_native(const TrainedParameter& p, const at::Tensor& gradient);
+// A parameter that learns and its gradient, which may have another dtype.
+struct Gradient {
+  const TrainedParameter* parameter;
+  at::Tensor gradient;
+};
+// Updates parameters and states; not the counts of steps.
+void update_native(at::ArrayRef<Gradient> gradients);
 at::Tensor cast_native(const at::Tensor& t, at::ScalarType dtype);
 
 // What a backend does in its own way in step_by_layers.
 struct LayerStep {
   LossAndGrad (*loss_and_grad)(const Training&, const at::Tensor& y) = loss_and_grad_native;
-  void (*update)(const TrainedParameter&, const at::Tensor& gradient) = update_native;
+  void (*update)(at::ArrayRef<Gradient>) = update_native;
   at::Tensor (*cast)(const at::Tensor&, at::ScalarType) = cast_native;  // as to(): the same tensor if it has the dtype
 };
-// One step, layer by layer. Dropout is native, so masks are drawn as in an eager loop. Under autocast each tensor is
-// cast where autocast casts it: operands of a layer, then the outputs for the loss, dy for backward, dW and db for the
-// update.
+// One step, layer by layer; updates once all gradients are there, so that an error before changes nothing. Dropout is
+// native, so masks are drawn as in an eager loop. Under autocast each tensor is cast where autocast casts it: operands
+// of a layer, then the outputs for the loss, dy for backward, dW and db for the update.
 at::Tensor step_by_layers(const Training& training, const LayerStep& step = {});
 // Loops over batches; `step` takes a Training without order and batch_size.
 at::Tensor loop_over_batches(const Training& training, at::Tensor (*step)(const Training&));
@@ -157,13 +166,15 @@ at::Tensor checked(const TrainArgs& args) {
 template <at::Tensor (*run)(const Training&)>
 constexpr auto* train_kernel = with_args<checked<run>>;
 
-// Makes a kernel of mlp_train_update_ from a function for one parameter; then advances the steps.
-template <void (*update)(const TrainedParameter&, const at::Tensor&)>
+// Makes a kernel of mlp_train_update_ from an update; then advances the steps.
+template <void (*update)(at::ArrayRef<Gradient>)>
 void update_kernel(at::TensorList parameters, at::TensorList states, at::TensorList steps, at::TensorList gradients,
                    std::string_view optimizer, at::ArrayRef<double> hyperparameters) {
   const auto checked = check_update({parameters, states, steps, gradients, optimizer, hyperparameters});
-  for (size_t i = 0; i < checked.size(); ++i) update(checked[i], gradients[i]);
-  for (const at::Tensor& step : steps) step.add_(1);
+  c10::SmallVector<Gradient, 16> all;
+  for (size_t i = 0; i < checked.size(); ++i) all.push_back({&checked[i], gradients[i]});
+  update(all);
+  for (const at::Tensor& step : steps) advance(step);
 }
 
 }  // namespace mlp_ext

@@ -67,6 +67,7 @@ void check_order(const at::Tensor& order, const TrainManyArgs& args, int64_t inp
                    dtype_name(order.scalar_type()));
   TORCH_CHECK(order.dim() == 2 && order.size(0) == args.epochs, kOp, ": orders must be [epochs=", args.epochs,
               ", n], got ", order.sizes());
+  check_allocated(kOp, order, "orders");
   if (!order.is_cpu() || order.numel() == 0) return;  // a GPU's kernels assert it
   const auto [least, most] = at::aminmax(order);
   TORCH_CHECK_INDEX(least.item<int64_t>() >= 0 && most.item<int64_t>() < input_rows, kOp,
@@ -134,11 +135,6 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
   return many;
 }
 
-void NetworkErrors::add(size_t network, std::exception_ptr error) {
-  const std::lock_guard lock(mutex_);
-  errors_.emplace(network, std::move(error));
-}
-
 namespace {
 
 thread_local FailedNetworks* failed_networks = nullptr;
@@ -149,17 +145,18 @@ FailedNetworks::FailedNetworks() : outer_(std::exchange(failed_networks, this)) 
 FailedNetworks::~FailedNetworks() { failed_networks = outer_; }
 
 void NetworkErrors::rethrow() const {
-  if (errors_.empty()) return;
-  const auto& [network, error] = *errors_.begin();
+  const auto first = std::find_if(errors_.begin(), errors_.end(), [](const auto& error) { return error != nullptr; });
+  if (first == errors_.end()) return;
   if (failed_networks) {
-    for (const auto& entry : errors_) failed_networks->networks.push_back(entry.first);
-    failed_networks->first_error = error;
+    for (size_t i = 0; i < errors_.size(); ++i)
+      if (errors_[i]) failed_networks->networks.push_back(i);
+    failed_networks->first_error = *first;
     return;
   }
   try {
-    std::rethrow_exception(error);
+    std::rethrow_exception(*first);
   } catch (c10::Error& e) {
-    e.add_context(c10::str("network ", network, "; the others were trained"));
+    e.add_context(c10::str("network ", first - errors_.begin(), "; the others were trained"));
     throw;
   }
 }
@@ -181,7 +178,7 @@ void train_one(const TrainingOfMany& many, const TrainedNetwork& network, const 
 at::Tensor train_in_turn(const TrainingOfMany& many, at::Tensor (*train)(const Training&)) {
   const auto count = static_cast<int64_t>(many.networks.size());
   const at::Tensor losses = at::zeros({count, many.epochs * many.batches()}, many.inputs[0].options());
-  NetworkErrors errors;
+  NetworkErrors errors(count);
   for (int64_t i = 0; i < count; ++i)
     errors.run(i, [&] { train_one(many, many.networks[i], losses.select(0, i), train); });
   errors.rethrow();

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <exception>
-#include <map>
-#include <mutex>
 #include <vector>
 
 #include "ops/train.h"
@@ -61,25 +59,35 @@ struct TrainingOfMany {
 };
 TrainingOfMany check_training_of_many(const TrainManyArgs& args);
 
-// Errors of single networks, while the others are trained. May be used by several threads.
+// Errors of single networks, while the others are trained. May be used by several threads, each for networks of its
+// own.
 class NetworkErrors {
  public:
+  explicit NetworkErrors(size_t networks) : errors_(networks) {}
+  // Runs f(), and notes its error for this network.
   template <class F>
   void run(size_t network, const F& f) {
     try {
       f();
     } catch (...) {
-      add(network, std::current_exception());
+      errors_[network] = std::current_exception();
     }
   }
-  void add(size_t network, std::exception_ptr error);
+  // Runs f(), and notes its error for each of these networks.
+  template <class Networks, class F>
+  void run_all(const Networks& networks, const F& f) {
+    try {
+      f();
+    } catch (...) {
+      for (const auto network : networks) errors_[network] = std::current_exception();
+    }
+  }
   // Throws the error of the first network that has one; its message names the network. Where there is a FailedNetworks,
   // notes them there instead.
   void rethrow() const;
 
  private:
-  std::mutex mutex_;
-  std::map<size_t, std::exception_ptr> errors_;
+  std::vector<std::exception_ptr> errors_;  // per network; allocated before, since memory may have run out
 };
 
 // While it lives, calls of the operator in this thread note networks that fail here, and return the losses of the

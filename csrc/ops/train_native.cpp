@@ -169,7 +169,7 @@ void with_next_step(const TrainedParameter& p, const F& f) {
         return f(by_tensors);
       }
     }
-    if (p.step && p.step->is_cpu()) optimizer.begin_step(p.step->item<double>() + 1);
+    if (p.step && p.step->is_cpu()) optimizer.begin_step(count_of(*p.step) + 1);
     f(optimizer);
   });
 }
@@ -202,18 +202,37 @@ class Dropout {
   bool fused_ = false;
 };
 
+// A parameter and its states after the update. In float32 at least, each result rounded once.
+struct Updated {
+  const TrainedParameter& parameter;
+  at::Tensor value, states[kMaxStates];
+
+  explicit Updated(const Gradient& g) : parameter(*g.parameter) {
+    const auto dtype = parameter.value->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    value = parameter.value->to(dtype);
+    for (size_t s = 0; s < kMaxStates; ++s)
+      if (parameter.states[s]) states[s] = parameter.states[s]->to(dtype);
+    with_next_step(parameter, [&](const auto& optimizer) { optimizer.update(value, states, g.gradient.to(dtype)); });
+  }
+  void write() const {
+    parameter.value->copy_(value);
+    for (size_t s = 0; s < kMaxStates; ++s)
+      if (parameter.states[s]) parameter.states[s]->copy_(states[s]);
+  }
+};
+
 }  // namespace
 
-// In float32 at least, each result rounded once.
-void update_native(const TrainedParameter& p, const at::Tensor& gradient) {
-  const auto dtype = p.value->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor value = p.value->to(dtype), states[kMaxStates];
-  for (size_t s = 0; s < kMaxStates; ++s)
-    if (p.states[s]) states[s] = p.states[s]->to(dtype);
-  with_next_step(p, [&](const auto& optimizer) { optimizer.update(value, states, gradient.to(dtype)); });
-  p.value->copy_(value);
-  for (size_t s = 0; s < kMaxStates; ++s)
-    if (p.states[s]) p.states[s]->copy_(states[s]);
+// All is computed before the first is written, where memory may run out; on a GPU, to take less of it, one parameter
+// after another, as torch.optim does.
+void update_native(at::ArrayRef<Gradient> gradients) {
+  if (gradients.empty()) return;
+  const size_t at_once = gradients[0].parameter->value->is_cuda() ? 1 : gradients.size();
+  for (size_t begin = 0; begin < gradients.size(); begin += at_once) {
+    std::vector<Updated> updated;
+    for (const Gradient& g : gradients.slice(begin, at_once)) updated.emplace_back(g);
+    for (const Updated& u : updated) u.write();
+  }
 }
 
 LossAndGrad loss_and_grad_native(const Training& training, const at::Tensor& y) {
@@ -250,18 +269,20 @@ at::Tensor step_by_layers(const Training& training, const LayerStep& step) {
   }
   auto [loss, dy] = step.loss_and_grad(training, step.cast(dropped(y, L), dtype));
   dy = step.cast(dy, layer_dtype);
+  c10::SmallVector<Gradient, 16> gradients;
   for (size_t l = L; l-- > training.lowest_learning;) {
     const TrainedLayer& layer = training.layers[l];
     if (!dropout.empty()) dy = dropout[l + 1].backward(dy);
     const auto [dx, dw, db] = linear_act_backward(
         dy, saved[l], inputs[l], weights[l], layer.activation_name, layer.activation_parameters,
         {l > training.lowest_learning, layer.weight.optimizer.has_value(), layer.bias.optimizer.has_value()});
-    if (layer.weight.optimizer) step.update(layer.weight, dw);
-    if (layer.bias.optimizer) step.update(layer.bias, db);
+    if (layer.weight.optimizer) gradients.push_back({&layer.weight, dw});
+    if (layer.bias.optimizer) gradients.push_back({&layer.bias, db});
     dy = dx;
   }
+  step.update(gradients);
   for_learning(training, [](const TrainedParameter& p) {
-    if (p.step) p.step->add_(1);
+    if (p.step) advance(*p.step);
   });
   return loss;
 }

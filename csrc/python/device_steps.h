@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "ops/train.h"
 #include "python/optimizer_state.h"
 
 namespace mlp_ext {
@@ -25,7 +26,7 @@ class DeviceSteps {
       Copy& copy = copies_[now.learning[k]];
       if (!copy.tensor.defined() || copy.tensor.device() != parameter.device())
         copy = {at::empty({}, parameter.options().dtype(at::kFloat)), NAN};
-      const double count = step.item<double>();
+      const double count = count_of(step);
       if (copy.count != count) copy.tensor.fill_(count);
       copy.count = NAN;
       found.push_back(copy.tensor);
@@ -38,11 +39,16 @@ class DeviceSteps {
     for (size_t k = 0; k < now.steps.size(); ++k) {
       const at::Tensor& step = now.steps[k];
       if (!step.is_cpu()) continue;
-      if (step.scalar_type() == at::kFloat)
-        *step.mutable_data_ptr<float>() += 1;  // faster than add_
-      else
-        step.add_(1);
-      copies_[now.learning[k]].count = step.item<double>();
+      mlp_ext::advance(step);
+      copies_[now.learning[k]].count = count_of(step);
+    }
+  }
+
+  // The same after an error, if the step was done before it, as the copies tell. Waits for the device.
+  void advance_if_done(const OptimizerState& now) {
+    for (size_t k = 0; k < now.steps.size(); ++k) {
+      const at::Tensor& step = now.steps[k];
+      if (step.is_cpu() && copies_[now.learning[k]].tensor.item<double>() > count_of(step)) mlp_ext::advance(step);
     }
   }
 

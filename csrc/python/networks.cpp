@@ -93,20 +93,22 @@ void Networks::check(const StepData& data) const {
 
 Tensor Networks::train(const StepData& data, const Work& work) {
   const auto [begin, end, orders, epochs, batch_size] = work;
-  FailedNetworks failed;
-  const Tensor losses = call(data, work);
-  for (const size_t i : failed.networks) members_[begin + i].has_failed = true;
-  if (failed.first_error && index(begin + failed.networks[0]) < first_failed_) {
-    first_failed_ = index(begin + failed.networks[0]);
-    error_ = failed.first_error;
-  }
-  after_step(begin, end);
+  Tensor losses;
+  run_step(begin, end, [&, begin = begin] {
+    FailedNetworks failed;
+    losses = call(data, work);
+    for (const size_t i : failed.networks) members_[begin + i].has_failed = true;
+    if (failed.first_error && index(begin + failed.networks[0]) < first_failed_) {
+      first_failed_ = index(begin + failed.networks[0]);
+      error_ = failed.first_error;
+    }
+  });
   return losses;
 }
 
 Tensor Networks::step_without_rows(const StepData& data) {
   std::vector<Tensor> losses;
-  for (size_t i = 0; i < size(); ++i) {
+  const auto step = [&](size_t i) {
     const Recipe& recipe = members_[i].trainer->recipe();
     const auto own = [&](const Tensor& t, int64_t dim) { return t.dim() == dim + 1 ? t.select(0, index(i)) : t; };
     losses.push_back(mlp_train_step_(
@@ -115,31 +117,37 @@ Tensor Networks::step_without_rows(const StepData& data) {
          recipe.activation_parameters, recipe.loss, recipe.reduction, recipe.loss_weight, recipe.loss_parameters,
          members_[i].trainer->optimizer().name(), learning_, equal_parts(hyperparameters_, i, i + 1), std::nullopt,
          std::nullopt, recipe.dropout}));
-  }
-  after_step(0, size());
+  };
+  for (size_t i = 0; i < size(); ++i) run_step(i, i + 1, [&] { step(i); });
   return at::stack(losses);
 }
 
-// After the first step of each: stores the states that the optimizers did not have.
-void Networks::after_step(size_t begin, size_t end) {
-  if (has_own_first_step(begin, end)) {
-    for (const Later& later : later_)
-      if (begin <= later.member && later.member < end) hyperparameters_[later.hyperparameter] = later.value;
-    std::erase_if(later_, [&](const Later& later) { return begin <= later.member && later.member < end; });
-  }
+template <class F>
+void Networks::run_step(size_t begin, size_t end, const F& step) {
   const auto is_new = [](const Member& member) { return !member.has_stepped; };
-  if (std::none_of(members_.begin() + begin, members_.begin() + end, is_new)) return;
+  if (std::none_of(members_.begin() + begin, members_.begin() + end, is_new)) return step();
   const py::gil_scoped_acquire gil;
-  for (size_t i = begin; i < end; ++i) {
-    Member& member = members_[i];
-    // One that failed may have done steps before, which its states tell.
-    const auto has_changed = [](const OptimizerState::Created& created) { return created.tensor.any().item<bool>(); };
-    const bool has_stepped =
-        !member.has_failed || std::any_of(member.created.begin(), member.created.end(), has_changed);
-    if (!is_new(member) || !has_stepped) continue;
-    member.trainer->optimizer().finish_step(member.created);
-    member.has_stepped = true;
+  const auto take_back = [&](bool of_all) {
+    for (size_t i = begin; i < end; ++i)
+      if (of_all || members_[i].has_failed) members_[i].trainer->optimizer().take_back(members_[i].created);
+  };
+  try {
+    for (size_t i = begin; i < end; ++i) members_[i].trainer->optimizer().begin_step(members_[i].created);
+    const py::gil_scoped_release no_gil;
+    step();
+  } catch (...) {
+    take_back(true);
+    throw;
   }
+  take_back(false);
+  for (size_t i = begin; i < end; ++i) {
+    members_[i].created.clear();
+    members_[i].has_stepped = true;
+  }
+  const auto stepped = [&](const Later& later) { return begin <= later.member && later.member < end; };
+  for (const Later& later : later_)
+    if (stepped(later)) hyperparameters_[later.hyperparameter] = later.value;
+  std::erase_if(later_, stepped);
 }
 
 void Networks::rethrow() const {

@@ -56,12 +56,14 @@ class Networks {
     double value;
   };
 
+  // Runs step() of the networks from begin to end, and what it does to their optimizers: see OptimizerReader::run_step.
+  template <class F>
+  void run_step(size_t begin, size_t end, const F& step);
   at::Tensor call(const StepData& data, const Work& work) const;
   at::Tensor of_range(const at::Tensor& t, int64_t dim, size_t begin, size_t end) const;
   at::TensorList range(at::TensorList all, size_t Member::* start, size_t begin, size_t end) const;
   template <class List>
   auto equal_parts(const List& list, size_t begin, size_t end) const;
-  void after_step(size_t begin, size_t end);
 
   std::vector<Member> members_;
   std::vector<at::Tensor> parameters_, states_, steps_;

@@ -42,6 +42,16 @@ py::handle item(py::handle dict, py::handle key) {
   return found;
 }
 
+void set(py::handle dict, py::handle key, py::handle value) {
+  if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr()) != 0) throw py::error_already_set();
+}
+
+void remove(py::handle dict, py::handle key) {
+  if (PyDict_DelItem(dict.ptr(), key.ptr()) == 0) return;
+  if (!PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
+  PyErr_Clear();
+}
+
 void check_dict(py::handle object, const char* name) {
   TORCH_CHECK_TYPE(PyDict_Check(object.ptr()), "TrainStep: ", name, " must be a dict, got ",
                    Py_TYPE(object.ptr())->tp_name);
@@ -196,16 +206,42 @@ void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle
   }
 }
 
-void OptimizerReader::finish_step(OptimizerState& now) const {
-  finish_step(now.created);
-  for (const auto& [index, value] : now.later) now.hyperparameters[index] = value;
-  now.later.clear();
+// In the order of the groups, like optimizer.step().
+void OptimizerReader::begin_step(std::vector<OptimizerState::Created>& created) const {
+  // torch's schedulers wrap optimizer.step, which sets this when it begins, and warn if it is missing.
+  if (find(optimizer_, keys().step)) optimizer_["_opt_called"] = py::bool_(true);
+  if (created.empty()) return;
+  const py::handle states = item(optimizer_, keys().state);
+  for (const py::handle group : item(optimizer_, keys().groups))
+    for (const py::handle parameter : group["params"])
+      for (OptimizerState::Created& c : created)
+        if (parameter.is(parameters_[c.parameter])) store(c, states);
 }
 
-void OptimizerReader::finish_step(std::vector<OptimizerState::Created>& created) const {
-  keep_created(created);
-  // torch's schedulers wrap optimizer.step, which sets this at its first call, and warn if it is missing.
-  if (find(optimizer_, keys().step)) optimizer_["_opt_called"] = py::bool_(true);
+void OptimizerReader::store(OptimizerState::Created& created, py::handle states) const {
+  const py::object& parameter = parameters_[created.parameter];
+  created.entry = py::reinterpret_borrow<py::object>(find(states, parameter));
+  created.is_new_entry = !created.entry;
+  if (created.is_new_entry) {
+    created.entry = py::dict();
+    set(states, parameter, created.entry);
+  }
+  created.before = py::reinterpret_borrow<py::object>(find(created.entry, created.name));
+  set(created.entry, created.name, py::cast(created.tensor));
+}
+
+void OptimizerReader::take_back(std::vector<OptimizerState::Created>& created) const {
+  const auto has_changed = [](const OptimizerState::Created& c) { return c.tensor.any().item<bool>(); };
+  if (std::none_of(created.begin(), created.end(), has_changed)) {
+    for (const OptimizerState::Created& c : created)
+      if (c.before)
+        set(c.entry, c.name, c.before);
+      else if (c.entry)
+        remove(c.entry, c.name);
+    for (const OptimizerState::Created& c : created)
+      if (c.is_new_entry) remove(item(optimizer_, keys().state), parameters_[c.parameter]);
+  }
+  created.clear();
 }
 
 int OptimizerReader::traverse(visitproc visit, void* arg) const {
@@ -217,20 +253,6 @@ int OptimizerReader::traverse(visitproc visit, void* arg) const {
 void OptimizerReader::clear() {
   optimizer_ = py::object();
   parameters_.clear();
-}
-
-// In the order of the groups, like optimizer.step().
-void OptimizerReader::keep_created(std::vector<OptimizerState::Created>& created) const {
-  if (created.empty()) return;
-  const py::object state = py::reinterpret_borrow<py::object>(item(optimizer_, keys().state));
-  for (const py::handle group : item(optimizer_, keys().groups))
-    for (const py::handle parameter : group["params"])
-      for (const auto& [i, name, tensor] : created) {
-        if (!parameter.is(parameters_[i])) continue;
-        if (!state.contains(parameter)) state[parameter] = py::dict();
-        state[parameter][name] = py::cast(tensor);
-      }
-  created.clear();
 }
 
 }  // namespace mlp_ext

@@ -15,10 +15,13 @@ namespace mlp_ext {
 
 // The optimizer's current settings and states, as arguments of mlp_train_step_.
 struct OptimizerState {
-  struct Created {  // a new state, not yet in the optimizer
+  struct Created {  // a new state
     size_t parameter;
     pybind11::object name;
     at::Tensor tensor;
+    pybind11::object entry = {};   // the dict in optimizer.state that it is stored in
+    pybind11::object before = {};  // what that had of this name, or null
+    bool is_new_entry = false;
   };
   struct Later {  // a hyperparameter that takes effect in the second step
     size_t index;
@@ -33,6 +36,11 @@ struct OptimizerState {
   std::vector<Later> later;
 
   bool is_first_step() const { return !created.empty(); }
+  void finish_first_step() {  // needs the GIL
+    created.clear();
+    for (const auto& [index, value] : later) hyperparameters[index] = value;
+    later.clear();
+  }
   // Of the parameters that learn.
   std::vector<const void*> identities() const {
     std::vector<const void*> found;
@@ -52,9 +60,24 @@ class OptimizerReader {
   size_t size() const { return parameters_.size(); }
   const at::Tensor& parameter(size_t i) const { return THPVariable_Unpack(parameters_[i].ptr()); }
   OptimizerState read() const;
-  // After a step: stores created states in the optimizer, and marks it as stepped for schedulers.
-  void finish_step(OptimizerState& now) const;
-  void finish_step(std::vector<OptimizerState::Created>& created) const;
+  // Runs step() and with it whatever else a step does to the optimizer. If it throws, and has changed nothing, neither
+  // has this. Needs the GIL; step may release it.
+  template <class F>
+  void run_step(OptimizerState& now, const F& step) const {
+    try {
+      begin_step(now.created);
+      step();
+    } catch (...) {
+      take_back(now.created);
+      throw;
+    }
+    now.finish_first_step();
+  }
+  // Before a step: stores the created states in the optimizer, and marks it as stepped for schedulers. This runs
+  // Python, and with it handlers of signals, which may throw; so nothing of it may come after the update of parameters.
+  void begin_step(std::vector<OptimizerState::Created>& created) const;
+  // After an error: takes them out of the optimizer again, unless a step has changed one.
+  void take_back(std::vector<OptimizerState::Created>& created) const;
 
   // For Python's garbage collector.
   int traverse(visitproc visit, void* arg) const;
@@ -73,7 +96,7 @@ class OptimizerReader {
   void read_states(size_t i, const Functor& optimizer, pybind11::handle group, pybind11::handle states,
                    OptimizerState& now) const;
   void read_group(pybind11::handle group, double* numbers) const;
-  void keep_created(std::vector<OptimizerState::Created>& created) const;
+  void store(OptimizerState::Created& created, pybind11::handle states) const;
 
   // Keys of optimizer.state. No at::Tensor is kept between steps: torch.utils.swap_tensors needs the only reference.
   std::vector<pybind11::object> parameters_;

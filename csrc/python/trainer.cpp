@@ -138,11 +138,11 @@ class TrainingRun {
       const std::optional<Tensor> its_order = order ? std::optional<Tensor>(part(*order)) : std::nullopt;
       const Tensor x = order ? input_ : part(input_), y = order ? target_ : part(target_);
       const auto before = Clock::now();
-      losses.push_back(mlp_train_step_(trainer_.args(x, y, now_, now_.steps, its_order, batch_size_)));
+      losses.push_back(call(trainer_.args(x, y, now_, now_.steps, its_order, batch_size_)));
       const auto took = Clock::now() - before;
       if (took < Signals::kInterval / 8) steps_per_call_ = std::min(4 * steps_per_call_, kStepsPerCall);
       if (took > Signals::kInterval / 2) steps_per_call_ = std::max<int64_t>(steps_per_call_ / 2, 1);
-      after_steps();
+      signals_.check();
     }
   }
 
@@ -159,25 +159,27 @@ class TrainingRun {
       for (int64_t i = 0; i < size; i += batch_size_) {
         const int64_t batch = std::min(batch_size_, size - i);
         losses.push_back(step(x.narrow(0, i, batch), y.narrow(0, i, batch)).unsqueeze(0));
-        after_steps();
+        signals_.check();
       }
     }
   }
 
   Tensor step(const Tensor& x, const Tensor& y) {
     if (trainer_.by_gradients()) return trainer_.step_by_gradients(x, y, now_);
-    if (now_.is_first_step()) return mlp_train_step_(trainer_.args(x, y, now_, now_.steps));
+    if (now_.is_first_step()) return call(trainer_.args(x, y, now_, now_.steps));
     const py::gil_scoped_acquire gil;
-    if (!replay_) replay_ = trainer_.captured(graph_, now_);
+    if (!replay_) {
+      trainer_.optimizer_.begin_step(now_.created);
+      replay_ = trainer_.captured(graph_, now_);
+    }
     return replay_(x, y);
   }
 
-  void after_steps() {
-    if (std::exchange(is_first_, false) && !trainer_.by_gradients()) {
-      const py::gil_scoped_acquire gil;
-      trainer_.optimizer_.finish_step(now_);
-    }
-    signals_.check();
+  // The first call, which is of one step, has effects on the optimizer.
+  Tensor call(const TrainArgs& args) {
+    if (!std::exchange(is_first_, false)) return mlp_train_step_(args);
+    const py::gil_scoped_acquire gil;
+    return trainer_.run_step(now_, args);
   }
 
   Trainer& trainer_;

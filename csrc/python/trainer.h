@@ -78,14 +78,10 @@ class Trainer {
     if (by_gradients()) {
       const pybind11::gil_scoped_release no_gil;
       loss = step_by_gradients(x, y, now);
+    } else if (!graph.is_none() && !now.is_first_step()) {
+      optimizer_.run_step(now, [&] { loss = captured(graph, now)(x, y); });
     } else {
-      if (!graph.is_none() && !now.is_first_step()) {
-        loss = captured(graph, now)(x, y);
-      } else {
-        const pybind11::gil_scoped_release no_gil;
-        loss = mlp_train_step_(args(x, y, now, now.steps));
-      }
-      optimizer_.finish_step(now);
+      loss = run_step(now, args(x, y, now, now.steps));
     }
     return promoted ? loss.to(at::kDouble) : loss;
   }
@@ -139,6 +135,16 @@ class Trainer {
             autocast_dtype(input)};
   }
 
+  // A step, and what it does to the optimizer. Needs the GIL.
+  at::Tensor run_step(OptimizerState& now, const TrainArgs& args) const {
+    at::Tensor loss;
+    optimizer_.run_step(now, [&] {
+      const pybind11::gil_scoped_release no_gil;
+      loss = mlp_train_step_(args);
+    });
+    return loss;
+  }
+
   // A step whose gradients go to gradients_, and the update if it completes a group. Without the GIL.
   at::Tensor step_by_gradients(const at::Tensor& x, const at::Tensor& y, OptimizerState& now) {
     gradients_->begin_step(now);
@@ -176,9 +182,11 @@ class Trainer {
     gradients_->clip();
     c10::SmallVector<at::Tensor, 16> learning;
     for (const int64_t index : now.learning) learning.push_back(now.parameters[index]);
-    mlp_train_update_({learning, now.states, now.steps, gradients_->views(), optimizer_.name(), now.hyperparameters});
     const pybind11::gil_scoped_acquire gil;
-    optimizer_.finish_step(now);
+    optimizer_.run_step(now, [&] {
+      const pybind11::gil_scoped_release no_gil;
+      mlp_train_update_({learning, now.states, now.steps, gradients_->views(), optimizer_.name(), now.hyperparameters});
+    });
   }
 
   // A step through the Python function graph(step, key, input, target), which calls step or replays its capture for
@@ -191,7 +199,13 @@ class Trainer {
         }));
     return [this, graph, step, key = key(now, steps), &now](const at::Tensor& x, const at::Tensor& y) {
       device_steps_.copies(now);
-      const at::Tensor loss = graph(step, key, x, y).cast<at::Tensor>();
+      at::Tensor loss;
+      try {
+        loss = graph(step, key, x, y).cast<at::Tensor>();
+      } catch (...) {
+        device_steps_.advance_if_done(now);
+        throw;
+      }
       device_steps_.advance(now);
       bump_versions(args(x, y, now, now.steps));  // autograd does not see a replay
       return loss;

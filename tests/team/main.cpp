@@ -11,6 +11,13 @@
 #include "cpu/team.h"
 
 namespace mlp_ext::cpu {
+
+// Of each thread, in some of the regions.
+bool can_help() {
+  thread_local std::minstd_rand random(std::hash<std::thread::id>{}(std::this_thread::get_id()));
+  return random() % 5 != 0;
+}
+
 namespace {
 
 struct Failure {};
