@@ -44,7 +44,7 @@ def main() -> int:
         if options.report or time.monotonic() > end:
             break
         threads, level = configurations[seed % len(configurations)]
-        run_round(LEVELS[level][0], threads, seed, options)
+        run_round(level, threads, seed, options)
         print(f"seed {seed}: {sum(row['cases'] for row in rows_of(options.log))} cases", flush=True)
     print(text := report(rows_of(options.log)))
     return int("FAILED" in text)
@@ -57,8 +57,9 @@ def rows_of(log: Path) -> list[dict[str, Any]]:
 def run_round(level: str, threads: int, seed: int, options: argparse.Namespace) -> None:
     """All kinds in a process, whose output is rows for the log; then a row if it did not end."""
     last = options.log.with_suffix(".case")
+    last.write_text("no case yet")
     command = [sys.executable, "-c", ROUND, str(seed), str(options.cases), str(threads), str(last)]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": level}
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": LEVELS[level][0]}
     with options.log.open("a") as log:
         try:
             done = subprocess.run(
@@ -68,9 +69,10 @@ def run_round(level: str, threads: int, seed: int, options: argparse.Namespace) 
         except subprocess.TimeoutExpired:
             ended = f"no end after {SECONDS} s"
     if ended:
-        row = {"kind": "crash", "level": level, "threads": threads, "seed": seed, "cases": 0}
+        row = {"kind": "crash", "level": LEVELS[level][1], "threads": threads, "seed": seed}
+        failure = f"{last.read_text()}\n{ended}"
         with options.log.open("a") as log:
-            print(json.dumps(row | {"failure": f"{last.read_text()}\n{ended}"}), file=log)
+            print(json.dumps(row | {"cases": 0, "failure": failure}), file=log)
 
 
 ROUND = """

@@ -15,11 +15,7 @@ KINDS = {"layers": layers, "networks": networks, "TrainStep": trainings, "TrainS
 
 
 def run(
-    kind: str,
-    seed: int,
-    cases: int,
-    shrink: bool = True,
-    before: Callable[[Any], None] = lambda case: None,
+    kind: str, seed: int, cases: int, before: Callable[[Any], None] = lambda case: None
 ) -> tuple[int, str]:
     """Checks this many cases. Returns how many were checked, and the failure, "" if none.
 
@@ -29,13 +25,14 @@ def run(
     from hypothesis import seed as seeded
 
     tried = 0
+    failing: list[Any] = []
 
     @seeded(seed)
     @settings(
         max_examples=cases,
         deadline=None,
         database=None,
-        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        phases=[Phase.generate, Phase.shrink],
         report_multiple_bugs=False,
         suppress_health_check=[*HealthCheck],
     )
@@ -48,7 +45,6 @@ def run(
         check(case)
         failing.clear()
 
-    failing: list[Any] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of empty tensors, and of torch's own operations
