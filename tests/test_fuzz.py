@@ -22,7 +22,7 @@ from fuzz.training import Fit, Loss, Optimizer, Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CASES = {"layers": 250, "networks": 150, "TrainStep": 100, "TrainSteps": 50}
+CASES = {"layers": 250, "networks": 100, "TrainStep": 70, "TrainSteps": 30}
 
 PLAIN = ("contiguous", "contiguous")
 LAYER = Layer(
@@ -87,7 +87,7 @@ from fuzz.runs import KINDS, run
 from fuzz.training import Fit, Loss, Optimizer, Training
 torch.set_num_threads(int(os.environ["THREADS"]))
 for kind in KINDS:
-    print(run(kind, seed=1, cases=20)[1], end="")
+    print(run(kind, seed=1, cases=12)[1], end="")
 """
     levels = [LEVELS[level][0] for level in available()]
     cases = [

@@ -35,11 +35,14 @@ class Loss(NamedTuple):
         if self.has_classes():
             target = torch.randint(max(N, 1), (M,))
             target[torch.rand(M) < 0.2] = self.options.get("ignore_index", -100)
+            target = target if layout == "contiguous" else target.repeat_interleave(2)[::2]
         elif self.name == "BCELoss" or self.probabilities:
             target = torch.rand(M, N).to(kind)
         else:
             target = data.VALUES[values](M, N, dtype=kind)
-        found = {"target": data.ARRANGE[layout](target) if target.numel() else target}
+        if target.numel() and target.is_floating_point():
+            target = data.ARRANGE[layout](target)
+        found = {"target": target}
         if self.is_weighted:
             found["loss weight"] = torch.rand(N).to(kind)
         return found
