@@ -17,12 +17,10 @@ from fuzz.layers import Layer
 from fuzz.networks import Dense
 from fuzz.plans import Plan
 from fuzz.rule import check
-from fuzz.runs import KINDS, run
+from fuzz.runs import KINDS, QUICK, run
 from fuzz.training import Fit, Loss, Optimizer, Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CASES = {"layers": 250, "networks": 100, "TrainStep": 70, "TrainSteps": 30}
 
 PLAIN = ("contiguous", "contiguous")
 LAYER = Layer(
@@ -76,18 +74,17 @@ def test_found_cases(case: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_drawn_cases(kind: str) -> None:
-    _, failure = run(kind, seed=0, cases=CASES[kind])
+    _, failure = run(kind, seed=0, cases=QUICK[kind])
     assert not failure, failure
 
 
 def test_drawn_cases_on_each_instruction_set_with_several_threads() -> None:
     code = """
 import torch
-from fuzz.runs import KINDS, run
-from fuzz.training import Fit, Loss, Optimizer, Training
+from fuzz.runs import QUICK, run
 torch.set_num_threads(int(os.environ["THREADS"]))
-for kind in KINDS:
-    print(run(kind, seed=1, cases=12)[1], end="")
+for kind, cases in QUICK.items():
+    print(run(kind, seed=1, cases=cases // 8)[1], end="")
 """
     levels = [LEVELS[level][0] for level in available()]
     cases = [

@@ -30,7 +30,7 @@ SECONDS = 1800  # after which a round hangs
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--cases", type=int, default=200, help="of each kind in a round")
+    parser.add_argument("--times", type=int, default=2, help="a quick run's cases in a round")
     parser.add_argument("--log", type=Path, default=Path("build/fuzz.jsonl"))
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS)
     parser.add_argument("--report", action="store_true", help="only prints what the log has")
@@ -58,7 +58,7 @@ def run_round(level: str, threads: int, seed: int, options: argparse.Namespace) 
     """All kinds in a process, whose output is rows for the log; then a row if it did not end."""
     last = options.log.with_suffix(".case")
     last.write_text("no case yet")
-    command = [sys.executable, "-c", ROUND, str(seed), str(options.cases), str(threads), str(last)]
+    command = [sys.executable, "-c", ROUND, str(seed), str(options.times), str(threads), str(last)]
     environment = os.environ | {"ATEN_CPU_CAPABILITY": LEVELS[level][0]}
     with options.log.open("a") as log:
         try:
@@ -79,13 +79,13 @@ ROUND = """
 import json, os, sys
 from pathlib import Path
 import torch
-from fuzz.runs import KINDS, run
+from fuzz.runs import QUICK, run
 from mlp_ext import _C
-seed, cases, threads, last = sys.argv[1:]
+seed, times, threads, last = sys.argv[1:]
 torch.set_num_threads(int(threads))
 def note(case): Path(last).write_text(repr(case))
-for kind in KINDS:
-    tried, failure = run(kind, int(seed), int(cases), before=note)
+for kind, cases in QUICK.items():
+    tried, failure = run(kind, int(seed), int(times) * cases, before=note)
     row = {"kind": kind, "level": _C.instruction_set(), "threads": int(threads), "seed": int(seed)}
     print(json.dumps(row | {"cases": tried, "failure": failure}), flush=True)
 """
