@@ -12,7 +12,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test clients notebooks release-check lint docs bench bench-quick format build wheel sanitize arm-check cuda-check gpu clean distclean
+.PHONY: demo check test fuzz clients notebooks release-check lint docs bench bench-quick format build wheel sanitize arm-check cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -33,6 +33,13 @@ check: build
 test: build
 	@echo "== tests"
 	$(PYTEST)
+
+# Drawn cases against native torch, on each instruction set; goes on after the seeds in the log.
+MINUTES ?= 5
+FUZZ    := build/fuzz.jsonl
+fuzz: build
+	@echo "== fuzzing for $(MINUTES) minutes, log in $(FUZZ)"
+	PYTHONPATH=tests $(RUN)/python -m fuzz --minutes $(MINUTES) --log $(FUZZ)
 
 # With other libraries, in an environment of their own.
 CLIENTS := .venv-clients

@@ -136,7 +136,8 @@ at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype) {
   constexpr c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
   const at::Tensor result(at::detail::empty_generic(sizes, allocator, cpu, dtype, std::nullopt));
   const auto& context = at::globalContext();
-  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) result.fill_(NAN);
+  if (result.is_floating_point() && context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory())
+    result.fill_(NAN);
   return result;
 }
 

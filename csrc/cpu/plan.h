@@ -111,7 +111,7 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
     case Path::tall:
       return !forward && s.row_bytes(s.N) <= kTallRowBytes && s.K <= kTallInputs && s.N * s.K <= kTallWeights;
     case Path::one_input:
-      return s.K == 1 && s.N <= kOneBreadth;
+      return s.K == 1 && s.N > 0 && s.N <= kOneBreadth;
     case Path::one_output:
       return !forward && s.N == 1 && s.K <= kOneBreadth;
     case Path::few_rows:

@@ -76,7 +76,7 @@ void check_loss_weight(const Loss&, const Training& training) {
 }
 
 template <class Loss>
-void check_target(const Loss&, Training& training) {
+void check_target(const Loss& loss, Training& training) {
   const at::Tensor &input = training.input, &target = training.target;
   if constexpr (is_of_rows<Loss>) {
     training.target_is_classes = target.scalar_type() == at::kLong;
@@ -97,6 +97,9 @@ void check_target(const Loss&, Training& training) {
     TORCH_CHECK(target.dim() == 2 && target.sym_size(0) == input.sym_size(0) && target.sym_size(1) == N, kOp,
                 ": target must be [M=", input.sym_size(0), ", N=", N, "] to match the output, got ",
                 target.sym_sizes());
+    if constexpr (requires { loss.ignore_index; })  // as torch
+      TORCH_CHECK(loss.ignore_index < 0, kOp, ": target must be classes with ignore_index ", loss.ignore_index,
+                  ", got probabilities; leave out ignore_index");
   }
 }
 

@@ -1,0 +1,118 @@
+"""The rule of references.py for whole cases, also where rounding decides between far results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from references import Results, alone, assert_as_accurate_as_native
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+NUDGES = 8
+REFUSALS = (IndexError, RuntimeError, TypeError, ValueError)
+
+
+class Case(Protocol):
+    """What is computed from which tensors, in two ways."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    def is_exact(self) -> bool:
+        """Whether all sums before an activation are exact, so that rounding decides nothing."""
+        ...
+
+    def tensors(self) -> Tensors:
+        """The operands, with the same values at each call. Both ways may change them."""
+        ...
+
+    def ours(self, tensors: Tensors) -> Results: ...
+
+    def native(self, tensors: Tensors) -> Results:
+        """The same by torch, in the dtype of the tensors."""
+        ...
+
+
+def check(case: Case) -> None:
+    """Asserts that mlp_ext is as accurate as native torch, and raises where it raises."""
+    expected = _refused(case.native, _copies(case))
+    found = _refused(case.ours, case.tensors())
+    reference = _refused(case.native, _copies(case, torch.float64))
+    if isinstance(expected, Exception) and not isinstance(reference, Exception):
+        return  # native's values overflow, and it refuses them
+    if isinstance(expected, Exception) or isinstance(found, Exception):
+        both = isinstance(expected, Exception) and isinstance(found, Exception)
+        assert both, f"native torch: {expected!r}, mlp_ext: {found!r}"
+        return
+    assert not isinstance(reference, Exception), f"in float64 native torch: {reference!r}"
+    assert found.keys() == expected.keys()
+    nudged: list[Results] = []
+    for name, actual in found.items():
+        exact, terms = reference[name].double(), _terms(reference, name, case.dtype)
+        native = _without_overflow(actual, expected[name], exact)
+        try:
+            assert_as_accurate_as_native(actual, native, exact, terms, name)
+        except AssertionError:
+            if case.is_exact():
+                raise
+            nudged = nudged or [case.native(_nudged(case, i)) for i in range(NUDGES)]
+            others = torch.stack([exact, *(other[name].double() for other in nudged)])
+            native = native.where(_is_sure(others, actual.dtype), actual)
+            slack = 8 * (others - exact).abs().nan_to_num(0, 0).amax(0)
+            assert_as_accurate_as_native(actual, native, exact, terms, name, slack)
+
+
+def _refused(way: Callable[[Tensors], Results], tensors: Tensors) -> Results | Exception:
+    """The results, or the exception."""
+    try:
+        return way(tensors)
+    except REFUSALS as refused:
+        return refused
+
+
+def _copies(case: Case, dtype: torch.dtype | None = None) -> Tensors:
+    """For native: nothing lies beside the rows."""
+    return {
+        name: alone(t).to(dtype) if dtype and t.is_floating_point() else alone(t)
+        for name, t in case.tensors().items()
+    }
+
+
+def _nudged(case: Case, i: int) -> Tensors:
+    """In float64, as if each operand had been rounded a little differently."""
+    unit = 4 * torch.finfo(getattr(torch, case.dtype)).eps
+    generator = torch.Generator().manual_seed(i)
+
+    def nudge(t: Tensor) -> Tensor:
+        noise = torch.rand(t.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return t * (1 + unit * noise)
+
+    tensors = _copies(case, torch.float64)
+    return {name: nudge(t) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _terms(reference: Results, name: str, dtype: str) -> Tensor:
+    """At least the result and, of steps, a loss of 1; in 16 bits intermediates are rounded, too."""
+    unit = torch.finfo(getattr(torch, dtype)).eps / torch.finfo(torch.float32).eps / 4
+    losses = reference.get("losses", torch.ones(1)).nan_to_num(1, 1, 1)
+    size = losses.abs().max().clamp(max=1) if losses.numel() else 1
+    return max(unit, 1) * (reference[name].double().abs() + size)
+
+
+def _without_overflow(actual: Tensor, native: Tensor, exact: Tensor) -> Tensor:
+    """Native's result, or ours where native's is not finite and the exact one is like ours.
+
+    Native rounds intermediates to its dtype, and they overflow; its gelu of inf is NaN.
+    """
+    if (actual.dtype, actual.shape) != (native.dtype, native.shape):
+        return native
+    is_like_exact = (actual.isfinite() & exact.isfinite()) | (actual == exact)
+    return actual.where(~native.isfinite() & is_like_exact, native)
+
+
+def _is_sure(others: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where all results are within the range of the dtype, or none is finite."""
+    is_within = others.abs() < 0.99 * torch.finfo(dtype).max
+    return is_within.all(0) | ~others.isfinite().any(0)
