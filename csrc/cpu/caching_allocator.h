@@ -10,4 +10,7 @@ at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype);
 
 int64_t cached_bytes();  // in freed blocks now
 
+// Frees them and the threads' workspaces (scratch.h), and returns their memory to the system.
+void empty_cache();
+
 }  // namespace mlp_ext::cpu

@@ -4,7 +4,6 @@
 #include <ATen/Context.h>
 
 #include <functional>
-#include <memory>
 
 #include "cpu/caching_allocator.h"
 #include "cpu/library.h"
@@ -14,21 +13,6 @@
 #include "ops/checks.h"
 
 namespace mlp_ext::cpu {
-
-void* scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> data;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    size = 0;
-    data.reset(std::aligned_alloc(kCacheLine, ceil_div(bytes, kCacheLine) * kCacheLine));
-    TORCH_CHECK(data, "mlp_ext: no memory for ", bytes, " bytes of scratch");
-    size = bytes;
-  }
-  return data.get();
-}
 
 Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
   constexpr int64_t line = 16;
