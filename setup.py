@@ -77,6 +77,8 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
+if "t" in sys.abiflags:
+    sys.exit("mlp_ext needs the GIL, and this Python is free-threaded: use python3.13, not 3.13t")
 if not os.access(ROOT, os.W_OK):
     sys.exit(f"the build writes into {ROOT}, which is read-only: copy the folder and build there")
 if COMPILING:

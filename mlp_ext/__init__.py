@@ -24,7 +24,7 @@ from mlp_ext.nn import (
     LinearSoftplus,
     LinearTanh,
 )
-from mlp_ext.ops import ACTIVATIONS, build_info
+from mlp_ext.ops import ACTIVATIONS, build_info, empty_cache
 from mlp_ext.predict import predict
 from mlp_ext.profile import Profile, Timing, profile
 from mlp_ext.sequential import Sequential
@@ -58,6 +58,7 @@ __all__ = [
     "TrainStep",
     "TrainSteps",
     "build_info",
+    "empty_cache",
     "fuse",
     "fusion_report",
     "linear_act",

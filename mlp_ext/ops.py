@@ -44,7 +44,10 @@ def _why_not_compiled() -> str:
 
 
 def _check_build() -> None:
-    """Raises ImportError if loading would fail on a missing file or symbol."""
+    """Raises ImportError if loading would fail on a missing file or symbol, or needs the GIL."""
+    if "t" in sys.abiflags:
+        what = "mlp_ext needs the GIL, and this Python is free-threaded"
+        raise ImportError(f"{what}: use the ordinary build, such as python3.13 in place of 3.13t")
     if not (find_spec("mlp_ext._C") and find_spec("mlp_ext._built")):
         raise ImportError(_why_not_compiled())
     from mlp_ext._built import CUDA_VERSION, TORCH_VERSION
@@ -81,6 +84,20 @@ except (ImportError, RuntimeError) as error:
 # Parameters of each activation with their defaults, in the operators' order.
 PARAMETERS: dict[str, dict[str, float]] = _C.activations()
 ACTIVATIONS: tuple[str, ...] = tuple(PARAMETERS)
+
+
+def empty_cache() -> None:
+    """Frees the memory that mlp_ext keeps on the CPU for later calls.
+
+    That is memory of results whose tensors are gone, at most 256 MiB or `MLP_EXT_RESULTS_MIB`, and
+    the workspace of each thread, at most 512 MiB in all. It goes back to the system. The next calls
+    allocate again, and are slower. No tensor changes, and what another thread uses at the moment
+    stays. On CUDA all memory is PyTorch's: `torch.cuda.empty_cache()`.
+
+    Examples:
+        >>> mlp_ext.empty_cache()
+    """
+    _C.empty_cache()
 
 
 def build_info() -> dict[str, Any]:

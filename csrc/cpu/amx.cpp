@@ -75,27 +75,50 @@ void forward_by_amx(const Forward& f, Grid grid, const TileKernels& kernels) {
   });
 }
 
+namespace {
+
+// Parts of the memory of backward, as offsets in bytes.
+struct BackwardMemory {
+  explicit BackwardMemory(const Backward& b) {
+    const bool needs_dx = b.dx.data, needs_dw = b.dw || b.update_w, needs_db = b.db || b.update_b;
+    const int64_t row_bytes = 2 * ((needs_dx ? b.N : 0) + (needs_dw ? b.N + b.K : 0));
+    const int64_t rows_at_once = packed_bytes(b.N * b.K) / std::max<int64_t>(1, row_bytes) / kPanelSide * kPanelSide;
+    rows = std::clamp<int64_t>(rows_at_once, kPanelSide, ceil_div(b.M, kPanelSide) * kPanelSide);
+    if (needs_dx && !packs_once(b.M)) w = take(tile_panels_bytes(b.K, b.N));
+    if (needs_dx) dz = take(tile_panels_bytes(rows, b.N));
+    if (needs_dw) dz_transposed = take(tile_panels_bytes(b.N, rows));
+    if (needs_dw) x = take(tile_panels_bytes(b.K, rows));
+    if (needs_dw && rows < b.M) partial = take(b.N * b.K * sizeof(float));
+    if (needs_db) db = take(b.N * sizeof(float));
+    if (needs_db) totals = take(b.N * sizeof(double));
+  }
+
+  int64_t rows;  // of dz and x packed at a time
+  int64_t w = -1, dz = -1, dz_transposed = -1, x = -1, partial = -1, db = -1, totals = -1;
+  int64_t bytes = 0;
+
+ private:
+  int64_t take(int64_t size) { return std::exchange(bytes, bytes + ceil_div(size, kCacheLine) * kCacheLine); }
+};
+
+}  // namespace
+
+int64_t backward_bytes_by_amx(const Backward& b) { return BackwardMemory(b).bytes; }
+
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernels& kernels) {
+void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernels& kernels, void* memory) {
   const int64_t M = problem.M, K = problem.K, N = problem.N;
-  const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w,
-             needs_db = problem.db || problem.update_b;
-  const int64_t row_bytes = 2 * ((needs_dx ? N : 0) + (needs_dw ? N + K : 0));
-  const int64_t each =
-      std::clamp<int64_t>(packed_bytes(N * K) / std::max<int64_t>(1, row_bytes) / kPanelSide * kPanelSide, kPanelSide,
-                          ceil_div(M, kPanelSide) * kPanelSide);
-  const bool once = packs_once(M);
+  const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w, once = packs_once(M);
   const Grid dx_grid = once ? columns_of(plan.grad_input) : plan.grad_input;
   // By rows of W, as forward packs them: each thread then updates what it reads.
   const Grid dw_grid = N >= kPanelSide * plan.grad_weight.size() ? Grid{plan.grad_weight.size(), 1, 1} : plan.grad_weight;
-  const at::Tensor w = needs_dx && !once ? panels(K, N) : at::Tensor(), dz = needs_dx ? panels(each, N) : at::Tensor(),
-                   dz_t = needs_dw ? panels(N, each) : at::Tensor(), x = needs_dw ? panels(K, each) : at::Tensor();
-  const at::Tensor partial = needs_dw && each < M ? empty_cached({N, K}, at::kFloat) : at::Tensor();
-  const at::Tensor db = needs_db ? empty_cached({N}, at::kFloat) : at::Tensor();
-  const at::Tensor db_totals = needs_db ? empty_cached({N}, at::kDouble) : at::Tensor();
-  const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
-  double* const totals = static_cast<double*>(data(db_totals));
-  std::fill_n(totals, needs_db ? N : 0, 0.0);
+  const BackwardMemory parts(problem);
+  const int64_t each = parts.rows;
+  const auto at = [&](int64_t offset) -> void* { return offset < 0 ? nullptr : static_cast<char*>(memory) + offset; };
+  void *const w = at(parts.w), *const dz = at(parts.dz), *const dz_t = at(parts.dz_transposed), *const x = at(parts.x);
+  float *const partial = static_cast<float*>(at(parts.partial)), *const db = static_cast<float*>(at(parts.db));
+  double* const totals = static_cast<double*>(at(parts.totals));
+  std::fill_n(totals, totals ? N : 0, 0.0);
 
   const int64_t packing = packing_pieces(std::min(each, M) * (N + K) + N * K);
   in_region_if(packing > 1 || dx_grid.size() > 1 || dw_grid.size() > 1, [&] {
@@ -103,16 +126,16 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
       const Backward b = part_of(problem, {begin, std::min(M, begin + each)});
       const bool first = begin == 0, last = begin + each >= M;
       for_pieces(packing, [&](int64_t i) {
-        kernels.pack_grad(b, piece_of_panels(i, packing, N), data(dz), data(dz_t), totals);
+        kernels.pack_grad(b, piece_of_panels(i, packing, N), dz, dz_t, totals);
         const Range columns = piece_of_panels(i, packing, K);
-        if (needs_dw) kernels.pack_b(b.x, columns, b.M, data(x));
-        if (w.defined() && first) kernels.pack_b(b.w, columns, N, data(w));
+        if (needs_dw) kernels.pack_b(b.x, columns, b.M, x);
+        if (w && first) kernels.pack_b(b.w, columns, N, w);
       });
       const auto multiply_dx = [&](Range rows, Range columns) {
-        kernels.grad_input(b, data(dz), data(w), rows, columns, scratch(kScratchBytes));
+        kernels.grad_input(b, dz, w, rows, columns, scratch(kScratchBytes));
       };
       const auto multiply_dw = [&](Range rows, Range columns) {
-        kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last,
+        kernels.grad_weight(b, dz_t, x, rows, columns, partial, first, last,
                             scratch(kScratchBytes));
       };
       const int64_t dx_pieces = needs_dx ? dx_grid.size() : 0, dw_pieces = needs_dw ? dw_grid.size() : 0;
@@ -129,13 +152,12 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
       }
     }
   });
-  if (!needs_db) return;
-  float* const sums = static_cast<float*>(data(db));
-  kernels.round_db(totals, N, sums);
+  if (!db) return;
+  kernels.round_db(totals, N, db);
   if (problem.update_b)
-    variant().step_kernels(DType::bfloat16).update(*problem.update_b, sums, 1, N, {0, N});
+    variant().step_kernels(DType::bfloat16).update(*problem.update_b, db, 1, N, {0, N});
   else
-    variant().layer_kernels(DType::bfloat16).combine(sums, 1, N, {0, N}, problem.db);
+    variant().layer_kernels(DType::bfloat16).combine(db, 1, N, {0, N}, problem.db);
 }
 
 }  // namespace mlp_ext::cpu

@@ -8,8 +8,12 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__GLIBC__)
+#include <malloc.h>
 #endif
 
 #include <charconv>
@@ -19,6 +23,8 @@
 #include <mutex>
 #include <string_view>
 #include <vector>
+
+#include "cpu/scratch.h"
 
 namespace mlp_ext::cpu {
 
@@ -52,9 +58,7 @@ class CachedBlocks {
  public:
   // A cached block of at least `bytes`, at most an eighth larger, or nullptr.
   BlockPtr take(size_t bytes) {
-    // try_lock: a child forked while another thread holds the lock must not deadlock.
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return nullptr;
+    const std::lock_guard<std::mutex> lock(mutex_);
     // Last freed first: it may still be in a CPU cache.
     for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) {
       if ((*block)->bytes < bytes || (*block)->bytes > bytes + bytes / 8) continue;
@@ -67,8 +71,8 @@ class CachedBlocks {
   }
 
   void put(BlockPtr block) {
-    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock || block->bytes > most_bytes_) return;
+    if (block->bytes > most_bytes_) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
     bytes_ += block->bytes;
     blocks_.push_back(std::move(block));
     while (bytes_ > most_bytes_) {
@@ -81,6 +85,16 @@ class CachedBlocks {
     const std::lock_guard<std::mutex> lock(mutex_);
     return bytes_;
   }
+
+  void free_all() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks_.clear();
+    bytes_ = 0;
+  }
+
+  // Around a fork, so that the child does not find the lock held by a thread that it does not have.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   static size_t bound() {
@@ -101,7 +115,12 @@ class CachedBlocks {
 };
 
 CachedBlocks& cached_blocks() {
-  static CachedBlocks* const blocks = new CachedBlocks;  // outlives every tensor
+  static CachedBlocks* const blocks = [] {
+    auto* const made = new CachedBlocks;  // outlives every tensor
+    const auto unlock = [] { cached_blocks().unlock(); };
+    pthread_atfork([] { cached_blocks().lock(); }, unlock, unlock);
+    return made;
+  }();
   return *blocks;
 }
 
@@ -142,5 +161,13 @@ at::Tensor empty_cached(at::IntArrayRef sizes, at::ScalarType dtype) {
 }
 
 int64_t cached_bytes() { return static_cast<int64_t>(cached_blocks().bytes()); }
+
+void empty_cache() {
+  cached_blocks().free_all();
+  free_scratch();
+#if defined(__GLIBC__)
+  malloc_trim(0);  // what malloc would keep
+#endif
+}
 
 }  // namespace mlp_ext::cpu

@@ -14,4 +14,7 @@ void advise_huge_pages(void* data, size_t bytes);
 
 int64_t cached_bytes();  // in freed blocks now
 
+// Frees them and the threads' workspaces (scratch.h), and returns their memory to the system.
+void empty_cache();
+
 }  // namespace mlp_ext::cpu

@@ -4,7 +4,6 @@
 #include <ATen/Context.h>
 #include <c10/util/FunctionRef.h>
 
-#include <memory>
 
 #include "cpu/amx.h"
 #include "cpu/caching_allocator.h"
@@ -16,26 +15,9 @@
 
 namespace mlp_ext::cpu {
 
-void* scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> data;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    size = 0;
-    const int64_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
-    data.reset(std::aligned_alloc(alignment, ceil_div(bytes, alignment) * alignment));
-    if (data) advise_huge_pages(data.get(), bytes);
-    TORCH_CHECK(data, "mlp_ext: no memory for ", bytes, " bytes of scratch");
-    size = bytes;
-  }
-  return data.get();
-}
-
 bool can_help() {
   try {
-    scratch(kScratchBytes);
+    static_cast<void>(scratch(kScratchBytes));
     return true;
   } catch (...) {
     return false;
@@ -237,18 +219,21 @@ Plan plan_of(const Backward& b, DType dtype) {
   return plan;
 }
 
-// Number of accumulators of dW and db, or of dx, where they are not summed in the results.
-int64_t count_sums(const Backward& b, const Plan& plan, DType dtype) {
+// Bytes of accumulators of dW and db, or of dx, where they are not summed in the results, or of packed operands.
+int64_t bytes_of(const Backward& b, const Plan& plan, DType dtype) {
+  const int64_t item = accumulator_size(dtype);
   const int64_t pieces = plan.grad_weight.samples, parts_of_dx = plan.grad_input.samples;
   switch (plan.backward_path) {
     case Path::library:
     case Path::small:
       return 0;
     case Path::few_rows:
-      return b.dx.data && parts_of_dx > 1 ? parts_of_dx * b.M * b.K : 0;
+      return b.dx.data && parts_of_dx > 1 ? item * parts_of_dx * b.M * b.K : 0;
+    case Path::amx:
+      return backward_bytes_by_amx(b);
     default:
-      const bool in_results = pieces == 1 && item_size(dtype) == accumulator_size(dtype) && !b.update_w && !b.update_b;
-      return in_results ? 0 : pieces * ((b.dw || b.update_w ? b.N * b.K : 0) + b.N);
+      const bool in_results = pieces == 1 && item_size(dtype) == item && !b.update_w && !b.update_b;
+      return in_results ? 0 : item * pieces * ((b.dw || b.update_w ? b.N * b.K : 0) + b.N);
   }
 }
 
@@ -256,22 +241,22 @@ int64_t count_sums(const Backward& b, const Plan& plan, DType dtype) {
 
 bool backward_allocates(const Backward& b, DType dtype) { return plan_of(b, dtype).backward_path == Path::library; }
 int64_t backward_bytes(const Backward& b, DType dtype) {
-  return count_sums(b, plan_of(b, dtype), dtype) * accumulator_size(dtype);
+  return bytes_of(b, plan_of(b, dtype), dtype);
 }
 
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
 void backward_layer(const Backward& problem, DType dtype, void* memory) {
   const LayerKernels& kernels = variant().layer_kernels(dtype);
   const Plan plan = plan_of(problem, dtype);
-  const int64_t count = count_sums(problem, plan, dtype);
+  const int64_t bytes = bytes_of(problem, plan, dtype);
   at::Tensor own;
-  if (count > 0 && !memory) own = empty_cached({count * accumulator_size(dtype)}, at::kByte);
-  void* const sums = count == 0 ? nullptr : memory ? memory : own.mutable_data_ptr();
+  if (bytes > 0 && !memory) own = empty_cached({bytes}, at::kByte);
+  void* const sums = bytes == 0 ? nullptr : memory ? memory : own.mutable_data_ptr();
   switch (plan.backward_path) {
     case Path::library:
       return backward_by_library(problem, kernels, dtype);
     case Path::amx:
-      return backward_by_amx(problem, plan, variant().tile_kernels());
+      return backward_by_amx(problem, plan, variant().tile_kernels(), sums);
     case Path::narrow:
     case Path::tall:
     case Path::one_input:

@@ -3,6 +3,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/machines.h"
+#include "cpu/scratch.h"
 #include "cpu/team.h"
 
 namespace mlp_ext::cpu {
@@ -17,10 +18,6 @@ bool backward_allocates(const Backward& problem, DType dtype);
 
 // Whether a part of such a layer is left to torch's GEMM, which must not be called in a region.
 bool takes_library(int64_t M, int64_t K, int64_t N, DType dtype, bool update);
-
-// This thread's workspace, aligned to a cache line and kept between calls.
-constexpr int64_t kCacheLine = 64;
-void* scratch(size_t bytes);
 
 // Piece i of n of [0, size).
 inline Range piece(int64_t i, int64_t n, int64_t size) { return {i * size / n, (i + 1) * size / n}; }

@@ -2,6 +2,9 @@
 #include "cpu/team.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <dlfcn.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
@@ -126,6 +129,22 @@ class Team {
 thread_local Team* current = nullptr;
 thread_local bool on_one_thread = false;
 
+// libgomp keeps the threads of a region for the next one. A child that forks does not have them, and its first region
+// would wait for them forever. So they end before a fork, and parent and child start new ones when they need them. The
+// child of a runtime without this call computes on one thread.
+[[maybe_unused]] const int fork_handlers = [] {
+  constexpr int soft = 1;  // omp_pause_soft: settings are kept
+  static const auto end_threads = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+  return pthread_atfork(
+      [] {
+        if (end_threads) end_threads(soft);
+      },
+      nullptr,
+      [] {
+        if (!end_threads) at::set_num_threads(1);
+      });
+}();
+
 struct Entered {
   explicit Entered(Team* team) : before(std::exchange(current, team)) {}
   ~Entered() { current = before; }
@@ -150,8 +169,10 @@ void in_region_of(const void* body, void (*run)(const void*)) {
   if (alone) --skip;
   Team team(size);
   Clock::time_point begin, end;
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
   at::parallel_for(0, alone ? 1 : size, 1, [&](int64_t first, int64_t) {
     if (first > 0) {
+      const c10::impl::ForceDispatchKeyGuard same_keys(keys);  // so that operators dispatch as in the first thread
       if (can_help()) team.help(first);
       return;
     }

@@ -68,7 +68,7 @@ class BatchStep {
       scratch_bytes_of_ = variant().lane_kernels(dtype_)->rows_scratch_bytes;
       rows_ = variant().lane_kernels(dtype_)->rows;
     }
-    if (!is_by_rows()) scratch(kScratchBytes);
+    if (!is_by_rows()) static_cast<void>(scratch(kScratchBytes));
     is_by_rows() ? prepare_rows() : plan_.path == StepPath::panels ? prepare_panels() : prepare_layers();
   }
 
@@ -126,11 +126,12 @@ class BatchStep {
   double by_rows(const ConstMatrix& x, const Loss& loss) {
     const int64_t pieces = plan_.pieces, bytes = sums_size_ * accumulator_size(dtype_);  // accumulators of a piece
     const StepProblem p = problem(x, loss);
-    char* sums = static_cast<char*>(sums_);
+    std::optional<Scratch> alone;  // of one piece, with its accumulators behind
+    if (pieces == 1) alone.emplace(scratch(scratch_bytes_ + bytes));
+    char* const sums = alone ? alone->data() + scratch_bytes_ : static_cast<char*>(sums_);
     const double total = sum_losses(pieces, [&](int64_t i, bool& valid) {
-      char* const own = static_cast<char*>(scratch(scratch_bytes_ + (pieces > 1 ? 0 : bytes)));
-      if (pieces == 1) sums = own + scratch_bytes_;
-      return rows_(p, piece(i, pieces, M_), sums + i * bytes, own, valid);
+      const auto run = [&](void* own) { return rows_(p, piece(i, pieces, M_), sums + i * bytes, own, valid); };
+      return alone ? run(*alone) : run(scratch(scratch_bytes_));
     });
     const auto finish = [&](const Update* update, const TrainedParameter& parameter, int64_t begin) {
       if (!update) return;

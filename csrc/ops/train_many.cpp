@@ -163,7 +163,6 @@ void NetworkErrors::rethrow() const {
 
 void train_one(const TrainingOfMany& many, const TrainedNetwork& network, const at::Tensor& losses,
                at::Tensor (*train)(const Training&)) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // on helper threads too
   const int64_t batches = losses.size(0) / many.epochs;
   for (int64_t epoch = 0; epoch < many.epochs; ++epoch) {
     Training training = network.training;

@@ -8,12 +8,30 @@
 #include <ATen/ops/stack.h>
 #include <c10/util/SmallVector.h>
 
+#include <atomic>
 #include <limits>
 #include <optional>
 
 #include "python/optimizer_state.h"
 
 namespace mlp_ext {
+
+// A call of a TrainStep. While it lives, another one throws, whether of another thread or of Python code that runs
+// within the first, such as a signal handler.
+class OneCall {
+ public:
+  OneCall(std::atomic<bool>& running, const char* name) : running_(running) {
+    TORCH_CHECK(!running_.exchange(true), name,
+                ": another call of it is running; call it from one thread at a time, "
+                "as under a threading.Lock, or give each thread its own model, optimizer and ",
+                name);
+  }
+  ~OneCall() { running_ = false; }
+  OneCall(const OneCall&) = delete;
+
+ private:
+  std::atomic<bool>& running_;
+};
 
 // The sum of a group of steps: one flat buffer, and a view of it for each parameter that learns. Belongs to a TrainStep
 // and survives its Trainers.
@@ -23,6 +41,8 @@ class Gradients {
     TORCH_CHECK_VALUE(!max_norm || *max_norm >= 0, "TrainStep: max_norm must be from 0 on, got ", *max_norm);
     TORCH_CHECK_VALUE(accumulate >= 1, "TrainStep: accumulate must be from 1 on, got ", accumulate);
   }
+
+  OneCall one_call(const char* name) { return {running_, name}; }
 
   // Whether each step is followed by its own update, with the gradients as they are.
   bool is_plain() const { return !max_norm_ && accumulate_ == 1; }
@@ -77,6 +97,7 @@ class Gradients {
 
   const std::optional<double> max_norm_;
   const int64_t accumulate_;
+  std::atomic<bool> running_{false};
   int64_t count_ = 0;  // steps since the last update
   at::Tensor flat_;
   std::vector<at::Tensor> views_;

@@ -15,6 +15,7 @@
 #include "cpu/caching_allocator.h"
 #include "cpu/machines.h"
 #include "cpu/plan.h"
+#include "cpu/scratch.h"
 #include "cpu/variants.h"
 #include "cuda/plan.h"
 #include "math/activations.h"
@@ -313,6 +314,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("many_plan", many_plan, py::arg("widths"), py::arg("batch"), py::arg("item_size"), py::arg("mode") = "fma",
         py::arg("machine") = py::none(), "The CPU plan of training steps of many networks: its path.");
   m.def("cached_bytes", cpu::cached_bytes, "Bytes of freed results cached for reuse.");
+  m.def("scratch_bytes", cpu::scratch_bytes, "Bytes of the workspaces that all threads keep.");
+  m.def("empty_cache", cpu::empty_cache, py::call_guard<py::gil_scoped_release>(),
+        "Frees cached results and the workspaces that no thread uses now.");
   m.def("cuda_plan", cuda_plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("dtype"), py::arg("activation"),
         py::arg("arch"), py::arg("tf32") = false, py::arg("aligned") = true, py::arg("cutlass") = true,
         py::arg("shared") = cuda::kBlockShared, py::arg("path") = py::none(),

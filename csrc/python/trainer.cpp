@@ -199,6 +199,7 @@ std::optional<std::vector<double>> Trainer::fit(const py::object& input, const p
                                                 const std::optional<at::Generator>& generator,
                                                 const py::object& after_epoch, const py::object& graph, bool at_once) {
   if (!is_current()) return std::nullopt;
+  const OneCall call = one_call("TrainStep");
   OptimizerState now = optimizer_.read();
   const StepData data = read(input, target, now);
   TORCH_CHECK_VALUE(batch_size >= 1, "TrainStep: batch_size must be from 1 on, got ", batch_size);

@@ -63,6 +63,7 @@ class Trainer {
   const Recipe& recipe() const { return recipe_; }
   const StepDataReader& data() const { return data_; }
   const OptimizerReader& optimizer() const { return optimizer_; }
+  OneCall one_call(const char* name) const { return gradients_->one_call(name); }
 
   // Whether gradients are summed, averaged or clipped before the update.
   bool by_gradients() const { return !gradients_->is_plain() || !average_.is_none(); }
@@ -72,6 +73,7 @@ class Trainer {
   std::optional<at::Tensor> step(const pybind11::object& input, const pybind11::object& target,
                                  const pybind11::object& graph) {
     if (!is_current()) return std::nullopt;
+    const OneCall call = one_call("TrainStep");
     OptimizerState now = optimizer_.read();
     const auto [x, y, promoted, rows_of_one] = read(input, target, now);
     at::Tensor loss;

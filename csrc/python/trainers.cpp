@@ -48,6 +48,7 @@ void check_state(const StepData& data, const Networks& networks) {
 
 std::optional<Tensor> Trainers::step(const py::object& input, const py::object& target) const {
   if (!is_current()) return std::nullopt;
+  const OneCall call = trainers_[0]->one_call("TrainSteps");
   const StepData data = read(input, target);
   const int64_t rows = data.input.dim() < 2 ? 1 : data.input.size(-2);
   std::vector<size_t> all(trainers_.size());
@@ -65,6 +66,7 @@ std::optional<Tensor> Trainers::fit(const py::object& input, const py::object& t
                                     int64_t batch_size, bool shuffle, const std::vector<at::Generator>& generators,
                                     const std::vector<Tensor>& rows, const py::object& after_epoch) const {
   if (!is_current()) return std::nullopt;
+  const OneCall call = trainers_[0]->one_call("TrainSteps");
   const auto fits = [&](const auto& list) { return list.empty() || list.size() == trainers_.size(); };
   TORCH_CHECK_VALUE(batch_size >= 1 && fits(generators) && fits(rows), "TrainSteps: an argument of fit does not fit");
   const StepData data = read(input, target);

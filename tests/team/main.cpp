@@ -1,6 +1,7 @@
 // Loops of random sizes in regions, with late and missing threads, errors, and loops within pieces. Prints what is
 // wrong.
 #include <ATen/Parallel.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <atomic>
 #include <chrono>
@@ -39,7 +40,8 @@ void sleep_sometimes() {
 // Each piece runs once, and all are done when the loop returns. After an error, some may not run.
 void loop(int64_t pieces, bool fails) {
   std::vector<int> ran(pieces, 0);
-  const auto piece = [&](int64_t i) {
+  const auto piece = [&, keys = c10::impl::keys](int64_t i) {
+    check(c10::impl::keys == keys, "a thread has other dispatch keys than the first");
     sleep_sometimes();
     std::atomic<int> inner{0};
     if (i % 7 == 0) for_pieces(3, [&](int64_t) { ++inner; });
@@ -63,6 +65,7 @@ void regions(int seed) {
   for (int region = 0; region < 150; ++region) {
     at::threads = 1 + random() % 7;
     at::most_threads = 1 + random() % at::threads;
+    c10::impl::keys = region;
     const int count = random() % 20;
     const bool fails = random() % 5 == 0;
     bool failed = false;

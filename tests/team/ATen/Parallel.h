@@ -17,6 +17,7 @@ inline void (*before_thread)() = nullptr;
 
 inline bool in_parallel_region() { return in_region; }
 inline int64_t get_num_threads() { return threads; }
+inline void set_num_threads(int64_t number) { threads = number; }
 
 // As ATen's: thread t runs f on range t, and the first exception is thrown again.
 template <class F>
