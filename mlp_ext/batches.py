@@ -112,8 +112,10 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         yield x, y
 
 
-def train(step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], mean: bool) -> float:
-    """The loss of an epoch: the mean over its rows (NaN if there are none), or the sum."""
+def train(
+    name: str, step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], mean: bool
+) -> float:
+    """The loss of an epoch: the mean over its rows, or the sum. ValueError if there are none."""
     total, rows = 0.0, 0
     losses: list[Tensor] = []
     sizes: list[int] = []
@@ -131,5 +133,8 @@ def train(step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], me
             total = read()
             losses.clear()
             sizes.clear()
+    if not rows:
+        what = "rows" if sizes else "batches; each epoch iterates over it anew"
+        raise ValueError(f"{name}: input has no {what}")
     total = read()
-    return total / rows if mean and rows else torch.nan if mean else total
+    return total / rows if mean else total

@@ -23,7 +23,7 @@ Help = argparse.RawDescriptionHelpFormatter  # descriptions and examples keep th
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints one line, without argparse's usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Fails on what is left over: a command's own parser knows which option was meant."""
@@ -114,5 +114,6 @@ def file(text: str) -> Path:
             raise argparse.ArgumentTypeError(f"'{text}' is not a file")
         with tempfile.TemporaryFile(dir=path.parent):
             return path
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write '{text}': {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
+        what = getattr(error, "strerror", error)
+        raise argparse.ArgumentTypeError(f"cannot write '{text}': {what}") from None

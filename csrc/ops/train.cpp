@@ -324,7 +324,7 @@ void check_classes(const Training& training) {
 void throw_not_a_probability() {
   TORCH_CHECK(false, kOp,
               ": bce needs outputs and targets between 0 and 1; end the model with a Sigmoid, or use "
-              "BCEWithLogitsLoss; nothing was changed");
+              "BCEWithLogitsLoss");
 }
 
 at::Tensor mlp_train_step_(const TrainArgs& a) {

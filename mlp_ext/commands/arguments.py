@@ -62,6 +62,14 @@ def check_picture(path: Path | None, fail: Fail, argument: str = "--plot") -> No
             )
 
 
+def check_files(args: argparse.Namespace, **options: Path | None) -> None:
+    """Fails if two options name one file; the later one would replace it."""
+    first: dict[Path, str] = {}
+    for option, path in options.items():
+        if path and (other := first.setdefault(path.resolve(), option)) != option:
+            args.fail(f"argument --{option}: is the file of --{other}; name another")
+
+
 def read_data(args: argparse.Namespace, path: Path | None, option: str) -> Dataset:
     """The data set named by --data, or the rows of the CSV file that is `option`'s value."""
     place = (args.seed, getattr(torch, args.dtype), args.device)

@@ -77,6 +77,7 @@ class Outcome:
 
 def run(args: argparse.Namespace) -> None:
     source = _source(args)
+    arguments.check_files(args, data=source, plot=args.plot, csv=args.csv)
     _check_results(args)
     arguments.check_training(args)
     count = math.prod(len(getattr(args, axis)) for axis in AXES) * args.seeds * (args.folds or 1)
@@ -97,8 +98,6 @@ def _source(args: argparse.Namespace) -> Path | None:
         return None
     if args.target is None:
         fail("argument --data: add --target COLUMN, the column to predict")
-    if args.csv and args.csv.resolve() == path.resolve():
-        fail("argument --csv: is the file of --data; name another for the results")
     return path
 
 
