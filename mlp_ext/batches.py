@@ -115,8 +115,8 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 def train(
     name: str, step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], mean: bool
 ) -> float:
-    """The loss of an epoch: the mean over its rows, or the sum. ValueError if there are none."""
-    total, rows = 0.0, 0
+    """The loss of an epoch: the mean over its rows (NaN if there are none), or the sum."""
+    total, rows, count = 0.0, 0, 0
     losses: list[Tensor] = []
     sizes: list[int] = []
 
@@ -129,12 +129,12 @@ def train(
         losses.append(step(x, y))
         sizes.append(len(x))
         rows += len(x)
+        count += 1
         if len(losses) == KEPT:
             total = read()
             losses.clear()
             sizes.clear()
-    if not rows:
-        what = "rows" if sizes else "batches; each epoch iterates over it anew"
-        raise ValueError(f"{name}: input has no {what}")
+    if not count:
+        raise ValueError(f"{name}: input has no batches; each epoch iterates over it anew")
     total = read()
-    return total / rows if mean else total
+    return total / rows if mean and rows else torch.nan if mean else total

@@ -65,7 +65,7 @@ def check_tensor(name: str, argument: str, value: object) -> None:
         raise TypeError(f"{name}: {argument} must be a tensor, got {kind(value)}{advice}") from None
     if value.is_nested and value.layout is torch.strided:  # has no shape
         what = f"{argument} must be dense, got a nested tensor"
-        raise RuntimeError(f"{name}: {what}; pass torch.nested.to_padded_tensor({argument}, 0.0)")
+        raise RuntimeError(f"{name}: {what}; pad it by torch.nested.to_padded_tensor")
 
 
 def explain_function(

@@ -114,6 +114,5 @@ def file(text: str) -> Path:
             raise argparse.ArgumentTypeError(f"'{text}' is not a file")
         with tempfile.TemporaryFile(dir=path.parent):
             return path
-    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
-        what = getattr(error, "strerror", error)
-        raise argparse.ArgumentTypeError(f"cannot write '{text}': {what}") from None
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write '{text}': {error.strerror}") from None

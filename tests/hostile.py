@@ -107,15 +107,14 @@ class Parts(NamedTuple):
     criterion: Any
     optimizer: Any
     step: Any
+    parameters: list[nn.Parameter]  # as they were at first
 
     def state(self) -> list[Tensor]:
         """Copies of parameters and optimizer states, as far as these are such."""
         entries = getattr(self.optimizer, "state", None)
-        found = [*tree_leaves(list(entries.values()) if isinstance(entries, dict) else [])]
-        for module in nn.Sequential.modules(self.model):
-            found += vars(module).get("_parameters", {}).values()
-        tensors = [t for t in found if isinstance(t, Tensor) and t.layout is torch.strided]
-        return [t.detach().clone() for t in tensors if t.is_cpu and not t.is_nested]
+        states = tree_leaves(list(entries.values()) if isinstance(entries, dict) else [])
+        tensors = [t for t in [*self.parameters, *states] if isinstance(t, Tensor)]
+        return [t.detach().clone() for t in tensors if t.is_cpu]
 
 
 Change = Callable[[Parts], object]
@@ -144,7 +143,8 @@ def step(
         made = model()
         loss = criterion()
         chosen = optimizer(made.parameters())
-        parts = Parts(made, loss, chosen, library.TrainStep(made, loss, chosen, **settings))
+        trained = library.TrainStep(made, loss, chosen, **settings)
+        parts = Parts(made, loss, chosen, trained, [*made.parameters()])
         takes_classes = isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
         usual = (x(), classes() if takes_classes else y())
         if first:
