@@ -217,7 +217,9 @@ class LinearAct(nn.Linear):
             if all(getattr(source, option, None) == value for option, value in selecting.items()):
                 values = [getattr(source, parameter, None) for parameter in PARAMETERS[name]]
                 numbers = [number for value in values if (number := as_float(value)) is not None]
-                if len(numbers) < len(values) or (name == "hardtanh" and not numbers[0] <= numbers[1]):
+                if len(numbers) < len(values) or (
+                    name == "hardtanh" and not numbers[0] <= numbers[1]
+                ):
                     return None
                 return Activation(name, tuple(numbers))
         return None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mlp_ext.fuse import LEVELS, FusionReport, Level, fuse, fusion_report, unfuse
 from mlp_ext.errors import check_tensor
+from mlp_ext.fuse import LEVELS, FusionReport, Level, fuse, fusion_report, unfuse
 from mlp_ext.nn import type_name
 from mlp_ext.step_text import positive
 from mlp_ext.train_step import TrainStep

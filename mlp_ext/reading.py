@@ -363,7 +363,7 @@ def criterion_module(criterion: Any, reading: Reading) -> Any:
     function, keywords = criterion, {}
     if type(criterion) is partial and not criterion.args:
         function, keywords = criterion.func, criterion.keywords
-    for kind, loss in LOSSES.items():
+    for module, loss in LOSSES.items():
         if function is not loss.function:
             continue
         known = ["reduction", *_C.losses()[loss.name], *([loss.weight] if loss.weight else [])]
@@ -374,7 +374,7 @@ def criterion_module(criterion: Any, reading: Reading) -> Any:
                 _refuse(ValueError, f"{what} {function.__name__}", instead)
         reading.guard(keywords, keywords)
         reading.guard_size(keywords)
-        return kind(**keywords)
+        return module(**keywords)
     return criterion
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import mlp_ext
 
-TABLES = ("layers", "steps", "fits", "others")
+TABLES = ("layers", "steps", "optimizers", "fits", "others")
 SECRET = 0.8675309  # is in all data, so that a message that shows data is found
 
 

@@ -37,7 +37,9 @@ def epochs_of(library_step: Any, *data: Any, **options: Any) -> Any:
     if isinstance(library_step, mlp_ext.TrainStep):
         return library_step.fit(*data, epochs=2, **options)
     rows = options.get("batch_size", 6)
-    batches = [*zip(data[0].split(rows), data[1].split(rows), strict=True)] if len(data) == 2 else data[0]
+    batches = (
+        [*zip(data[0].split(rows), data[1].split(rows), strict=True)] if len(data) == 2 else data[0]
+    )
     losses = []
     for _ in range(2):
         sums = [library_step(*batch) * len(batch[0]) for batch in batches]
@@ -82,14 +84,42 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         ValueError,
         "input has no batches; each epoch iterates over it anew",
     ),
-    "list": (fit(lambda: x().tolist(), y), TypeError, "input must be a tensor, got list; pass torch.as_"),
-    "array": (fit(lambda: x().numpy(), y), TypeError, "input must be a tensor, got numpy.ndarray; pass "),
-    "nested": (fit(lambda: nested(x()), y), RuntimeError, "input must be dense, got a nested tensor; pad it"),
-    "text": (fit(lambda: "rows"), TypeError, "input must be a tensor or a loader of (input, target), got "),
-    "class": (fit(lambda: DataLoader), TypeError, "input must be a tensor or a loader of (input, target), "),
+    "list": (
+        fit(lambda: x().tolist(), y),
+        TypeError,
+        "input must be a tensor, got list; pass torch.as_",
+    ),
+    "array": (
+        fit(lambda: x().numpy(), y),
+        TypeError,
+        "input must be a tensor, got numpy.ndarray; pass ",
+    ),
+    "nested": (
+        fit(lambda: nested(x()), y),
+        RuntimeError,
+        "input must be dense, got a nested tensor; pad it",
+    ),
+    "text": (
+        fit(lambda: "rows"),
+        TypeError,
+        "input must be a tensor or a loader of (input, target), got ",
+    ),
+    "class": (
+        fit(lambda: DataLoader),
+        TypeError,
+        "input must be a tensor or a loader of (input, target), ",
+    ),
     "batch of None": (fit(lambda: [(None, None)]), TypeError, "input must be a tensor, got None"),
-    "tensors as batches": (fit(lambda: [x(), y(), x()]), TypeError, "each batch must be (input, target), "),
-    "iterator": (fit(lambda: iter([(x(), y())])), ValueError, "input is an iterator, which ends after one "),
+    "tensors as batches": (
+        fit(lambda: [x(), y(), x()]),
+        TypeError,
+        "each batch must be (input, target), ",
+    ),
+    "iterator": (
+        fit(lambda: iter([(x(), y())])),
+        ValueError,
+        "input is an iterator, which ends after one ",
+    ),
     "shuffle of 1": (fit(shuffle=1), TypeError, "shuffle must be True or False, got 1"),
     "class as generator": (
         fit(generator=torch.Generator),
@@ -103,9 +133,21 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ),
     "batch size of 0": (fit(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
     "batch size of NaN": (fit(batch_size=NAN), TypeError, "batch_size must be an int, got nan"),
-    "huge batch size": (fit(batch_size=10**400), ValueError, "batch_size must be below 2**63, got an int of "),
-    "patience of -1": (fit(patience=-1, validation=(x(), y())), ValueError, "patience must be at least 1, g"),
-    "class as on_epoch": (fit(on_epoch=dict), TypeError, "on_epoch must be a function or None, got the class"),
+    "huge batch size": (
+        fit(batch_size=10**400),
+        ValueError,
+        "batch_size must be below 2**63, got an int of ",
+    ),
+    "patience of -1": (
+        fit(patience=-1, validation=(x(), y())),
+        ValueError,
+        "patience must be at least 1, g",
+    ),
+    "class as on_epoch": (
+        fit(on_epoch=dict),
+        TypeError,
+        "on_epoch must be a function or None, got the class",
+    ),
     "class as metric": (
         fit(metric=nn.MSELoss, validation=(x(), y())),
         TypeError,
@@ -121,7 +163,11 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         TypeError,
         "validation: each batch must be (input, target), got 6 values",
     ),
-    "text to validate on": (fit(validation="rows"), TypeError, "validation must be a pair of tensors or a l"),
+    "text to validate on": (
+        fit(validation="rows"),
+        TypeError,
+        "validation must be a pair of tensors or a l",
+    ),
     "width to validate on": (
         fit(validation=[(x(), y()), (x()[:, :2], y())]),
         RuntimeError,
@@ -152,9 +198,13 @@ ARGUMENTS |= {
     "on_epoch of two with validation": (
         fit(on_epoch=lambda epoch, loss: None, validation=(x(), y())),
         TypeError,
-        "on_epoch must take 3 arguments: epoch, loss, validation loss (too many positional arguments)",
+        "on_epoch must take 3 arguments: epoch, loss, validation loss (too many positional",
     ),
-    "len as on_epoch": (fit(on_epoch=len), TypeError, "on_epoch must take 2 arguments: epoch, loss (too man"),
+    "len as on_epoch": (
+        fit(on_epoch=len),
+        TypeError,
+        "on_epoch must take 2 arguments: epoch, loss (too man",
+    ),
     "partial as on_epoch": (
         fit(on_epoch=functools.partial(lambda epoch, loss: None, 1)),
         TypeError,
@@ -184,7 +234,11 @@ class Broken(Dataset[Any]):
 
 OK = (x(), y())
 TRAINING: dict[str, tuple[Any, ...]] = {
-    "loader that raises": (fit(lambda: Loader(OK, error=OSError), may_train=True), OSError, "of a user"),
+    "loader that raises": (
+        fit(lambda: Loader(OK, error=OSError), may_train=True),
+        OSError,
+        "of a user",
+    ),
     "loader that raises at once": (fit(lambda: Loader(error=OSError)), OSError, "of a user"),
     "loader with a closed file": (fit(lambda: Loader(error=ValueError)), ValueError, "of a user"),
     "data set that raises": (
@@ -218,7 +272,10 @@ TRAINING: dict[str, tuple[Any, ...]] = {
         FIT + "on_epoch must return True to stop, or False or None, got torch.Tensor",
     ),
     "on_epoch that replaces a layer": (
-        fit(on_epoch=Late(lambda p: lambda epoch, loss: put(nn.Linear(9, 3), 2)(p.model)), may_train=True),
+        fit(
+            on_epoch=Late(lambda p: lambda epoch, loss: put(nn.Linear(9, 3), 2)(p.model)),
+            may_train=True,
+        ),
         RuntimeError,
         "TrainStep: the weight of layer 1 must be [N, K=5] to match the layer before, got [3, 9]",
     ),
@@ -278,7 +335,9 @@ def many(call: Callable[..., object], change: Callable[..., object] | None = Non
 STEPS, MANY_FIT = "TrainSteps: ", "TrainSteps.fit: "
 
 
-def of_changed(change: Callable[..., object], error: type[Exception], message: str) -> tuple[Any, ...]:
+def of_changed(
+    change: Callable[..., object], error: type[Exception], message: str
+) -> tuple[Any, ...]:
     return many(lambda steps: steps(x(), y()), change), error, STEPS + message
 
 
@@ -301,24 +360,33 @@ MANY: dict[str, tuple[Any, ...]] = {
     "steps for two networks": (
         many(lambda steps: steps(x().expand(2, 6, 4), y())),
         RuntimeError,
-        STEPS + "input must be [M, K=4] for all networks or [E=3, M, K=4] for each its own, got [2, 6",
+        STEPS
+        + "input must be [M, K=4] for all networks or [E=3, M, K=4] for each its own, got [2, 6",
     ),
     "weight of one": of_changed(
-        lambda m, c, o: parameter(None)(m[1]), TypeError, "models[1].0.weight is a builtins.NoneType"
+        lambda m, c, o: parameter(None)(m[1]),
+        TypeError,
+        "models[1].0.weight is a builtins.NoneType",
     ),
     "lr of one": of_changed(
-        lambda m, c, o: o[1].param_groups[0].update(lr="a"), TypeError, "optimizers[1].param_groups has lr "
+        lambda m, c, o: o[1].param_groups[0].update(lr="a"),
+        TypeError,
+        "optimizers[1].param_groups has lr ",
     ),
     "lr of one deleted": of_changed(
-        lambda m, c, o: o[1].param_groups[0].pop("lr"), ValueError, "optimizers[1].param_groups has no lr"
+        lambda m, c, o: o[1].param_groups[0].pop("lr"),
+        ValueError,
+        "optimizers[1].param_groups has no lr",
     ),
     "group of one": of_changed(
-        lambda m, c, o: o[1].param_groups.__setitem__(0, None), TypeError, "optimizers[1].param_groups[0] is"
+        lambda m, c, o: o[1].param_groups.__setitem__(0, None),
+        TypeError,
+        "optimizers[1].param_groups[0] is",
     ),
     "memory of two": of_changed(
         lambda m, c, o: setattr(m[1][0].weight, "data", m[0][0].weight.data),
         RuntimeError,
-        "a parameter that learns must not share memory with a parameter that learns; pass a clone()",
+        "a parameter that learns must not share memory with a parameter that learns; pass a ",
     ),
     "optimizers in another order": (
         lambda _: mlp_ext.TrainSteps(*networks()[:2], networks()[2][::-1]),
@@ -331,12 +399,18 @@ MANY: dict[str, tuple[Any, ...]] = {
         STEPS + "models[0] is a builtins.int, which a step does not support",
     ),
     "many, no rows": of_fit(ValueError, "input has no rows", x()[:0], y()[:0]),
-    "rows of numbers": of_fit(TypeError, "rows[0] must be a tensor, array or list of integers, got None", rows=[None] * 3),
-    "rows of text": of_fit(TypeError, "rows[0] must be a tensor, array or list of integers, got list", rows=[["a"]] * 3),
-    "rows of floats": of_fit(TypeError, "rows[0] must be integers, got torch.float32", rows=[[0.5]] * 3),
+    "rows of numbers": of_fit(
+        TypeError, "rows[0] must be a tensor, array or list of integers, got None", rows=[None] * 3
+    ),
+    "rows of text": of_fit(
+        TypeError, "rows[0] must be a tensor, array or list of integers, got list", rows=[["a"]] * 3
+    ),
+    "rows of floats": of_fit(
+        TypeError, "rows[0] must be integers, got torch.float32", rows=[[0.5]] * 3
+    ),
     "masks as rows": of_fit(
         TypeError,
-        "rows[0] must be integers, got torch.bool; pass torch.as_tensor(rows[0]).nonzero().squeeze(1)",
+        "rows[0] must be integers, got torch.bool; pass torch.as_tensor(rows[0]).nonzero()",
         rows=[np.ones(6, bool)] * 3,
     ),
     "one network without rows": of_fit(
@@ -348,11 +422,17 @@ MANY: dict[str, tuple[Any, ...]] = {
         rows=[torch.arange(3, device="meta")] * 3,
     ),
     "huge row": of_fit(
-        TypeError, "rows[0] must be a tensor, array or list of integers, got list", rows=[[2**70]] * 3
+        TypeError,
+        "rows[0] must be a tensor, array or list of integers, got list",
+        rows=[[2**70]] * 3,
     ),
-    "row of -1": of_fit(IndexError, "rows[2] must be from 0 to 5, got -1 to -1", rows=[[0], [1], [-1]]),
+    "row of -1": of_fit(
+        IndexError, "rows[2] must be from 0 to 5, got -1 to -1", rows=[[0], [1], [-1]]
+    ),
     "generator of all": of_fit(
-        TypeError, "generators must be a list, one for each network, or None", generators=torch.Generator()
+        TypeError,
+        "generators must be a list, one for each network, or None",
+        generators=torch.Generator(),
     ),
 }
 for name, (call, error, message) in MANY.items():
@@ -383,7 +463,9 @@ ROWS |= {
 # --- predict ---
 
 
-def predicted(input: Callable[[], Any], change: Callable[[Any], object] = len) -> Callable[..., object]:
+def predicted(
+    input: Callable[[], Any], change: Callable[[Any], object] = len
+) -> Callable[..., object]:
     def run(_: Any) -> Tensor:
         models = networks()[0]
         mlp_ext.predict(models, x())
@@ -394,17 +476,41 @@ def predicted(input: Callable[[], Any], change: Callable[[Any], object] = len) -
 
 
 PREDICTED: dict[str, tuple[Any, ...]] = {
-    "list to predict": (predicted(lambda: x().tolist()), TypeError, "input must be a tensor, got list; pass"),
-    "sparse to predict": (predicted(lambda: x().to_sparse()), RuntimeError, "input must be dense, got torch.s"),
-    "nested to predict": (predicted(lambda: nested(x())), RuntimeError, "input must be dense, got a nested te"),
-    "meta to predict": (predicted(lambda: x().to("meta")), RuntimeError, "input is on meta, the model on cpu;"),
-    "vector to predict": (predicted(lambda: x()[0]), RuntimeError, "input must be [M, K=4] for all networks "),
+    "list to predict": (
+        predicted(lambda: x().tolist()),
+        TypeError,
+        "input must be a tensor, got list; pass",
+    ),
+    "sparse to predict": (
+        predicted(lambda: x().to_sparse()),
+        RuntimeError,
+        "input must be dense, got torch.s",
+    ),
+    "nested to predict": (
+        predicted(lambda: nested(x())),
+        RuntimeError,
+        "input must be dense, got a nested te",
+    ),
+    "meta to predict": (
+        predicted(lambda: x().to("meta")),
+        RuntimeError,
+        "input is on meta, the model on cpu;",
+    ),
+    "vector to predict": (
+        predicted(lambda: x()[0]),
+        RuntimeError,
+        "input must be [M, K=4] for all networks ",
+    ),
     "weight of None to predict": (
         predicted(x, lambda m: parameter(None)(m[1])),
         TypeError,
         "models[1].0.weight is a builtins.NoneType",
     ),
-    "None as models": (lambda _: mlp_ext.predict(None, x()), TypeError, "models must be a list, got None"),  # type: ignore[arg-type]
+    "None as models": (
+        lambda _: mlp_ext.predict(None, x()),
+        TypeError,
+        "models must be a list, got None",
+    ),  # type: ignore[arg-type]
     "list of None": (
         lambda _: mlp_ext.predict([None], x()),  # type: ignore[list-item]
         TypeError,

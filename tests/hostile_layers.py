@@ -40,7 +40,11 @@ def gradients(y: Tensor, *leaves: Tensor) -> tuple[Any, ...]:
 
 OPERANDS: dict[str, tuple[Any, ...]] = {
     "flipped": (lambda: x().flip(0, 1), lambda: w().flip(0), lambda: b().flip(0)),
-    "expanded": (lambda: x()[:1].expand(6, 4), lambda: w()[:1].expand(3, 4), lambda: b()[:1].expand(3)),
+    "expanded": (
+        lambda: x()[:1].expand(6, 4),
+        lambda: w()[:1].expand(3, 4),
+        lambda: b()[:1].expand(3),
+    ),
     "overlapping": (lambda: x().as_strided((5, 4), (1, 1)), w, b),
     "one dimension": (lambda: x()[0], w, b),
     "no rows": (lambda: x()[:0], w, b),
@@ -76,7 +80,9 @@ for name, (input, weight, bias) in OPERANDS.items():
 ROWS |= {
     "nested": Row(lambda lib: lib.relu(nested(x()), w(), b()).unbind()),
     "jagged": Row(
-        lambda lib: lib.relu(torch.nested.as_nested_tensor([x()], layout=torch.jagged), w()).values()
+        lambda lib: lib.relu(
+            torch.nested.as_nested_tensor([x()], layout=torch.jagged), w()
+        ).values()
     ),
     "nested weight": Row(lambda lib: lib.relu(x(), nested(w()))),
     "negated with gradients": Row(
@@ -148,7 +154,9 @@ def refused(activation: Any, parameters: Any, error: type[Exception], message: s
 ONE_OF = f"activation must be one of {', '.join(mlp_ext.ACTIVATIONS)}, got "
 ROWS |= {
     "no activation": refused(None, None, TypeError, "activation must be a str, got None"),
-    "module": refused(nn.ReLU(), None, TypeError, "activation must be a str, got torch.nn.modules."),
+    "module": refused(
+        nn.ReLU(), None, TypeError, "activation must be a str, got torch.nn.modules."
+    ),
     "line break": refused("re\nlu", None, ValueError, ONE_OF + "'re\\nlu'"),
     "half a surrogate pair": refused("\ud800", None, ValueError, ONE_OF + "'\\ud800'"),
     "long name": refused("relu" * 9999, None, ValueError, ONE_OF + "str"),
@@ -173,7 +181,9 @@ ROWS |= {
 
 
 def layer(kind: str, options: dict[str, Any], message: str) -> Row:
-    return Row(lambda lib: getattr(mlp_ext, kind)(4, 3, **options), ValueError, f"{kind}: {message}")
+    return Row(
+        lambda lib: getattr(mlp_ext, kind)(4, 3, **options), ValueError, f"{kind}: {message}"
+    )
 
 
 def from_linear(change: Callable[[Any], object], message: str) -> Row:
@@ -221,16 +231,22 @@ ROWS |= {
         "the activation of a LinearReLU follows from no options",
     ),
     "linear without weight": from_linear(lambda m: delattr(m, "weight"), "has no weight"),
-    "linear with None as weight": from_linear(lambda m: setattr(m, "weight", None), "has no weight"),
+    "linear with None as weight": from_linear(
+        lambda m: setattr(m, "weight", None), "has no weight"
+    ),
     "linear without bias": from_linear(lambda m: delattr(m, "bias"), "has no bias"),
-    "linear with a hook": from_linear(lambda m: m.register_forward_hook(print), "has forward hooks"),
+    "linear with a hook": from_linear(
+        lambda m: m.register_forward_hook(print), "has forward hooks"
+    ),
     "linear that tells other features": Row(renamed),
 }
 
 # --- Stacks and fused models: changed, then called ---
 
 
-def changed(change: Callable[[Any], object], input: Callable[[], Any] = x) -> Callable[[Any], object]:
+def changed(
+    change: Callable[[Any], object], input: Callable[[], Any] = x
+) -> Callable[[Any], object]:
     """Outputs and gradients of a fused model before and after the change."""
 
     def call(lib: Any) -> object:
@@ -267,8 +283,13 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "text as weight": parameter("w"),
     "array as weight in a model": parameter(np.ones((5, 4), np.float32)),
     "tensor as weight": parameter(torch.ones(5, 4)),
-    "weight as a buffer": lambda m: (delattr(m[0], "weight"), m[0].register_buffer("weight", torch.ones(5, 4))),
-    "sparse weight in a model": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(5, 4).to_sparse())),
+    "weight as a buffer": lambda m: (
+        delattr(m[0], "weight"),
+        m[0].register_buffer("weight", torch.ones(5, 4)),
+    ),
+    "sparse weight in a model": lambda m: setattr(
+        m[0], "weight", nn.Parameter(torch.ones(5, 4).to_sparse())
+    ),
     "weight_norm": lambda m: parametrizations.weight_norm(m[0]),
     "pruned": lambda m: prune.l1_unstructured(m[0], "weight", 0.5),
     "frozen": lambda m: m[0].requires_grad_(False),
@@ -327,16 +348,16 @@ ROWS |= {
     "no argument": Row(lambda lib: lib.fuse(net())()),
     "pickle cut short": Row(lambda lib: pickle.loads(pickle.dumps(lib.fuse(net()))[:-9])),
     "another width": Row(
-        changed(width), RuntimeError, "Sequential: weights[2] must be [N, K=3] to match the 3 outputs"
+        changed(width),
+        RuntimeError,
+        "Sequential: weights[2] must be [N, K=3] to match the 3 outputs",
     ),
     "meta input of a stack": Row(
         changed(str, lambda: x().to("meta")),
         RuntimeError,
         "Sequential: input is on meta, the model on cpu; pass input.to('cpu')",
     ),
-    "dict": Row(
-        changed(str, dict), TypeError, "Sequential: input must be a tensor, got dict"
-    ),
+    "dict": Row(changed(str, dict), TypeError, "Sequential: input must be a tensor, got dict"),
     "None as model": Row(
         lambda lib: mlp_ext.fuse(None),  # type: ignore[type-var]
         TypeError,

@@ -77,7 +77,9 @@ def estimator(X: Any, y: Any, error: type[Exception], message: str, **parameters
 X, Y = np.ones((6, 4)), np.arange(6.0)
 if find_spec("sklearn"):
     ROWS |= {
-        "estimator of other rows": estimator(X, Y[:3], ValueError, "Found input variables with incon"),
+        "estimator of other rows": estimator(
+            X, Y[:3], ValueError, "Found input variables with incon"
+        ),
         "estimator of lbfgs": estimator(
             X, Y, ValueError, "MLPRegressor: solver='lbfgs' is not supported; use", solver="lbfgs"
         ),
@@ -91,8 +93,10 @@ FILES: dict[str, bytes] = {
     "utf16.csv": "a,y\n1,2\n".encode("utf-16"),
     "header.csv": b"a,y\n",
     "ragged.csv": b"a,b,y\n1,2,3\n1,2\n",
-    "nan.csv": b"a,y\n" + b"".join(b"%s,%d\n" % (b"nan" if i == 3 else b"1", i % 2) for i in range(9)),
-    "inf.csv": b"a,y\n" + b"".join(b"%s,%d\n" % (b"1e400" if i == 3 else b"1", i % 2) for i in range(9)),
+    "nan.csv": b"a,y\n"
+    + b"".join(b"%s,%d\n" % (b"nan" if i == 3 else b"1", i % 2) for i in range(9)),
+    "inf.csv": b"a,y\n"
+    + b"".join(b"%s,%d\n" % (b"1e400" if i == 3 else b"1", i % 2) for i in range(9)),
     "one.csv": b"a,y\n" + b"".join(b"%d,1\n" % i for i in range(9)),
     "long.csv": b"a,y\n" + b"9" * 200_000 + b",1\n",
     "good.csv": b"a,y\n" + b"".join(b"%d,%d\n" % (i, i % 2) for i in range(20)),
@@ -134,9 +138,12 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "command with a line break": (["tr\nain"], ""),
     "activation with a line break": (
         ["train", "--activation", "re\nlu"],
-        f"argument --activation: must be one of {', '.join(mlp_ext.ACTIVATIONS)}, got 're lu'; did you",
+        f"argument --activation: must be one of {', '.join(mlp_ext.ACTIVATIONS)}, got 're lu'; ",
     ),
-    "loss of half a surrogate pair": (["train", "--loss", "\ud800"], "argument --loss: must be one of "),
+    "loss of half a surrogate pair": (
+        ["train", "--loss", "\ud800"],
+        "argument --loss: must be one of ",
+    ),
     "weights over the data": (
         [*TRAIN, "good.csv", "--save", "good.csv"],
         "argument --save: is the file of --csv; name another",
@@ -145,13 +152,34 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         [*TRAIN, "good.csv", "--save", "new", "--json", "./new"],
         "argument --json: is the file of --save; name another",
     ),
-    "NaN as rate": (["sweep", "--lr", "0.1,nan"], "argument --lr: must be a positive number, got 'nan'"),
-    "networks without number": (["sweep", "--seeds", "2147483647"], "8589934588 networks are too many; at "),
-    "widths without number": (["sweep", "--hidden", "5-"], "argument --hidden: must be a whole number from"),
-    "shape of 0": (["plan", "0x0x0"], "argument case: must be MxKxN, e.g. 64x784x256, or WIDTHS@BATCH"),
-    "huge shape": (["plan", f"{10**30}x1x1"], "argument case: must be MxKxN, e.g. 64x784x256, or WIDTHS@"),
-    "comparison of bytes": (["compare", "bytes.csv", "bytes.csv"], "bytes.csv: missing columns suite, "),
-    "comparison of nothing": (["compare", "empty.csv", "empty.csv"], "empty.csv: missing columns suite, "),
+    "NaN as rate": (
+        ["sweep", "--lr", "0.1,nan"],
+        "argument --lr: must be a positive number, got 'nan'",
+    ),
+    "networks without number": (
+        ["sweep", "--seeds", "2147483647"],
+        "8589934588 networks are too many; at ",
+    ),
+    "widths without number": (
+        ["sweep", "--hidden", "5-"],
+        "argument --hidden: must be a whole number from",
+    ),
+    "shape of 0": (
+        ["plan", "0x0x0"],
+        "argument case: must be MxKxN, e.g. 64x784x256, or WIDTHS@BATCH",
+    ),
+    "huge shape": (
+        ["plan", f"{10**30}x1x1"],
+        "argument case: must be MxKxN, e.g. 64x784x256, or WIDTHS@",
+    ),
+    "comparison of bytes": (
+        ["compare", "bytes.csv", "bytes.csv"],
+        "bytes.csv: missing columns suite, ",
+    ),
+    "comparison of nothing": (
+        ["compare", "empty.csv", "empty.csv"],
+        "empty.csv: missing columns suite, ",
+    ),
     "provider that does not compile": (
         ["bench", "--cases", "4x4x4", "--provider", "syntax.py:f"],
         "argument --provider: syntax.py fails: SyntaxError: ",
@@ -164,7 +192,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         ["profile", "lines.py:model", "--input", "2x4"],
         "lines.py:model fails: ValueError: two",
     ),
-    "NaN minutes": (["tune", "--minutes", "nan"], "argument --minutes: must be a number above 0, got 'nan'"),
+    "NaN minutes": (
+        ["tune", "--minutes", "nan"],
+        "argument --minutes: must be a number above 0, got 'nan'",
+    ),
 }
 CSV = {
     "empty.csv": " is empty",
@@ -225,7 +256,13 @@ ROWS |= {
         "half a surrogate pair as limit": (b'{"fma": {"\\ud800": 1}}', "the file is not JSON"),
         "line break": (b'{"a\\nb": {}}', "expected name, bfloat16, fma"),
         "NaN": (b'{"fma": {"dot_rows": NaN}}', "fma.dot_rows must be a whole number"),
-        "huge limit": (b'{"fma": {"dot_rows": 1%s}}' % (b"0" * 400), "fma.dot_rows must be a whole"),
-        "second limit": (b'{"fma": {"dot_rows": 9}, "bf16_dot": {"dot_rows": -1}}', "bf16_dot.dot_rows"),
+        "huge limit": (
+            b'{"fma": {"dot_rows": 1%s}}' % (b"0" * 400),
+            "fma.dot_rows must be a whole",
+        ),
+        "second limit": (
+            b'{"fma": {"dot_rows": 9}, "bf16_dot": {"dot_rows": -1}}',
+            "bf16_dot.dot_rows",
+        ),
     }.items()
 }

@@ -157,7 +157,11 @@ ERRORS = [
     ({"epochs": True}, TypeError, "epochs must be an int, got True"),
     ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ({"batch_size": "all"}, TypeError, "batch_size must be an int, got 'all'"),
-    ({"batch_size": 2**63}, ValueError, r"batch_size must be below 2\*\*63, got 922337203685477580"),
+    (
+        {"batch_size": 2**63},
+        ValueError,
+        r"batch_size must be below 2\*\*63, got 922337203685477580",
+    ),
     ({"batch_size": [3] * 1000}, TypeError, "batch_size must be an int, got list"),
     ({"epochs": torch.ones(3)}, TypeError, "epochs must be an int, got torch.Tensor"),
     ({"shuffle": 1}, TypeError, "shuffle must be True or False, got 1"),

@@ -152,7 +152,7 @@ def test_no_batches_are_an_error() -> None:
         def __iter__(self) -> Iterator[Any]:
             return self.batches
 
-    with pytest.raises(ValueError, match="has no batches; each epoch iterates over it anew$"):
+    with pytest.raises(ValueError, match=r"has no batches; each epoch iterates over it anew$"):
         problem.step.fit(Once(), epochs=2)
     plain.step.fit([plain.rows], epochs=1)
     torch.testing.assert_close(problem.state(), plain.state(), rtol=0, atol=0)

@@ -55,7 +55,8 @@ def test_crash_is_attributed_to_its_row(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """With a table whose second row ends the process."""
     (tmp_path / "hostile_crash.py").write_text(
         "import os\nfrom hostile import Row\n"
-        "ROWS = {name: Row(lambda _, n=name: n != 'b' or os.kill(os.getpid(), 11)) for name in 'abc'}\n"
+        "def call(lib, name):\n    return name != 'b' or os.kill(os.getpid(), 11)\n"
+        "ROWS = {name: Row(lambda lib, n=name: call(lib, n)) for name in 'abc'}\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(hostile, "TABLES", ("crash",))

@@ -157,8 +157,8 @@ void OptimizerReader::read_group(py::handle group, double* numbers) const {
     py::handle value = find(group, setting.key);
     TORCH_CHECK_VALUE(value || setting.value, "TrainStep: optimizer.param_groups has no ", text(setting.key));
     if (value && setting.element >= 0) {
-      const bool fits = (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) &&
-                        PySequence_Fast_GET_SIZE(value.ptr()) == 2;
+      const bool fits =
+          (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) && PySequence_Fast_GET_SIZE(value.ptr()) == 2;
       TORCH_CHECK_TYPE(fits, "TrainStep: optimizer.param_groups has ", text(setting.key), " = ",
                        Py_TYPE(value.ptr())->tp_name, "; it must be a tuple of 2 numbers");
       value = PySequence_Fast_GET_ITEM(value.ptr(), setting.element);

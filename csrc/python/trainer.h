@@ -39,9 +39,11 @@ struct Recipe {
 inline void check_loss_weight(const Recipe& recipe) {
   const std::optional<at::Tensor>& weight = recipe.loss_weight;
   if (!weight) return;
-  TORCH_CHECK_VALUE(!weight->requires_grad(), "TrainStep: the criterion's weight requires a gradient, which a step does not ",
+  TORCH_CHECK_VALUE(!weight->requires_grad(),
+                    "TrainStep: the criterion's weight requires a gradient, which a step does not ",
                     "compute; detach it, or use the eager loop");
-  TORCH_CHECK(weight->layout() == at::kStrided, "TrainStep: the criterion's weight must be dense, got ", weight->layout());
+  TORCH_CHECK(weight->layout() == at::kStrided, "TrainStep: the criterion's weight must be dense, got ",
+              weight->layout());
 }
 
 class Trainer {
