@@ -112,9 +112,11 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         yield x, y
 
 
-def train(step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], mean: bool) -> float:
+def train(
+    name: str, step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], mean: bool
+) -> float:
     """The loss of an epoch: the mean over its rows (NaN if there are none), or the sum."""
-    total, rows = 0.0, 0
+    total, rows, count = 0.0, 0, 0
     losses: list[Tensor] = []
     sizes: list[int] = []
 
@@ -127,9 +129,12 @@ def train(step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], me
         losses.append(step(x, y))
         sizes.append(len(x))
         rows += len(x)
+        count += 1
         if len(losses) == KEPT:
             total = read()
             losses.clear()
             sizes.clear()
+    if not count:
+        raise ValueError(f"{name}: input has no batches; each epoch iterates over it anew")
     total = read()
     return total / rows if mean and rows else torch.nan if mean else total

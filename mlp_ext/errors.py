@@ -29,19 +29,32 @@ _CASTS = {
 
 def kind(value: object) -> str:
     """The type of an argument, or its value if that is short."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
     if isinstance(value, str) and len(value) < 40:
         return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     name, module = type(value).__qualname__, type(value).__module__
     return name if module == "builtins" else f"{module}.{name}"
+
+
+def as_float(value: object) -> float | None:
+    """None if it is no number, or too large."""
+    try:
+        return float(value) if isinstance(value, (int, float)) else None
+    except OverflowError:
+        return None
 
 
 def rename(error: Exception, name: str) -> None:
     """Raises `error` with `name` instead of the operator's name; returns if it names none."""
     message = str(error)
     if match := _OPERATOR.match(message):
-        raise type(error)(f"{name}: {message[match.end() :]}") from None
+        what = message[match.end() :].replace("loss_weight", "the criterion's weight")
+        raise type(error)(f"{name}: {what}") from None
 
 
 def check_tensor(name: str, argument: str, value: object) -> None:
@@ -50,6 +63,9 @@ def check_tensor(name: str, argument: str, value: object) -> None:
         function = functions.get(type(value).__name__)
         advice = f"; pass torch.{function}({argument})" if function else ""
         raise TypeError(f"{name}: {argument} must be a tensor, got {kind(value)}{advice}") from None
+    if value.is_nested and value.layout is torch.strided:  # has no shape
+        what = f"{argument} must be dense, got a nested tensor"
+        raise RuntimeError(f"{name}: {what}; pad it by torch.nested.to_padded_tensor")
 
 
 def explain_function(
@@ -58,7 +74,7 @@ def explain_function(
     input: object,
     weight: object,
     bias: object,
-    activation: object = "",
+    activation: object = "identity",
     parameters: object = None,
 ) -> None:
     """Raises `error` of linear_act with advice for callers of `name`; returns if there is none."""
@@ -68,6 +84,9 @@ def explain_function(
         check_tensor(name, "bias", bias)
     if not isinstance(activation, str):
         raise TypeError(f"{name}: activation must be a str, got {kind(activation)}") from None
+    if activation not in PARAMETERS:
+        what = f"activation must be one of {', '.join(PARAMETERS)}, got {kind(activation)}"
+        raise ValueError(f"{name}: {what}") from None
     _check_parameters(name, activation, parameters)
     assert isinstance(input, Tensor) and isinstance(weight, Tensor)
     if input.dtype == weight.dtype or not _is_floating(weight) or _is_autocast(input):
@@ -88,7 +107,7 @@ def _check_parameters(name: str, activation: str, parameters: object) -> None:
         number = isinstance(parameters, (int, float))
         raise TypeError(f"{name}: {what}{f'; pass [{parameters}]' if number else ''}") from None
     for value in parameters:
-        if not isinstance(value, (int, float)):
+        if as_float(value) is None:
             raise TypeError(f"{name}: parameters must be numbers, got {kind(value)}") from None
     names = PARAMETERS.get(activation)
     if names is not None and len(parameters) not in (0, len(names)):

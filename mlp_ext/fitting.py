@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -92,7 +93,11 @@ class DataCheck:
 
     def __call__(self, name: str, input: Any, target: Any) -> None:
         for dimensions in self._flattened:
-            input = input.flatten(*dimensions)
+            try:
+                input = input.flatten(*dimensions)
+            except (IndexError, RuntimeError) as error:
+                what = f"input {list(input.shape)} does not fit the model's Flatten{dimensions}"
+                raise type(error)(f"{name}: {what}: {error}") from None
         loss = self._loss
         check_input(name, input, self._first)
         check_target(name, loss.name, input, target, self._last, loss.promotes)
@@ -120,9 +125,10 @@ class Validation:
             check_loader(FIT, "validation", rows, epochs)
         check = DataCheck(model, criterion)
         known = [rows] if self._is_pair else rows if isinstance(rows, (tuple, list)) else []
+        is_copied = next(model.parameters()).is_cuda and not self._is_pair
         for x, y in of_loader(VALIDATION, known):
             check.classes(VALIDATION, y)
-            if self._is_pair:
+            if not is_copied:
                 check(VALIDATION, x, y)
         if self._is_pair and not len(rows[0]):
             raise ValueError(f"{VALIDATION} has no rows")
@@ -189,9 +195,10 @@ class Between:
     ) -> None:
         self._model, criterion, optimizer = parts
         self._epochs = epochs
-        for name, value in (("metric", metric), ("on_epoch", on_epoch)):
-            if value is not None and not callable(value):
-                raise TypeError(f"{FIT}: {name} must be a function or None, got {kind(value)}")
+        _check_function("metric", metric, ["outputs", "targets"])
+        of_validation = ["validation loss"] * (validation is not None)
+        of_metric = ["metric"] * (metric is not None)
+        _check_function("on_epoch", on_epoch, ["epoch", "loss", *of_validation, *of_metric])
         for name, needs in (("metric", metric), ("patience", patience)):
             if needs is not None and validation is None:
                 raise ValueError(f"{FIT}: {name} needs validation=(input, target)")
@@ -231,7 +238,7 @@ class Between:
             self._schedule(of_epoch)
             if show:
                 show(epoch, *of_epoch)
-            if self._on_epoch and self._on_epoch(epoch, *of_epoch):
+            if self._on_epoch and _stops(self._on_epoch(epoch, *of_epoch)):
                 reason = "on_epoch"
             if reason != "epochs":
                 break
@@ -265,8 +272,33 @@ def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, metric: A
         raise ValueError(f"{FIT}: {what}; pass a metric, or use mode='min'")
 
 
+def _check_function(name: str, function: Any, arguments: Sequence[str]) -> None:
+    """Raises unless it can be called with these, as far as its signature is known."""
+    if function is None:
+        return
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"{FIT}: {name} must be a function or None, got {kind(function)}")
+    try:
+        known = signature(function)
+    except (TypeError, ValueError):  # of some functions in C
+        return
+    try:
+        known.bind(*arguments)
+    except TypeError as error:
+        what = f"{name} must take {len(arguments)} arguments: {', '.join(arguments)}"
+        raise TypeError(f"{FIT}: {what} ({error})") from None
+
+
+def _stops(returned: Any) -> bool:
+    """What on_epoch returned."""
+    if returned is None or type(returned).__name__ in ("bool", "bool_"):  # also NumPy's
+        return bool(returned)
+    what = f"on_epoch must return True to stop, or False or None, got {kind(returned)}"
+    raise TypeError(f"{FIT}: {what}")
+
+
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{FIT}: {name} must return a number, got {kind(value)}") from None

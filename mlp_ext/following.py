@@ -59,7 +59,8 @@ def signature_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signatu
     def kind(value: object) -> object:
         if type(value) in _CONSTANTS:
             return value, repr(value)  # 0.0 == -0.0 == False, but they compute other values
-        if type(value) in (Tensor, nn.Parameter) and all(value is not other for other in tensors):
+        is_plain = type(value) in (Tensor, nn.Parameter) and not value.is_nested  # type: ignore[attr-defined]
+        if is_plain and all(value is not other for other in tensors):
             tensors.append(value)  # type: ignore[arg-type]
             return TENSOR
         raise Unfollowable(f"an argument is a {type(value).__name__}")

@@ -127,6 +127,8 @@ def linear_act(
     try:
         return _linear_act(input, weight, bias, activation, parameters)
     except CAUGHT as error:
+        if getattr(input, "is_nested", False):
+            return native(input, weight, bias, activation, parameters)
         explain_function(error, "linear_act", input, weight, bias, activation, parameters)
         raise
 
@@ -230,5 +232,7 @@ def _named(activation: str, input: Tensor, weight: Tensor, bias: Tensor | None) 
     try:
         return _linear_act(input, weight, bias, activation)
     except CAUGHT as error:
+        if getattr(input, "is_nested", False):
+            return native(input, weight, bias, activation)
         explain_function(error, f"linear_{activation}", input, weight, bias)
         raise

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
+from mlp_ext.errors import kind
 from mlp_ext.following import TENSOR, Signature, Unfollowable, signature_of
 from mlp_ext.forward_code import fuse_code
 from mlp_ext.nn import Activation, LinearAct, activation_of, find_override, type_name
@@ -130,7 +131,7 @@ def fuse(model: Model, level: Level = "layers") -> Model:
         >>> model(torch.randn(128, 20)).shape
         torch.Size([128, 1])
     """
-    callers = _callers(model, level)
+    callers = _callers("fuse", model, level)
     sites = _sites(model, callers)
     if all(site.status == "not fused" for site in sites):
         count = len(sites)
@@ -169,7 +170,7 @@ def unfuse(model: Model) -> Model:
         layer  fused     with  reason
         0      would be  relu
     """
-    _check(model)
+    _check("unfuse", model)
     fused = [(name, m) for name, m in model.named_modules() if isinstance(m, _Fused)]
     for name, module in fused:
         if original_class(module) is type(module):
@@ -201,7 +202,7 @@ def fusion_report(model: nn.Module, level: Level = "layers") -> FusionReport:
         0      would be  relu
         2      no              last in its Sequential
     """
-    return FusionReport(_sites(model, _callers(model, level)))
+    return FusionReport(_sites(model, _callers("fusion_report", model, level)))
 
 
 # ---- the classes of fused modules ----
@@ -279,6 +280,7 @@ def _forward_of_code(original: type[nn.Module], level: str) -> Callable[..., Any
 
 
 def _forward_of_chain(original: type[nn.Module], level: str) -> Callable[..., Any]:
+    @functools.wraps(original.forward)
     def forward(self: nn.Module, input: Any) -> Any:
         return run_sequential(self, input, level)
 
@@ -329,16 +331,16 @@ class _Caller:
     reason: str = ""  # why the other layers are not fused
 
 
-def _check(model: nn.Module, level: Level = "layers") -> None:
+def _check(name: str, model: nn.Module, level: Level = "layers") -> None:
     if level not in LEVELS:
-        raise ValueError(f"fuse: level must be one of {', '.join(LEVELS)}, got {level!r}")
+        raise ValueError(f"{name}: level must be one of {', '.join(LEVELS)}, got {kind(level)}")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"mlp_ext: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {kind(model)}")
 
 
-def _callers(model: nn.Module, level: Level) -> list[_Caller]:
+def _callers(name: str, model: nn.Module, level: Level) -> list[_Caller]:
     """The analysis shared by fuse and fusion_report."""
-    _check(model, level)
+    _check(name, model, level)
     callers = []
     for name, module in model.named_modules():
         caller = _Caller(name, module)

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from textwrap import shorten
 
 from mlp_ext import _C
 
@@ -20,6 +21,7 @@ def read(path: str) -> None:
     """
     try:
         limits = json.loads(Path(path).read_text())
+        json.dumps(limits, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError):
         raise ValueError("the file is not JSON") from None
     if not isinstance(limits, dict):
@@ -38,7 +40,8 @@ def use_file(path: str) -> None:
     except OSError as error:
         warnings.warn(f"{VARIABLE}: cannot read '{path}': {error.strerror}", stacklevel=2)
     except ValueError as error:
-        warnings.warn(f"{VARIABLE}: '{path}' is not used: {error}", stacklevel=2)
+        what = shorten(str(error), 200)
+        warnings.warn(f"{VARIABLE}: '{path}' is not used: {what}", stacklevel=2)
 
 
 if path := os.environ.get(VARIABLE):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mlp_ext.errors import CAUGHT, check_input, rename
+from mlp_ext.errors import CAUGHT, as_float, check_input, kind, rename
 from mlp_ext.functional import EAGER, PLAIN, _linear_act, native, needs_native
 from mlp_ext.ops import ACTIVATIONS, PARAMETERS
 
@@ -207,7 +207,7 @@ class LinearAct(nn.Linear):
             return self.default
         if found := self.read_from(self):
             return found
-        values = ", ".join(f"{name}={getattr(self, name, None)!r}" for name in self.options)
+        values = ", ".join(f"{name}={kind(getattr(self, name, None))}" for name in self.options)
         raise ValueError(f"{type(self).__name__}: {values} is not supported")
 
     @classmethod
@@ -216,9 +216,12 @@ class LinearAct(nn.Linear):
         for name, selecting in cls.variants.items():
             if all(getattr(source, option, None) == value for option, value in selecting.items()):
                 values = [getattr(source, parameter, None) for parameter in PARAMETERS[name]]
-                numbers = [float(value) for value in values if isinstance(value, (int, float))]
-                if len(numbers) == len(values):
-                    return Activation(name, tuple(numbers))
+                numbers = [number for value in values if (number := as_float(value)) is not None]
+                if len(numbers) < len(values) or (
+                    name == "hardtanh" and not numbers[0] <= numbers[1]
+                ):
+                    return None
+                return Activation(name, tuple(numbers))
         return None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -270,8 +273,12 @@ class LinearAct(nn.Linear):
             )
         if addition := find_addition(linear):
             raise ValueError(f"{cls.__name__}.from_linear: linear {addition}, which would be lost")
-        has_bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", **options)
+        own = linear._parameters
+        if own.get("weight") is None or "bias" not in own:
+            missing = "bias" if own.get("weight") is not None else "weight"
+            raise ValueError(f"{cls.__name__}.from_linear: linear has no {missing}")
+        layer = cls(1, 1, own["bias"] is not None, device="meta", **options)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer._parameters.update(linear._parameters)
         layer.training = linear.training
         return layer
@@ -420,6 +427,8 @@ def find_special(layer: nn.Module) -> str:
     for name in ("weight", "bias") if isinstance(layer, nn.Linear) else ():
         if name not in layer._parameters:
             return f"its {name} is not a parameter"
+    if layer._parameters.get("weight", layer) is None:
+        return "its weight is None"
     for name, parameter in layer._parameters.items():
         # A subclass is a quantized, sharded or otherwise special tensor.
         if parameter is not None and type(parameter) not in PLAIN:

@@ -64,16 +64,17 @@ class GuardList:
     def parameters(self, module: nn.Module, names: Iterable[str]) -> None:
         place = (weakref.ref(module), "_parameters")
         for name in names:
-            if module._parameters[name] is None:
-                self.items.append((place, name, None))
-            else:
+            if isinstance(parameter := module._parameters[name], Tensor):
                 self.tensors.append((place, name))
+            else:
+                self.items.append((place, name, parameter))
 
     def children(self, module: nn.Module) -> None:
         place = (weakref.ref(module), "_modules")
         self.sizes.append((place, len(module._modules)))
         for name, child in module._modules.items():
-            self.items.append((place, name, child if child is None else weakref.ref(child)))
+            is_module = isinstance(child, nn.Module)
+            self.items.append((place, name, weakref.ref(child) if is_module else child))
 
 
 class Plan:

@@ -78,6 +78,9 @@ def predict(models: Sequence[nn.Module], input: Tensor) -> Tensor:
     """
     models = listed("predict", "models", models)
     check_tensor("predict", "input", input)
+    if input.layout is not torch.strided:
+        what = f"input must be dense, got {input.layout}"
+        raise RuntimeError(f"predict: {what}; call its to_dense()")
     with torch.no_grad():
         stacks = [_stack(i, model) for i, model in enumerate(models)]
         check_alike("predict", [stack.look for stack in stacks])
@@ -140,7 +143,7 @@ def _together(
 
 def _stack(index: int, model: nn.Module) -> _Stack:
     try:
-        known = _STACKS.get(model)
+        known = _STACKS.get(model) if isinstance(model, nn.Module) else None
         if known and known.guards.holds():
             return known
         found = _STACKS[model] = _read(model)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mlp_ext.errors import check_tensor
 from mlp_ext.fuse import LEVELS, FusionReport, Level, fuse, fusion_report, unfuse
 from mlp_ext.nn import type_name
+from mlp_ext.step_text import positive
 from mlp_ext.train_step import TrainStep
 
 LEVEL_NAMES = dict(zip(LEVELS, ("fused", "stack"), strict=True))  # as `mlp-ext bench` has them
@@ -163,7 +165,8 @@ def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 2
         Profile: what `fuse` finds, the largest differences from native, and times in seconds.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`.
+        TypeError: `model` is not an `nn.Module`, or `rounds` not an int.
+        ValueError: `rounds` is not positive.
         RuntimeError: the model cannot be copied, or fails on these inputs.
 
     Examples:
@@ -182,6 +185,9 @@ def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 2
 
     inputs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, inputs)
     tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
+    for tensor in tensors:
+        check_tensor("profile", "an input", tensor)
+    rounds = positive("profile", "rounds", rounds)
     device = next((t.device for t in [*tensors, *model.parameters()]), torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -16,6 +17,7 @@ from torch.optim import optimizer as optim_optimizer
 
 from mlp_ext import _C
 from mlp_ext.calls import called_in_turn
+from mlp_ext.errors import as_float, kind
 from mlp_ext.fuse import chains
 from mlp_ext.nn import (
     DTYPES,
@@ -62,6 +64,19 @@ INSTEAD = "use the eager loop, with mlp_ext.fuse(model)"
 
 def _refuse(error: type[Exception], what: str, instead: str = INSTEAD) -> NoReturn:
     raise error(f"TrainStep: {what}; {instead}")
+
+
+@contextmanager
+def _read_as(part: str) -> Iterator[None]:
+    """Says which part is broken, as one whose attributes were deleted."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith("TrainStep: "):
+            raise
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        known = TypeError if isinstance(error, TypeError) else ValueError
+        raise known(f"TrainStep: {part} cannot be read: {what}") from error
 
 
 @dataclass
@@ -111,9 +126,11 @@ def read_all(
     reading = read_model(model)
     if not reading.layers:
         _refuse(TypeError, "model has no Linear")
-    loss = _read_criterion(criterion, reading)
+    with _read_as("criterion"):
+        loss = _read_criterion(criterion, reading)
     parameters = [p for layer in reading.layers for p in layer.parameters]
-    groups = _read_optimizer(optimizer, parameters, reading)
+    with _read_as("optimizer"):
+        groups = _read_optimizer(optimizer, parameters, reading)
     activations = [layer.activation or Activation("identity") for layer in reading.layers]
     dropout = [reading.dropout.get(index, 0.0) for index in range(len(reading.layers) + 1)]
     trainer = _C.Trainer(
@@ -137,11 +154,12 @@ def read_all(
 
 def read_model(model: nn.Module) -> Reading:
     reading = Reading()
-    if type(model) is DistributedDataParallel:
-        _read_data_parallel(model, reading)
-        _read_module("model.module", model.module, reading)
-    else:
-        _read_module("model", model, reading)
+    with _read_as("model"):
+        if type(model) is DistributedDataParallel:
+            _read_data_parallel(model, reading)
+            _read_module("model.module", model.module, reading)
+        else:
+            _read_module("model", model, reading)
     return reading
 
 
@@ -237,6 +255,8 @@ def _read_flatten(path: str, module: Any, reading: Reading) -> None:
             f"{path}, a Flatten, comes after other layers",
             "put it first, or " + INSTEAD,
         )
+    if not all(isinstance(d, int) and -64 < d < 64 for d in (module.start_dim, module.end_dim)):
+        _refuse(ValueError, f"{path}, {module}, has dimensions that no tensor has")
     if module.start_dim < 1:
         _refuse(ValueError, f"{path}, {module}, flattens the batch", INSTEAD)
     reading.guard(vars(module), ["start_dim", "end_dim"])
@@ -305,16 +325,21 @@ def _refuse_module(path: str, module: nn.Module) -> NoReturn:
 def _read_parameters(path: str, layer: nn.Module, reading: Reading) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for name in ("weight", "bias"):
-        p = layer._parameters.get(name)
+        where = f"{path}.{name}"
+        if name not in layer._parameters:
+            _refuse(TypeError, f"{where} is not a parameter")
+        p = layer._parameters[name]
         if p is None and name == "bias":
             continue
-        where = f"{path}.{name}"
         if type(p) is not nn.Parameter:
             _refuse(TypeError, f"{where} is a {type_name(p)}, not exactly an nn.Parameter")
         if p.layout is not torch.strided or p.dtype not in DTYPES:
             allowed = ", ".join(str(dtype) for dtype in DTYPES)
             what = f"{where} is {p.dtype}, {p.layout}, not torch.strided of {allowed}"
             _refuse(ValueError, what)
+        if p.dim() != (2 if name == "weight" else 1):
+            shape = "[N, K]" if name == "weight" else "[N]"
+            _refuse(ValueError, f"{where} is {list(p.shape)}, not {shape}")
         for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks):
             if hooks:
                 _refuse(ValueError, f"{where} has hooks")
@@ -338,7 +363,7 @@ def criterion_module(criterion: Any, reading: Reading) -> Any:
     function, keywords = criterion, {}
     if type(criterion) is partial and not criterion.args:
         function, keywords = criterion.func, criterion.keywords
-    for kind, loss in LOSSES.items():
+    for module, loss in LOSSES.items():
         if function is not loss.function:
             continue
         known = ["reduction", *_C.losses()[loss.name], *([loss.weight] if loss.weight else [])]
@@ -349,7 +374,7 @@ def criterion_module(criterion: Any, reading: Reading) -> Any:
                 _refuse(ValueError, f"{what} {function.__name__}", instead)
         reading.guard(keywords, keywords)
         reading.guard_size(keywords)
-        return kind(**keywords)
+        return module(**keywords)
     return criterion
 
 
@@ -365,7 +390,7 @@ def _read_criterion(
         _refuse(TypeError, what, "use one of these or its function, or the eager loop")
     _check_code("criterion", criterion, _MODULE_HOOKS, reading)
     if criterion.reduction not in ("mean", "sum"):
-        what = f"criterion has the reduction {criterion.reduction!r}"
+        what = f"criterion has the reduction {kind(criterion.reduction)}"
         _refuse(ValueError, what, "use mean or sum, or the eager loop")
     loss, weight, promotes, _ = LOSSES[type(criterion)]
     for name, value in criterion._buffers.items():
@@ -375,11 +400,15 @@ def _read_criterion(
     own, parameters = vars(criterion), list(_C.losses()[loss])
     reading.guard(own, ["reduction", *parameters])
     reading.guard(criterion._buffers, criterion._buffers)
-    for name in parameters:
-        if not isinstance(own[name], (int, float)):
-            _refuse(TypeError, f"criterion has the {name} {own[name]!r}", "make it a number")
-    buffer = criterion._buffers.get(weight) if weight else None
-    return loss, own["reduction"], buffer, [float(own[name]) for name in parameters], promotes
+    numbers = [as_float(own[name]) for name in parameters]
+    for name, number in zip(parameters, numbers, strict=True):
+        value, is_index = own[name], name == "ignore_index"
+        # The operators take a double, which has each int to 2^53.
+        if number is None or (is_index and (type(value) is not int or int(number) != value)):
+            instead = f"make it {'an int to 2**53' if is_index else 'a number'}"
+            _refuse(TypeError, f"criterion has the {name} {kind(value)}", instead)
+    buffer = criterion._buffers[weight] if weight else None
+    return loss, own["reduction"], buffer, numbers, promotes  # type: ignore[return-value]
 
 
 def _read_optimizer(
@@ -409,6 +438,9 @@ def _read_optimizer(
     reading.guard(groups, range(len(groups)))
     reading.guard_size(groups)
     for index, group in enumerate(groups):
+        if not isinstance(group, dict):
+            what = f"optimizer.param_groups[{index}] is a {type_name(group)}"
+            _refuse(TypeError, what, "make it a dict, as torch.optim does")
         if not isinstance(group["params"], list):
             what = f"optimizer.param_groups[{index}]['params'] is a {type_name(group['params'])}"
             _refuse(TypeError, what, "make it a list, as torch.optim does")
@@ -418,7 +450,11 @@ def _read_optimizer(
         reading.guard(group, ["params", *({"differentiable", "capturable"} & group.keys())])
         reading.guard(group["params"], range(len(group["params"])))
         reading.guard_size(group["params"])
-        indices.update((id(p), index) for p in group["params"])
+        for p in group["params"]:
+            if id(p) in indices and any(p is known for known in parameters):
+                what = f"optimizer.param_groups[{index}]['params'] has a parameter again"
+                _refuse(ValueError, what, "make the optimizer with each parameter once")
+            indices[id(p)] = index
     found = [indices.get(id(p), -1) for p in parameters]
     if max(found) < 0:
         what = "optimizer has none of the model's parameters"

@@ -79,6 +79,8 @@ def forward(model: nn.Module, input: Any, level: str) -> Any:
         return nn.Sequential.forward(model, given)  # type: ignore
     except CAUGHT as error:
         if isinstance(call, _C.MlpCall):  # other children raise their own errors
+            if getattr(input, "is_nested", False):
+                return nn.Sequential.forward(model, given)  # type: ignore
             check_input("Sequential", input, call.weights[0])
             rename(error, "Sequential")
         raise
@@ -107,7 +109,7 @@ def find_steps(children: Children[nn.Module | None], level: str) -> list[Step]:
     open_run = False  # whether the last step is a run that the next child may continue
     for index, child in enumerate(children):
         activation = None
-        if child is not None and not find_obstacle(child):
+        if isinstance(child, nn.Module) and not find_obstacle(child):
             activation = _activation(child)
         indices, activations = steps[-1] if open_run else ((), ())
         if activation and is_layer(child):
@@ -161,7 +163,7 @@ def _plan(model: nn.Module, level: str) -> Plan:
     guards = GuardList()
     guards.children(model)
     for child in children:
-        if child is not None and _activation(child):
+        if isinstance(child, nn.Module) and _activation(child):
             guards.layer(child)
     return Plan(model, run, guards.guards())
 

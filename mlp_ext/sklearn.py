@@ -6,6 +6,7 @@ checks, first weights, stopping, predictions and scores are inherited.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -272,10 +273,7 @@ class _TrainedBySteps:
         n = len(X)
         batch_size = min(200 if self.batch_size == "auto" else self.batch_size, n)
         if self.batch_size not in ("auto", batch_size):
-            warnings.warn(
-                f"Got `batch_size` {self.batch_size}, more than the {n} rows. It is clipped.",
-                stacklevel=2,
-            )
+            _warn(f"Got `batch_size` {self.batch_size}, more than the {n} rows. It is clipped.")
         dtype = self.coefs_[0].dtype
         y = y.argmax(1) if self.out_activation_ == "softmax" else y.astype(dtype)
         rows = Rows(X.astype(dtype, copy=False), y, batch_size, self.shuffle)
@@ -286,7 +284,7 @@ class _TrainedBySteps:
             try:
                 self._train(rows, batch_size, X_val, y_val, is_incremental)
             except KeyboardInterrupt:
-                warnings.warn("Training interrupted by user.", stacklevel=2)
+                _warn("Training interrupted by user.")
         if self.early_stopping:
             self.coefs_, self.intercepts_ = self._best_coefs, self._best_intercepts
 
@@ -330,11 +328,10 @@ class _TrainedBySteps:
             if is_incremental:
                 break
         else:
-            warnings.warn(
+            _warn(
                 f"Stochastic Optimizer: Maximum iterations ({self.max_iter}) reached and the "
                 "optimization hasn't converged yet.",
                 ConvergenceWarning,
-                stacklevel=2,
             )
 
     def _stops(self: Any, training: Training) -> bool:
@@ -371,6 +368,17 @@ class _TrainedBySteps:
         tags = super().__sklearn_tags__()  # type: ignore[misc]
         tags.input_tags.sparse = False
         return tags
+
+
+def _warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning of the user's line that called the estimator."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+_BETWEEN = ("mlp_ext", "sklearn", "joblib")  # packages between the user's line and the loop
 
 
 def _check(estimator: Any, X: Any, unsupported: Mapping[str, Any]) -> None:

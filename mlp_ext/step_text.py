@@ -62,5 +62,6 @@ def positive(caller: str, name: str, value: Any) -> int:
         what = f"{name} must be an int, got {kind(value)}"
         raise TypeError(f"{caller}: {what}")
     if not 1 <= count < 2**63:
-        raise ValueError(f"{caller}: {name} must be from 1 to {2**63 - 1}, got {count}")
+        bound = "at least 1" if count < 1 else "below 2**63"
+        raise ValueError(f"{caller}: {name} must be {bound}, got {kind(count)}")
     return count

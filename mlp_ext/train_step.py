@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlp_ext import _C, batches
-from mlp_ext.errors import CAUGHT, check_tensor, kind, rename
+from mlp_ext.errors import CAUGHT, as_float, check_tensor, kind, rename
 from mlp_ext.fitting import FIT, Between, DataCheck, FitResult, Loader
 from mlp_ext.progress import AfterEpoch, progress_bar
 from mlp_ext.reading import Reading, criterion_module
@@ -87,9 +87,7 @@ class TrainStep:
         accumulate: int = 1,
     ) -> None:
         self._parts = (model, criterion, optimizer)
-        if max_norm is not None and (
-            isinstance(max_norm, bool) or not isinstance(max_norm, (int, float))
-        ):
+        if max_norm is not None and (isinstance(max_norm, bool) or as_float(max_norm) is None):
             raise TypeError(f"TrainStep: max_norm must be a number or None, got {kind(max_norm)}")
         self._settings = (max_norm, positive("TrainStep", "accumulate", accumulate))
         self._gradients = _C.Gradients(*self._settings)
@@ -310,7 +308,7 @@ class TrainStep:
         epochs = positive(FIT, "epochs", epochs)
         if is_loader:
             batches.check_loader(FIT, "input", input, epochs)
-        rows = 1 if is_loader else max(1, len(input))  # type: ignore[arg-type]
+        rows = 1 if is_loader else len(input)  # type: ignore[arg-type]
         if batch_size is not None:
             batch_size = min(positive(FIT, "batch_size", batch_size), rows)
         options: Any = (batch_size or rows, shuffle, generator)
@@ -362,7 +360,7 @@ class TrainStep:
                 found = batches.on_device(batches.of_loader(FIT, input), weight.device)
             else:
                 found = batches.of_tensors(input, target, *options)
-            return batches.train(step, found, mean)
+            return batches.train(FIT, step, found, mean)
 
         def in_one_call() -> float:
             loss: float = self._epochs(input, target, 1, *options, None)[0]
@@ -402,6 +400,8 @@ class _Unread:
 
 def _check_fit(input: Any, target: Any, shuffle: Any, generator: Any) -> None:
     batches.check_rows(FIT, input, target)
+    if not len(input):
+        raise ValueError(f"{FIT}: input has no rows")
     if not isinstance(shuffle, bool):
         raise TypeError(f"TrainStep.fit: shuffle must be True or False, got {kind(shuffle)}")
     if not isinstance(generator, (torch.Generator, type(None))):

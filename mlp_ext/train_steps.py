@@ -177,7 +177,7 @@ class TrainSteps:
         batch_size: int | None = None,
         shuffle: bool = False,
         generators: Sequence[torch.Generator] | None = None,
-        rows: Sequence[Tensor] | None = None,
+        rows: Sequence[Any] | None = None,
         progress: bool = False,
         **unsupported: Any,
     ) -> Tensor:
@@ -204,9 +204,9 @@ class TrainSteps:
                 on the CPU: the batches of each network are those that it would see alone with its
                 own. None uses PyTorch's default generator, which draws one permutation per epoch
                 for all networks, or for all that have the same number of rows.
-            rows (sequence of Tensor, optional): E tensors of int64, the indices of the rows that
-                each network trains on, such as the folds of a cross-validation or bootstrap
-                samples. Their lengths may differ. None takes all rows.
+            rows (sequence, optional): E tensors, arrays or lists of integers, the indices of the
+                rows that each network trains on, such as the folds of a cross-validation or
+                bootstrap samples. Their lengths may differ. None takes all rows.
             progress (bool): whether to show a progress bar with the lowest loss of all networks, in
                 a terminal or notebook, with tqdm if installed. Default: False.
             **unsupported: `validation` and the others that only `TrainStep.fit` has. Loaders too
@@ -255,6 +255,8 @@ class TrainSteps:
         except CAUGHT as error:
             raise of_network(NAME, error, 0) from None
         n = self._flattened(FIT, input, reading).shape[-2]
+        if not n:
+            raise ValueError(f"{FIT}: input has no rows")
         rows = _check_rows(rows, count, n)
         with progress_bar(epochs) if progress else nullcontext() as after_epoch:
             options = (epochs, batch_size, shuffle, generators, rows, after_epoch)
@@ -298,7 +300,6 @@ class TrainSteps:
         except RuntimeError as wrong:
             advice = f", or [E={len(models)}, ...] for each its own" * ("must be [" in str(wrong))
             raise RuntimeError(f"{wrong}{advice}") from None
-        message = message.replace("; nothing was changed (", " (")  # by networks that go on
         if "an optimizer state must be" in message and "to match" in message:  # after model.to()
             message += "; call optimizer.load_state_dict(optimizer.state_dict()) of each optimizer"
         if message.startswith("TrainStep: "):
@@ -381,17 +382,21 @@ def _check_generators(generators: Any, count: int) -> list[torch.Generator]:
 def _check_rows(rows: Any, count: int, n: int) -> list[Tensor]:
     """Indices of n rows, for each network."""
     found = _one_for_each("rows", rows, count)
-    for i, each in enumerate(found):
-        check_tensor(FIT, f"rows[{i}]", each)
-        if each.dtype != torch.int64:
-            advice = "nonzero().squeeze(1)" if each.dtype == torch.bool else "long()"
-            what = f"rows[{i}] must be int64, got {each.dtype}"
-            raise TypeError(f"{FIT}: {what}; pass rows[{i}].{advice}")
-        if each.dim() != 1:
-            raise ValueError(f"{FIT}: rows[{i}] must be [n], got {list(each.shape)}")
-        found[i] = each.detach().cpu().contiguous()
-        wrong = each.numel() and not 0 <= int(each.min()) <= int(each.max()) < n
-        if wrong:
+    for i, given in enumerate(found):
+        try:
+            each = torch.as_tensor(given, device="cpu").to_dense()
+        except (TypeError, ValueError, RuntimeError):
+            what = f"rows[{i}] must be a tensor, array or list of integers, got {kind(given)}"
+            raise TypeError(f"{FIT}: {what}") from None
+        if each.dim() != 1 or not len(each):
+            what = f"rows[{i}] must be [n] with at least one row, got {list(each.shape)}"
+            raise ValueError(f"{FIT}: {what}")
+        if each.dtype == torch.bool or each.is_floating_point() or each.is_complex():
+            advice = f"; pass torch.as_tensor(rows[{i}]).nonzero().squeeze(1)"
+            what = f"rows[{i}] must be integers, got {each.dtype}"
+            raise TypeError(f"{FIT}: {what}{advice if each.dtype == torch.bool else ''}")
+        found[i] = each = each.long().contiguous()
+        if not 0 <= int(each.min()) <= int(each.max()) < n:
             what = (
                 f"rows[{i}] must be from 0 to {n - 1}, got {int(each.min())} to {int(each.max())}"
             )

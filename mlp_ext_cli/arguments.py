@@ -23,7 +23,7 @@ Help = argparse.RawDescriptionHelpFormatter  # descriptions and examples keep th
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints one line, without argparse's usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Fails on what is left over: a command's own parser knows which option was meant."""

@@ -128,14 +128,10 @@ def test_losses_are_float32_at_least(dtype: torch.dtype, of_losses: torch.dtype)
     assert not losses.requires_grad
 
 
-@pytest.mark.parametrize(("reduction", "loss"), [("mean", torch.nan), ("sum", 0.0)])
 @pytest.mark.parametrize("options", [{}, {"batch_size": 4, "shuffle": True}], ids=str)
-def test_no_rows_no_steps(options: dict, reduction: str, loss: float) -> None:
-    part = training("10-5-1@10", "mse", "momentum", torch.float32, reduction)
-    before = part.state()
-    losses = TrainStep(*part[:3]).fit(part.input[:0], part.target[:0], epochs=3, **options)
-    torch.testing.assert_close(losses, torch.full((3,), loss), equal_nan=True)
-    torch.testing.assert_close(part.state(), before, rtol=0, atol=0)
+def test_no_rows_are_an_error(options: dict, part: Training) -> None:
+    with pytest.raises(ValueError, match=r"^TrainStep.fit: input has no rows$"):
+        TrainStep(*part[:3]).fit(part.input[:0], part.target[:0], epochs=3, **options)
 
 
 def test_loss_that_is_not_finite_does_not_stop() -> None:
@@ -154,17 +150,17 @@ ERRORS = [
     ({"target": None}, TypeError, "target must be a tensor, got None"),
     ({"input": torch.zeros(())}, ValueError, r"input must be \[n, \*, K\], got \[\]"),
     ({"input": torch.zeros(9, 10)}, ValueError, "input has 9 rows, target 10"),
-    ({"epochs": 0}, ValueError, "epochs must be from 1 to 9223372036854775807, got 0"),
-    ({"epochs": -1}, ValueError, "epochs must be from 1 to 9223372036854775807, got -1"),
+    ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+    ({"epochs": -1}, ValueError, "epochs must be at least 1, got -1"),
     ({"epochs": 1.0}, TypeError, "epochs must be an int, got 1.0"),
     ({"epochs": None}, TypeError, "epochs must be an int, got None"),
     ({"epochs": True}, TypeError, "epochs must be an int, got True"),
-    ({"batch_size": 0}, ValueError, "batch_size must be from 1 to 9223372036854775807, got 0"),
+    ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ({"batch_size": "all"}, TypeError, "batch_size must be an int, got 'all'"),
     (
         {"batch_size": 2**63},
         ValueError,
-        "batch_size must be from 1 to 9223372036854775807, got 9223372036854775808",
+        r"batch_size must be below 2\*\*63, got 922337203685477580",
     ),
     ({"batch_size": [3] * 1000}, TypeError, "batch_size must be an int, got list"),
     ({"epochs": torch.ones(3)}, TypeError, "epochs must be an int, got torch.Tensor"),

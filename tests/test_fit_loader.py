@@ -139,11 +139,23 @@ def test_one_epoch_of_an_iterator() -> None:
     assert torch.equal(losses, plain.fit(1))
 
 
-def test_no_batches_no_loss() -> None:
-    problem = Problem()
-    assert problem.step.fit(Stream(*(t[:0] for t in problem.rows)), epochs=2).shape == (2,)
-    losses = problem.step.fit(iter([]), epochs=1)
-    assert losses.isnan().all()
+def test_no_batches_are_an_error() -> None:
+    """Also where a loader ends after its first epoch, with the steps of that one done."""
+    problem, plain = Problem(), Problem()
+    with pytest.raises(ValueError, match=r"^TrainStep.fit: input has no batches; "):
+        problem.step.fit(Stream(*(t[:0] for t in problem.rows)), epochs=2)
+    torch.testing.assert_close(problem.state(), plain.state(), rtol=0, atol=0)
+
+    class Once:
+        batches = iter([problem.rows])
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.batches
+
+    with pytest.raises(ValueError, match=r"has no batches; each epoch iterates over it anew$"):
+        problem.step.fit(Once(), epochs=2)
+    plain.step.fit([plain.rows], epochs=1)
+    torch.testing.assert_close(problem.state(), plain.state(), rtol=0, atol=0)
 
 
 def test_error_in_the_loader_leaves_the_finished_steps() -> None:

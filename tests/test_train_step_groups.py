@@ -176,7 +176,7 @@ def test_a_copy_has_the_same_settings() -> None:
         ({"max_norm": -1}, ValueError, "max_norm must be from 0 on, got -1"),
         ({"max_norm": float("nan")}, ValueError, "max_norm must be from 0 on, got nan"),
         ({"max_norm": "1"}, TypeError, "max_norm must be a number or None, got '1'"),
-        ({"accumulate": 0}, ValueError, "accumulate must be from 1 to"),
+        ({"accumulate": 0}, ValueError, "accumulate must be at least 1, got 0"),
         ({"accumulate": 1.5}, TypeError, "accumulate must be an int, got 1.5"),
     ],
 )

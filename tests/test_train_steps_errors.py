@@ -217,7 +217,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 OF_FIT: dict[str, tuple[dict[str, Any], str]] = {
-    "epochs": ({"epochs": 0}, "ValueError: TrainSteps.fit: epochs must be from 1 to "),
+    "epochs": ({"epochs": 0}, "ValueError: TrainSteps.fit: epochs must be at least 1, "),
     "batch_size": ({"batch_size": "8"}, "TypeError: TrainSteps.fit: batch_size must be an int, "),
     "shuffle": ({"shuffle": 1}, "TypeError: TrainSteps.fit: shuffle must be True or False, got 1"),
     "generator": (
@@ -241,17 +241,17 @@ OF_FIT: dict[str, tuple[dict[str, Any], str]] = {
         "ValueError: TrainSteps.fit: rows must be 3, one for each, got 2",
     ),
     "list": (
-        {"rows": [[0, 1]] * 3},
-        "TypeError: TrainSteps.fit: rows[0] must be a tensor, got list; pass ",
+        {"rows": [["a"]] * 3},
+        "TypeError: TrainSteps.fit: rows[0] must be a tensor, array or list of integers, got list",
     ),
     "mask": (
         {"rows": [torch.ones(6, dtype=torch.bool)] * 3},
-        "TypeError: TrainSteps.fit: rows[0] must be int64, got torch.bool; pass "
-        "rows[0].nonzero().squeeze(1)",
+        "TypeError: TrainSteps.fit: rows[0] must be integers, got torch.bool; pass "
+        "torch.as_tensor(rows[0]).nonzero().squeeze(1)",
     ),
     "table": (
         {"rows": [torch.zeros(2, 2, dtype=torch.int64)] * 3},
-        "ValueError: TrainSteps.fit: rows[0] must be [n], got [2, 2]",
+        "ValueError: TrainSteps.fit: rows[0] must be [n] with at least one row, got [2, 2]",
     ),
     "range": (
         {"rows": [torch.arange(2), torch.arange(7), torch.arange(2)]},

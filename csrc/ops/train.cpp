@@ -343,7 +343,7 @@ void advance(const at::Tensor& step, int64_t steps) {
 void throw_not_a_probability() {
   TORCH_CHECK(false, kOp,
               ": bce needs outputs and targets between 0 and 1; end the model with a Sigmoid, or use "
-              "BCEWithLogitsLoss; nothing was changed");
+              "BCEWithLogitsLoss");
 }
 
 at::Tensor mlp_train_step_(const TrainArgs& a) {

@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "math/optimizers.h"
+#include "ops/checks.h"
 
 namespace py = pybind11;
 
@@ -29,6 +30,8 @@ const Keys& keys() {
   return keys;
 }
 
+std::string text(py::handle name) { return py::cast<std::string>(name); }
+
 // dict[key], or null if missing.
 py::handle find(py::handle dict, py::handle key) {
   PyObject* const found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
@@ -38,7 +41,7 @@ py::handle find(py::handle dict, py::handle key) {
 
 py::handle item(py::handle dict, py::handle key) {
   const py::handle found = find(dict, key);
-  if (!found) throw py::key_error(py::cast<std::string>(key));
+  TORCH_CHECK_VALUE(found, "TrainStep: optimizer has no ", text(key));
   return found;
 }
 
@@ -57,11 +60,15 @@ void check_dict(py::handle object, const char* name) {
                    Py_TYPE(object.ptr())->tp_name);
 }
 
-std::string text(py::handle name) { return py::cast<std::string>(name); }
-
 double number(py::handle value, py::handle name) {  // a float, a bool, or a tensor of one element
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-  if (THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr()).item<double>();
+  if (THPVariable_Check(value.ptr())) {
+    const Tensor& t = THPVariable_Unpack(value.ptr());
+    TORCH_CHECK_TYPE(t.numel() == 1 && !t.is_meta() && !t.is_complex(), "TrainStep: optimizer.param_groups has ",
+                     text(name), " = a tensor ", t.sizes(), " of ", dtype_name(t.scalar_type()), " on ", t.device(),
+                     "; it must be a number");
+    return t.item<double>();
+  }
   const double found = PyFloat_AsDouble(value.ptr());
   if (found == -1 && PyErr_Occurred()) {
     PyErr_Clear();
@@ -75,7 +82,7 @@ double number(py::handle value, py::handle name) {  // a float, a bool, or a ten
 Tensor state_of(py::handle entry, py::handle name) {
   const py::handle found = entry ? find(entry, name) : py::handle();
   if (!found || found.is_none()) return {};
-  TORCH_CHECK_TYPE(THPVariable_Check(found.ptr()), "TrainStep: a ", text(name),
+  TORCH_CHECK_TYPE(THPVariable_Check(found.ptr()), "TrainStep: ", text(name),
                    " in optimizer.state must be a tensor, got ", Py_TYPE(found.ptr())->tp_name);
   return THPVariable_Unpack(found.ptr());
 }
@@ -158,12 +165,12 @@ void OptimizerReader::read_as(OptimizerState& now) const {
 void OptimizerReader::read_group(py::handle group, double* numbers) const {
   for (const Setting& setting : settings_) {
     py::handle value = find(group, setting.key);
-    if (!value && !setting.value) throw py::key_error(text(setting.key));
+    TORCH_CHECK_VALUE(value || setting.value, "TrainStep: optimizer.param_groups has no ", text(setting.key));
     if (value && setting.element >= 0) {
-      const bool fits = (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) &&
-                        PySequence_Fast_GET_SIZE(value.ptr()) > setting.element;
+      const bool fits =
+          (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) && PySequence_Fast_GET_SIZE(value.ptr()) == 2;
       TORCH_CHECK_TYPE(fits, "TrainStep: optimizer.param_groups has ", text(setting.key), " = ",
-                       Py_TYPE(value.ptr())->tp_name, "; it must be a tuple of numbers");
+                       Py_TYPE(value.ptr())->tp_name, "; it must be a tuple of 2 numbers");
       value = PySequence_Fast_GET_ITEM(value.ptr(), setting.element);
     }
     *numbers++ = value ? number(value, setting.key) : *setting.value;
@@ -196,7 +203,7 @@ void OptimizerReader::read_states(size_t i, const Functor& optimizer, py::handle
     add(now.states, state_names_[s], [&] {
       const py::handle value =
           PyDict_GetItemString(item(optimizer_, keys().defaults).ptr(), "initial_accumulator_value");
-      return at::full_like(now.parameters[i], value ? number(value, state_names_[s]) : 0);
+      return at::full_like(now.parameters[i], value ? number(value, py::str("initial_accumulator_value")) : 0);
     });
     constexpr size_t dampening = index_of_parameter<Functor>("dampening");  // 0 in the first step
     if constexpr (dampening < Functor::parameters.size()) {

@@ -36,6 +36,16 @@ struct Recipe {
   std::vector<double> dropout;  // see TrainArgs
 };
 
+inline void check_loss_weight(const Recipe& recipe) {
+  const std::optional<at::Tensor>& weight = recipe.loss_weight;
+  if (!weight) return;
+  TORCH_CHECK_VALUE(!weight->requires_grad(),
+                    "TrainStep: the criterion's weight requires a gradient, which a step does not ",
+                    "compute; detach it, or use the eager loop");
+  TORCH_CHECK(weight->layout() == at::kStrided, "TrainStep: the criterion's weight must be dense, got ",
+              weight->layout());
+}
+
 class Trainer {
  public:
   Trainer(const pybind11::sequence& parameters, std::vector<int64_t> groups, Recipe recipe, StepDataReader data,
@@ -234,6 +244,7 @@ class Trainer {
   StepData read(const pybind11::object& input, const pybind11::object& target, const OptimizerState& now) const {
     StepData data = data_.read(input, target, now.parameters[0].size(1));
     check_global_state(data.input, data.target, now.parameters);
+    check_loss_weight(recipe_);
     TORCH_CHECK(recipe_.loss != BCE::name || !data.input.is_cuda() || !autocast_dtype(data.input),
                 "TrainStep: under autocast PyTorch refuses BCELoss on cuda; end the model without its Sigmoid, and use "
                 "BCEWithLogitsLoss");

@@ -37,8 +37,9 @@ bool Trainers::is_current() const {
 
 namespace {
 
-void check_state(const StepData& data, const Networks& networks) {
+void check_state(const StepData& data, const Networks& networks, const Recipe& recipe) {
   check_global_state(data.input, data.target, networks.parameters());
+  check_loss_weight(recipe);
   TORCH_CHECK(!autocast_dtype(data.input),
               "TrainSteps: autocast is enabled, and steps of many networks do not follow it; leave it, or use a "
               "TrainStep for each");
@@ -54,7 +55,7 @@ std::optional<Tensor> Trainers::step(const py::object& input, const py::object& 
   std::vector<size_t> all(trainers_.size());
   std::iota(all.begin(), all.end(), 0);
   Networks networks(trainers_, all);
-  check_state(data, networks);
+  check_state(data, networks, trainers_[0]->recipe());
   const py::gil_scoped_release no_gil;
   const Tensor losses =
       rows == 0 ? networks.step_without_rows(data) : networks.train(data, {0, all.size(), {}, 1, rows}).squeeze(1);
@@ -78,7 +79,7 @@ std::optional<Tensor> Trainers::fit(const py::object& input, const py::object& t
     return batch_size_of(options, a, M) < batch_size_of(options, b, M);
   });
   Networks networks(trainers_, order);
-  check_state(data, networks);
+  check_state(data, networks, trainers_[0]->recipe());
   ManyEpochsRun run(networks, data, options, trainers_[0]->recipe());
   const py::gil_scoped_release no_gil;
   return run.run();

@@ -76,6 +76,14 @@ def source(args: argparse.Namespace) -> Path | None:
     return path
 
 
+def check_files(args: argparse.Namespace, **options: Path | None) -> None:
+    """Fails if two options name one file; the later one would replace it."""
+    first: dict[Path, str] = {}
+    for option, path in options.items():
+        if path and (other := first.setdefault(path.resolve(), option)) != option:
+            args.fail(f"argument --{option}: is the file of --{other}; name another")
+
+
 def read_data(args: argparse.Namespace, path: Path | None) -> Dataset:
     """The rows of the CSV file, or else of the data set that --data names."""
     place = (args.seed, getattr(torch, args.dtype), args.device)

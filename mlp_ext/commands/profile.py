@@ -66,7 +66,7 @@ def _make(source: str, name: str, fail: arguments.Fail) -> nn.Module:
         fail(f"{source}:{name} is a {type_name(found)}, not a function or class")
     try:
         model = found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         fail(f"{source}:{name} fails: {first_line(error)}")
     if not isinstance(model, nn.Module):
         fail(f"{source}:{name} returns a {type_name(model)}, not a torch.nn.Module")

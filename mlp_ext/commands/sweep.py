@@ -77,8 +77,9 @@ class Outcome:
 
 def run(args: argparse.Namespace) -> None:
     source = arguments.source(args)
+    arguments.check_files(args, data=source, plot=args.plot, results=args.results)
     if args.results:
-        _check_results(args.results, source, args.fail)
+        _check_results(args.results, args.fail)
     arguments.check_training(args)
     count = math.prod(len(getattr(args, axis)) for axis in AXES) * args.seeds * (args.folds or 1)
     if count > MOST:
@@ -87,10 +88,8 @@ def run(args: argparse.Namespace) -> None:
         _sweep_in(processes, args, source)
 
 
-def _check_results(path: Path, source: Path | None, fail: arguments.Fail) -> None:
+def _check_results(path: Path, fail: arguments.Fail) -> None:
     """Fails if the file may be the user's data, which the results would replace."""
-    if source and path.resolve() == source.resolve():
-        fail("argument --results: is the file of --data; name another")
     if path.exists() and path.stat().st_size:
         with path.open(errors="replace") as file:
             if not file.readline().startswith(f"{','.join(AXES)},seed,fold,"):

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     fail, source = args.fail, arguments.source(args)
     if args.patience and not args.validation:
         fail("argument --patience: requires --validation X, such as 0.2")
+    arguments.check_files(args, csv=args.csv, plot=args.plot, save=args.save, json=args.json)
     arguments.check_training(args)
     if args.layers in LEFT_OUT[args.distributed]:
         others = ", ".join(kind for kind in LAYERS if kind not in LEFT_OUT[args.distributed])
@@ -132,8 +133,8 @@ def _train_in(processes: Processes, args: argparse.Namespace, source: Path | Non
             with replacing(args.plot) as path:
                 plots.loss_curves(runs, title).savefig(path)
         if args.save:
-            with replacing(args.save) as path:
-                torch.save(state, path)
+            with replacing(args.save) as path, path.open("wb") as file:
+                torch.save(state, file)  # given a path, it refuses one whose name begins with a dot
             if shown:
                 print("", *_loading(args, model, data), sep="\n")
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's of a full disk
