@@ -110,9 +110,10 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
       const int64_t dx_pieces = needs_dx ? dx_grid.size() : 0, dw_pieces = needs_dw ? plan.grad_weight.size() : 0;
       for_pieces(dx_pieces + dw_pieces, [&](int64_t i) {
         if (i < dx_pieces)
-          run_piece(dx_grid, i, b.M, K, [&](Range rows, Range columns) {
-            kernels.grad_input(b, data(dz), data(w), rows, columns, scratch(kScratchBytes));
-          });
+          run_piece(dx_grid, i, b.M, K,
+                    [&](Range rows, Range columns) {
+                      kernels.grad_input(b, data(dz), data(w), rows, columns, scratch(kScratchBytes));
+                    });
         else
           run_piece(plan.grad_weight, i - dx_pieces, N, K, [&](Range rows, Range columns) {
             kernels.grad_weight(b, data(dz_t), data(x), rows, columns, static_cast<float*>(data(partial)), first, last,

@@ -25,7 +25,7 @@ enum class Path {
 constexpr int kPaths = 10;
 constexpr const char* path_name(Path path) {
   constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall", "one_input",
-                                         "one_output", "few_rows", "packed", "amx",  "library"};
+                                         "one_output", "few_rows", "packed", "amx",    "library"};
   return names[static_cast<int>(path)];
 }
 
