@@ -217,5 +217,5 @@ def test_a_forked_child_has_the_tile_unit() -> None:
 def test_its_peak_is_measured() -> None:
     _C.force_dot_mode(None)
     assert all(_C.peak_flops(1e-3, 1, dtype) > 0 for dtype in ("float32", "bfloat16"))
-    with pytest.raises(ValueError, match="dtype must be float32, .* got 'int8'"):
+    with pytest.raises(ValueError, match="dtype must be float32, float64"):
         _C.peak_flops(1e-3, 1, "int8")
