@@ -34,7 +34,7 @@ def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stub_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor of 2 GFLOP/s on each thread."""
-    monkeypatch.setattr(_C, "peak_flops", lambda seconds, threads: 2e9 * threads, raising=False)
+    monkeypatch.setattr(_C, "peak_flops", lambda seconds, threads, dtype: 2e9 * threads)
     monkeypatch.setattr(machine, "COPIED", {"cpu": (2**12, 2**16)})
     monkeypatch.setattr(machine, "GEMM", {"cpu": 64})
     monkeypatch.setattr(machine, "PEAK_SECONDS", 0.002)

@@ -46,9 +46,8 @@ def test_level_can_be_forced() -> None:
 @pytest.mark.parametrize("level", available()[:-1])
 def test_values_and_gradients_match_native_at_lower_levels(level: str) -> None:
     """The highest level is the one that this process runs the same tests in."""
-    files = [
-        str(HERE / name) for name in ("test_values.py", "test_gradients.py", "test_library.py")
-    ]
+    names = ("test_values.py", "test_gradients.py", "test_library.py", "test_amx.py")
+    files = [str(HERE / name) for name in names]
     options = ["-x", "-m", "isa", "-o", "addopts=", "-p", "no:cacheprovider"]
     passed = re.search(r"(\d+) passed", python(level, "-m", "pytest", *options, *files))
     assert passed is not None

@@ -1,4 +1,5 @@
-"""bfloat16 around products of torch: large layers where it is multiplied in pairs or tiles.
+"""bfloat16 around products of torch: large layers where it is multiplied in pairs or tiles, and our
+own path for tiles is not taken.
 
 Forced here, so that any processor runs it.
 """
@@ -19,6 +20,7 @@ from mlp_ext import _C
 pytestmark = pytest.mark.usefixtures("tiles", "poisoned_memory")
 
 BFLOAT16 = torch.bfloat16
+NEVER = 2**62
 FLAT = Shape((519,), 256, 130)
 FEW_ROWS = Shape((2,), 1030, 1028)  # forward they take dots
 NARROW = Shape((3, 15000), 24, 16)  # and more rows of dz than are added up at once
@@ -28,9 +30,11 @@ SUBSETS = [(True, False, False), (False, True, False), (False, False, True), (Tr
 
 @pytest.fixture
 def tiles() -> Iterator[None]:
+    _C.use_machine({"amx": _C.machine("zen4")["amx"] | {"amx_rows": NEVER}})
     _C.force_dot_mode("amx")
     yield
     _C.force_dot_mode(None)
+    _C.use_machine(None)
 
 
 def test_these_shapes_take_it() -> None:

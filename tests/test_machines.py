@@ -69,6 +69,7 @@ def test_each_path_is_reachable(machine: str, mode: str) -> None:
             paths.add(plan[which])
     table = _C.machine(machine)[mode]
     library = {"library"} if table["library_multiply_adds"] < NEVER else set()
+    library |= {"amx"} if mode == "amx" else set()
     assert found["forward_path"] == {"small", "dots", "narrow", "one_input", "packed"} | library
     own = {"small", "narrow", "tall", "one_input", "one_output", "few_rows", "packed"}
     assert found["backward_path"] in (own | library, own - {"packed"} | library)

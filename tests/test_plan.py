@@ -112,11 +112,21 @@ def test_plan_measures_a_row_of_dz_as_it_is_accumulated() -> None:
         ((33, 784, 256), "bf16_dot", "packed", "packed"),
         ((1024, 128, 128), "fma", "packed", "tall"),
         ((1024, 128, 128), "bf16_dot", "packed", "library"),  # 2^24 products
-        ((32, 128, 128), "amx", "library", "library"),  # 2^19 multiply-adds
-        ((31, 128, 128), "amx", "packed", "packed"),
-        ((65536, 24, 16), "amx", "library", "library"),
-        ((65536, 23, 16), "amx", "packed", "tall"),
-        ((65536, 24, 15), "amx", "packed", "tall"),
+        ((16, 128, 128), "amx", "amx", "amx"),
+        ((15, 128, 128), "amx", "packed", "packed"),
+        ((15, 1024, 1024), "amx", "library", "library"),  # 2^19 multiply-adds
+        ((65536, 16, 64), "amx", "amx", "tall"),
+        ((65536, 15, 64), "amx", "packed", "tall"),
+        ((65536, 24, 4), "amx", "amx", "tall"),
+        ((65536, 24, 3), "amx", "packed", "tall"),
+        ((65536, 32, 32), "amx", "amx", "amx"),
+        ((65536, 31, 32), "amx", "amx", "tall"),
+        ((65536, 32, 31), "amx", "amx", "tall"),
+        ((65536, 24, 16), "amx", "amx", "library"),
+        ((65536, 23, 16), "amx", "amx", "tall"),
+        ((64, 16384, 64), "amx", "amx", "amx"),
+        ((64, 16386, 64), "amx", "library", "library"),  # a row of x would not fit the workspace
+        ((16, 16, 16), "amx", "narrow", "small"),
         ((2, 512, 512), "amx", "dots", "library"),
         ((2, 512, 510), "amx", "dots", "few_rows"),
         ((100, 1024, 1024), "bf16_dot", "library", "library"),
@@ -140,7 +150,7 @@ def test_plan_of_16_bit_depends_on_how_they_are_multiplied(
     ("shape", "mode", "backward"),
     [
         ((512, 256, 256), "bf16_dot", "packed"),  # W changes where dW is written
-        ((512, 256, 256), "amx", "library"),
+        ((8, 512, 512), "amx", "library"),
         ((1024, 128, 128), "bf16_dot", "library"),  # tall, where W changes after it, too
     ],
 )
@@ -155,8 +165,9 @@ def test_plan_of_an_update_keeps_it_in_the_product(
 
 
 def test_plan_without_the_library_is_our_own() -> None:
-    chosen = plan(1024, 1024, 1024, item_size=2, mode="amx", library=False)
-    assert (chosen["forward_path"], chosen["backward_path"]) == ("packed", "packed")
+    for mode, own in (("bf16_dot", "packed"), ("amx", "amx")):
+        chosen = plan(1024, 1024, 1024, item_size=2, mode=mode, library=False)
+        assert (chosen["forward_path"], chosen["backward_path"]) == (own, own)
 
 
 def test_plan_needs_a_known_way_of_multiplying() -> None:

@@ -16,8 +16,12 @@
 #include "cpu/machines/zen4.h"
 #include "cpu/machines/zen5.h"
 
+#include "cpu/kernels.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace mlp_ext::cpu {
@@ -111,6 +115,30 @@ int64_t l2_per_core() {
 
 int64_t block_bytes(const Limits& limits) {
   return limits.block_bytes ? limits.block_bytes : std::clamp(l2_per_core() / 2, kLeastBlockBytes, kMostBlockBytes);
+}
+
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool has_it = __builtin_cpu_supports("avx512bf16");
+  return has_it;
+#else
+  return false;
+#endif
+}
+
+bool multiplies_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool has_them = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    // Not all compilers' __builtin_cpu_supports know AMX. Bits: amx-bf16 and amx-tile.
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx >> 22 & 1) == 0 || (edx >> 24 & 1) == 0) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return has_them;
+#else
+  return false;
+#endif
 }
 
 }  // namespace mlp_ext::cpu

@@ -31,7 +31,7 @@ DotMode dot_mode_of(DType dtype);
 // Overrides dot_mode_of bfloat16 in plans, for tests and measurements.
 inline std::atomic<std::optional<DotMode>> forced_dot_mode;
 
-// Peak float32 FLOP/s of this processor, measured with fma_loop.
-double peak_flops(double seconds, int64_t threads);
+// Peak FLOP/s of this processor, measured in registers: of bfloat16 with AMX by tile_loop, else of float32 by fma_loop.
+double peak_flops(double seconds, int64_t threads, DType dtype);
 
 }  // namespace mlp_ext::cpu

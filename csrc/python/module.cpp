@@ -156,7 +156,10 @@ std::optional<cpu::Path> cpu_path(const std::optional<std::string>& name) {
     if (*name == cpu::path_name(static_cast<cpu::Path>(i))) return static_cast<cpu::Path>(i);
   std::string known;
   for (int i = 0; i < cpu::kPaths; ++i)
-    known += (i == 0 ? "" : i + 1 == cpu::kPaths ? " or " : ", ") + std::string(cpu::path_name(static_cast<cpu::Path>(i)));
+    known += (i == 0                 ? ""
+              : i + 1 == cpu::kPaths ? " or "
+                                     : ", ") +
+             std::string(cpu::path_name(static_cast<cpu::Path>(i)));
   throw py::value_error("path must be " + known + ", got '" + *name + "'");
 }
 
@@ -271,8 +274,13 @@ PYBIND11_MODULE(_C, m) {
       "instruction_set", [] { return cpu::variant().name; },
       "The instruction set that the kernels use in this process.");
   m.def("parallel_for_threads", parallel_for_threads, "Distinct threads that ran in one at::parallel_for.");
-  m.def("peak_flops", cpu::peak_flops, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-        "Peak float32 FLOP/s, measured with FMAs in registers.");
+  m.def(
+      "peak_flops",
+      [](double seconds, int64_t threads, const std::string& dtype) {
+        return cpu::peak_flops(seconds, threads, dtype_named(dtype));
+      },
+      py::arg("seconds"), py::arg("threads"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
+      "Peak FLOP/s, measured in registers: of bfloat16 with AMX that of the tile unit, else of float32 FMAs.");
   m.def("plan", plan, py::arg("M"), py::arg("K"), py::arg("N"), py::arg("item_size"), py::arg("threads"),
         py::arg("mode") = "fma", py::arg("library") = true, py::arg("update") = false, py::arg("machine") = py::none(),
         py::arg("forward") = py::none(), py::arg("backward") = py::none(),

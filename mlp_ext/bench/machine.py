@@ -72,12 +72,13 @@ def measure_peak(setting: Setting) -> Peak:
 
 
 def _flops(setting: Setting, seconds: Callable[[Callable[[], object]], float]) -> float:
-    """On CPUs that of FMAs in registers, of which _C measures float32: half as many are float64.
-    On GPUs, and in 16 bits, where a processor may have faster instructions, that of a GEMM."""
+    """On CPUs that of FMAs in registers, of which _C measures float32: half as many are float64;
+    in bfloat16 with AMX, that of the tile unit. On GPUs, and in 16 bits, where a processor may have
+    faster instructions, that of a GEMM."""
     flops, itemsize = 0.0, setting.torch_dtype.itemsize
     if setting.device == "cpu":
         samples = range(round(PEAK_SECONDS / SAMPLE_SECONDS))
-        flops = max(_C.peak_flops(SAMPLE_SECONDS, setting.threads) for _ in samples)
+        flops = max(_C.peak_flops(SAMPLE_SECONDS, setting.threads, setting.dtype) for _ in samples)
         if itemsize >= 4:
             return flops * 4 / itemsize
     n = GEMM[setting.device]

@@ -72,6 +72,7 @@ def halves(least: int, most: int) -> tuple[int, ...]:
 
 
 OWN = {"library_multiply_adds": NEVER, "library_weights": NEVER}  # without torch's GEMM
+NO_TILES = {"amx_rows": NEVER}
 OF_MANY = ("lane_weights", "core_multiply_adds")  # of many networks: not measured
 IF_LIBRARY = ("library_inputs", "library_outputs", "library_forward_inputs")
 EDGES = (16, 32, 48, 64, 96, 128, 192, 256)  # rows without empty lanes
@@ -105,17 +106,31 @@ RULES = (
     Rule("few_rows", "backward", UP_TO, "few_rows, packed", (1, 2, 3, 4, 6, 8, 12, 16),
          "qx512x512 qx1024x1024 qx4096x1000", OWN),
     Rule("library_multiply_adds", "backward", FROM_OR_NEVER, "own, library", doubling(2**18, 2**30),
-         "q/16384x128x128 q/262144x512x512 q/1048576x1024x1024", {"library_weights": NEVER}),
+         "q/16384x128x128 q/262144x512x512 q/1048576x1024x1024",
+         NO_TILES | {"library_weights": NEVER}),
     Rule("library_weights", "backward", FROM_OR_NEVER, "own, library", doubling(2**16, 2**22),
-         "12x1024xq/1024 16xq/512x512 24x512xq/512", {"library_multiply_adds": NEVER}),
+         "12x1024xq/1024 16xq/512x512 24x512xq/512",
+         NO_TILES | {"library_multiply_adds": NEVER}),
     Rule("library_inputs", "backward", FROM, "own, library", halves(4, 64),
-         "4096xqx64 4096xqx256 16384xqx32", {"library_multiply_adds": 0, "library_outputs": 1}),
+         "4096xqx64 4096xqx256 16384xqx32",
+         NO_TILES | {"library_multiply_adds": 0, "library_outputs": 1}),
     Rule("library_outputs", "backward", FROM, "own, library", halves(4, 64),
-         "4096x64xq 4096x256xq 16384x32xq", {"library_multiply_adds": 0, "library_inputs": 1}),
+         "4096x64xq 4096x256xq 16384x32xq",
+         NO_TILES | {"library_multiply_adds": 0, "library_inputs": 1}),
     Rule("library_forward_inputs", "forward", FROM_OR_NEVER, "own, library", doubling(64, 4096),
-         "128xqx1024 512xqx512 1024xqx256", {"library_multiply_adds": 0}),
+         "128xqx1024 512xqx512 1024xqx256",
+         NO_TILES | {"library_multiply_adds": 0}),
+    Rule("amx_rows", "full", FROM, "others, amx", halves(2, 64),
+         "qx512x512 qx1024x256 qx256x1024"),
+    Rule("amx_inputs", "forward", FROM, "others, amx", halves(4, 64),
+         "4096xqx64 4096xqx256 1024xqx512"),
+    Rule("amx_outputs", "forward", FROM, "others, amx", halves(2, 32),
+         "4096x64xq 4096x256xq 1024x784xq"),
+    Rule("amx_backward_columns", "backward", FROM, "others, amx", halves(8, 128),
+         "4096xqx256 4096x256xq 16384xqxq"),
     Rule("block_bytes", "full", HALVED, "block, half", doubling(2**19, 2**21),
-         "512x1024x1024 1024x1024x1024 256x4096x1024", OWN, planned=False),
+         "512x1024x1024 1024x1024x1024 256x4096x1024",
+         NO_TILES | OWN, planned=False),
     Rule("step_width", "step", UP_TO, "blocks, others", halves(16, 512),
          "q-q-q@1024 q-q-1@4096 q-q-q-q@512", {"step_weights": 2**22}),
     Rule("step_weights", "step", UP_TO, "blocks, others", doubling(2**12, 2**19),

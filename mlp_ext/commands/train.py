@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     fail, source = args.fail, arguments.source(args)
     if args.patience and not args.validation:
         fail("argument --patience: requires --validation X, such as 0.2")
-    arguments.check_files(args, csv=args.csv, plot=args.plot, save=args.save, json=args.json)
+    arguments.check_files(args, data=source, plot=args.plot, save=args.save, json=args.json)
     arguments.check_training(args)
     if args.layers in LEFT_OUT[args.distributed]:
         others = ", ".join(kind for kind in LAYERS if kind not in LEFT_OUT[args.distributed])

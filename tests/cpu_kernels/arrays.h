@@ -23,7 +23,9 @@ const LayerKernels& layer_kernels(DType);
 const StepKernels& step_kernels(DType);
 const PanelKernels* panel_kernels(DType);
 const LaneKernels* lane_kernels(DType);
+const TileKernels& tile_kernels();
 int64_t fma_loop(int64_t rounds);
+int64_t tile_loop(int64_t rounds);
 }  // namespace TARGET
 
 // ---- dtypes, by their definition rather than by the kernels' conversions ----

@@ -104,6 +104,16 @@ class LayerTest {
     if (supports(Path::one_input, shape(), false)) one_pass("backward_k1", kernels_.backward_k1);
     if (supports(Path::one_output, shape(), false)) one_pass("backward_n1", kernels_.backward_n1);
     if (K_ > 0) update_in_epilogue();
+    if constexpr (std::is_same_v<S, BFloat16>) tiles();
+  }
+
+  // Products in tiles.
+  void tiles() {
+    const LayerShape tiled{M_, K_, N_, sizeof(S), DotMode::amx};
+    if (supports(Path::amx, tiled, true)) tiled_forward();
+    if (supports(Path::amx, tiled, false))
+      for (const bool in_parts : {false, true})
+        for (const bool updates : {false, true}) tiled_backward(in_parts, updates);
   }
 
  private:
@@ -301,6 +311,107 @@ class LayerTest {
     report_.compare(bias, new_b, "update of b");
   }
 
+  // A packed operand; packed whole, and so longer, `pack` would write past its end.
+  using Panels = Array<BFloat16>;
+  static Panels panels(int64_t lines, int64_t depth) {
+    return {1, tile_panels_bytes(lines, depth) / static_cast<int64_t>(sizeof(BFloat16))};
+  }
+  static std::vector<Range> panels_of(int64_t size, bool in_pieces) {
+    return in_pieces ? pieces_of(size, kPanelSide) : std::vector<Range>{{0, size}};
+  }
+
+  // W is packed before, or when it is needed.
+  void tiled_forward() {
+    for (const bool packed_before : {false, true})
+      for (const bool in_pieces : {false, true}) {
+        Panels w = panels(N_, K_);
+        if (packed_before)
+          for (const Range lines : panels_of(N_, in_pieces))
+            tile_kernels_.pack_b_transposed(w_.in(), lines, K_, w.data());
+        Array<S> y(M_, N_, gap_), z(M_, N_, gap_);
+        const Forward f = problem(y, z);
+        Scratch scratch(kScratchBytes);
+        for (const Range rows : panels_of(M_, in_pieces))
+          for (const Range columns : panels_of(N_, in_pieces))
+            tile_kernels_.forward(f, packed_before ? w.data() : nullptr, rows, columns, scratch.data());
+        const std::string what = std::string("forward in tiles") + (packed_before ? ", W packed before" : "") +
+                                 (in_pieces ? ", in pieces" : "");
+        report_.compare(y, y_, what.c_str());
+        if (needs_z_) report_.compare(z, z_, (what + ": z").c_str());
+        report_.check(w.is_alone(), what.c_str(), "writes before W");
+        check_scratch(scratch, what.c_str());
+      }
+  }
+
+  // Of all samples at once, or in parts, whose sums are kept between; dW is stored, or W updated by it.
+  void tiled_backward(bool in_parts, bool updates) {
+    const std::string what = std::string("backward in tiles") + (in_parts ? ", in parts" : "");
+    const double numbers[Optimizers::max_parameters] = {0.25};
+    const Optimizer sgd = choose(Optimizers{}, index_of("sgd", Optimizers{}), numbers);
+    Array<S> new_w(N_, K_), dx(M_, K_, gap_), other_dx(M_, K_, gap_), dw(N_, K_), db(1, N_);
+    new_w.fill([&](int64_t n, int64_t k) { return w_(n, k); });
+    const Update update{new_w.data(), {}, &sgd};
+    Panels w = panels(K_, N_);
+    for (const Range columns : panels_of(K_, in_parts)) tile_kernels_.pack_b(w_.in(), columns, N_, w.data());
+    Array<float> partial(N_, K_), sums(1, N_);
+    Array<double> totals(1, N_);
+    totals.fill([](int64_t, int64_t) { return 0; });
+    Scratch scratch(kScratchBytes);
+    for (const Range samples : panels_of(M_, in_parts)) {
+      Array<S>* const results[]{&dx, &other_dx};
+      const auto part_of = [&](Array<S>& to) {
+        Backward b = problem(&to, dw.data(), nullptr);
+        const auto from = [&](auto& m) {
+          if (m.data) m.data = const_cast<S*>(static_cast<const S*>(m.data)) + samples.begin * m.stride;
+        };
+        from(b.dy), from(b.saved), from(b.x), from(b.dx);
+        b.M = samples.size();
+        b.update_w = updates ? &update : nullptr;
+        return b;
+      };
+      const Backward b = part_of(dx);
+      Panels dz = panels(b.M, N_), dz_transposed = panels(N_, b.M), x = panels(K_, b.M);
+      for (const Range columns : panels_of(N_, in_parts)) {  // both operands at once, or each alone
+        tile_kernels_.pack_grad(b, columns, dz.data(), updates ? nullptr : dz_transposed.data(), totals.data());
+        if (updates) tile_kernels_.pack_grad(b, columns, nullptr, dz_transposed.data(), nullptr);
+      }
+      for (const Range columns : panels_of(K_, in_parts)) tile_kernels_.pack_b(b.x, columns, b.M, x.data());
+      const bool first = samples.begin == 0, last = samples.end == M_;
+      for (const bool packed_before : {false, true})
+        for (const Range rows : panels_of(b.M, in_parts))
+          for (const Range columns : panels_of(K_, in_parts))
+            tile_kernels_.grad_input(part_of(*results[packed_before]), dz.data(), packed_before ? w.data() : nullptr,
+                                     rows, columns, scratch.data());
+      for (const Range rows : panels_of(N_, in_parts))
+        for (const Range columns : panels_of(K_, in_parts))
+          tile_kernels_.grad_weight(b, dz_transposed.data(), x.data(), rows, columns,
+                                    first && last ? nullptr : partial.data(), first, last, scratch.data());
+      report_.check(dz.is_alone() && dz_transposed.is_alone() && x.is_alone(), what.c_str(), "writes before a panel");
+    }
+    const Exact dz = rounded_dz(), exact_dw = product({dz, true}, {exactly(x_)}, N_, M_, K_);
+    const Exact exact_dx = product({dz}, {exactly(w_)}, M_, N_, K_);
+    report_.compare(dx, exact_dx, (what + ": dx").c_str());
+    report_.compare(other_dx, exact_dx, (what + ": dx, W packed before").c_str());
+    if (updates) {
+      Exact updated = exactly(w_);
+      for (size_t i = 0; i < updated.values.size(); ++i) updated.values[i] -= 0.25 * exact_dw.values[i];
+      updated.terms += exact_dw.terms;
+      report_.compare(new_w, updated, (what + ": update of W").c_str());
+    } else {
+      report_.compare(dw, exact_dw, (what + ": dW").c_str());
+    }
+    tile_kernels_.round_db(totals.data(), N_, sums.data());
+    kernels_.combine(sums.data(), 1, N_, {0, N_}, db.data());
+    report_.compare(db, db_, (what + ": db").c_str());
+    report_.check(totals.is_alone() && sums.is_alone() && partial.is_alone(), what.c_str(), "writes past its sums");
+    check_scratch(scratch, what.c_str());
+  }
+  Exact rounded_dz() const {  // tiles take dz in bfloat16
+    Exact dz = dz_;
+    for (double& v : dz.values) v = value(rounded<S>(v));
+    return dz;
+  }
+
   Report& report_;
   const int64_t M_, K_, N_, gap_;
   const Activation activation_;
@@ -310,6 +421,7 @@ class LayerTest {
   Array<S> x_, w_, bias_, dy_, saved_;
   Exact z_, y_, dz_, dx_, dw_, db_;
   const LayerKernels& kernels_ = TARGET::layer_kernels(Format<S>::dtype);
+  const TileKernels& tile_kernels_ = TARGET::tile_kernels();
 };
 
 struct Sizes {
@@ -321,6 +433,10 @@ constexpr Sizes kSmall[] = {{0, 4, 3},  {1, 1, 1},   {1, 7, 1},    {1, 37, 19}, 
                             {29, 1, 1}, {33, 17, 7}, {140, 1, 31}, {11, 21, 8}, {150, 13, 1}};
 // Several blocks of rows, columns and depth in one of the products each.
 constexpr Sizes kLarge[] = {{117, 530, 270}, {19, 33, 1040}, {1040, 7, 9}, {500, 24, 35}, {6, 1100, 10}, {9, 1, 4200}};
+
+// Tails of tiles and panels, and several of the blocks that stay in caches, of rows, columns and depth.
+constexpr Sizes kTiled[] = {{16, 32, 48},  {17, 31, 33},    {64, 96, 64},     {65, 33, 63},    {1, 64, 16},
+                            {97, 15, 130}, {300, 1100, 70}, {40, 1100, 1060}, {300, 70, 1040}, {1040, 70, 300}};
 
 template <class S>
 void test(Report& report) {
@@ -340,6 +456,10 @@ void test_layers(Report& report) {
   test<float>(report);
   test<double>(report);
   test<BFloat16>(report);
+  for (const auto [M, K, N] : kTiled)
+    for (const std::string name : {"gelu", "relu"})
+      if (name == "gelu" || M * K * N < 1 << 20)
+        LayerTest<BFloat16>(report, M, K, N, index_of(name, Activations{}), M % 2 ? 5 : 0).tiles();
   test<Half>(report);
 }
 

@@ -6,8 +6,6 @@
 
 namespace mlp_ext::cpu {
 
-bool multiplies_bfloat16() { return false; }
-
 namespace {
 
 Report report;
@@ -27,6 +25,7 @@ void test_machine() {
   report.check(limits.block_bytes > 0 || (block_bytes(limits) >= 1 << 14 && block_bytes(limits) <= kMostBlockBytes),
                "block of packed B", std::to_string(block_bytes(limits)) + " bytes");
   report.check(TARGET::fma_loop(10) > 0, "fma_loop");
+  report.check(TARGET::tile_loop(10) >= 0, "tile_loop");
 }
 
 }  // namespace
