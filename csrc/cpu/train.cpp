@@ -2,6 +2,7 @@
 // are checked and plans made once for all batches.
 #include "cpu/train.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <torch/library.h>
@@ -350,11 +351,9 @@ class Rows {
   int64_t item_;
 };
 
-void put(const at::Tensor& losses, int64_t i, double loss) {
-  if (losses.scalar_type() == at::kFloat)
-    losses.mutable_data_ptr<float>()[i] = static_cast<float>(loss);
-  else
-    losses.view(-1)[i].fill_(loss);
+void put(const at::Tensor& losses, int64_t i, double loss) {  // fill_ takes as long as a small network's step
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, losses.scalar_type(), "mlp_train_step_",
+                                  [&] { losses.mutable_data_ptr<scalar_t>()[i] = static_cast<scalar_t>(loss); });
 }
 
 // The rows of t at these indices. On one thread, since at::index_select would wake others and may wait for a busy core.
@@ -370,10 +369,13 @@ at::Tensor gather(const at::Tensor& t, const at::Tensor& order, bool takes_threa
   char* const to = static_cast<char*>(out.mutable_data_ptr());
   const at::Tensor indices = order.contiguous();
   const int64_t* const rows = indices.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < sizes[0]; ++i) {
+  for (int64_t i = 0, run = 1; i < sizes[0]; i += run, run = 1) {
     TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < t.size(0), "mlp_train_step_: order has ", rows[i], ", input has ",
                       t.size(0), " rows");
-    std::memcpy(to + i * row_bytes, from + rows[i] * stride, row_bytes);
+    // Rows in their own order, as of a full batch that is repeated, are copied at once.
+    const int64_t most = stride == row_bytes ? std::min(sizes[0] - i, t.size(0) - rows[i]) : 1;
+    while (run < most && rows[i + run] == rows[i] + run) ++run;
+    std::memcpy(to + i * row_bytes, from + rows[i] * stride, run * row_bytes);
   }
   return out;
 }

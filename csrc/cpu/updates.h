@@ -14,6 +14,11 @@
 
 namespace mlp_ext::cpu {
 
+// The steps done, of a count on the CPU: item() takes as long as a small network's step.
+inline double steps_done(const at::Tensor& count) {
+  return count.scalar_type() == at::kFloat ? *count.const_data_ptr<float>() : *count.const_data_ptr<double>();
+}
+
 // The updates of all parameters that learn, prepared for each step by begin_step().
 class Updates {
  public:
@@ -26,7 +31,7 @@ class Updates {
           l.update.parameter = p->value->mutable_data_ptr();
           for (size_t s = 0; s < kMaxStates; ++s)
             l.update.states[s] = p->states[s] ? p->states[s]->mutable_data_ptr() : nullptr;
-          if (p->step) l.steps = p->step->item<double>();
+          if (p->step) l.steps = steps_done(*p->step);
         }
         updates_.push_back(l);
       }
@@ -84,7 +89,7 @@ inline void update(const TrainedParameter& p, const at::Tensor& gradient) {
   for (const at::Tensor* state : p.states) as_kernels_need = as_kernels_need && (!state || state->is_contiguous());
   if (!as_kernels_need) return update_native(p, gradient);
   const StepKernels& kernels = variant().step_kernels(dtype_of(*p.value));
-  const Optimizer ready = at_step(*p.optimizer, p.step ? p.step->item<double>() + 1 : 1);
+  const Optimizer ready = at_step(*p.optimizer, p.step ? steps_done(*p.step) + 1 : 1);
   Update update{p.value->mutable_data_ptr(), {}, &ready};
   for (size_t s = 0; s < kMaxStates; ++s) update.states[s] = p.states[s] ? p.states[s]->mutable_data_ptr() : nullptr;
   const at::Tensor dense = cast(gradient, p.value->scalar_type()).contiguous();
