@@ -186,7 +186,11 @@ def test_step_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop", "adagrad"])
-@pytest.mark.parametrize("order", [None, [3, 0, 5, 5, 1]], ids=["as they lie", "in an order"])
+@pytest.mark.parametrize(
+    "order",
+    [None, [3, 0, 5, 5, 1], [4, 5, 0, 1, 2, 3, 3, 4]],
+    ids=["as they lie", "in an order", "in runs"],
+)
 def test_many_steps_are_single_steps(order: list[int] | None, optimizer: str) -> None:
     given = arguments() if optimizer == "sgd" else arguments_of(optimizer)
     one_by_one = converted(given, lambda t: t.detach().clone())

@@ -393,10 +393,13 @@ at::Tensor gather(const at::Tensor& t, const at::Tensor& order, bool takes_threa
   char* const to = static_cast<char*>(out.mutable_data_ptr());
   const at::Tensor indices = order.contiguous();
   const int64_t* const rows = indices.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < sizes[0]; ++i) {
+  for (int64_t i = 0, run = 1; i < sizes[0]; i += run, run = 1) {
     TORCH_CHECK_INDEX(rows[i] >= 0 && rows[i] < t.size(0), "mlp_train_step_: order has ", rows[i], ", input has ",
                       t.size(0), " rows");
-    std::memcpy(to + i * row_bytes, from + rows[i] * stride, row_bytes);
+    // Rows in their own order, as of a full batch that is repeated, are copied at once.
+    const int64_t most = stride == row_bytes ? std::min(sizes[0] - i, t.size(0) - rows[i]) : 1;
+    while (run < most && rows[i + run] == rows[i] + run) ++run;
+    std::memcpy(to + i * row_bytes, from + rows[i] * stride, run * row_bytes);
   }
   return out;
 }

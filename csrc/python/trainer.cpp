@@ -23,6 +23,9 @@ using at::Tensor;
 using Clock = Signals::Clock;
 
 constexpr int64_t kStepsPerCall = 4096;
+// The first call of fit, before the time of a step is known: at most so many steps, and multiply-adds of their forward
+// passes. It should take less than about 10 ms.
+constexpr int64_t kFirstSteps = 64, kFirstMultiplyAdds = int64_t(1) << 22;
 // Full-batch training passes the rows repeatedly as `order`, many steps per call. Each step then gathers its rows,
 // which pays off for inputs up to these sizes: on a GPU if steps run in one launch, and on the CPU.
 constexpr int64_t kRepeatedBytes = int64_t(1) << 20, kRepeatedBytesOnCpu = int64_t(16) << 10;
@@ -52,7 +55,8 @@ class TrainingRun {
         rows_(data.input.size(0)),
         rows_of_one_(data.rows_of_one),
         batch_size_(std::max<int64_t>(1, std::min(epochs.batch_size, rows_) * rows_of_one_)),  // must not overflow
-        now_(std::move(now)) {}
+        now_(std::move(now)),
+        steps_per_call_(first_steps()) {}
 
   // Call without the GIL.
   std::vector<double> run() {
@@ -115,6 +119,14 @@ class TrainingRun {
   }
 
   // ---- steps ----
+
+  // Steps in the first call; one if it creates states, since then it has hyperparameters of its own.
+  int64_t first_steps() const {
+    if (now_.is_first_step()) return 1;
+    int64_t of_a_row = 0;
+    for (const Tensor& p : now_.parameters) of_a_row += p.numel();
+    return std::clamp<int64_t>(kFirstMultiplyAdds / (batch_size_ * std::max<int64_t>(of_a_row, 16)), 1, kFirstSteps);
+  }
 
   // Trains on all batches of the order once, or without one on all rows `count` times; returns the losses.
   Tensor train_batches(const std::optional<Tensor>& order, int64_t count) {
@@ -189,7 +201,7 @@ class TrainingRun {
   const int64_t rows_, rows_of_one_, batch_size_;
   OptimizerState now_;
   Step replay_;
-  int64_t steps_per_call_ = 1;  // the first step is alone: it creates states and has its own hyperparameters
+  int64_t steps_per_call_;
   bool is_first_ = true;
   Signals signals_;
 };
