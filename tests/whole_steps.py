@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from mlp_ext import TrainStep, TrainSteps
 
 PRELOADED = ctypes.CDLL(None)
-PRELOADED.at_allocation.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
 
 
 class Case(NamedTuple):
@@ -166,6 +165,7 @@ def attempts(case: Case, interrupt: bool) -> dict[str, Any]:
 
 
 def main(interrupt: bool, *names: str) -> None:
+    PRELOADED.at_allocation.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     ended = {}
     for name in names or CASES:
