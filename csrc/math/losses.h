@@ -132,7 +132,7 @@ struct Huber {  // d = y - t,  l = d^2 / 2 where |d| <= delta, else delta (|d| -
 // A Row provides, for one row of N outputs, or one of each network in lanes:
 //   z(n)           the outputs
 //   c(), t(n)      the class c, or -1 if the target is probabilities t
-//   w(n)           the class weights, all 0 if the row is ignored
+//   w(n)           the class weights; in lanes, 0 where the row is ignored
 //   sum_exp(most)  sum over n of exp(z(n) - most)
 //   exp(n, most)   its terms, after a call of sum_exp
 //   put(n, dz)     stores the gradient, possibly over z(n)
@@ -142,6 +142,15 @@ MLP_EXT_HOST_DEVICE bool is_class(int64_t c, int64_t n) { return n == c; }
 template <class F>
 MLP_EXT_HOST_DEVICE auto of_class(int64_t c, int64_t, const F& f) {  // f(c)
   return f(c);
+}
+template <class T, class Row>
+MLP_EXT_HOST_DEVICE T largest(const Row& row, int64_t N) {
+  T most = row.z(0);
+  for (int64_t n = 1; n < N; ++n) {
+    const T z = row.z(n);
+    most = where(z <= most, most, z);
+  }
+  return most;
 }
 
 // l = -sum q log_softmax(z),  dl/dz = Q softmax(z) - q,  Q = sum q.  With label smoothing e,
@@ -164,11 +173,8 @@ struct CrossEntropy {
       if (!has_class(c)) return row.w(n) * ((1 - smoothing) * row.t(n) + even);
       return where(is_class(c, n), row.w(n) * (1 - smoothing), T(0)) + (smooth ? row.w(n) * even : T(0));
     };
-    T most = row.z(0), all_q = 0, loss = 0;
-    for (int64_t n = 1; n < N; ++n) {
-      const T z = row.z(n);
-      most = where(z <= most, most, z);
-    }
+    const T most = largest<T>(row, N);
+    T all_q = 0, loss = 0;
     const T sum = row.sum_exp(most), log_sum = log(sum);
     const auto term = [&](int64_t n) -> T { return q(n) * ((row.z(n) - most) - log_sum); };  // small, unlike most
     if (has_class(c) && !smooth) {                                                           // no 0 log 0
@@ -183,6 +189,12 @@ struct CrossEntropy {
     for (int64_t n = 0; n < N; ++n) row.put(n, (row.exp(n, most) / sum * all_q - q(n)) * scale);
     return loss;
   }
+  // dl/dz of an ignored row: 0 softmax(z), NaN where that is
+  template <class T, class Row>
+  MLP_EXT_HOST_DEVICE void ignored_row(Row row, int64_t N) const {
+    const T zero = 0 * row.sum_exp(largest<T>(row, N));
+    for (int64_t n = 0; n < N; ++n) row.put(n, zero);
+  }
 };
 
 struct NLL {  // log-probabilities y, class c:  l = -w(c) y(c),  dl/dy(n) = -w(c) [n = c]
@@ -196,9 +208,13 @@ struct NLL {  // log-probabilities y, class c:  l = -w(c) y(c),  dl/dy(n) = -w(c
   MLP_EXT_HOST_DEVICE T row(Row row, int64_t N, T scale) const {
     const auto c = row.c();
     const T loss = of_class(c, N, [&](int64_t n) -> T { return -row.w(n) * row.z(n); });
-    const T slope = of_class(c, N, [&](int64_t n) -> T { return T(0) - row.w(n) * scale; });  // no -0 if ignored
+    const T slope = of_class(c, N, [&](int64_t n) -> T { return -row.w(n) * scale; });
     for (int64_t n = 0; n < N; ++n) row.put(n, where(is_class(c, n), slope, T(0)));
     return loss;
+  }
+  template <class T, class Row>
+  MLP_EXT_HOST_DEVICE void ignored_row(Row row, int64_t N) const {
+    for (int64_t n = 0; n < N; ++n) row.put(n, T(0));
   }
 };
 

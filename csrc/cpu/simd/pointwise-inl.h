@@ -122,12 +122,11 @@ struct LossRow {
   int64_t m, N, class_of_row;
   const T* y;
   T* dy;
-  bool ignored;
 
-  int64_t c() const { return ignored ? 0 : class_of_row; }
+  int64_t c() const { return class_of_row; }
   T z(int64_t n) const { return y[n]; }
   T t(int64_t n) const { return scalar(at<S>(loss.target, m, n)); }
-  T w(int64_t n) const { return ignored ? T(0) : loss.weight ? scalar(static_cast<const S*>(loss.weight) + n) : T(1); }
+  T w(int64_t n) const { return loss.weight ? scalar(static_cast<const S*>(loss.weight) + n) : T(1); }
   T sum_exp(T most) const {
     T sum = 0;
     for_vectors<T>(N, [&](int64_t n, auto lanes) {
@@ -150,10 +149,11 @@ double row_losses(const Loss& loss, Range rows, int64_t N, const void* y_data, v
   double total = 0;
   for (int64_t m = rows.begin; m < rows.end && N > 0; ++m, y += N, dy += N) {
     const int64_t c = loss.classes ? loss.classes[m * loss.classes_stride] : -1;
-    const bool ignored = loss.classes && c == loss.ignore_index;
-    const double of_row =
-        l.template row<T>(LossRow<S>{loss, m, N, c, y, dy, ignored}, N, ignored ? T(0) : static_cast<T>(loss.scale));
-    if (!ignored) total += of_row;
+    const LossRow<S> row{loss, m, N, c, y, dy};
+    if (loss.classes && c == loss.ignore_index)
+      l.template ignored_row<T>(row, N);
+    else
+      total += l.template row<T>(row, N, static_cast<T>(loss.scale));
   }
   return total;
 }

@@ -269,11 +269,10 @@ struct Row {
   int first;                  // from layer.y on
   int64_t row, class_of_row;  // the row of the target
 
-  __device__ bool ignored() const { return data.classes && class_of_row < 0; }
-  __device__ int64_t c() const { return ignored() ? 0 : class_of_row; }
+  __device__ int64_t c() const { return class_of_row; }
   __device__ T z(int64_t n) const { return chip.rows[layer.y + first + n]; }
   __device__ T t(int64_t n) const { return to_accumulator(*data.target.at(row, n)); }
-  __device__ T w(int64_t n) const { return ignored() ? T(0) : f.loss.weight ? to_accumulator(f.loss.weight[n]) : T(1); }
+  __device__ T w(int64_t n) const { return f.loss.weight ? to_accumulator(f.loss.weight[n]) : T(1); }
   __device__ T exp(int64_t n, T most) const { return std::exp(z(n) - most); }
   __device__ T sum_exp(T most) const {
     T sum = 0;
@@ -295,9 +294,9 @@ __device__ T whole_rows(const Steps<S>& f, const StepData<S>& data, const Loss& 
   const StepLayer& layer = f.layer[f.layers - 1];
   const int64_t c = data.classes ? class_of(f, data, begin + m) : -1;
   const Row<S, T> row{f, data, layer, chip, m * layer.y_stride, input_row(f, data, begin + m), c};
-  const bool ignored = row.ignored();
-  const T of_row = loss.template row<T>(row, layer.N, ignored ? T(0) : scale);
-  return ignored ? T(0) : of_row;
+  if (!data.classes || c >= 0) return loss.template row<T>(row, layer.N, scale);
+  loss.template ignored_row<T>(row, layer.N);
+  return 0;
 }
 
 template <class S, class T>
