@@ -22,7 +22,7 @@ PATHS = {  # of the CPU, in one line
     "one_output": "dx, dW and db in one pass, row by row",
     "few_rows": "W is read once, for dx, and dW is written in the same pass",
     "packed": "blocked GEMMs on packed operands, with the activation in the same pass",
-    "amx": "GEMMs on the tile unit, on operands packed once, with the activation in the same pass",
+    "amx": "GEMMs on the tile unit, packed once, with the activation in the same pass",
     "library": "PyTorch's GEMM, and one pass for the rest",
     "lanes": "as blocks, with a row in each lane of a vector",
     "blocks": "a block of rows runs through all layers, forward and backward",
