@@ -111,7 +111,8 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
   const bool needs_dx = problem.dx.data, needs_dw = problem.dw || problem.update_w, once = packs_once(M);
   const Grid dx_grid = once ? columns_of(plan.grad_input) : plan.grad_input;
   // By rows of W, as forward packs them: each thread then updates what it reads.
-  const Grid dw_grid = N >= kPanelSide * plan.grad_weight.size() ? Grid{plan.grad_weight.size(), 1, 1} : plan.grad_weight;
+  const Grid dw_grid =
+      N >= kPanelSide * plan.grad_weight.size() ? Grid{plan.grad_weight.size(), 1, 1} : plan.grad_weight;
   const BackwardMemory parts(problem);
   const int64_t each = parts.rows;
   const auto at = [&](int64_t offset) -> void* { return offset < 0 ? nullptr : static_cast<char*>(memory) + offset; };
@@ -135,8 +136,7 @@ void backward_by_amx(const Backward& problem, const Plan& plan, const TileKernel
         kernels.grad_input(b, dz, w, rows, columns, scratch(kScratchBytes));
       };
       const auto multiply_dw = [&](Range rows, Range columns) {
-        kernels.grad_weight(b, dz_t, x, rows, columns, partial, first, last,
-                            scratch(kScratchBytes));
+        kernels.grad_weight(b, dz_t, x, rows, columns, partial, first, last, scratch(kScratchBytes));
       };
       const int64_t dx_pieces = needs_dx ? dx_grid.size() : 0, dw_pieces = needs_dw ? dw_grid.size() : 0;
       const auto run = [&](bool of_dx, int64_t p) {

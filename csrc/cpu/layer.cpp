@@ -4,7 +4,6 @@
 #include <ATen/Context.h>
 #include <c10/util/FunctionRef.h>
 
-
 #include "cpu/amx.h"
 #include "cpu/caching_allocator.h"
 #include "cpu/library.h"
@@ -240,9 +239,7 @@ int64_t bytes_of(const Backward& b, const Plan& plan, DType dtype) {
 }  // namespace
 
 bool backward_allocates(const Backward& b, DType dtype) { return plan_of(b, dtype).backward_path == Path::library; }
-int64_t backward_bytes(const Backward& b, DType dtype) {
-  return bytes_of(b, plan_of(b, dtype), dtype);
-}
+int64_t backward_bytes(const Backward& b, DType dtype) { return bytes_of(b, plan_of(b, dtype), dtype); }
 
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
 void backward_layer(const Backward& problem, DType dtype, void* memory) {

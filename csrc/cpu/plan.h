@@ -25,7 +25,7 @@ enum class Path {
 constexpr int kPaths = 10;
 constexpr const char* path_name(Path path) {
   constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall", "one_input",
-                                         "one_output", "few_rows", "packed", "amx",    "library"};
+                                         "one_output", "few_rows", "packed", "amx",  "library"};
   return names[static_cast<int>(path)];
 }
 
@@ -119,7 +119,7 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
     case Path::packed:
       return true;
     case Path::amx:
-      return s.mode == DotMode::amx && s.multiply_adds() > 0 && (!forward || s.K <= kTileDepth);
+      return s.mode == DotMode::amx && s.item_size == 2 && s.multiply_adds() > 0 && (!forward || s.K <= kTileDepth);
     case Path::library:  // torch multiplies float16 slowly
       return (s.item_size > 2 || s.mode != DotMode::fma) && rows_in_whole_pairs && s.multiply_adds() > 0;
   }
@@ -159,12 +159,13 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
   const bool narrow = supports(Path::narrow, shape, true) && !few_outputs &&
                       (N == 1 ? 2 : 1) * shape.row_bytes(K) <= limits.narrow_bytes &&
                       shape.row_bytes(N) <= limits.narrow_bytes;
-  const bool fills_tiles = supports(Path::amx, shape, true) && M >= limits.amx_rows;
+  const bool fills_tiles = M >= limits.amx_rows;
   if (one_input)
     plan.forward_path = Path::one_input;
   else if (narrow)
     plan.forward_path = Path::narrow;
-  else if (!is_small && fills_tiles && K >= limits.amx_inputs && N >= limits.amx_outputs)
+  else if (!is_small && fills_tiles && K >= limits.amx_inputs && N >= limits.amx_outputs &&
+           supports(Path::amx, shape, true))
     plan.forward_path = Path::amx;
   else if (is_small)
     plan.forward_path = N == 1 || limits.small_dot_depth * M <= K ? Path::dots : Path::small;
@@ -183,7 +184,7 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.backward_path = Path::narrow;
   else if (is_small && !one_input)
     plan.backward_path = Path::small;
-  else if (fills_tiles && std::min(K, N) >= limits.amx_backward_columns)
+  else if (fills_tiles && std::min(K, N) >= limits.amx_backward_columns && supports(Path::amx, shape, false))
     plan.backward_path = Path::amx;
   else if (supports(Path::one_output, shape, false))
     plan.backward_path = Path::one_output;

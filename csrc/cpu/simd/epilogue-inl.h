@@ -88,8 +88,7 @@ struct BiasActTile {
         store(sums + r * sums_stride + c, v, lanes);
         if (z) store(z + (i + r) * z_stride + j + c, v, lanes);
       });
-    pointwise_of<S>().act(*activation, {sums, sums_stride}, {y + i * stride + j, stride}, rows, width,
-                          past_caches);
+    pointwise_of<S>().act(*activation, {sums, sums_stride}, {y + i * stride + j, stride}, rows, width, past_caches);
   }
 };
 

@@ -14,8 +14,8 @@ namespace {
 template <class Unit>
 struct TileLayer {
   using S = BFloat16;
-  static constexpr int64_t kBlockRows = 2 * kPanelSide;    // of sums in L1
-  static constexpr int64_t kDepthInL1 = 8 * kPanelSide;    // of B: 16 KiB, read for both panels of A
+  static constexpr int64_t kBlockRows = 2 * kPanelSide;  // of sums in L1
+  static constexpr int64_t kDepthInL1 = 8 * kPanelSide;  // of B: 16 KiB, read for both panels of A
   static constexpr int kSumsStride = kPanelSide;
   static constexpr int kRowVectors = kSumsStride / kLanes;
   // The workspace: sums, a panel of B and rows of x.
@@ -71,8 +71,7 @@ struct TileLayer {
   template <class Finish>
   static void take_rows(Block& block, int count, const Finish& finish) {
     const int rows = std::min(count, block.rows - block.taken);
-    if (rows > 0)
-      finish(block.i + block.taken, block.j, block.sums + block.taken * kSumsStride, rows, block.columns);
+    if (rows > 0) finish(block.i + block.taken, block.j, block.sums + block.taken * kSumsStride, rows, block.columns);
     block.taken += rows;
   }
 
@@ -201,8 +200,8 @@ struct TileLayer {
       with_act_in_registers(
           *f.activation,
           [&](auto act) {
-            run(FinishForward<decltype(act)>{bias ? bias + columns.begin : nullptr,
-                                             y + m * f.y.stride + columns.begin, f.y.stride, past_caches});
+            run(FinishForward<decltype(act)>{bias ? bias + columns.begin : nullptr, y + m * f.y.stride + columns.begin,
+                                             f.y.stride, past_caches});
           },
           [&] {
             run(FinishForwardByTiles{
@@ -234,8 +233,8 @@ struct TileLayer {
     float* const workspace = static_cast<float*>(scratch);
     Bits16* const panel = reinterpret_cast<Bits16*>(workspace + kSums);
     const auto with = [&](const auto& w) {
-      multiply(step_of(const_cast<void*>(dz_panels), b.N, rows.begin, 0), w, rows.size(), columns.size(), b.N, workspace,
-               Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
+      multiply(step_of(const_cast<void*>(dz_panels), b.N, rows.begin, 0), w, rows.size(), columns.size(), b.N,
+               workspace, Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
     };
     w_panels ? with(before(w_panels, b.N, columns)) : with(Once{{at<S>(b.w, 0, columns.begin), b.w.stride}, panel});
     end_of_streams();
@@ -281,14 +280,13 @@ struct TileLayer {
   };
   static void grad_weight(const Backward& b, const void* dz_t_panels, const void* x_panels, Range rows, Range columns,
                           float* partial, bool first, bool last, void* scratch) {
-    multiply(step_of(const_cast<void*>(dz_t_panels), b.M, rows.begin, 0),
-             before(x_panels, b.M, columns), rows.size(), columns.size(), b.M,
-             static_cast<float*>(scratch), FinishWeight{b, rows, columns, partial, first, last});
+    multiply(step_of(const_cast<void*>(dz_t_panels), b.M, rows.begin, 0), before(x_panels, b.M, columns), rows.size(),
+             columns.size(), b.M, static_cast<float*>(scratch), FinishWeight{b, rows, columns, partial, first, last});
   }
 
   static void round_db(const double* totals, int64_t N, float* db) { round_sums(totals, N, db); }
 
-  static constexpr TileKernels kernels{pack_b_transposed, pack_b,     pack_grad<Unit>, forward,
+  static constexpr TileKernels kernels{pack_b_transposed, pack_b,      pack_grad<Unit>, forward,
                                        grad_input,        grad_weight, round_db};
 };
 

@@ -8,7 +8,7 @@
 namespace mlp_ext::cpu {
 namespace {
 
-constexpr int kTileSide = 16;                      // rows, and floats or pairs of bfloat16 in a row
+constexpr int kTileSide = 16;  // rows, and floats or pairs of bfloat16 in a row
 constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kTileElements = 2 * kTileSide * kTileSide;  // of bfloat16
 
@@ -83,7 +83,8 @@ class PlainTileUnit {
   }
   template <int t>
   void load(const void* p, int64_t stride = kTileRowBytes) {
-    for (int r = 0; r < kTileSide; ++r) std::memcpy(tiles_[t][r], static_cast<const char*>(p) + r * stride, kTileRowBytes);
+    for (int r = 0; r < kTileSide; ++r)
+      std::memcpy(tiles_[t][r], static_cast<const char*>(p) + r * stride, kTileRowBytes);
   }
   template <int t>
   void stream(const void* p) {
