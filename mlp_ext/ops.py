@@ -94,6 +94,9 @@ def empty_cache() -> None:
     allocate again, and are slower. No tensor changes, and what another thread uses at the moment
     stays. On CUDA all memory is PyTorch's: `torch.cuda.empty_cache()`.
 
+    Returns:
+        None.
+
     Examples:
         >>> mlp_ext.empty_cache()
     """

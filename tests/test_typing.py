@@ -22,8 +22,8 @@ from mlp_ext import (
     ACTIVATIONS, FitResult, FusionReport, Level, LinearELU, LinearGELU, LinearHardtanh,
     LinearLeakyReLU, LinearMish, LinearReLU, LinearReLU6, LinearSELU, LinearSiLU, LinearSigmoid,
     LinearSoftplus, LinearTanh, Profile, Sequential, Site, Timing, TrainStep, TrainSteps,
-    build_info, fuse, fusion_report, linear_act, linear_relu, linear_sigmoid, linear_tanh, predict,
-    profile, unfuse,
+    build_info, empty_cache, fuse, fusion_report, linear_act, linear_relu, linear_sigmoid,
+    linear_tanh, predict, profile, unfuse,
 )
 
 
@@ -93,6 +93,7 @@ reveal_type(steps(x, x))  # R: torch._tensor.Tensor
 found_losses = steps.fit(x, x, generators=[torch.Generator()], rows=[b.long()])
 reveal_type(found_losses)  # R: torch._tensor.Tensor
 reveal_type(predict([model], x))  # R: torch._tensor.Tensor
+reveal_type(empty_cache)  # R: def ()
 TrainSteps(model, nn.MSELoss(), [optimizer])  # E: arg-type
 
 # profile

@@ -60,6 +60,11 @@ class Optimizer(NamedTuple):
     how: str | None  # "tensor lr", "foreach" or "fused"
     split: int  # parameters from here on have twice the lr
 
+    def _may_be_fused(self, dtype: torch.dtype) -> bool:
+        """torch's own leaves many 16-bit parameters as they are, and loses NaN in amsgrad's maxima."""
+        kept = dtype.itemsize > 2 and not self.options.get("amsgrad")
+        return self.how == "fused" and self.name != "RMSprop" and kept
+
     def make(self, model: nn.Module, share: float = 1.0) -> torch.optim.Optimizer:
         options = self.options | {"lr": self.options["lr"] * share}
         found = [*model.parameters()]
@@ -67,8 +72,8 @@ class Optimizer(NamedTuple):
             options["lr"] = torch.tensor(options["lr"], dtype=torch.float64)
         elif self.how == "foreach":
             options["foreach"] = True
-        elif self.how == "fused" and self.name != "RMSprop" and found[0].dtype.itemsize > 2:
-            options["fused"] = True  # torch's own leaves many 16-bit parameters as they are
+        elif self._may_be_fused(found[0].dtype):
+            options["fused"] = True
         groups = [
             {"params": found[: self.split]},
             {"params": found[self.split :], "lr": options["lr"] * 2},
