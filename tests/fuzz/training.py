@@ -61,7 +61,7 @@ class Optimizer(NamedTuple):
     split: int  # parameters from here on have twice the lr
 
     def _may_be_fused(self, dtype: torch.dtype) -> bool:
-        """torch's own leaves many 16-bit parameters as they are, and loses NaN in amsgrad's maxima."""
+        """torch's own leaves many 16-bit parameters as they are, and loses NaN of amsgrad."""
         kept = dtype.itemsize > 2 and not self.options.get("amsgrad")
         return self.how == "fused" and self.name != "RMSprop" and kept
 
