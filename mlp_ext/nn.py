@@ -216,7 +216,8 @@ class LinearAct(nn.Linear):
         for name, selecting in cls.variants.items():
             if all(getattr(source, option, None) == value for option, value in selecting.items()):
                 values = [getattr(source, parameter, None) for parameter in PARAMETERS[name]]
-                numbers = [number for value in values if (number := as_float(value)) is not None]
+                # No walrus here: torch.compile cannot trace one in a comprehension.
+                numbers = [number for number in map(as_float, values) if number is not None]
                 if len(numbers) < len(values) or (
                     name == "hardtanh" and not numbers[0] <= numbers[1]
                 ):

@@ -637,11 +637,15 @@ def test_report_follows_a_compiled_model() -> None:
 
 
 @pytest.mark.parametrize("function", [mlp_ext.fuse, mlp_ext.unfuse, mlp_ext.fusion_report])
-@pytest.mark.parametrize("model", [[linear()], nn.Sequential, None], ids=str)
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [([linear()], "list"), (nn.Sequential, "the class Sequential"), (None, "None")],
+    ids=["list", "class", "None"],
+)
 def test_what_is_not_a_module_is_refused(
-    function: Callable[[object], object], model: object
+    function: Callable[[object], object], model: object, what: str
 ) -> None:
-    with pytest.raises(TypeError, match=f"must be a torch.nn.Module, got {type(model).__name__}$"):
+    with pytest.raises(TypeError, match=f"must be a torch.nn.Module, got {what}$"):
         function(model)
 
 

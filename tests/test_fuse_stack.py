@@ -230,5 +230,6 @@ def test_child_with_a_hook_is_reported_and_called() -> None:
 
 def test_unknown_level_is_refused() -> None:
     for function in (mlp_ext.fuse, mlp_ext.fusion_report):
-        with pytest.raises(ValueError, match="fuse: level must be one of layers, stack, got 'all'"):
+        message = f"{function.__name__}: level must be one of layers, stack, got 'all'"
+        with pytest.raises(ValueError, match=f"^{message}"):
             function(mlp(), level="all")
