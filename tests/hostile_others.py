@@ -133,7 +133,7 @@ def command(line: list[str], message: str) -> Row:
     return Row(call, SystemExit, f"mlp-ext{f' {line[0]}' * bool(message)}: error: {message}")
 
 
-TRAIN = ["train", "--epochs", "1", "--layers", "step", "--target", "y", "--csv"]
+TRAIN = ["train", "--epochs", "1", "--layers", "step", "--target", "y", "--data"]
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "command with a line break": (["tr\nain"], ""),
     "activation with a line break": (
@@ -146,7 +146,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     ),
     "weights over the data": (
         [*TRAIN, "good.csv", "--save", "good.csv"],
-        "argument --save: is the file of --csv; name another",
+        "argument --save: is the file of --data; name another",
     ),
     "results over the weights": (
         [*TRAIN, "good.csv", "--save", "new", "--json", "./new"],
@@ -209,7 +209,7 @@ CSV = {
     "long.csv": ", line 3: field larger than field limit (131072)",
 }
 for name, message in CSV.items():
-    COMMANDS[f"training on {name}"] = ([*TRAIN, name], f"argument --csv: {name}{message}")
+    COMMANDS[f"training on {name}"] = ([*TRAIN, name], f"argument --data: {name}{message}")
     sweep = ["sweep", "--target", "y", "--data", name]
     COMMANDS[f"sweep on {name}"] = (sweep, f"argument --data: {name}{message}")
 ROWS |= {name: command(*given) for name, given in COMMANDS.items()}

@@ -160,7 +160,7 @@ ERRORS = [
     (
         {"batch_size": 2**63},
         ValueError,
-        r"batch_size must be below 2\*\*63, got 922337203685477580",
+        r"batch_size must be below 2\*\*63, got 9223372036854775808",
     ),
     ({"batch_size": [3] * 1000}, TypeError, "batch_size must be an int, got list"),
     ({"epochs": torch.ones(3)}, TypeError, "epochs must be an int, got torch.Tensor"),

@@ -143,7 +143,7 @@ def test_no_batches_are_an_error() -> None:
     """Also where a loader ends after its first epoch, with the steps of that one done."""
     problem, plain = Problem(), Problem()
     with pytest.raises(ValueError, match=r"^TrainStep.fit: input has no batches; "):
-        problem.step.fit(Stream(*(t[:0] for t in problem.rows)), epochs=2)
+        problem.step.fit(loader((problem.rows[0][:0], problem.rows[1][:0])), epochs=2)
     torch.testing.assert_close(problem.state(), plain.state(), rtol=0, atol=0)
 
     class Once:
@@ -156,6 +156,15 @@ def test_no_batches_are_an_error() -> None:
         problem.step.fit(Once(), epochs=2)
     plain.step.fit([plain.rows], epochs=1)
     torch.testing.assert_close(problem.state(), plain.state(), rtol=0, atol=0)
+
+
+def test_loss_of_a_batch_without_rows_is_the_eager_loops() -> None:
+    eager, ours = Problem(), Problem()
+    batch = tuple(t[:0] for t in eager.rows)
+    loss = sgd_step(eager.model, eager.criterion, eager.optimizer)(*batch)
+    losses = ours.step.fit([batch], epochs=1)
+    torch.testing.assert_close(losses[0], loss, equal_nan=True)
+    torch.testing.assert_close(ours.state(), eager.state())
 
 
 def test_error_in_the_loader_leaves_the_finished_steps() -> None:
