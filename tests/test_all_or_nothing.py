@@ -95,7 +95,7 @@ def no_probabilities(part: Training) -> torch.Tensor:
 def test_a_first_step_that_fails_leaves_the_optimizer_as_it_was(
     before: dict[str, Any] | None, options: str
 ) -> None:
-    part = training("10-5-1@10", "bce", options)
+    part = training("10-5-1@10", "bce", options, torch.float32)
     weight = part.model[0].weight
     if before is not None:
         part.optimizer.state[weight] = dict(before)
@@ -114,7 +114,7 @@ def test_a_first_step_that_fails_leaves_the_optimizer_as_it_was(
 @pytest.mark.parametrize("entry", [None, [], 5, MappingProxyType({})], ids=str)
 @pytest.mark.parametrize("options", ["momentum", "adam"])
 def test_an_entry_that_is_no_dict_changes_nothing(entry: Any, options: str) -> None:
-    part = training("10-5-1@10", "mse", options)
+    part = training("10-5-1@10", "mse", options, torch.float32)
     part.optimizer.state[part.model[2].bias] = entry
     before = deepcopy([*part.model.parameters()])
     for step in (TrainStep(*part[:3]), TrainSteps([part.model], part.criterion, [part.optimizer])):
