@@ -103,7 +103,7 @@ OF_STEP: dict[str, tuple[Free, str]] = {
     "target": (lambda m, c, o, x, y: y, "target"),
     "weight": (lambda m, c, o, x, y: m[2].weight, "a weight"),
     "bias": (lambda m, c, o, x, y: m[0].bias, "a bias"),
-    "class weights": (lambda m, c, o, x, y: c.weight, "loss_weight"),
+    "class weights": (lambda m, c, o, x, y: c.weight, "the criterion's weight"),
     "momentum": (
         lambda m, c, o, x, y: o.state[m[0].bias]["momentum_buffer"],
         "an optimizer state",
