@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -55,7 +56,12 @@ def in_child(check: Callable[[], bool]) -> bool:
     child = os.fork()
     if child == 0:
         signal.alarm(HANGS)
-        os._exit(0 if check() else 1)
+        code = 1  # whatever check raises: the child must not run the parent's code
+        try:
+            code = 0 if check() else 1
+        except Exception:
+            traceback.print_exc()
+        os._exit(code)
     return os.waitpid(child, 0)[1] == 0
 
 
@@ -145,6 +151,7 @@ if __name__ == "__main__":
     EXPECTED[:] = computed()
     cases: dict[str, Callable[[], bool]] = {
         "a child computes the same": lambda: in_child(is_same),
+        "each of many children": lambda: all(in_child(is_same) for _ in range(20)),
         "a child uses all threads": lambda: in_child(lambda: is_same() and tasks() >= THREADS),
         "the parent computes on": is_same,
         "a child of a thread": of_a_thread,

@@ -28,6 +28,7 @@ def found() -> dict[str, bool]:
     "case",
     [
         "a child computes the same",
+        "each of many children",
         "a child uses all threads",
         "the parent computes on",
         "a child of a thread",
