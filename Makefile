@@ -107,7 +107,7 @@ bench-quick: build
 	$(RUN)/mlp-ext bench --suite layers --providers native,fused --rounds 10
 	$(RUN)/mlp-ext bench --suite train --providers native,fused,step,fit --rounds 10
 
-CPP = $(shell find csrc tests/cpu_kernels tests/cuda_on_cpu tests/team -type f) tests/vector_functions.cpp
+CPP = $(shell find csrc tests/cpu_kernels tests/cuda_on_cpu tests/team -type f -not -name "*.map") tests/vector_functions.cpp
 lint: $(VENV)/tools
 	@echo "== lint: ruff, clang-format, mypy"
 	$(RUN)/ruff check .
