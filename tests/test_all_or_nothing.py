@@ -78,11 +78,6 @@ class RaisesAfter(TorchDispatchMode):
         return result
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(SystemError, RuntimeError),
-    reason="states are compared while the Python error is still set",
-)
 @pytest.mark.parametrize("options", ["momentum", "dampening", "adam"])
 def test_a_step_done_before_an_error_has_its_states(options: str) -> None:
     part = training("10-5-1@10", "mse", options, torch.float64)

@@ -52,7 +52,7 @@ constexpr int64_t kFewOutputs = 32;                  // M N; below, packing W co
 constexpr int64_t kMostSmallMultiplyAdds = 1 << 16;  // bounds the workspace of small
 constexpr int64_t kTileDepth = 1 << 14;              // K of amx; bounds the packed rows of x
 constexpr int64_t kLossRows = 8;                     // rows of outputs per call of the loss kernel
-constexpr int64_t kRowsPerSum = 1 << 17;             // M of a piece of tall or blocks, whose sums add block after block
+constexpr int64_t kRowsPerSum = 1 << 15;             // M of a piece of tall or blocks, whose sums add block after block
 constexpr int64_t kFlushedMultiplyAdds = 1 << 12;  // above, torch's bfloat16 GEMM flushes subnormals, as VDPBF16PS does
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -238,6 +238,7 @@ void OptimizerReader::store(OptimizerState::Created& created, py::handle states)
 }
 
 void OptimizerReader::take_back(std::vector<OptimizerState::Created>& created) const {
+  const py::error_scope error;  // torch's errors are also the interpreter's, in which no operator can run
   const auto has_changed = [](const OptimizerState::Created& c) { return c.tensor.any().item<bool>(); };
   if (std::none_of(created.begin(), created.end(), has_changed)) {
     for (const OptimizerState::Created& c : created)
