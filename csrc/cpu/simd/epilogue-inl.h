@@ -105,6 +105,18 @@ struct UpdateTile {
   }
 };
 
+// The sum over p of parts[p * stride]. There is a part for each 2^15 rows: eight at a time, sums keep their digits.
+template <class T, class Part, class Lanes>
+Vec<T> sum_of_parts(const Part* parts, int64_t count, int64_t stride, Lanes lanes) {
+  Vec<T> total;
+  for (int64_t begin = 0; begin < count; begin += 8) {
+    Vec<T> sum = load(parts + begin * stride, lanes);
+    for (int64_t p = begin + 1; p < std::min(begin + 8, count); ++p) sum = sum + load(parts + p * stride, lanes);
+    total = total + sum;
+  }
+  return total;
+}
+
 // Updates with the gradient sum over p of parts[p * stride + range], added in order. Parts are accumulators or S.
 template <class S, class Part = Accumulator<S>>
 void update_by_parts(const Update& update, const void* parts, int64_t count, int64_t stride, Range range) {
@@ -114,11 +126,8 @@ void update_by_parts(const Update& update, const void* parts, int64_t count, int
   for (int64_t begin = range.begin; begin < range.end; begin += chunk) {
     const int64_t size = std::min(chunk, range.end - begin);
     const Part* const from = static_cast<const Part*>(parts) + begin;
-    for_vectors<T>(size, [&](int64_t i, auto lanes) {
-      Vec<T> gradient = load(from + i, lanes);
-      for (int64_t part = 1; part < count; ++part) gradient = gradient + load(from + part * stride + i, lanes);
-      store(sums + i, gradient, lanes);
-    });
+    for_vectors<T>(
+        size, [&](int64_t i, auto lanes) { store(sums + i, sum_of_parts<T>(from + i, count, stride, lanes), lanes); });
     pointwise_of<S>().update(update, begin, 0, {sums, 0}, 1, size);
   }
 }

@@ -344,9 +344,7 @@ struct LayerOf {
   static void combine(const void* parts, int64_t count, int64_t size, Range range, void* out) {
     const T* const from = static_cast<const T*>(parts) + range.begin;
     for_vectors<T>(range.size(), [&](int64_t i, auto lanes) {
-      V total = load(from + i, lanes);
-      for (int64_t p = 1; p < count; ++p) total = total + load(from + p * size + i, lanes);
-      store(static_cast<S*>(out) + range.begin + i, total, lanes);
+      store(static_cast<S*>(out) + range.begin + i, sum_of_parts<T>(from + i, count, size, lanes), lanes);
     });
   }
 
