@@ -207,7 +207,7 @@ def test_the_largest_limits_are_never_reached(own_machine: None) -> None:
     use("step_rows")
     assert _C.step_plan([128, 128, 128], 2**20, FLOAT, threads)["path"] == "layers"
     use("multiply_adds_per_thread")
-    assert _C.step_plan([128, 128, 128], 2**17, FLOAT, threads) == {"path": "blocks", "pieces": 1}
+    assert _C.step_plan([128, 128, 128], 2**15, FLOAT, threads) == {"path": "blocks", "pieces": 1}
     use("panel_columns", step_width=0)
     assert _C.step_plan([4096, 4096], 512, FLOAT, 2)["path"] == "layers"
     use("small_dot_depth", small_multiply_adds=2**16)
