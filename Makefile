@@ -193,9 +193,8 @@ cuda-check: $(CUDA)/tools
 	    $(CUDA)/bin/pip install -v --no-build-isolation --no-deps --force-reinstall . > $(CUDA)/build.log 2>&1 \
 	    || { tail -50 $(CUDA)/build.log; exit 1; }
 	@grep -q "bytes spill" $(CUDA)/build.log || { echo "ptxas said nothing"; exit 1; }
-	@# Steps of many networks in float32 spill 8 bytes.
-	@! grep -B 2 -E "[1-9][0-9]+ bytes spill|serialized" $(CUDA)/build.log
-	@echo "== $$(grep -c 'bytes spill' $(CUDA)/build.log) kernels, no spill of 10 bytes or more, no serialised wgmma"
+	@! grep -B 2 -E "[1-9][0-9]* bytes spill|serialized" $(CUDA)/build.log
+	@echo "== $$(grep -c 'bytes spill' $(CUDA)/build.log) kernels, no spill, no serialised wgmma"
 	$(CUDA)/bin/mlp-ext info
 	$(CUDA)/bin/pytest -m "not slow and not release and not cuda" $(CUDA_TESTS)
 

@@ -109,12 +109,14 @@ __attribute__((noinline)) __device__ T act_backward(Activation activation, T dy,
   return visit(activation, [&](const auto& act) { return act.backward(dy, saved); });
 }
 
-// sum over the block, before a barrier and after it; always in the same order.
+// The sum over the block and over calls since `first`: put before a barrier, taken after it; always in the same order.
 template <class T>
-__device__ void put_sum(const Pointer<T>& sums, T v) {
+__device__ void put_sum(const Pointer<T>& sums, T v, bool first = true) {
 #pragma unroll
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = v;
+  if (threadIdx.x % kWarp) return;
+  const auto sum = sums + threadIdx.x / kWarp;
+  *sum = first ? v : *sum + v;
 }
 template <class T>
 __device__ T take_sum(const Pointer<T>& sums) {
@@ -415,7 +417,7 @@ __global__ void __launch_bounds__(step::kThreads, Networks::kBlocks)
     for (int64_t batch = 0, begin = 0; begin < data.rows; ++batch, ++done, begin += f.batch) {
       const int64_t count = smaller(f.batch, data.rows - begin);
       if (data.classes) step::put_sum(chip.counts, step::weight_of_classes(f, data, begin, count));
-      T scale = 0, loss = 0;
+      T scale = 0;
       for (int64_t m0 = 0; m0 < count; m0 += kStepRows) {
         const int rows = static_cast<int>(smaller(kStepRows, count - m0));
         for (int i = threadIdx.x; i < rows * lowest.K; i += step::kThreads) {
@@ -431,8 +433,7 @@ __global__ void __launch_bounds__(step::kThreads, Networks::kBlocks)
           step::forward(f.layer[l], rows, chip);
           __syncthreads();
         }
-        loss += step::loss(f, data, begin + m0, rows, scale, chip);
-        step::put_sum(chip.losses, loss);
+        step::put_sum(chip.losses, step::loss(f, data, begin + m0, rows, scale, chip), m0 == 0);
         __syncthreads();
         for (int l = f.layers; l-- > f.lowest_learning;) {
           step::add_gradients(f.layer[l], rows, m0 == 0, chip);
