@@ -163,6 +163,7 @@ def test_time_of_a_call_is_divided_by_its_steps() -> None:
     }
 
 
+@pytest.mark.slow
 def test_fit_makes_as_many_steps_as_it_is_divided_by(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -431,6 +432,7 @@ def test_a_gradient_left_out_is_caught() -> None:
         runner.check(works, Layer(4, 3, 2), FULL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", SUITES["layers"].modes)
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_provider_is_caught(
@@ -500,6 +502,7 @@ def test_wrong_network_among_many_is_caught(wrong: Callable[..., object], what: 
         runner.check(works, case, MANY)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     bool(PROVIDERS["layers"]["compile"].obstacle(FULL)), reason="torch.compile has no compiler"
 )
@@ -510,6 +513,7 @@ def test_compiled_backward_can_be_repeated(capsys: pytest.CaptureFixture[str]) -
     assert "mlp-ext bench" not in told.err  # torch may warn there
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     bool(PROVIDERS["train"]["compile-step"].obstacle(STEP)),
     reason="torch.compile has no compiler",

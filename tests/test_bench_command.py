@@ -40,6 +40,7 @@ def stub_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "PEAK_SECONDS", 0.002)
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_in_csv_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stub_peak: None
 ) -> None:
@@ -73,6 +74,7 @@ def test_rows_are_the_same_in_csv_and_json(
 NUMBER, RATIO, RANGE = r"\d[\d.]* [mun]?s", r"\d[\d.]*x", r"\d[\d.]*-\d[\d.]*"
 
 
+@pytest.mark.slow
 def test_table_has_a_block_for_each_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--suite train --cases 10-5-1@10,3-2@4 --providers fused,step") == 0
     out, err = capsys.readouterr()
@@ -92,6 +94,7 @@ def test_table_has_a_block_for_each_case(capsys: pytest.CaptureFixture[str]) -> 
     assert err == ""
 
 
+@pytest.mark.slow
 def test_tables_fit_a_terminal(stub_peak: None, capsys: pytest.CaptureFixture[str]) -> None:
     names = "native_fused,fused,stack,step,fit"
     assert run(f"--suite train --cases 10-5-1@10,3-2@4 --peak --providers {names}") == 0
@@ -131,6 +134,7 @@ def test_what_does_not_apply_is_left_out_with_a_line(capsys: pytest.CaptureFixtu
     assert "fused" not in out
 
 
+@pytest.mark.slow
 def test_a_case_that_a_provider_does_not_take_is_no_row_of_its(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +155,7 @@ def test_a_case_that_a_provider_does_not_take_is_no_row_of_its(
     assert f"narrow {as_number(ratios['narrow'])}x" in [" ".join(m.split()[:2]) for m in means]
 
 
+@pytest.mark.slow
 def test_published_cases_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for suite, case in TINY.items():
         tiny = SUITES[suite]._replace(cases=(parse(suite, case),))
@@ -432,6 +437,7 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.mark.slow
 def test_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -462,6 +468,7 @@ def test_plot_is_drawn(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_benchmarks_run_under_their_names() -> None:
     pytest.importorskip("pytest_benchmark")
     options = ["--benchmark-only", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "-v"]

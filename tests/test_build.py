@@ -118,6 +118,7 @@ def test_every_folder_is_a_package() -> None:
     assert all((folder / "__init__.py").exists() for folder in folders)
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_repository_and_nothing_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -129,6 +130,7 @@ def test_sdist_holds_the_repository_and_nothing_built(sdist: Path) -> None:
     assert {*listed.stdout.splitlines()} - names == set()
 
 
+@pytest.mark.slow
 def test_sdist_of_a_sdist_is_the_same(sdist: Path, tmp_path: Path) -> None:
     """In another folder and at another time."""
     assert make_sdist(unpack(sdist, tmp_path)).read_bytes() == sdist.read_bytes()
@@ -231,6 +233,7 @@ def extensions(
     return [told if told.startswith("SystemExit: ") else json.loads(told) for told in last]
 
 
+@pytest.mark.slow
 def test_wishes_for_cuda_where_there_is_none() -> None:
     cases = [{"MLP_EXT_CUDA": wish} for wish in ("1", "maybe", "0", "auto")]
     env = {**os.environ, "CUDA_HOME": "/nonexistent"}
@@ -240,6 +243,7 @@ def test_wishes_for_cuda_where_there_is_none() -> None:
     assert all(other["sources"] for other in others)
 
 
+@pytest.mark.slow
 def test_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
     (message,) = extensions([{"MLP_EXT_CUDA": "1"}], with_toolkit(tmp_path, "12.8"))
     assert message.startswith("SystemExit: torch ")
@@ -247,6 +251,7 @@ def test_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
     assert f"toolkit in {tmp_path}/toolkit is 12.8" in message
 
 
+@pytest.mark.slow
 def test_cuda_is_compiled_for_the_architectures_asked_for(tmp_path: Path) -> None:
     codes = {
         "": ["sm_80", "sm_90a", "compute_90"],
@@ -262,6 +267,7 @@ def test_cuda_is_compiled_for_the_architectures_asked_for(tmp_path: Path) -> Non
         assert "csrc/cuda/linear_act.cpp" in found["sources"]
 
 
+@pytest.mark.slow
 def test_cutlass_is_found_by_its_variable(tmp_path: Path) -> None:
     header = tmp_path / "include" / "cutlass" / "version.h"
     header.parent.mkdir(parents=True)
@@ -278,6 +284,7 @@ def test_cutlass_is_found_by_its_variable(tmp_path: Path) -> None:
     assert "csrc/cuda/sm90/sm90.cu" not in none["sources"]
 
 
+@pytest.mark.slow
 def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path) -> None:
     cases = [{}, {"TORCH_CUDA_ARCH_LIST": "9.0"}, {"GPU": "pretended"}]
     found = extensions(cases, with_toolkit(tmp_path, "13.1"))
@@ -292,6 +299,7 @@ torch.backends.cpu.get_cpu_capability = lambda: "SVE256"
 """
 
 
+@pytest.mark.slow
 def test_arm_gets_the_generic_kernels_without_flags_for_x86() -> None:
     cases = [{"MLP_EXT_CUDA": "0", "MLP_EXT_ISA": wish} for wish in ("all", "native")]
     for found in extensions(cases, {**os.environ}, torch=ARM):
@@ -301,6 +309,7 @@ def test_arm_gets_the_generic_kernels_without_flags_for_x86() -> None:
         assert not [flag for flag in found["cxx"] if flag.startswith("-m")]
 
 
+@pytest.mark.slow
 def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path: Path) -> None:
     compiler = os.environ.get("CXX", "c++").split()
     if not Path(checked(*compiler, "-print-file-name=libstdc++.a").strip()).is_absolute():
@@ -320,6 +329,7 @@ extern "C" size_t PyInit__C() {
     assert int(checked(sys.executable, "-c", code)) == len("got 1234")
 
 
+@pytest.mark.slow
 def test_without_ninja_nothing_compiled_for_another_torch_is_kept() -> None:
     code = """
 from setuptools import setup
@@ -381,6 +391,7 @@ def test_build_without_torch_says_what_to_type(tmp_path: Path) -> None:
     assert "pip install --no-build-isolation ." in line
 
 
+@pytest.mark.slow
 def test_sdist_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_TORCH)
     tree = copy_tree(tmp_path / "tree")
@@ -413,6 +424,7 @@ def test_range_of_torch_is_the_same_everywhere(tmp_path: Path) -> None:
     assert {*told} == {f"{supported()[0]} to {supported()[-1]}"}
 
 
+@pytest.mark.slow
 def test_metadata_names_the_torch_that_it_was_built_against(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path / "tree")
     code = "import setuptools.build_meta as b; "
@@ -476,6 +488,7 @@ def test_torch_of_another_minor_version_is_refused(tmp_path: Path) -> None:
     assert "pip install --no-build-isolation" in message
 
 
+@pytest.mark.slow
 def test_torch_without_the_cuda_of_the_build_is_refused(tmp_path: Path) -> None:
     says = {
         ("13.0", None): "is without CUDA",
@@ -504,6 +517,7 @@ def compiled_part(package: Path) -> Path:
     return module
 
 
+@pytest.mark.slow
 def test_missing_or_broken_compiled_part_is_told(tmp_path: Path) -> None:
     other = "_C.cpython-399-x86_64-linux-gnu.so"
     without_c, without_built, of_another_python, empty = errors_of_imports(
@@ -521,6 +535,7 @@ def test_missing_or_broken_compiled_part_is_told(tmp_path: Path) -> None:
     assert len(re.findall("Error: ", empty)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False])
 def test_source_folder_in_the_way_is_told(tmp_path: Path, installed: bool) -> None:
     clone, site = tmp_path / "clone", tmp_path / "site"
@@ -535,6 +550,7 @@ def test_source_folder_in_the_way_is_told(tmp_path: Path, installed: bool) -> No
     assert (f"hides the installed package in {site}: leave the folder" in message) == installed
 
 
+@pytest.mark.slow
 def test_no_numpy_no_noise(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['numpy'] = None")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}

@@ -729,6 +729,7 @@ def test_short_run_is_not_called_unreliable(
         assert ("Timings unreliable (" in capsys.readouterr().out) is said
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_command() -> None:
     args, options = command("train", "--layers", "step", "--epochs", "2")
     result = subprocess.run(args, capture_output=True, **options)
@@ -737,6 +738,7 @@ def test_module_runs_as_a_command() -> None:
     assert len(epoch_lines(result.stdout)) == 2
 
 
+@pytest.mark.slow
 def test_module_exits_2_without_traceback() -> None:
     args, options = command("train", "--lr", "nan")
     result = subprocess.run(args, capture_output=True, **options)
@@ -745,6 +747,7 @@ def test_module_exits_2_without_traceback() -> None:
     assert (result.stdout, result.stderr) == ("", message)
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_silent() -> None:
     args, options = command("train", "--layers", "step", "--epochs", "1000000", "--log-every", "1")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -755,6 +758,7 @@ def test_closed_pipe_is_silent() -> None:
         assert process.wait(timeout=60) == 141
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_full_disk_under_the_output_is_an_error() -> None:
     args, options = command("info")

@@ -121,6 +121,7 @@ def check(model: nn.Module, *inputs: Tensor, is_16_bit: bool = False, **options:
             torch.testing.assert_close(found, model(x), **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, pairs",
     [(Functional, [4, 4]), (Loop, [4, 4]), (Contexts, [2, 3]), (lambda: nn.Linear(8, 8), [0, 0])],
@@ -138,11 +139,13 @@ def test_in_eval(counted: list[int]) -> None:
     assert counted == [4, 4]
 
 
+@pytest.mark.slow
 def test_dynamic_shapes(counted: list[int]) -> None:
     check(Functional(), torch.randn(6, 8), torch.randn(9, 8), dynamic=True, fullgraph=True)
     assert counted == [4, 4]
 
 
+@pytest.mark.slow
 def test_branches_on_data_break_the_graph(counted: list[int]) -> None:
     model, x = Branch().double(), torch.randn(6, 8, dtype=torch.float64)
     check(model, x, -x)

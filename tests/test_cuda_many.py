@@ -105,6 +105,7 @@ def same_bits(a: Tensor, b: Tensor) -> None:
 SMALL = Training((6, 5, 4), 20, 9, hidden=Activation("tanh"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", ["", "data", "orders", "rows", "data rows"])
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_each_network_has_its_rows(loss: str, own: str, kernels: ctypes.CDLL) -> None:
@@ -118,6 +119,7 @@ def test_rows_in_their_own_order(kernels: ctypes.CDLL) -> None:
     assert_as_alone(kernels, networks_of(training, 3, 3), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_each_network_has_its_hyperparameters(options: str, kernels: ctypes.CDLL) -> None:
     name, chosen = OPTIONS[options]
@@ -144,6 +146,7 @@ def test_networks_may_have_other_options_and_states(
     assert_as_alone(kernels, of_each(*options), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "training",

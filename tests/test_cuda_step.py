@@ -65,6 +65,7 @@ LOSSES: list[tuple[str, dict[str, float], bool]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("loss", "options", "weighted"), LOSSES)
 def test_losses_match_torch(

@@ -17,7 +17,8 @@ SHAPES = {  # rows to train on, rows held out, features, targets, classes
     "digits": (1437, 360, 64, 10, 10),
     "mnist5k": (4000, 1000, 784, 10, 10),
 }
-LABELED = ["breast_cancer", "digits", "mnist5k"]
+LARGE = pytest.param("mnist5k", marks=pytest.mark.slow)
+LABELED = ["breast_cancer", "digits", LARGE]
 
 
 def tensors(data: Dataset) -> dict[str, torch.Tensor]:
@@ -62,6 +63,7 @@ def test_targets_are_classes(name: str) -> None:
             assert torch.equal(y.sum(1), torch.ones(len(y)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LABELED)
 def test_held_out_rows_have_the_classes_in_proportion(name: str) -> None:
     data = load(name)
@@ -69,7 +71,7 @@ def test_held_out_rows_have_the_classes_in_proportion(name: str) -> None:
     assert (test - (train + test) / 5).abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+@pytest.mark.parametrize("name", ["digits", LARGE])
 def test_pixels_lie_between_0_and_1(name: str) -> None:
     data = load(name)
     for x in (data.x, data.x_test):

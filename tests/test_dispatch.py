@@ -58,6 +58,7 @@ def test_opcheck_forward(activation: str, shape: Shape, bias: bool) -> None:
     torch.library.opcheck(FORWARD, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "live", [(False, False, False), (True, False, False), (False, True, True)], ids=str
@@ -69,6 +70,7 @@ def test_opcheck_forward_with_frozen_operands(live: tuple[bool, ...], dtype: tor
     torch.library.opcheck(FORWARD, (*tensors, "tanh"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 )

@@ -185,6 +185,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_validation() -> None:
     command = [sys.executable, "-c", CTRL_C]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)

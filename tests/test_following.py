@@ -268,6 +268,7 @@ def changes(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[Callable[
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", [*FOLLOWED, *LEFT_ALONE], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("level", ["layers", "stack"])
 def test_results_are_native_whatever_changes(

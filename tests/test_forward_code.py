@@ -254,6 +254,7 @@ MODELS_AND_CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("example", "change"), MODELS_AND_CHANGES)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_later_change(example: Example, change: Callable[[nn.Module], None]) -> None:
@@ -316,6 +317,7 @@ def _eval(module: nn.Module, args: object) -> None:
     module.training = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, setting, change", SETTINGS, ids=[f"{n}-{s}" for n, s, _ in SETTINGS]
 )
@@ -503,6 +505,7 @@ def test_yardstick() -> None:
         assert all(row.found <= row.pairs for row in part)
 
 
+@pytest.mark.slow
 def test_fuse_alone_finds_most() -> None:
     found = sum(found_by_fuse(example) for example in EXAMPLES.values())
     assert found >= 0.88 * sum(example.pairs for example in EXAMPLES.values())

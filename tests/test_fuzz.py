@@ -78,6 +78,7 @@ def test_drawn_cases(kind: str) -> None:
     assert not failure, failure
 
 
+@pytest.mark.slow
 def test_drawn_cases_on_each_instruction_set_with_several_threads() -> None:
     code = """
 import torch

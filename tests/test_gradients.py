@@ -52,6 +52,7 @@ def test_large_gradients_match_native(shape: Shape, dtype: torch.dtype, threads:
         assert_matches_native(operands(shape, dtype), activation, grad_output(shape, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.isa
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
@@ -62,6 +63,7 @@ def test_gradients_beyond_the_caches_match_native(dtype: torch.dtype, threads: i
     assert_matches_native(operands(shape, dtype), "relu", grad_output(shape, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.isa
 @pytest.mark.parametrize(
     "shape",
@@ -73,12 +75,14 @@ def test_results_of_one_pass_beyond_the_caches_match_native(shape: Shape, thread
         assert_matches_native(operands(shape), activation, grad_output(shape))
 
 
+@pytest.mark.slow
 def test_bias_gradient_of_many_rows_keeps_its_digits() -> None:
     for shape in (Shape((100_000,), 2, 3), Shape((20_000,), 2, 600)):  # in one pass, and packed
         dy = torch.rand(*shape.leading, shape.N)
         assert_matches_native(operands(shape), "identity", dy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [ONE_ROW, SMALL, ODD, THREE_LEADING], ids=str)
 @pytest.mark.parametrize("tensor", [*NAMES, "grad_output"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -93,6 +97,7 @@ def test_gradients_do_not_depend_on_layout(layout: str, tensor: str, shape: Shap
             assert_matches_native(arranged, activation, dy)
 
 
+@pytest.mark.slow
 @pytest.mark.isa
 @pytest.mark.parametrize("shape", [SMALL, ODD, Shape((64,), 200, 96)], ids=str)
 @pytest.mark.parametrize("tensor", [*NAMES, "grad_output"])

@@ -51,6 +51,7 @@ def test_is_right_or_one_clear_line(
     assert found[table][name] == ""
 
 
+@pytest.mark.slow
 def test_crash_is_attributed_to_its_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a table whose second row ends the process."""
     (tmp_path / "hostile_crash.py").write_text(

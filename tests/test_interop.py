@@ -68,6 +68,7 @@ def exported(model: nn.Module) -> torch.export.ExportedProgram:
 # ---- torch.export ----
 
 
+@pytest.mark.slow
 def test_a_program_consists_of_pytorchs_operators() -> None:
     model = Layers()
     program = exported(model)
@@ -78,6 +79,7 @@ def test_a_program_consists_of_pytorchs_operators() -> None:
         close(step.module()(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_program_on_disk_loads_without_mlp_ext(tmp_path: Path) -> None:
     model, x = Layers(), torch.randn(3, 8)
     torch.export.save(exported(model), tmp_path / "model.pt2")
@@ -102,6 +104,7 @@ def test_operators_decompose_to_core_aten() -> None:
     close(program.module()(x), model(x))
 
 
+@pytest.mark.slow
 def test_inductor_keeps_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """In CI too, where it refuses other operators that have decompositions."""
     from torch._inductor.utils import run_and_get_code
@@ -319,6 +322,7 @@ def test_script_is_refused_in_one_line(make: Callable[[], nn.Module]) -> None:
 # ---- imports ----
 
 
+@pytest.mark.slow
 def test_tools_are_not_imported_before_they_are_used() -> None:
     code = """
 import sys, torch

@@ -35,6 +35,7 @@ def test_kernels_follow_the_level_that_torch_chose() -> None:
     assert _C.instruction_set() == LEVELS[available()[-1]][1]
 
 
+@pytest.mark.slow
 def test_level_can_be_forced() -> None:
     report = "torch.backends.cpu.get_cpu_capability(), mlp_ext._C.instruction_set()"
     code = f"import mlp_ext; print({report})"

@@ -72,6 +72,7 @@ def test_nothing_beside_a_row_is_read(shape: tuple[int, int, int]) -> None:
         assert ((actual.double() - expected).abs() <= 2**-8 * expected.abs().max()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.isa
 @pytest.mark.parametrize("activation", EACH_KIND)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -80,6 +81,7 @@ def test_results_match_native(shape: Shape, activation: str, threads: int) -> No
     assert_matches_native(operands(shape, BFLOAT16, bias), activation, grad_output(shape, BFLOAT16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operand", ["input", "weight", "bias", "grad_output"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_do_not_depend_on_layout(layout: str, operand: str) -> None:
@@ -90,6 +92,7 @@ def test_results_do_not_depend_on_layout(layout: str, operand: str) -> None:
         assert_matches_native(arranged, activation, dy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operand", ["input", "weight", "bias"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_special_values_match_native(operand: str, value: float) -> None:
@@ -134,6 +137,7 @@ def test_autocast_to_another_dtype_around_backward_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bf16_dot", "amx"])
 @pytest.mark.parametrize("options", ["plain", "nesterov"])
 @pytest.mark.parametrize("loss", ["mse", "classes"])

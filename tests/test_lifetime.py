@@ -136,6 +136,7 @@ def resident() -> int:
     return pages * 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_thousand_models_at_flat_memory(level: str) -> None:
     def one() -> None:  # half a MiB of weights

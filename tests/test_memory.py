@@ -119,6 +119,7 @@ def peaks() -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_peak_of_a_layer(name: str) -> None:
     (forward, _, M, K, N, dtype), beside = LAYERS[name]
@@ -127,6 +128,7 @@ def test_peak_of_a_layer(name: str) -> None:
     assert results - SLACK < peaks()[name] < results + beside + 2 * WORKSPACE + SLACK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_peak_of_a_step(name: str) -> None:
     (widths, rows), most = STEPS[name]
@@ -164,6 +166,7 @@ def test_steps_at_flat_memory(name: str, steps: int) -> None:
     assert settled() - before < 4 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [500, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_eager_steps_of_a_fused_model_at_flat_memory(steps: int) -> None:
     model = mlp_ext.fuse(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)))
@@ -180,6 +183,7 @@ def test_eager_steps_of_a_fused_model_at_flat_memory(steps: int) -> None:
     assert settled() - before < 4 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_heap")
 def test_a_thousand_steps_made_and_dropped_at_flat_memory() -> None:
     def one() -> None:
@@ -276,6 +280,7 @@ def test_threads_that_end_give_their_workspace_back() -> None:
     assert _C.scratch_bytes() == 0
 
 
+@pytest.mark.slow
 def test_workspaces_are_bounded_together() -> None:
     """A step of many outputs takes a large one. Those beyond the bound are freed after use."""
     code = """

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from references import alone, assert_as_accurate_as_native, native
 from shapes import DTYPES, LAYOUTS, grid
 from torch import Tensor
@@ -370,6 +371,7 @@ def test_forward_mode_derivatives_match_native() -> None:
 # ---- a citizen of torch ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "frozen"),
     [

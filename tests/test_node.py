@@ -196,6 +196,7 @@ def test_gradients_match_native(node: str, way: str) -> None:
     close(WAYS[way](FUSED[node], leaves()), WAYS[way](plain, leaves()))
 
 
+@pytest.mark.slow
 @each
 def test_compiled_autograd_gives_native_s_gradients(node: str) -> None:
     torch.compiler.reset()

@@ -32,7 +32,7 @@ def as_alone(models: list[Any], x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("count", [1, 3, 300])
+@pytest.mark.parametrize("count", [1, 3, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("widths", [[10, 5, 1], [3, 17, 5], [40, 300, 300, 4]], ids=str)
 def test_outputs(widths: list[int], dtype: torch.dtype, count: int, own: bool) -> None:

@@ -24,6 +24,7 @@ def found() -> dict[str, bool]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -43,6 +44,7 @@ def test_fork(case: str) -> None:
     assert found()[case]
 
 
+@pytest.mark.slow
 def test_one_openmp_runtime() -> None:
     """mlp_ext's regions run on torch's own threads."""
     code = """
@@ -57,6 +59,7 @@ print(_C.parallel_for_threads())
     assert in_forks(code, [{}])[0].split() == ["1", "3"]
 
 
+@pytest.mark.slow
 def test_free_threaded_python_is_refused() -> None:
     code = """
 sys.abiflags = "t"

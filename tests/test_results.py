@@ -56,6 +56,7 @@ def test_results_that_live_share_no_memory() -> None:
     assert view.eq(2).all()
 
 
+@pytest.mark.slow
 def test_memory_that_waits_is_counted_and_bounded() -> None:
     results = [result(100, 0.0) for _ in range(4)]
     before = _C.cached_bytes()
@@ -67,6 +68,7 @@ def test_memory_that_waits_is_counted_and_bounded() -> None:
     assert _C.cached_bytes() == taken - kept.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mib", "waiting"), [("0", 0), ("1", 0), ("4", 2 * MIB)])
 def test_bound_is_the_environments(mib: str, waiting: int) -> None:
     code = (
@@ -76,6 +78,7 @@ def test_bound_is_the_environments(mib: str, waiting: int) -> None:
     assert int(python(code, MLP_EXT_RESULTS_MIB=mib)) == waiting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["", "abc", "-1", "1.5", "1 ", "99999999999999999999"])
 def test_a_bound_that_is_no_number_is_an_error(value: str) -> None:
     code = (
@@ -88,6 +91,7 @@ def test_a_bound_that_is_no_number_is_an_error(value: str) -> None:
     assert python(code, MLP_EXT_RESULTS_MIB=value) == expected
 
 
+@pytest.mark.slow
 def test_results_can_be_freed_after_everything_else() -> None:
     """At the end of the process, by another thread, and in a child."""
     python("import sys\nsys.y = mlp_ext.linear_relu(torch.ones(8192, 1), torch.ones(64, 1))")
@@ -151,6 +155,7 @@ void free_cpu(void* p) {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_memory_is_freed_by_the_allocator_that_made_it(tmp_path: Path) -> None:
     """torch's may be another than the C library's, as on ARM. One that checks takes its place."""

@@ -427,6 +427,7 @@ def test_compile_has_no_graph_break(backend: str) -> None:
 QUICK_EDITS = ("set", "delete", "new weight", "no bias")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     [pytest.param(e, marks=[] if e in QUICK_EDITS else [pytest.mark.slow]) for e in EDITS],

@@ -161,6 +161,7 @@ def test_epsilon_of_adam_is_nearly_exact(case: str) -> None:
         assert np.abs(actual - expected).max() < 0.25 * np.abs(off - expected).max()
 
 
+@pytest.mark.slow
 def test_adam_until_convergence() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
@@ -376,6 +377,7 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_scikit_learn_is_optional() -> None:
     code = """
 import sys
@@ -391,6 +393,7 @@ except ImportError as error:
     assert python(code) == f"mlp_ext.sklearn needs {message}"
 
 
+@pytest.mark.slow
 def test_a_scikit_learn_with_another_loop_is_refused() -> None:
     code = """
 from sklearn.neural_network import MLPClassifier

@@ -110,6 +110,7 @@ def test_quiet_prints_the_table_and_what_follows(capsys: pytest.CaptureFixture[s
     assert rest[5].startswith("8 networks trained in ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -241,6 +242,7 @@ def test_best_setting() -> None:
     assert best([nan], LOSS) is None
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = "--data own.csv --target y --seeds 2 --epochs 5 --hidden 4"
     Path("own.csv").write_text("\n".join(["a,y", *(f"{i},{i * i}" for i in range(60))]))
@@ -277,6 +279,7 @@ def figure(folder: Path, args: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return drawn[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [3, 25])
 def test_plot_of_one_axis_is_curves(
     epochs: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -291,6 +294,7 @@ def test_plot_of_one_axis_is_curves(
     assert axes.get_ylabel() == "held-out accuracy"
 
 
+@pytest.mark.slow
 def test_plot_of_several_axes_is_a_heat_map(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +311,7 @@ def test_plot_of_several_axes_is_a_heat_map(
     assert frame.get_xy() == (column - 0.5, row - 0.5)
 
 
+@pytest.mark.slow
 def test_plot_of_losses_with_networks_that_diverged(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

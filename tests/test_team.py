@@ -10,6 +10,7 @@ from processors import CSRC, SANITIZERS, compiled
 PROGRAM = Path(__file__).parent / "team"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["-O1"], SANITIZERS], ids=["plain", "sanitized"])
 def test_each_piece_of_a_loop_runs_once(flags: list[str], tmp_path: Path) -> None:
     """Beside late threads, fewer threads, errors and other regions, and with loops in pieces."""

@@ -361,9 +361,9 @@ LOOSE = {"autocast_bfloat16": 3e-2, "autocast_float16": 3e-3, "bfloat16": 3e-2}
 
 
 def _marks(name: str, model: str, level: str) -> list[pytest.MarkDecorator]:
-    """Dynamo takes half a second, AOTAutograd seconds: both with a few of the models alone."""
+    """Dynamo takes half a second, AOTAutograd seconds: both with one of the models alone."""
     if name in ("compile_eager", "export", "export_strict"):
-        is_quick = (model, level) in (("sequential", "stack"), ("functional", "layers"))
+        is_quick = name != "export_strict" and (model, level) == ("sequential", "stack")
         return [] if is_quick else [pytest.mark.slow]
     if name in ("compile", "compile_dynamic", "compile_step"):
         return [pytest.mark.slow if model in ("sequential", "functional") else pytest.mark.release]

@@ -83,6 +83,7 @@ def tensors(given: Arguments) -> list[Tensor]:
     return [t for name in LISTS for t in given[name]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["constants", "parameters"])
 @pytest.mark.parametrize("loss", SMALL_LOSSES)
 def test_opcheck(loss: str, requires_grad: bool) -> None:

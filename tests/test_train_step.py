@@ -69,6 +69,7 @@ NETS_AND_LOSSES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.isa
 @pytest.mark.parametrize(("net", "loss", "dtype"), NETS_AND_LOSSES, ids=str)
 def test_every_net_matches_eager(net: str, loss: str, dtype: torch.dtype) -> None:
@@ -81,6 +82,7 @@ def test_every_net_matches_eager(net: str, loss: str, dtype: torch.dtype) -> Non
     assert_steps_match_eager(part, 5 if large else 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

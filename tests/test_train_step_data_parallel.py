@@ -107,6 +107,7 @@ def ranks(once: Once) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(SETTINGS)))
 def test_two_processes_equal_one(ranks: list[dict[str, Any]], index: int) -> None:
     expected = trained(model_of(0), data(), **SETTINGS[index])
@@ -115,6 +116,7 @@ def test_two_processes_equal_one(ranks: list[dict[str, Any]], index: int) -> Non
     torch.testing.assert_close(*[found[f"step {index}"] for found in ranks], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_fit_of_two_processes_equals_one(ranks: list[dict[str, Any]]) -> None:
     """Batches of two rows on each of two ranks are batches of four."""
     x, y = data()[0]

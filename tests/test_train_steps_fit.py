@@ -212,6 +212,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "batch_size", "shuffle"), [(10, None, False), (100_000, 10, True)]
 )

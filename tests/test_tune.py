@@ -76,6 +76,7 @@ def test_limits_of_the_library_stay_above_small_ones() -> None:
     assert LIMITS["small_multiply_adds"].ladder[-1] < LIMITS["library_multiply_adds"].ladder[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 64])
 @pytest.mark.parametrize("machine", _C.machines())
 def test_the_sides_of_each_point_differ(table: str, machine: str, threads: int) -> None:
@@ -207,6 +208,7 @@ def dots_never_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "measure", measured)
 
 
+@pytest.mark.slow
 def test_the_file_is_read_where_it_is_named(
     in_folder: Path, dots_never_win: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +246,7 @@ def test_the_file_is_read_where_it_is_named(
     }
 
 
+@pytest.mark.slow
 def test_earlier_limits_of_the_user_stay_in_the_file(in_folder: Path, dots_never_win: None) -> None:
     detected = _C.machine()
     _C.use_machine({"name": "mine", "fma": {"few_rows": 2}, "converted": {"few_rows": 3}})
@@ -255,6 +258,7 @@ def test_earlier_limits_of_the_user_stay_in_the_file(in_folder: Path, dots_never
     }
 
 
+@pytest.mark.slow
 def test_points_are_measured_and_time_may_be_short(
     in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

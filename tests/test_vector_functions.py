@@ -19,6 +19,7 @@ def targets() -> list[str]:
     return list(TARGETS.values())[:count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [pytest.param(name, marks=pytest.mark.slow) for name in targets()[:-1]]
