@@ -13,6 +13,7 @@
 
 #include "cpu/machines/generic.h"
 #include "cpu/machines/sapphire_rapids.h"
+#include "cpu/machines/zen3.h"
 #include "cpu/machines/zen4.h"
 #include "cpu/machines/zen5.h"
 
@@ -28,7 +29,7 @@ namespace mlp_ext::cpu {
 
 namespace {
 
-constexpr const Machine* kMachines[] = {&kZen4, &kZen5, &kSapphireRapids, &kGeneric};
+constexpr const Machine* kMachines[] = {&kZen3, &kZen4, &kZen5, &kSapphireRapids, &kGeneric};
 
 // The processor's vendor and family decide: models of a family share their cores' design.
 const Machine& detect() {
@@ -38,9 +39,9 @@ const Machine& detect() {
   const std::string_view name(reinterpret_cast<const char*>(vendor), sizeof(vendor));
   if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return kGeneric;
   const unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
-  if (name == "AuthenticAMD" && family == 25) return kZen4;  // also Zen 3
-  if (name == "AuthenticAMD" && family == 26) return kZen5;
   const bool has_leaf = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+  if (name == "AuthenticAMD" && family == 25) return has_leaf && (ebx >> 16 & 1) ? kZen4 : kZen3;  // AVX-512
+  if (name == "AuthenticAMD" && family == 26) return kZen5;
   if (name == "GenuineIntel" && has_leaf && (edx >> 22 & 1)) return kSapphireRapids;  // AMX
 #endif
   return kGeneric;
