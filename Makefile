@@ -29,7 +29,7 @@ check: build
 	@echo "== tests but for the slow ones"
 	$(PYTEST) -m "not slow and not release"
 
-# Also instruction sets below this processor's, and the sanitizers.
+# Also the slow ones: every CUDA kernel on the CPU, child processes, instruction sets below this processor's, the sanitizers.
 test: build
 	@echo "== tests"
 	$(PYTEST)
