@@ -252,6 +252,7 @@ def test_rows_of_many_networks_are_per_network() -> None:
     assert row.share_of_bound == pytest.approx(PEAK.bound(case, MANY)[1] / 2.0)
 
 
+@pytest.mark.usefixtures("zen4")
 @pytest.mark.parametrize(
     ("setting", "case", "expected"),
     [
