@@ -16,6 +16,11 @@ SIZES = (*range(1, 71), 0, 96, 127, 129, 200, 257, 513, 1000)
 MULTIPLY_ADDS = 1 << 21  # at most, of the largest layer
 
 
+def seed(value: int) -> None:
+    """torch.manual_seed without the seeds of devices, which take milliseconds."""
+    torch.default_generator.manual_seed(value)
+
+
 def _with(value: float) -> Callable[..., Tensor]:
     """One element of a grid replaced: no order of sums decides whether they overflow."""
 

@@ -39,7 +39,7 @@ class Layer:
         return all(kind in data.EXACT for kind in self.values)
 
     def tensors(self) -> Tensors:
-        torch.manual_seed(self.seed)
+        data.seed(self.seed)
         shapes = (*self.leading, self.K), (self.N, self.K), (self.N,), (*self.leading, self.N)
         drawn = {
             name: data.tensor(values, layout, *shape, dtype=self.dtype)

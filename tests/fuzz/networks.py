@@ -114,7 +114,7 @@ class Network:
         return False
 
     def tensors(self) -> Tensors:
-        torch.manual_seed(self.seed)
+        data.seed(self.seed)
         shapes = (*self.leading, self.K), (*self.leading, self.layers[-1].N)
         data_of = zip(("input", "grad_output"), self.values, self.layouts, shapes, strict=True)
         return parameters(self.K, self.layers, self.dtype) | {

@@ -37,9 +37,10 @@ class Case(Protocol):
 
 def check(case: Case) -> None:
     """Asserts that mlp_ext is as accurate as native torch, and raises where it raises."""
-    expected = _refused(case.native, _copies(case))
-    found = _refused(case.ours, case.tensors())
-    reference = _refused(case.native, _copies(case, torch.float64))
+    tensors = case.tensors()
+    expected = _refused(case.native, _copies(tensors))
+    reference = _refused(case.native, _copies(tensors, torch.float64))
+    found = _refused(case.ours, tensors)
     if isinstance(expected, Exception) and not isinstance(reference, Exception):
         return  # native's values overflow, and it refuses them
     if isinstance(expected, Exception) or isinstance(found, Exception):
@@ -72,11 +73,11 @@ def _refused(way: Callable[[Tensors], Results], tensors: Tensors) -> Results | E
         return refused
 
 
-def _copies(case: Case, dtype: torch.dtype | None = None) -> Tensors:
+def _copies(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
     """For native: nothing lies beside the rows."""
     return {
         name: alone(t).to(dtype) if dtype and t.is_floating_point() else alone(t)
-        for name, t in case.tensors().items()
+        for name, t in tensors.items()
     }
 
 
@@ -89,7 +90,7 @@ def _nudged(case: Case, i: int) -> Tensors:
         noise = torch.rand(t.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return t * (1 + unit * noise)
 
-    tensors = _copies(case, torch.float64)
+    tensors = _copies(case.tensors(), torch.float64)
     return {name: nudge(t) if t.is_floating_point() else t for name, t in tensors.items()}
 
 

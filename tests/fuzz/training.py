@@ -109,7 +109,7 @@ class Training:
         return False
 
     def tensors(self) -> Tensors:
-        torch.manual_seed(self.seed)
+        data.seed(self.seed)
         (M,), N = self.leading, self.layers[-1].N
         input = data.tensor(self.values[0], self.layouts[0], M, self.K, dtype=self.dtype)
         target = self.loss.tensors(M, N, self.layouts[1], self.values[1], self.dtype)
@@ -134,7 +134,7 @@ class Training:
         step = make(model, criterion, optimizer, self.max_norm, self.accumulate)
         x, y = tensors["input"], tensors["target"]
         if self.fit:
-            torch.manual_seed(self.seed)
+            data.seed(self.seed)
             losses = fit(step, x, y, *self.fit)
         else:
             losses = torch.stack([step(x[i:], y[i:]) for i in range(3)])
@@ -199,7 +199,7 @@ class Many:
         return False
 
     def tensors(self) -> Tensors:
-        torch.manual_seed(self.seed)
+        data.seed(self.seed)
         (M,), N, E = self.leading, self.layers[-1].N, self.networks
         found: Tensors = {}
         for e in range(E):
