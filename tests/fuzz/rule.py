@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from references import Results, alone, assert_as_accurate_as_native
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 Tensors = dict[str, Tensor]
 NUDGES = 8
@@ -60,9 +61,11 @@ def check(case: Case) -> None:
         except AssertionError:
             if case.is_exact():
                 raise
-            nudged = nudged or [case.native(_nudged(case, i)) for i in range(NUDGES)]
+            nudged = nudged or [_nudged(case, i) for i in range(NUDGES)]
             others = torch.stack([exact, *(other[name].double() for other in nudged)])
-            overflows = ~native.isfinite() & ~actual.isfinite()  # to inf or NaN, as sums are ordered
+            overflows = (
+                ~native.isfinite() & ~actual.isfinite()
+            )  # to inf or NaN, as sums are ordered
             native = native.where(_is_sure(others, actual.dtype) & ~overflows, actual)
             slack = 8 * (others - exact).abs().nan_to_num(0, 0).amax(0)
             assert_as_accurate_as_native(actual, native, exact, terms, name, slack)
@@ -84,17 +87,29 @@ def _copies(tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
     }
 
 
-def _nudged(case: Case, i: int) -> Tensors:
-    """In float64, as if each operand had been rounded a little differently."""
+def _nudged(case: Case, i: int) -> Results:
+    """Native's in float64, as if operands and gradients had been rounded a little differently."""
     unit = 4 * torch.finfo(getattr(torch, case.dtype)).eps
     generator = torch.Generator().manual_seed(i)
 
-    def nudge(t: Tensor) -> Tensor:
-        noise = torch.rand(t.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        return t * (1 + unit * noise)
+    def noise(t: Tensor) -> Tensor:
+        drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+        return unit * (drawn * 2 - 1)
+
+    def nudge_gradients(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.numel():
+                    p.grad += noise(p.grad) * p.grad.abs().max()  # a sum of terms of that size
 
     tensors = _copies(case.tensors(), torch.float64)
-    return {name: nudge(t) if t.is_floating_point() else t for name, t in tensors.items()}
+    hook = register_optimizer_step_pre_hook(nudge_gradients)
+    try:
+        return case.native(
+            {k: t * (1 + noise(t)) if t.is_floating_point() else t for k, t in tensors.items()}
+        )
+    finally:
+        hook.remove()
 
 
 def _terms(reference: Results, name: str, dtype: str) -> Tensor:

@@ -341,6 +341,12 @@ def _fitting(case: Any) -> Any:
     *first, last = case.layers
     if case.loss.name == "BCELoss":
         case = replace(case, layers=(*first, last._replace(activation=("Sigmoid", {}))))
+    options = case.optimizer.options
+    if options.get("centered") and "huge" in [*case.values, *(each.values for each in case.layers)]:
+        # g^2 - mean^2 is inf or NaN, as torch's compiler used FMA or not
+        case = replace(
+            case, optimizer=case.optimizer._replace(options=options | {"centered": False})
+        )
     if case.leading == (0,):  # no batches; a step of no rows is a case
         case = replace(case, fit=None)
     if case.fit and case.fit.batch_size:
