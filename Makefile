@@ -163,7 +163,7 @@ sanitize: build
 	    $(RUN)/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow and not release" $(SANITIZED)
 
 $(VENV)/built: $(VENV)/tools $(BUILT_FROM)
-	@echo "== compiling the extension (about three minutes)"
+	@echo "== compiling the extension (about four minutes)"
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 

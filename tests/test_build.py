@@ -264,7 +264,7 @@ def test_cuda_is_compiled_for_the_architectures_asked_for(tmp_path: Path) -> Non
         flags = {flag.rpartition("=")[2] for flag in found["nvcc"] if "gencode" in flag}
         assert flags == {*codes[archs]}, archs
         assert found["CUDA_HOME"] == f"{tmp_path}/toolkit"
-        assert "csrc/cuda/linear_act.cpp" in found["sources"]
+        assert "csrc/cuda/launch/small.cu" in found["sources"]
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_cutlass_is_found_by_its_variable(tmp_path: Path) -> None:
 def test_auto_builds_cuda_where_a_gpu_or_architectures_are_named(tmp_path: Path) -> None:
     cases = [{}, {"TORCH_CUDA_ARCH_LIST": "9.0"}, {"GPU": "pretended"}]
     found = extensions(cases, with_toolkit(tmp_path, "13.1"))
-    built = ["csrc/cuda/linear_act.cpp" in extension["sources"] for extension in found]
+    built = ["csrc/cuda/launch/small.cu" in extension["sources"] for extension in found]
     assert built == [False, True, True]  # torch and toolkit alone do not ask for it
 
 

@@ -59,6 +59,11 @@ FOUND = {
     "ignore_index beside probabilities": replace(
         TRAINING, loss=Loss("CrossEntropyLoss", {"ignore_index": 1}, probabilities=True)
     ),
+    "probabilities of no classes": replace(
+        TRAINING,
+        layers=(DENSE._replace(N=0),),
+        loss=Loss("CrossEntropyLoss", {}, probabilities=True),
+    ),
     "classes shuffled in filled memory": replace(
         TRAINING, loss=Loss("CrossEntropyLoss", {}), fit=Fit(2, 4, shuffle=True)
     ),

@@ -12,12 +12,12 @@ namespace mlp_ext::cpu {
 namespace {
 
 // A tensor [*, columns] as rows of unit-stride elements; copied if its layout differs.
-struct Rows {
+struct UnitStrideRows {
   at::Tensor tensor;
   ConstMatrix matrix;
 
-  Rows() = default;
-  Rows(const at::Tensor& t, int64_t columns) {
+  UnitStrideRows() = default;
+  UnitStrideRows(const at::Tensor& t, int64_t columns) {
     const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
     tensor = unit_stride ? t : t.contiguous();
     matrix = {tensor.const_data_ptr(), unit_stride ? t.stride(0) : columns};
@@ -37,7 +37,7 @@ void forward(const at::Tensor& input, const at::Tensor& weight, const std::optio
              const Activation& activation, const at::Tensor& y, const at::Tensor& z) {
   const int64_t M = leading_size(input), K = weight.size(1), N = weight.size(0);
   if (y.numel() == 0) return;
-  const Rows x(input, K), w(weight, K);
+  const UnitStrideRows x(input, K), w(weight, K);
   const at::Tensor b = bias ? bias->contiguous() : at::Tensor();
   forward_layer(
       {M, K, N, x.matrix, w.matrix, bias ? b.const_data_ptr() : nullptr, {data(y), N}, {data(z), N}, &activation},
@@ -61,10 +61,10 @@ Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, co
 }
 
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
-                              const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                              std::string_view activation, at::ArrayRef<double> parameters,
-                              std::array<bool, 3> output_mask) {
+LayerGradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                   const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                   std::string_view activation, at::ArrayRef<double> parameters,
+                                   std::array<bool, 3> output_mask) {
   const Activation act =
       check_linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
   const auto [needs_dx, needs_dw, needs_db] = output_mask;
@@ -75,8 +75,9 @@ Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional
   if (needs_dw) dw = empty_cached({N, K}, grad_output.scalar_type());
   if (needs_db) db = empty_cached({N}, grad_output.scalar_type());
 
-  const Rows dy(grad_output, N), y_or_z = saved ? Rows(*saved, N) : Rows();
-  const Rows x = needs_dw ? Rows(*input, K) : Rows(), w = needs_dx ? Rows(*weight, K) : Rows();
+  const UnitStrideRows dy(grad_output, N), y_or_z = saved ? UnitStrideRows(*saved, N) : UnitStrideRows();
+  const UnitStrideRows x = needs_dw ? UnitStrideRows(*input, K) : UnitStrideRows(),
+                       w = needs_dx ? UnitStrideRows(*weight, K) : UnitStrideRows();
   backward_layer({M, K, N, dy.matrix, y_or_z.matrix, x.matrix, w.matrix, {data(dx), K}, data(dw), data(db), &act},
                  dtype_of(grad_output));
   return {dx, dw, db};

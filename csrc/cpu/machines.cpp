@@ -55,7 +55,7 @@ std::string line_of(const std::string& file) {
 }
 
 // Number of CPUs in a list such as "0-3,8".
-int64_t count_of(const std::string& list) {
+int64_t count_of_list(const std::string& list) {
   int64_t count = 0;
   std::istringstream parts(list);
   for (std::string part; std::getline(parts, part, ',');) {
@@ -71,8 +71,8 @@ int64_t count_of(const std::string& list) {
 int64_t l2_share(int cpu) {
   const std::string folder = "cpu" + std::to_string(cpu) + "/";
   const std::string size = line_of(folder + "cache/index2/size");  // such as 1024K
-  const int64_t sharing = count_of(line_of(folder + "cache/index2/shared_cpu_list"));
-  const int64_t siblings = count_of(line_of(folder + "topology/thread_siblings_list"));
+  const int64_t sharing = count_of_list(line_of(folder + "cache/index2/shared_cpu_list"));
+  const int64_t siblings = count_of_list(line_of(folder + "topology/thread_siblings_list"));
   const int64_t unit = size.empty() ? 0 : size.back() == 'K' ? 1 << 10 : size.back() == 'M' ? 1 << 20 : 1;
   return std::atoll(size.c_str()) * unit / std::max<int64_t>(1, sharing / std::max<int64_t>(1, siblings));
 }

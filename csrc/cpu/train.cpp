@@ -343,7 +343,7 @@ class Rows {
       count = weight_of_classes(loss, M);
     } else {
       loss.target.data = static_cast<const char*>(loss.target.data) + begin * loss.target.stride * item_;
-      if (!is_of_rows_loss(training_.loss)) count *= static_cast<double>(N_);
+      if (!is_of_rows_loss(training_.loss) || N_ == 0) count *= static_cast<double>(N_);  // a mean of none is NaN
     }
     loss.scale = training_.mean ? 1 / count : 1;
     return loss;

@@ -113,10 +113,10 @@ Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, co
 }
 
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
-                              const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                              std::string_view activation, at::ArrayRef<double> parameters,
-                              std::array<bool, 3> output_mask) {
+LayerGradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                   const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                   std::string_view activation, at::ArrayRef<double> parameters,
+                                   std::array<bool, 3> output_mask) {
   const Activation act =
       check_linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
   const auto [needs_dx, needs_dw, needs_db] = output_mask;

@@ -107,10 +107,10 @@ Outputs linear_act_forward_autograd(const Tensor& input, const Tensor& weight, c
 }
 
 // Second derivatives use the composite of native operations.
-Gradients linear_act_backward_autograd(const Tensor& grad_output, const std::optional<Tensor>& saved,
-                                       const std::optional<Tensor>& input, const std::optional<Tensor>& weight,
-                                       std::string_view activation, Numbers parameters,
-                                       std::array<bool, 3> output_mask) {
+LayerGradients linear_act_backward_autograd(const Tensor& grad_output, const std::optional<Tensor>& saved,
+                                            const std::optional<Tensor>& input, const std::optional<Tensor>& weight,
+                                            std::string_view activation, Numbers parameters,
+                                            std::array<bool, 3> output_mask) {
   const auto tensors = {&grad_output, pointer(saved), pointer(input), pointer(weight)};
   if (needs_native(tensors) || any_requires_grad(tensors))
     return linear_act_backward_native(grad_output, saved, input, weight, activation, parameters, output_mask);

@@ -36,7 +36,7 @@ namespace mlp_ext {
 
 namespace {
 
-constexpr const char* kOp = "linear_act";
+constexpr const char* kLinearAct = "linear_act";
 
 }  // namespace
 
@@ -65,11 +65,11 @@ at::Tensor activate_backward(const Activation& activation, const at::Tensor& dy,
 
 Activation check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             std::string_view activation, at::ArrayRef<double> parameters) {
-  const Activation act = check_activation(kOp, activation, parameters, "activation");
-  check_dtype(kOp, input, "input");
-  check_like(kOp, weight, "weight", input, "input");
+  const Activation act = check_activation(kLinearAct, activation, parameters, "activation");
+  check_dtype(kLinearAct, input, "input");
+  check_like(kLinearAct, weight, "weight", input, "input");
   TORCH_CHECK(input.dim() >= 1, "linear_act: input must be [*, K], got a 0-dimensional tensor");
-  check_layer(kOp, weight, "weight", bias, "bias", input, input.sym_size(-1), "input ", input.sym_sizes());
+  check_layer(kLinearAct, weight, "weight", bias, "bias", input, input.sym_size(-1), "input ", input.sym_sizes());
   return act;
 }
 
@@ -77,26 +77,26 @@ Activation check_linear_act_backward(const at::Tensor& grad_output, const std::o
                                      const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
                                      std::string_view activation, at::ArrayRef<double> parameters,
                                      std::array<bool, 3> output_mask) {
-  const Activation act = check_activation(kOp, activation, parameters, "activation");
-  check_dtype(kOp, grad_output, "grad_output");
+  const Activation act = check_activation(kLinearAct, activation, parameters, "activation");
+  check_dtype(kLinearAct, grad_output, "grad_output");
   TORCH_CHECK(grad_output.dim() >= 1, "linear_act: grad_output must be [*, N], got a 0-dimensional tensor");
   TORCH_CHECK(saved || needs_of(act) == Needs::nothing, "linear_act: saved is needed for the gradient of ", activation);
   TORCH_CHECK(weight || !output_mask[0], "linear_act: weight is needed for the gradient of input");
   TORCH_CHECK(input || !output_mask[1], "linear_act: input is needed for the gradient of weight");
   if (saved) {
-    check_like(kOp, *saved, "saved", grad_output, "grad_output");
+    check_like(kLinearAct, *saved, "saved", grad_output, "grad_output");
     TORCH_CHECK(saved->sym_sizes() == grad_output.sym_sizes(), "linear_act: grad_output must be ", saved->sym_sizes(),
                 " to match saved, got ", grad_output.sym_sizes());
   }
   if (weight) {
-    check_same_kind(kOp, *weight, "weight", grad_output, "grad_output");
+    check_same_kind(kLinearAct, *weight, "weight", grad_output, "grad_output");
     TORCH_CHECK(weight->dim() == 2, "linear_act: weight must be [N, K], got ", weight->sym_sizes());
     TORCH_SYM_CHECK(weight->sym_size(0).sym_eq(grad_output.sym_size(-1)),
                     "linear_act: weight must be [N=", grad_output.sym_size(-1), ", K] to match grad_output ",
                     grad_output.sym_sizes(), ", got ", weight->sym_sizes());
   }
   if (input) {
-    check_same_kind(kOp, *input, "input", grad_output, "grad_output");
+    check_same_kind(kLinearAct, *input, "input", grad_output, "grad_output");
     TORCH_CHECK(input->dim() == grad_output.dim() && input->sym_sizes().slice(0, input->dim() - 1) ==
                                                          grad_output.sym_sizes().slice(0, grad_output.dim() - 1),
                 "linear_act: input must be [*, K] with the leading sizes of grad_output ", grad_output.sym_sizes(),
@@ -106,8 +106,8 @@ Activation check_linear_act_backward(const at::Tensor& grad_output, const std::o
     TORCH_SYM_CHECK(weight->sym_size(1).sym_eq(input->sym_size(-1)),
                     "linear_act: weight must be [N, K=", input->sym_size(-1), "] to match input ", input->sym_sizes(),
                     ", got ", weight->sym_sizes());
-  if (output_mask[0]) check_allocated(kOp, *weight, "weight");
-  if (output_mask[1]) check_allocated(kOp, *input, "input");
+  if (output_mask[0]) check_allocated(kLinearAct, *weight, "weight");
+  if (output_mask[1]) check_allocated(kLinearAct, *input, "input");
   return act;
 }
 
@@ -126,10 +126,10 @@ Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, co
   return op.call(input, weight, bias, activation, parameters);
 }
 
-Gradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
-                              const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                              std::string_view activation, at::ArrayRef<double> parameters,
-                              std::array<bool, 3> output_mask) {
+LayerGradients linear_act_backward(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                   const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                   std::string_view activation, at::ArrayRef<double> parameters,
+                                   std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mlp_ext::_linear_act_backward", "")
                              .typed<decltype(linear_act_backward)>();
@@ -144,10 +144,10 @@ at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, 
 }
 
 // dz = act'(dy, saved);  dx = dz W  (*,N)(N,K);  dW = dz^T x  (N,M)(M,K);  db = sum over rows of dz
-Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
-                                     const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                     std::string_view activation, at::ArrayRef<double> parameters,
-                                     std::array<bool, 3> output_mask) {
+LayerGradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                          const std::optional<at::Tensor>& input,
+                                          const std::optional<at::Tensor>& weight, std::string_view activation,
+                                          at::ArrayRef<double> parameters, std::array<bool, 3> output_mask) {
   const Activation act =
       check_linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
   const auto rows = [](const at::Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); };
@@ -185,10 +185,10 @@ Outputs linear_act_forward_meta(const at::Tensor& input, const at::Tensor& weigh
   return {y, at::empty_like(y)};
 }
 
-Gradients linear_act_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
-                                   const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                   std::string_view activation, at::ArrayRef<double> parameters,
-                                   std::array<bool, 3> output_mask) {
+LayerGradients linear_act_backward_meta(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                        const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
+                                        std::string_view activation, at::ArrayRef<double> parameters,
+                                        std::array<bool, 3> output_mask) {
   check_linear_act_backward(grad_output, saved, input, weight, activation, parameters, output_mask);
   at::Tensor dx, dw, db;
   const auto options = grad_output.options();

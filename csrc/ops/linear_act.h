@@ -13,7 +13,7 @@
 namespace mlp_ext {
 
 // dx [*, K], dW [N, K], db [N]; undefined where output_mask is false
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using LayerGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Outputs = std::tuple<at::Tensor, at::Tensor>;  // y [*, N], z [*, N]
 
 // M of a tensor [*, columns].
@@ -41,20 +41,20 @@ at::Tensor linear_act(const at::Tensor& input,                // [*, K]
 Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            std::string_view activation, at::ArrayRef<double> parameters);
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz.  Through the dispatcher.
-Gradients linear_act_backward(const at::Tensor& grad_output,            // [*, N]
-                              const std::optional<at::Tensor>& saved,   // y or z [*, N], what the activation needs
-                              const std::optional<at::Tensor>& input,   // [*, K], for dW
-                              const std::optional<at::Tensor>& weight,  // [N, K], for dx
-                              std::string_view activation, at::ArrayRef<double> parameters,
-                              std::array<bool, 3> output_mask);  // dx, dW, db
+LayerGradients linear_act_backward(const at::Tensor& grad_output,            // [*, N]
+                                   const std::optional<at::Tensor>& saved,   // y or z [*, N], what the activation needs
+                                   const std::optional<at::Tensor>& input,   // [*, K], for dW
+                                   const std::optional<at::Tensor>& weight,  // [N, K], for dx
+                                   std::string_view activation, at::ArrayRef<double> parameters,
+                                   std::array<bool, 3> output_mask);  // dx, dW, db
 
 // The same as composites of native operations: the reference, and the fallback for devices without our kernels.
 at::Tensor linear_act_native(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                              std::string_view activation, at::ArrayRef<double> parameters);
-Gradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
-                                     const std::optional<at::Tensor>& input, const std::optional<at::Tensor>& weight,
-                                     std::string_view activation, at::ArrayRef<double> parameters,
-                                     std::array<bool, 3> output_mask);
+LayerGradients linear_act_backward_native(const at::Tensor& grad_output, const std::optional<at::Tensor>& saved,
+                                          const std::optional<at::Tensor>& input,
+                                          const std::optional<at::Tensor>& weight, std::string_view activation,
+                                          at::ArrayRef<double> parameters, std::array<bool, 3> output_mask);
 
 // act(z) by PyTorch's operations.
 at::Tensor activate(const Activation& activation, const at::Tensor& z);

@@ -13,7 +13,7 @@ namespace mlp_ext {
 
 namespace {
 
-constexpr const char *kOp = "mlp", *kBackwardOp = "_mlp_backward";
+constexpr const char *kMlp = "mlp", *kMlpBackward = "_mlp_backward";
 
 // All checks of linear_act, before any layer is computed.
 void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases, const Names& activations,
@@ -23,18 +23,18 @@ void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTe
               " weights, got ", biases.size());
   TORCH_CHECK(activations.size() == weights.size(), "mlp: activations must have one for each of the ", weights.size(),
               " weights, got ", activations.size());
-  check_dtype(kOp, input, "input");
+  check_dtype(kMlp, input, "input");
   TORCH_CHECK(input.dim() >= 1, "mlp: input must be [*, K], got a 0-dimensional tensor");
-  LayerParameters layer_parameters(kOp, parameters);
+  LayerParameters layer_parameters(kMlp, parameters);
   for (size_t l = 0; l < weights.size(); ++l) {
     const Element weight{"weights", l}, bias{"biases", l};
     const std::string_view activation = name_at(activations, l);
-    check_activation(kOp, activation, layer_parameters.next(activation), Element{"activations", l});
+    check_activation(kMlp, activation, layer_parameters.next(activation), Element{"activations", l});
     if (l == 0) {
-      check_layer(kOp, weights[l], weight, biases[l], bias, input, input.sym_size(-1), "input ", input.sym_sizes());
+      check_layer(kMlp, weights[l], weight, biases[l], bias, input, input.sym_size(-1), "input ", input.sym_sizes());
     } else {
       const c10::SymInt K = weights[l - 1].sym_size(0);
-      check_layer(kOp, weights[l], weight, biases[l], bias, input, K, "the ", K, " outputs of layer ", l - 1);
+      check_layer(kMlp, weights[l], weight, biases[l], bias, input, K, "the ", K, " outputs of layer ", l - 1);
     }
   }
   layer_parameters.check_all_taken();
@@ -45,18 +45,18 @@ void check_mlp_backward(const OptionalTensors& grad_outputs, const OptionalTenso
                         const OptionalTensors& outputs, c10::ArrayRef<LayerActivation> layers,
                         const c10::List<bool>& output_mask) {
   const size_t L = layers.size();
-  TORCH_CHECK(L > 0, kBackwardOp, ": activations must have one for each layer, at least one, got none");
+  TORCH_CHECK(L > 0, kMlpBackward, ": activations must have one for each layer, at least one, got none");
   size_t saved = L;
   for (const LayerActivation& layer : layers) saved += layer.needs == Needs::preactivation;
   const auto check_length = [&](size_t found, const char* name, size_t expected) {
-    TORCH_CHECK(found == expected, kBackwardOp, ": ", name, " must have ", expected, " elements for ", L,
+    TORCH_CHECK(found == expected, kMlpBackward, ": ", name, " must have ", expected, " elements for ", L,
                 " layers, got ", found);
   };
   check_length(grad_outputs.size(), "grad_outputs", saved);
   check_length(weights.size(), "weights", L);
   check_length(outputs.size(), "outputs", saved);
   check_length(output_mask.size(), "output_mask", 1 + 2 * L);
-  TORCH_CHECK(grad_outputs.get(L - 1) || grad_outputs.get(layers.back().saved), kBackwardOp, ": ",
+  TORCH_CHECK(grad_outputs.get(L - 1) || grad_outputs.get(layers.back().saved), kMlpBackward, ": ",
               Element{"grad_outputs", L - 1}, ", that of the last layer, must be given, got None");
 }
 
@@ -85,12 +85,12 @@ std::vector<at::Tensor> mlp_backward(const OptionalTensors& grad_outputs, const 
 
 c10::SmallVector<LayerActivation, 8> layer_activations(const Names& activations, Numbers parameters) {
   c10::SmallVector<LayerActivation, 8> layers;
-  LayerParameters layer_parameters(kOp, parameters);
+  LayerParameters layer_parameters(kMlp, parameters);
   size_t next_z = activations.size();
   for (size_t l = 0; l < activations.size(); ++l) {
     const std::string_view name = name_at(activations, l);
     const Numbers own = layer_parameters.next(name);
-    const Needs needs = needs_of(check_activation(kOp, name, own, Element{"activations", l}));
+    const Needs needs = needs_of(check_activation(kMlp, name, own, Element{"activations", l}));
     layers.push_back({name, own, needs, needs == Needs::preactivation ? next_z++ : l});
   }
   return layers;
@@ -101,7 +101,7 @@ at::Tensor mlp_loop(const at::Tensor& input, at::TensorList weights, const Optio
                     const Names& activations, Numbers parameters) {
   check_mlp(input, weights, biases, activations, parameters);
   at::Tensor y = input;
-  LayerParameters layer_parameters(kOp, parameters);
+  LayerParameters layer_parameters(kMlp, parameters);
   for (size_t l = 0; l < weights.size(); ++l) {
     const std::string_view activation = name_at(activations, l);
     y = linear_act(y, weights[l], biases[l], activation, layer_parameters.next(activation));
@@ -162,7 +162,7 @@ std::vector<at::Tensor> mlp_backward_loop(const OptionalTensors& grad_outputs, c
       add(gradients[1 + L + l], db);
     };
     if (const std::optional<at::Tensor> grad = grad_outputs[l]) {
-      TORCH_CHECK(!dy.defined() || grad->sym_sizes() == dy.sym_sizes(), kBackwardOp, ": ", Element{"grad_outputs", l},
+      TORCH_CHECK(!dy.defined() || grad->sym_sizes() == dy.sym_sizes(), kMlpBackward, ": ", Element{"grad_outputs", l},
                   " must be ", dy.sym_sizes(), ", got ", grad->sym_sizes());
       add(dy, *grad);
     }

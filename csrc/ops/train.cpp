@@ -17,7 +17,7 @@ namespace mlp_ext {
 
 namespace {
 
-constexpr const char *kOp = "mlp_train_step_", *kUpdateOp = "mlp_train_update_";
+constexpr const char *kTrainStep = "mlp_train_step_", *kTrainUpdate = "mlp_train_update_";
 
 // Groups parameters into layers: a weight has two dimensions, its bias follows and has one.
 c10::SmallVector<TrainedLayer, 8> layers_of(const TrainArgs& args) {
@@ -25,22 +25,22 @@ c10::SmallVector<TrainedLayer, 8> layers_of(const TrainArgs& args) {
   for (size_t i = 0; i < args.parameters.size(); ++i) {
     const at::Tensor& p = args.parameters[i];
     const bool is_bias = p.dim() == 1 && !layers.empty() && !layers.back().bias.value;
-    TORCH_CHECK(is_bias || p.dim() == 2, kOp,
+    TORCH_CHECK(is_bias || p.dim() == 2, kTrainStep,
                 ": parameters must be of each layer weight [N, K] and, if it has one, bias [N]; parameters[", i,
                 "] is ", p.sym_sizes());
     if (!is_bias) layers.emplace_back();
     (is_bias ? layers.back().bias : layers.back().weight).value = &p;
   }
-  TORCH_CHECK(!layers.empty(), kOp, ": parameters must hold at least one weight [N, K]");
-  TORCH_CHECK(layers.size() == args.activations.size(), kOp, ": activations must be one for each of ", layers.size(),
-              " layers, got ", args.activations.size());
-  LayerParameters parameters(kOp, args.activation_parameters);
+  TORCH_CHECK(!layers.empty(), kTrainStep, ": parameters must hold at least one weight [N, K]");
+  TORCH_CHECK(layers.size() == args.activations.size(), kTrainStep, ": activations must be one for each of ",
+              layers.size(), " layers, got ", args.activations.size());
+  LayerParameters parameters(kTrainStep, args.activation_parameters);
   for (size_t l = 0; l < layers.size(); ++l) {
     TrainedLayer& layer = layers[l];
     layer.activation_name = name_at(args.activations, l);
     layer.activation_parameters = parameters.next(layer.activation_name);
     layer.activation =
-        check_activation(kOp, layer.activation_name, layer.activation_parameters, Element{"activations", l});
+        check_activation(kTrainStep, layer.activation_name, layer.activation_parameters, Element{"activations", l});
   }
   parameters.check_all_taken();
   return layers;
@@ -50,26 +50,28 @@ c10::SmallVector<TrainedLayer, 8> layers_of(const TrainArgs& args) {
 template <class Loss>
 void check_loss_parameters(const Loss& loss) {
   if constexpr (requires { loss.label_smoothing; })
-    TORCH_CHECK_VALUE(0 <= loss.label_smoothing && loss.label_smoothing <= 1, kOp,
+    TORCH_CHECK_VALUE(0 <= loss.label_smoothing && loss.label_smoothing <= 1, kTrainStep,
                       ": label_smoothing must be from 0 to 1, got ", loss.label_smoothing);
-  if constexpr (requires { loss.beta; }) TORCH_CHECK(loss.beta >= 0, kOp, ": beta must be from 0 on, got ", loss.beta);
+  if constexpr (requires { loss.beta; })
+    TORCH_CHECK(loss.beta >= 0, kTrainStep, ": beta must be from 0 on, got ", loss.beta);
   if constexpr (requires { loss.delta; })
-    TORCH_CHECK(loss.delta > 0, kOp, ": delta must be greater than 0, got ", loss.delta);
+    TORCH_CHECK(loss.delta > 0, kTrainStep, ": delta must be greater than 0, got ", loss.delta);
 }
 
 template <class Loss>
 void check_loss_weight(const Loss&, const Training& training) {
   if constexpr (Loss::weight == LossWeight::none) {
-    TORCH_CHECK(!training.loss_weight, kOp, ": ", Loss::name, " takes no loss_weight");
+    TORCH_CHECK(!training.loss_weight, kTrainStep, ": ", Loss::name, " takes no loss_weight");
   } else if (training.loss_weight) {
     const at::Tensor& weight = *training.loss_weight;
     const c10::SymInt N = training.layers.back().weight.value->sym_size(0);
-    check_like(kOp, weight, "loss_weight", training.input, "input");
+    check_like(kTrainStep, weight, "loss_weight", training.input, "input");
     const bool is_row = weight.dim() == 1 && weight.sym_size(0) == N;
     if constexpr (Loss::weight == LossWeight::of_classes) {
-      TORCH_CHECK(is_row, kOp, ": loss_weight must be [N=", N, "], one for each class, got ", weight.sym_sizes());
+      TORCH_CHECK(is_row, kTrainStep, ": loss_weight must be [N=", N, "], one for each class, got ",
+                  weight.sym_sizes());
     } else {
-      TORCH_CHECK(is_row || (weight.dim() <= 1 && weight.sym_numel() == 1), kOp,
+      TORCH_CHECK(is_row || (weight.dim() <= 1 && weight.sym_numel() == 1), kTrainStep,
                   ": loss_weight must broadcast to [N=", N, "], got ", weight.sym_sizes());
     }
   }
@@ -80,25 +82,25 @@ void check_target(const Loss& loss, Training& training) {
   const at::Tensor &input = training.input, &target = training.target;
   if constexpr (is_of_rows<Loss>) {
     training.target_is_classes = target.scalar_type() == at::kLong;
-    TORCH_CHECK_TYPE(training.target_is_classes || Loss::takes_probabilities, kOp,
+    TORCH_CHECK_TYPE(training.target_is_classes || Loss::takes_probabilities, kTrainStep,
                      ": target must be [M=", input.sym_size(0), "] of classes of int64, got ",
                      dtype_name(target.scalar_type()));
   }
   if (training.target_is_classes) {
-    TORCH_CHECK(target.device() == input.device(), kOp, ": target must be on ", input.device(), " to match input, got ",
-                target.device());
-    TORCH_CHECK(target.dim() == 1 && target.sym_size(0) == input.sym_size(0), kOp,
+    TORCH_CHECK(target.device() == input.device(), kTrainStep, ": target must be on ", input.device(),
+                " to match input, got ", target.device());
+    TORCH_CHECK(target.dim() == 1 && target.sym_size(0) == input.sym_size(0), kTrainStep,
                 ": target must be [M=", input.sym_size(0), "] of classes to match input ", input.sym_sizes(), ", got ",
                 target.sym_sizes());
-    check_allocated(kOp, target, "target");
+    check_allocated(kTrainStep, target, "target");
   } else {
     const c10::SymInt N = training.layers.back().weight.value->sym_size(0);
-    check_like(kOp, target, "target", input, "input");
-    TORCH_CHECK(target.dim() == 2 && target.sym_size(0) == input.sym_size(0) && target.sym_size(1) == N, kOp,
+    check_like(kTrainStep, target, "target", input, "input");
+    TORCH_CHECK(target.dim() == 2 && target.sym_size(0) == input.sym_size(0) && target.sym_size(1) == N, kTrainStep,
                 ": target must be [M=", input.sym_size(0), ", N=", N, "] to match the output, got ",
                 target.sym_sizes());
     if constexpr (requires { loss.ignore_index; })  // as torch
-      TORCH_CHECK(loss.ignore_index < 0, kOp, ": target must be classes with ignore_index ", loss.ignore_index,
+      TORCH_CHECK(loss.ignore_index < 0, kTrainStep, ": target must be classes with ignore_index ", loss.ignore_index,
                   ", got probabilities; leave out ignore_index");
   }
 }
@@ -173,7 +175,7 @@ c10::SmallVector<TrainedParameter*, 16> learning_of(Training& training, at::IntA
   }
   int64_t last = -1;
   for (const int64_t index : learning) {
-    TORCH_CHECK(index > last && index < static_cast<int64_t>(all.size()), kOp,
+    TORCH_CHECK(index > last && index < static_cast<int64_t>(all.size()), kTrainStep,
                 ": learning must be rising indices among ", all.size(), " parameters, got ", learning);
     last = index;
     found.push_back(all[index]);
@@ -183,34 +185,36 @@ c10::SmallVector<TrainedParameter*, 16> learning_of(Training& training, at::IntA
 
 void check_dropout(const Training& training) {
   const Numbers dropout = training.dropout;
-  TORCH_CHECK_VALUE(dropout.empty() || dropout.size() == training.layers.size() + 1, kOp,
+  TORCH_CHECK_VALUE(dropout.empty() || dropout.size() == training.layers.size() + 1, kTrainStep,
                     ": dropout must be one for each layer's input and one for the output, ", training.layers.size() + 1,
                     ", got ", dropout.size());
-  for (const double p : dropout) TORCH_CHECK_VALUE(p >= 0 && p <= 1, kOp, ": dropout must be from 0 to 1, got ", p);
+  for (const double p : dropout)
+    TORCH_CHECK_VALUE(p >= 0 && p <= 1, kTrainStep, ": dropout must be from 0 to 1, got ", p);
 }
 
 void check_autocast(const Training& training) {
   if (!training.autocast) return;
-  TORCH_CHECK_TYPE(*training.autocast == at::kBFloat16 || *training.autocast == at::kHalf, kOp,
+  TORCH_CHECK_TYPE(*training.autocast == at::kBFloat16 || *training.autocast == at::kHalf, kTrainStep,
                    ": autocast must be bfloat16 or float16, got ", dtype_name(*training.autocast));
-  TORCH_CHECK_TYPE(training.input.scalar_type() == at::kFloat, kOp, ": with autocast input must be float32, got ",
-                   dtype_name(training.input.scalar_type()));
+  TORCH_CHECK_TYPE(training.input.scalar_type() == at::kFloat, kTrainStep,
+                   ": with autocast input must be float32, got ", dtype_name(training.input.scalar_type()));
 }
 
 void check_batches(const TrainArgs& args) {
   if (!args.batch_size) {
-    TORCH_CHECK_VALUE(!args.order, kOp, ": order needs a batch_size");
+    TORCH_CHECK_VALUE(!args.order, kTrainStep, ": order needs a batch_size");
     return;
   }
-  TORCH_CHECK_VALUE(*args.batch_size >= 1, kOp, ": batch_size must be from 1 on, got ", *args.batch_size);
+  TORCH_CHECK_VALUE(*args.batch_size >= 1, kTrainStep, ": batch_size must be from 1 on, got ", *args.batch_size);
   if (!args.order) return;
   const at::Tensor& order = *args.order;
-  TORCH_CHECK(order.device() == args.input.device(), kOp, ": order must be on ", args.input.device(),
+  TORCH_CHECK(order.device() == args.input.device(), kTrainStep, ": order must be on ", args.input.device(),
               " to match input, got ", order.device());
-  TORCH_CHECK_TYPE(order.scalar_type() == at::kLong, kOp, ": order must be int64, got ",
+  TORCH_CHECK_TYPE(order.scalar_type() == at::kLong, kTrainStep, ": order must be int64, got ",
                    dtype_name(order.scalar_type()));
-  TORCH_CHECK(order.dim() == 1, kOp, ": order must be indices [rows] among those of input, got ", order.sym_sizes());
-  check_allocated(kOp, order, "order");
+  TORCH_CHECK(order.dim() == 1, kTrainStep, ": order must be indices [rows] among those of input, got ",
+              order.sym_sizes());
+  check_allocated(kTrainStep, order, "order");
 }
 
 // The memory range of a tensor, from its first element to its last.
@@ -250,7 +254,8 @@ void check_memory(at::ArrayRef<const Training*> trainings) {
     const Span* const other = span.is_written ? farthest : farthest_written;
     if (other && other->end > span.begin) {
       const auto [first, second] = span.is_written ? std::pair(other, &span) : std::pair(&span, other);
-      TORCH_CHECK(false, kOp, ": ", first->name, " must not share memory with ", second->name, "; pass a clone()");
+      TORCH_CHECK(false, kTrainStep, ": ", first->name, " must not share memory with ", second->name,
+                  "; pass a clone()");
     }
     if (!farthest || span.end > farthest->end) farthest = &span;
     if (span.is_written && (!farthest_written || span.end > farthest_written->end)) farthest_written = &span;
@@ -265,25 +270,25 @@ Training check_training(const TrainArgs& args) {
                     pointer(args.order),
                     args.batch_size,
                     layers_of(args),
-                    check_choice(kOp, Losses{}, args.loss, args.loss_parameters, "loss"),
+                    check_choice(kTrainStep, Losses{}, args.loss, args.loss_parameters, "loss"),
                     args.reduction == "mean",
                     args.dropout,
                     args.autocast};
-  const size_t optimizer = check_optimizer(kOp, args.optimizer);
-  TORCH_CHECK_VALUE(training.mean || args.reduction == "sum", kOp, ": reduction must be mean or sum, got '",
+  const size_t optimizer = check_optimizer(kTrainStep, args.optimizer);
+  TORCH_CHECK_VALUE(training.mean || args.reduction == "sum", kTrainStep, ": reduction must be mean or sum, got '",
                     args.reduction, "'");
-  check_dtype(kOp, args.input, "input");
-  TORCH_CHECK(args.input.dim() == 2, kOp, ": input must be [M, K], got ", args.input.sym_sizes());
+  check_dtype(kTrainStep, args.input, "input");
+  TORCH_CHECK(args.input.dim() == 2, kTrainStep, ": input must be [M, K], got ", args.input.sym_sizes());
   auto width = args.input.sym_size(1);
   for (size_t l = 0; l < training.layers.size(); ++l) {
     const at::Tensor &weight = *training.layers[l].weight.value, *const bias = training.layers[l].bias.value;
-    check_like(kOp, weight, "a weight", args.input, "input");
-    TORCH_CHECK(weight.sym_size(1) == width, kOp, ": the weight of layer ", l, " must be [N, K=", width, "] to match ",
-                l ? "the layer before" : "input", ", got ", weight.sym_sizes());
+    check_like(kTrainStep, weight, "a weight", args.input, "input");
+    TORCH_CHECK(weight.sym_size(1) == width, kTrainStep, ": the weight of layer ", l, " must be [N, K=", width,
+                "] to match ", l ? "the layer before" : "input", ", got ", weight.sym_sizes());
     width = weight.sym_size(0);
     if (!bias) continue;
-    check_like(kOp, *bias, "a bias", args.input, "input");
-    TORCH_CHECK(bias->sym_size(0) == width, kOp, ": the bias of layer ", l, " must be [N=", width,
+    check_like(kTrainStep, *bias, "a bias", args.input, "input");
+    TORCH_CHECK(bias->sym_size(0) == width, kTrainStep, ": the bias of layer ", l, " must be [N=", width,
                 "] to match its weight, got ", bias->sym_sizes());
   }
   visit(training.loss, [&](auto loss) {
@@ -293,7 +298,7 @@ Training check_training(const TrainArgs& args) {
   });
   const auto learning = learning_of(training, args.learning);
   visit(Optimizers{}, optimizer, [&](auto functor) {
-    set_optimizer<decltype(functor)>(kOp, optimizer, learning, args.hyperparameters, args.states, args.steps,
+    set_optimizer<decltype(functor)>(kTrainStep, optimizer, learning, args.hyperparameters, args.states, args.steps,
                                      args.input);
   });
   check_dropout(training);
@@ -323,8 +328,8 @@ void check_classes(const Training& training) {
   const int64_t ignore_index = ignore_index_of(training.loss), N = training.layers.back().weight.value->size(0);
   const at::Tensor &t = training.target, ignored = t.eq(ignore_index);
   const at::Tensor wrong = t.lt(0).logical_or(t.ge(N)).logical_and(ignored.logical_not());
-  TORCH_CHECK_INDEX(!wrong.any().item<bool>(), kOp, ": target must be classes from 0 to ", N - 1, " or ignore_index ",
-                    ignore_index, ", got ", t.masked_select(wrong)[0].item<int64_t>());
+  TORCH_CHECK_INDEX(!wrong.any().item<bool>(), kTrainStep, ": target must be classes from 0 to ", N - 1,
+                    " or ignore_index ", ignore_index, ", got ", t.masked_select(wrong)[0].item<int64_t>());
 }
 
 double count_of(const at::Tensor& step) {
@@ -341,7 +346,7 @@ void advance(const at::Tensor& step, int64_t steps) {
 }
 
 void throw_not_a_probability() {
-  TORCH_CHECK(false, kOp,
+  TORCH_CHECK(false, kTrainStep,
               ": bce needs outputs and targets between 0 and 1; end the model with a Sigmoid, or use "
               "BCEWithLogitsLoss");
 }
@@ -356,23 +361,23 @@ at::Tensor mlp_train_step_(const TrainArgs& a) {
 }
 
 c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args) {
-  const size_t optimizer = check_optimizer(kUpdateOp, args.optimizer), count = args.parameters.size();
-  TORCH_CHECK(args.gradients.size() == count, kUpdateOp, ": gradients must be one for each of ", count,
+  const size_t optimizer = check_optimizer(kTrainUpdate, args.optimizer), count = args.parameters.size();
+  TORCH_CHECK(args.gradients.size() == count, kTrainUpdate, ": gradients must be one for each of ", count,
               " parameters, got ", args.gradients.size());
   c10::SmallVector<TrainedParameter, 16> checked(count);
   c10::SmallVector<TrainedParameter*, 16> learning;
   for (size_t i = 0; i < count; ++i) {
     const at::Tensor &p = args.parameters[i], &gradient = args.gradients[i];
-    check_dtype(kUpdateOp, p, "a parameter");
-    check_like(kUpdateOp, gradient, "a gradient", p, "its parameter");
-    TORCH_CHECK(gradient.sym_sizes() == p.sym_sizes(), kUpdateOp, ": a gradient must be ", p.sym_sizes(),
+    check_dtype(kTrainUpdate, p, "a parameter");
+    check_like(kTrainUpdate, gradient, "a gradient", p, "its parameter");
+    TORCH_CHECK(gradient.sym_sizes() == p.sym_sizes(), kTrainUpdate, ": a gradient must be ", p.sym_sizes(),
                 " like its parameter, got ", gradient.sym_sizes());
     checked[i].value = &p;
     learning.push_back(&checked[i]);
   }
   if (count == 0) return checked;
   visit(Optimizers{}, optimizer, [&](auto functor) {
-    set_optimizer<decltype(functor)>(kUpdateOp, optimizer, learning, args.hyperparameters, args.states, args.steps,
+    set_optimizer<decltype(functor)>(kTrainUpdate, optimizer, learning, args.hyperparameters, args.states, args.steps,
                                      args.parameters[0]);
   });
   return checked;

@@ -17,7 +17,7 @@ namespace mlp_ext {
 
 namespace {
 
-constexpr const char* kOp = "mlp_train_many_";
+constexpr const char* kTrainMany = "mlp_train_many_";
 
 // Splits a list whose elements belong to one network after another.
 template <class List>
@@ -25,12 +25,12 @@ class Split {
  public:
   Split(List list, const char* name) : list_(list), name_(name) {}
   List next(size_t count) {
-    TORCH_CHECK(taken_ + count <= list_.size(), kOp, ": ", name_, " must be those of all networks, and there are only ",
-                list_.size());
+    TORCH_CHECK(taken_ + count <= list_.size(), kTrainMany, ": ", name_,
+                " must be those of all networks, and there are only ", list_.size());
     return list_.slice(std::exchange(taken_, taken_ + count), count);
   }
   void check_all_taken() const {
-    TORCH_CHECK(taken_ == list_.size(), kOp, ": ", name_, " must be those of all networks, ", taken_, ", got ",
+    TORCH_CHECK(taken_ == list_.size(), kTrainMany, ": ", name_, " must be those of all networks, ", taken_, ", got ",
                 list_.size());
   }
 
@@ -55,22 +55,22 @@ size_t count_states(std::string_view optimizer, Numbers hyperparameters) {
 // One for all networks, or the slices along the first dimension of a tensor with one for each.
 std::vector<at::Tensor> slices(const at::Tensor& t, int64_t dim, int64_t networks, const char* name) {
   if (t.dim() == dim) return {t};
-  TORCH_CHECK(t.dim() == dim + 1 && t.size(0) == networks, kOp, ": ", name, " must have ", dim, " dimensions, or ",
-              dim + 1, " of which the first is networks=", networks, ", got ", t.sym_sizes());
+  TORCH_CHECK(t.dim() == dim + 1 && t.size(0) == networks, kTrainMany, ": ", name, " must have ", dim,
+              " dimensions, or ", dim + 1, " of which the first is networks=", networks, ", got ", t.sym_sizes());
   return t.unbind();
 }
 
 void check_order(const at::Tensor& order, const TrainManyArgs& args, int64_t input_rows) {
-  TORCH_CHECK(order.device() == args.input.device(), kOp, ": orders must be on ", args.input.device(),
+  TORCH_CHECK(order.device() == args.input.device(), kTrainMany, ": orders must be on ", args.input.device(),
               " to match input, got ", order.device());
-  TORCH_CHECK_TYPE(order.scalar_type() == at::kLong, kOp, ": orders must be int64, got ",
+  TORCH_CHECK_TYPE(order.scalar_type() == at::kLong, kTrainMany, ": orders must be int64, got ",
                    dtype_name(order.scalar_type()));
-  TORCH_CHECK(order.dim() == 2 && order.size(0) == args.epochs, kOp, ": orders must be [epochs=", args.epochs,
+  TORCH_CHECK(order.dim() == 2 && order.size(0) == args.epochs, kTrainMany, ": orders must be [epochs=", args.epochs,
               ", n], got ", order.sizes());
-  check_allocated(kOp, order, "orders");
+  check_allocated(kTrainMany, order, "orders");
   if (!order.is_cpu() || order.numel() == 0) return;  // a GPU's kernels assert it
   const auto [least, most] = at::aminmax(order);
-  TORCH_CHECK_INDEX(least.item<int64_t>() >= 0 && most.item<int64_t>() < input_rows, kOp,
+  TORCH_CHECK_INDEX(least.item<int64_t>() >= 0 && most.item<int64_t>() < input_rows, kTrainMany,
                     ": orders must be indices among ", input_rows, " rows of input, got ", least.item<int64_t>(),
                     " to ", most.item<int64_t>());
 }
@@ -80,14 +80,14 @@ void check_order(const at::Tensor& order, const TrainManyArgs& args, int64_t inp
 TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
   static const std::optional<at::Tensor> no_order;
   const int64_t E = args.networks;
-  TORCH_CHECK_VALUE(E >= 1 && args.epochs >= 1 && args.batch_size >= 1, kOp,
+  TORCH_CHECK_VALUE(E >= 1 && args.epochs >= 1 && args.batch_size >= 1, kTrainMany,
                     ": networks, epochs and batch_size must be from 1 on, got ", E, ", ", args.epochs, " and ",
                     args.batch_size);
-  TORCH_CHECK(args.parameters.size() % E == 0, kOp, ": parameters must be as many for each of ", E, " networks, got ",
-              args.parameters.size());
+  TORCH_CHECK(args.parameters.size() % E == 0, kTrainMany, ": parameters must be as many for each of ", E,
+              " networks, got ", args.parameters.size());
   const size_t count = args.parameters.size() / E, optimizer = index_of(args.optimizer, Optimizers{});
-  TORCH_CHECK_VALUE(optimizer < Optimizers::size, kOp, ": optimizer must be one of ", names_of(Optimizers{}), ", got '",
-                    args.optimizer, "'");
+  TORCH_CHECK_VALUE(optimizer < Optimizers::size, kTrainMany, ": optimizer must be one of ", names_of(Optimizers{}),
+                    ", got '", args.optimizer, "'");
   const size_t numbers = args.learning.size() * visit(Optimizers{}, optimizer, [](auto functor) {
                            return decltype(functor)::parameters.size();
                          });
@@ -95,7 +95,7 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
                             ? args.learning.size()
                             : 0;
   const bool of_rows =
-      is_of_rows_loss(LossFunction(check_choice(kOp, Losses{}, args.loss, args.loss_parameters, "loss")));
+      is_of_rows_loss(LossFunction(check_choice(kTrainMany, Losses{}, args.loss, args.loss_parameters, "loss")));
   const int64_t target_dim = of_rows && args.target.scalar_type() == at::kLong ? 1 : 2;
 
   TrainingOfMany many{slices(args.input, 2, E, "input"),
@@ -103,8 +103,8 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
                       {},
                       args.epochs,
                       args.batch_size};
-  TORCH_CHECK(args.orders.empty() || args.orders.size() == 1 || static_cast<int64_t>(args.orders.size()) == E, kOp,
-              ": orders must be none, one, or one for each of ", E, " networks, got ", args.orders.size());
+  TORCH_CHECK(args.orders.empty() || args.orders.size() == 1 || static_cast<int64_t>(args.orders.size()) == E,
+              kTrainMany, ": orders must be none, one, or one for each of ", E, " networks, got ", args.orders.size());
   for (const at::Tensor& order : args.orders) check_order(order, args, many.inputs[0].size(0));
   Split parameters(args.parameters, "parameters"), states(args.states, "states"), steps(args.steps, "steps");
   Split hyperparameters(args.hyperparameters, "hyperparameters");
@@ -121,8 +121,8 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
     const Training &training = many.networks.back().training, &first = many.networks[0].training;
     for (size_t l = 0; l < training.layers.size(); ++l) {
       const at::Tensor &w = *training.layers[l].weight.value, &other = *first.layers[l].weight.value;
-      TORCH_CHECK(w.sizes() == other.sizes() && !training.layers[l].bias.value == !first.layers[l].bias.value, kOp,
-                  ": parameters of network ", e, " must be like those of network 0");
+      TORCH_CHECK(w.sizes() == other.sizes() && !training.layers[l].bias.value == !first.layers[l].bias.value,
+                  kTrainMany, ": parameters of network ", e, " must be like those of network 0");
     }
   }
   parameters.check_all_taken();

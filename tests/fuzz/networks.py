@@ -141,8 +141,16 @@ class Network:
         return {"output": output.detach()} | {k: g for k, g in gradients.items() if g is not None}
 
 
+def _without_huge(layer: Dense) -> Dense:
+    return layer._replace(values="grid") if layer.values == "huge" else layer
+
+
 def fitting(case: Network) -> Network:
-    """With fewer rows if it is too large."""
+    """With fewer rows if it is too large, and huge values in one operand: sums of huge terms may
+    cancel, and what is left depends on their order."""
+    first, *others = case.layers
+    first = _without_huge(first) if "huge" in case.values else first
+    case = replace(case, layers=(first, *map(_without_huge, others)))
     widths = case.K, *(layer.N for layer in case.layers)
     rows, largest = torch.Size(case.leading).numel(), max(k * n for k, n in pairwise(widths))
     if rows * largest <= data.MULTIPLY_ADDS:

@@ -347,12 +347,13 @@ def _fitting(case: Any) -> Any:
         case = replace(
             case, optimizer=case.optimizer._replace(options=options | {"centered": False})
         )
+    case = fitting(case)
     if case.leading == (0,):  # no batches; a step of no rows is a case
         case = replace(case, fit=None)
     if case.fit and case.fit.batch_size:
         size = max(case.fit.batch_size, case.leading[0] // 6)
         case = replace(case, fit=case.fit._replace(batch_size=size))
-    return fitting(case)
+    return case
 
 
 trainings = st.builds(
