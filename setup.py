@@ -306,7 +306,7 @@ if COMPILING:
     SOURCES = [joined(folder) for folder in ("ops", "python", "cpu")]
     SOURCES += [file for isa in ISAS for file in sources(f"cpu/targets/{isa}_*.cpp")]
     if CUDA:
-        SOURCES = sources("cuda/*/*.cu") + [joined("cuda")] + SOURCES
+        SOURCES = [*sources("cuda/*/*.cu"), joined("cuda"), *SOURCES]
     if CUTLASS:
         NVCC_FLAGS += ["-isystem", str(CUTLASS[0])]
     else:
