@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from hypotheses import st
@@ -22,6 +23,7 @@ Four = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Layer:
+    luck: ClassVar[int] = 0
     leading: tuple[int, ...]
     K: int
     N: int

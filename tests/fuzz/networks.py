@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,7 @@ WAYS: dict[str, tuple[Callable[..., nn.Module], Callable[[Any], nn.Module]]] = {
 
 @dataclass(frozen=True)
 class Network:
+    luck: ClassVar[int] = 0
     leading: tuple[int, ...]
     K: int
     layers: Layers

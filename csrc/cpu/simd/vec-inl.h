@@ -21,12 +21,14 @@ template <>
 struct Registers<float> {
   typedef float Native __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
   typedef float Memory __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 };
 template <>
 struct Registers<double> {
   typedef double Native __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Unsigned __attribute__((vector_size(kVectorBytes)));
   typedef double Memory __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
 };
 
@@ -523,9 +525,10 @@ MLP_EXT_INLINE Vec<T> log_plus(Vec<T> x, Vec<T> shift, Vec<T> c) {
   using E = ExpConstants<T>;
   using V = Vec<T>;
   using Bits = typename V::Bits;
-  const Bits bits = bit_cast<Bits>(x.v), root_half = bit_cast<Bits>(V(T(0.70710678118654752440)).v);
-  const Bits exponent = (bits - root_half) >> E::mantissa_bits;
-  const V f = V(bit_cast<typename V::Native>(bits - (exponent << E::mantissa_bits))) - 1;
+  using Unsigned = typename Registers<T>::Unsigned;  // negative x, whose result is not used, would overflow signed bits
+  const auto bits = bit_cast<Unsigned>(x.v), root_half = bit_cast<Unsigned>(V(T(0.70710678118654752440)).v);
+  const Bits exponent = bit_cast<Bits>(bits - root_half) >> E::mantissa_bits;
+  const V f = V(bit_cast<typename V::Native>(bits - bit_cast<Unsigned>(exponent << E::mantissa_bits))) - 1;
   const V n = V(bit_cast<typename V::Native>(bit_cast<Bits>(V(E::round).v) + exponent)) - E::round - shift;
   const V s = f / (f + 2), s2 = s * s, half = T(0.5) * f * f;
   return n * C::ln2_high - ((half - (s * (half + s2 * log_tail(s2)) + (n * C::ln2_low + c))) - f);
