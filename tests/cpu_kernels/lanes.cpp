@@ -416,13 +416,13 @@ void test_shared_rows(Report& report) {
         {19, 6, 2}, {"relu", "identity"}, {"mse", {}, false, false}, kOptimizers[1], 45, 40, 2, false, false, orders};
     Problem own = shared;
     own.own_x = own.own_target = true;
-    Call<S> a(shared, seeds(3)), b(own, seeds(3));
+    Call<S> a(shared, seeds(2)), b(own, seeds(2));
     for (auto& d : b.data) {
       d.x.fill([&](int64_t i, int64_t j) { return a.data[0].x(i, j); });
       d.target.fill([&](int64_t i, int64_t j) { return a.data[0].target(i, j); });
     }
     a.run(report), b.run(report);
-    for (size_t e = 0; e < 3; ++e) report.check(same_bits(a.networks[e], b.networks[e]), "bits", "of copies differ");
+    for (size_t e = 0; e < 2; ++e) report.check(same_bits(a.networks[e], b.networks[e]), "bits", "of copies differ");
   }
 }
 
