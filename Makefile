@@ -149,7 +149,8 @@ wheel: $(VENV)/tools
 DATE := import calendar, sys, zipfile; print(calendar.timegm(zipfile.ZipFile(sys.argv[1]).infolist()[0].date_time))
 
 # AddressSanitizer and UBSan: the kernels without torch, and the extension, in build/sanitized, under tests that reach each of
-# its paths. SANITIZED: other tests. Python's own leaks are not reported; freed results stay in no cache.
+# its paths. SANITIZED: other tests. Python's own leaks are not reported; freed results stay in no cache. libstdc++ is loaded
+# first, since AddressSanitizer looks for its functions when it starts.
 SANITIZED     ?= $(addprefix tests/test_,guard_pages.py values.py gradients.py train_step.py train_steps.py)
 SANITIZED_TOO := $(addprefix tests/test_,activations.py fit.py library.py mlp.py narrow_steps.py predict.py regions.py train_operator.py)
 SANITIZE  := MLP_EXT_SANITIZE=1 MLP_EXT_ISA=native MLP_EXT_CUDA=0
@@ -159,7 +160,8 @@ sanitize: build
 	@echo "== compiling the extension with sanitizers"
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(SANITIZE) $(RUN)/python setup.py --quiet build --build-lib build/sanitized --build-temp build/sanitized-temp
 	@echo "== tests with sanitizers"
-	LD_PRELOAD=$$($${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 MLP_EXT_RESULTS_MIB=0 PYTHONPATH=build/sanitized \
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 MLP_EXT_RESULTS_MIB=0 PYTHONPATH=build/sanitized \
 	    $(RUN)/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m "not slow and not release" $(SANITIZED)
 
 $(VENV)/built: $(VENV)/tools $(BUILT_FROM)
