@@ -30,7 +30,7 @@ SECONDS = 1800  # after which a round hangs
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--times", type=int, default=2, help="a quick run's cases in a round")
+    parser.add_argument("--times", type=int, default=8, help="a quick run's cases in a round")
     parser.add_argument("--log", type=Path, default=Path("build/fuzz.jsonl"))
     parser.add_argument("--threads", nargs="+", type=int, default=THREADS)
     parser.add_argument("--report", action="store_true", help="only prints what the log has")
