@@ -328,6 +328,8 @@ class _Reads:
 
     def _enter_torch(self, frame: types.FrameType) -> None:
         code, module = frame.f_code, frame.f_globals["__name__"]
+        if module == "torch._dynamo.utils":
+            return  # a callback of a weak reference, where an error would be lost
         if module.startswith(_DISPATCH):
             raise Unfollowable(_COMPUTES)
         allowed = code in _recorded_code() or module.startswith(_MODULES)

@@ -291,6 +291,15 @@ def test_it_is_fused(forward: Callable[..., Any]) -> None:
     assert next(iter(mlp_ext.fusion_report(model))).status == "fused"
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_weak_references_of_torch_compile_end() -> None:
+    """torch.compile keeps one to each new module, such as a slice, and its callback must run."""
+    torch.compile(nn.Linear(1, 1), backend="eager")(torch.ones(1, 1))
+    model = mlp_ext.fuse(made(slices_a_list))
+    assert next(iter(mlp_ext.fusion_report(model))).status == "fused"
+
+
 @pytest.mark.parametrize("forward", LEFT_ALONE, ids=lambda f: f.__name__)
 def test_the_report_says_why_it_is_not(forward: Callable[..., Any]) -> None:
     model = made(forward)
