@@ -14,6 +14,9 @@ constexpr Machine kZen3{
             .dot_rows = 8,          // 16x128x128 and 16x1024x512 packed
             .dot_rows_if_deep = 0,  // 32x784x128 packed
             .tall_weights = kZen4.fma.tall_weights,
+            .library_multiply_adds = 1 << 30,  // 1024x2048x512 library, 256x784x512 no gain
+            .library_inputs = 1024,            // 8192x512x512 tall
+            .library_outputs = 256,
             .block_bytes = kZen4.fma.block_bytes,
             .panel_rows = kZen4.fma.panel_rows,
             .panel_rows_per_empty_lane = 5,
