@@ -12,7 +12,7 @@ from fuzz.rule import check
 from fuzz.training import manys, trainings
 
 KINDS = {"layers": layers, "networks": networks, "TrainStep": trainings, "TrainSteps": manys}
-QUICK = {"layers": 250, "networks": 100, "TrainStep": 70, "TrainSteps": 30}  # cases, a few seconds
+QUICK = {"layers": 500, "networks": 100, "TrainStep": 70, "TrainSteps": 15}  # cases, a few seconds
 
 
 def run(

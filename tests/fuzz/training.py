@@ -240,13 +240,14 @@ class Many:
             models, optimizers = self._parts(tensors, data.module_of)
             steps = TrainSteps(models, self.loss.criterion(tensors), optimizers)
             x, y = tensors["input"], tensors["target"]
+            outputs = predict(models, x)
             if self.fit:
                 generators = [torch.Generator().manual_seed(e) for e in range(self.networks)]
                 rows = self._rows() if self.own_rows else None
                 losses = steps.fit(x, y, *self.fit, generators=generators, rows=rows)
             else:
                 losses = torch.stack([steps(x, y) for _ in range(2)])
-            return self._results(losses, models, optimizers, predict(models, x))
+            return self._results(losses, models, optimizers, outputs)
 
     def native(self, tensors: Tensors) -> Results:
         models, optimizers = self._parts(tensors, data.native_of)
@@ -254,14 +255,14 @@ class Many:
         for e, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             step = Eager(model, self.loss.criterion(tensors), optimizer)
             x, y = (tensors[k][e] if self.own_data else tensors[k] for k in ("input", "target"))
+            with torch.no_grad():
+                outputs.append(model(x))
             if self.fit:
                 rows = self._rows()[e] if self.own_rows else torch.arange(len(x))
                 generator = torch.Generator().manual_seed(e)
                 losses.append(eager_fit(step, x[rows], y[rows], *self.fit, generator))
             else:
                 losses.append(torch.stack([step(x, y) for _ in range(2)]))
-            with torch.no_grad():
-                outputs.append(model(x))
         return self._results(torch.stack(losses, 1), models, optimizers, torch.stack(outputs))
 
     def _results(self, losses: Tensor, models: Any, optimizers: Any, outputs: Tensor) -> Results:
