@@ -52,6 +52,7 @@ struct Limits {
   // library, torch's GEMM, from these sizes on
   int64_t library_multiply_adds = kNever;  // M K N
   int64_t library_weights = kNever;        // N K; alternative to M K N for few rows
+  int64_t library_rows = 2;                // M
   int64_t library_inputs = 24;             // K; below, tall wins
   int64_t library_outputs = 16;            // N; below, tall wins
   int64_t library_forward_inputs = 1024;   // K; forward gains only from here
@@ -104,6 +105,7 @@ constexpr Limit kLimits[] = {
     {"few_rows", &Limits::few_rows, 0, kMostFewRows},
     {"library_multiply_adds", &Limits::library_multiply_adds, 0, kNever},
     {"library_weights", &Limits::library_weights, 0, kNever},
+    {"library_rows", &Limits::library_rows, 1, kNever},
     {"library_inputs", &Limits::library_inputs, 1, kNever},
     {"library_outputs", &Limits::library_outputs, 1, kNever},
     {"library_forward_inputs", &Limits::library_forward_inputs, 0, kNever},

@@ -150,7 +150,8 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
   plan.grad_weight.rows = std::max(plan.grad_weight.rows, bias_pieces);
 
   const bool is_small = multiply_adds <= limits.small_multiply_adds;
-  const bool fills_library = options.library && M > 1 && K >= limits.library_inputs && N >= limits.library_outputs &&
+  const bool fills_library = options.library && M >= limits.library_rows && K >= limits.library_inputs &&
+                             N >= limits.library_outputs &&
                              (multiply_adds >= limits.library_multiply_adds || N * K >= limits.library_weights) &&
                              supports(Path::library, shape, true);
 

@@ -74,7 +74,7 @@ def halves(least: int, most: int) -> tuple[int, ...]:
 OWN = {"library_multiply_adds": NEVER, "library_weights": NEVER}  # without torch's GEMM
 NO_TILES = {"amx_rows": NEVER}
 OF_MANY = ("lane_weights", "core_multiply_adds")  # of many networks: not measured
-IF_LIBRARY = ("library_inputs", "library_outputs", "library_forward_inputs")
+IF_LIBRARY = ("library_rows", "library_inputs", "library_outputs", "library_forward_inputs")
 EDGES = (16, 32, 48, 64, 96, 128, 192, 256)  # rows without empty lanes
 EMPTY = (5, 7, 9, 11, 15, 23, 31, 47, 63)  # rows over empty lanes
 # fmt: off
@@ -111,6 +111,9 @@ RULES = (
     Rule("library_weights", "backward", FROM_OR_NEVER, "own, library", doubling(2**16, 2**22),
          "12x1024xq/1024 16xq/512x512 24x512xq/512",
          NO_TILES | {"library_multiply_adds": NEVER}),
+    Rule("library_rows", "backward", FROM, "own, library", halves(2, 512),
+         "qx512x512 qx1024x1024 qx4096x1024",
+         NO_TILES | {"library_multiply_adds": 0}),
     Rule("library_inputs", "backward", FROM, "own, library", halves(4, 64),
          "4096xqx64 4096xqx256 16384xqx32",
          NO_TILES | {"library_multiply_adds": 0, "library_outputs": 1}),

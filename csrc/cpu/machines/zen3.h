@@ -15,6 +15,7 @@ constexpr Machine kZen3{
             .dot_rows_if_deep = 0,  // 32x784x128 packed
             .tall_weights = kZen4.fma.tall_weights,
             .library_multiply_adds = 1 << 30,  // 1024x2048x512 library, 256x784x512 no gain
+            .library_rows = 512,               // 256x4096x4096 packed
             .library_inputs = 1024,            // 8192x512x512 tall
             .library_outputs = 256,
             .block_bytes = kZen4.fma.block_bytes,
