@@ -12,7 +12,7 @@ RUN  := $(VENV)/bin
 # What the compiled module is made of; editing Python needs no new build.
 BUILT_FROM := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo check test fuzz clients notebooks release-check lint docs bench bench-quick format build wheel sanitize arm-check cuda-check gpu clean distclean
+.PHONY: demo check test fuzz clients notebooks release-check lint docs bench bench-quick format build wheel sanitize sanitize-kernels arm-check cuda-check gpu clean distclean
 
 demo: build
 	@echo "== breast cancer: 569 rows of 30 features; the same SGD loop with torch.nn and with fused layers"
@@ -154,9 +154,11 @@ DATE := import calendar, sys, zipfile; print(calendar.timegm(zipfile.ZipFile(sys
 SANITIZED     ?= $(addprefix tests/test_,guard_pages.py values.py gradients.py train_step.py train_steps.py)
 SANITIZED_TOO := $(addprefix tests/test_,activations.py fit.py library.py mlp.py narrow_steps.py predict.py regions.py train_operator.py)
 SANITIZE  := MLP_EXT_SANITIZE=1 MLP_EXT_ISA=native MLP_EXT_CUDA=0
-sanitize: build
+sanitize-kernels: build
 	@echo "== the kernels without torch, with sanitizers"
 	$(PYTEST) -k sanitize tests/test_cpu_kernels.py tests/test_team.py tests/test_cuda_on_cpu.py
+
+sanitize: sanitize-kernels
 	@echo "== compiling the extension with sanitizers"
 	PATH="$(CURDIR)/$(RUN):$$PATH" $(SANITIZE) $(RUN)/python setup.py --quiet build --build-lib build/sanitized --build-temp build/sanitized-temp
 	@echo "== tests with sanitizers"
