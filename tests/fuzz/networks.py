@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -142,16 +142,20 @@ class Network:
         return {"output": output.detach()} | {k: g for k, g in gradients.items() if g is not None}
 
 
-def _without_huge(layer: Dense) -> Dense:
-    return layer._replace(values="grid") if layer.values == "huge" else layer
+def _without(values: Sequence[str], layer: Dense) -> Dense:
+    return layer._replace(values="grid") if layer.values in values else layer
 
 
 def fitting(case: Network) -> Network:
-    """With fewer rows if it is too large, and huge values in one operand: sums of huge terms may
-    cancel, and what is left depends on their order."""
+    """With fewer rows if it is too large, and what rounding decides left out.
+
+    Sums of huge terms may cancel, and what is left depends on their order; so one operand is huge.
+    Infinity times an output is NaN if that is 0, to which gelu and others round small values.
+    """
     first, *others = case.layers
-    first = _without_huge(first) if "huge" in case.values else first
-    case = replace(case, layers=(first, *map(_without_huge, others)))
+    first = _without(["huge"], first) if "huge" in case.values else first
+    others = [_without(["huge", "inf", "-inf"], layer) for layer in others]
+    case = replace(case, layers=(first, *others))
     widths = case.K, *(layer.N for layer in case.layers)
     rows, largest = torch.Size(case.leading).numel(), max(k * n for k, n in pairwise(widths))
     if rows * largest <= data.MULTIPLY_ADDS:
