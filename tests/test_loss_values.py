@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from steps import LOSSES, Training, assert_steps_match_eager, make_net
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep, TrainSteps
@@ -131,3 +132,16 @@ def test_cross_entropy_of_large_logits_keeps_its_digits(probabilities: bool, row
     for run in ("step", "many"):
         loss, _ = results(run, model_of(bias), nn.CrossEntropyLoss(), torch.zeros(rows, 1), target)
         assert (loss.double() - exact).abs() < 1e-6 * exact
+
+
+@pytest.mark.parametrize("loss", [n for n in LOSSES if n.startswith(("classes", "prob", "nll"))])
+@pytest.mark.parametrize("N", [1, 2, 10, 16, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_few_and_many_classes(dtype: torch.dtype, N: int, loss: str) -> None:
+    """Rows in lanes up to 16 classes, classes in lanes above."""
+    criterion, make_target, last = LOSSES[loss]
+    for rows in (1, 5, 16, 19):
+        model = make_net([300, N], last).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        x, target = torch.randn(rows, 300, dtype=dtype), make_target(rows, N, dtype)
+        assert_steps_match_eager(Training(model, criterion(N, dtype), optimizer, x, target), 2)

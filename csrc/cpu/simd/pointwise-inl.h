@@ -5,6 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/simd/epilogue-inl.h"
 #include "cpu/simd/pack-inl.h"
+#include "cpu/simd/per_lane-inl.h"
 #include "cpu/simd/row_sums-inl.h"
 #include "cpu/simd/vec-inl.h"
 #include "math/activations.h"
@@ -140,24 +141,6 @@ struct LossRow {
   void put(int64_t n, T v) const { dy[n] = v; }
 };
 
-template <class S, class LossOf>
-double row_losses(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data) {
-  using T = Accumulator<S>;
-  const auto l = get<LossOf>(*loss.function);
-  const T* y = static_cast<const T*>(y_data);
-  T* dy = static_cast<T*>(dy_data);
-  double total = 0;
-  for (int64_t m = rows.begin; m < rows.end && N > 0; ++m, y += N, dy += N) {
-    const int64_t c = loss.classes ? loss.classes[m * loss.classes_stride] : -1;
-    const LossRow<S> row{loss, m, N, c, y, dy};
-    if (loss.classes && c == loss.ignore_index)
-      l.template ignored_row<T>(row, N);
-    else
-      total += l.template row<T>(row, N, static_cast<T>(loss.scale));
-  }
-  return total;
-}
-
 // The target's rows as contiguous T: in place, or copied to `copy`.
 template <class S, class T = Accumulator<S>>
 const T* contiguous(const ConstMatrix& target, Range rows, int64_t N, T* copy) {
@@ -170,37 +153,7 @@ const T* contiguous(const ConstMatrix& target, Range rows, int64_t N, T* copy) {
   return copy;
 }
 
-template <class S>
-double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data, void* scratch, bool& valid) {
-  using T = Accumulator<S>;
-  return visit(*loss.function, [&](auto l) {
-    using LossOf = decltype(l);
-    if constexpr (is_of_rows<LossOf>) {
-      return row_losses<S, LossOf>(loss, rows, N, y_data, dy_data);
-    } else {
-      const T* const y = static_cast<const T*>(y_data);
-      T* const dy = static_cast<T*>(dy_data);
-      const T* const t = contiguous<S>(loss.target, rows, N, static_cast<T*>(scratch));
-      const int64_t size = rows.size() * N;
-      if (!loss.weight) {
-        SumOfAll<T> sum{valid};
-        element_loss<T>(l, static_cast<T>(loss.scale), size, y, t, nullptr, dy, sum);
-        return sum.total;
-      }
-      T* const w = static_cast<T*>(scratch) + size;
-      contiguous<S>({loss.weight, 0}, {0, 1}, N, w);
-      double total = 0;
-      for (int64_t i = 0; i < size; i += N) {
-        SumOfAll<T> sum{valid};
-        element_loss<T>(l, static_cast<T>(loss.scale), N, y + i, t + i, w, dy + i, sum);
-        total += sum.total;
-      }
-      return total;
-    }
-  });
-}
-
-// ---- losses of networks in lanes ----
+// ---- losses in lanes: of a network, or a row, in each ----
 
 // The classes of a row; see math/losses.h.
 template <class T>
@@ -258,6 +211,42 @@ __attribute__((flatten)) void row_losses_in_lanes(const LossOf& loss, Vec<T> sca
   sums.add(sum);
 }
 
+// Losses of rows with so few outputs that they would leave vectors empty: a row in each lane.
+constexpr int64_t kFewOutputsOfLoss = 16;
+template <class S, class LossOf, class T = Accumulator<S>>
+double few_outputs_losses(const LossOf& l, const Loss& loss, Range rows, int64_t N, const T* y, T* dy) {
+  constexpr int64_t lanes = Vec<T>::lanes;
+  alignas(kVectorBytes) T z[kFewOutputsOfLoss * lanes], target[kFewOutputsOfLoss * lanes],
+      weight[kFewOutputsOfLoss * lanes], dz[kFewOutputsOfLoss * lanes];
+  if (loss.weight)
+    for (int64_t n = 0; n < N; ++n) store(weight + n * lanes, Vec<T>(scalar(static_cast<const S*>(loss.weight) + n)));
+  double total = 0;
+  for (int64_t first = rows.begin; first < rows.end; first += lanes) {
+    const int64_t used = std::min(lanes, rows.end - first);
+    const T* from[lanes];
+    T* to[lanes];
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t m = first + std::min(lane, used - 1);
+      from[lane] = y + (m - rows.begin) * N;
+      to[lane] = dy + (m - rows.begin) * N;
+      if (loss.classes) {
+        const int64_t c = loss.classes[m * loss.classes_stride];
+        target[lane] = c == loss.ignore_index ? T(-1) : static_cast<T>(c);
+      } else {
+        for (int64_t n = 0; n < N; ++n) target[n * lanes + lane] = scalar(at<S>(loss.target, m, n));
+      }
+    }
+    gather(from, N, z);
+    std::array<double, lanes> totals{};
+    SumOfEachLane<T> sums{totals.data(), {}};
+    row_losses_in_lanes<T>(l, Vec<T>(static_cast<T>(loss.scale)), loss.classes != nullptr, 1,
+                           RowOfEachLane<T>{z, target, loss.weight ? weight : nullptr, dz, N, {}}, sums);
+    scatter(dz, N, to, static_cast<int>(used));
+    for (int64_t lane = 0; lane < used; ++lane) total += totals[lane];
+  }
+  return total;
+}
+
 template <class T>
 void loss_in_lanes(const Loss& loss, bool of_classes, int64_t rows, int64_t N, const void* y_data, void* dy_data,
                    const double* scales, double* totals, bool* valid) {
@@ -277,6 +266,57 @@ void loss_in_lanes(const Loss& loss, bool of_classes, int64_t rows, int64_t N, c
       for (int64_t i = 0; i < size; i += part) element_loss<T>(l, scale, part, y + i, t + i, w, dy + i, sums);
     if constexpr (is_of_probabilities<LossOf>)
       for (int lane = 0; lane < lanes; ++lane) valid[lane] = valid[lane] && sums.refused.v[lane] == 0;
+  });
+}
+
+// ---- losses of a network ----
+
+template <class S, class LossOf>
+double row_losses(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data) {
+  using T = Accumulator<S>;
+  const auto l = get<LossOf>(*loss.function);
+  const T* y = static_cast<const T*>(y_data);
+  T* dy = static_cast<T*>(dy_data);
+  if (0 < N && N <= kFewOutputsOfLoss) return few_outputs_losses<S>(l, loss, rows, N, y, dy);
+  double total = 0;
+  for (int64_t m = rows.begin; m < rows.end && N > 0; ++m, y += N, dy += N) {
+    const int64_t c = loss.classes ? loss.classes[m * loss.classes_stride] : -1;
+    const LossRow<S> row{loss, m, N, c, y, dy};
+    if (loss.classes && c == loss.ignore_index)
+      l.template ignored_row<T>(row, N);
+    else
+      total += l.template row<T>(row, N, static_cast<T>(loss.scale));
+  }
+  return total;
+}
+
+template <class S>
+double loss(const Loss& loss, Range rows, int64_t N, const void* y_data, void* dy_data, void* scratch, bool& valid) {
+  using T = Accumulator<S>;
+  return visit(*loss.function, [&](auto l) {
+    using LossOf = decltype(l);
+    if constexpr (is_of_rows<LossOf>) {
+      return row_losses<S, LossOf>(loss, rows, N, y_data, dy_data);
+    } else {
+      const T* const y = static_cast<const T*>(y_data);
+      T* const dy = static_cast<T*>(dy_data);
+      const T* const t = contiguous<S>(loss.target, rows, N, static_cast<T*>(scratch));
+      const int64_t size = rows.size() * N;
+      if (!loss.weight) {
+        SumOfAll<T> sum{valid};
+        element_loss<T>(l, static_cast<T>(loss.scale), size, y, t, nullptr, dy, sum);
+        return sum.total;
+      }
+      T* const w = static_cast<T*>(scratch) + size;
+      contiguous<S>({loss.weight, 0}, {0, 1}, N, w);
+      double total = 0;
+      for (int64_t i = 0; i < size; i += N) {
+        SumOfAll<T> sum{valid};
+        element_loss<T>(l, static_cast<T>(loss.scale), N, y + i, t + i, w, dy + i, sum);
+        total += sum.total;
+      }
+      return total;
+    }
   });
 }
 
