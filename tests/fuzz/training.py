@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -247,6 +248,9 @@ class Many:
                 losses = steps.fit(x, y, *self.fit, generators=generators, rows=rows)
             else:
                 losses = torch.stack([steps(x, y) for _ in range(2)])
+            # The outputs of the trained weights, whatever was kept of the first ones.
+            trained_outputs = predict(models, x), predict(deepcopy(models), x)
+            torch.testing.assert_close(*trained_outputs, rtol=0, atol=0, equal_nan=True)
             return self._results(losses, models, optimizers, outputs)
 
     def native(self, tensors: Tensors) -> Results:
