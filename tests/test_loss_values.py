@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_a_mean_of_huge_differences_has_a_finite_gradient() -> None:
 
 
 WEIGHT = torch.tensor([0.5, 2.0, 1.5])
+
+
+@pytest.mark.parametrize("rows", [1, 16], ids=["blocks", "lanes"])
+def test_bce_of_saturated_sigmoids_in_float64(rows: int) -> None:
+    model = nn.Sequential(model_of(torch.tensor([-40.0, -28.0, -27.0, 28.0])), nn.Sigmoid()).double()
+    x, target = torch.ones(rows, 1).double(), torch.full((rows, 4), 0.3).double()
+    steps = {}
+    for make in (sgd_step, TrainStep):
+        net = deepcopy(model)
+        make(net, nn.BCELoss(), torch.optim.SGD(net.parameters(), lr=1.0))(x, target)
+        steps[make] = net[0].weight.detach()  # from 0
+    torch.testing.assert_close(steps[TrainStep], steps[sgd_step], atol=0, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [4, 40], ids=["blocks", "lanes"])

@@ -44,6 +44,24 @@ def test_fifty_steps_match_eager(
     assert last > first if part.optimizer.param_groups[0]["maximize"] else last < first
 
 
+def test_centered_rmsprop_of_float16_gradients_whose_squares_underflow() -> None:
+    """square_avg stays 0, grad_avg does not: their difference is negative, in torch -0."""
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float16)
+    nn.init.zeros_(model.weight)
+    native = deepcopy(model)
+    x, y = torch.full((1, 1), 1e-4, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16)
+    weights = []
+    for net, make in ((model, TrainStep), (native, sgd_step)):
+        optimizer = torch.optim.RMSprop(net.parameters(), lr=1, eps=1, centered=True)
+        step = make(net, nn.L1Loss(), optimizer)
+        for _ in range(30):
+            step(x, y)
+        assert optimizer.state[net.weight]["grad_avg"] < 0
+        assert optimizer.state[net.weight]["square_avg"] == 0
+        weights.append(net.weight.detach())
+    torch.testing.assert_close(*weights, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fused_sgd_changes_all_elements_of_16_bit_parameters(dtype: torch.dtype) -> None:
     """torch's own changes few on the CPU."""

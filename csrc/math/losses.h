@@ -40,8 +40,8 @@ struct BCE {  // l = -(t log y + (1 - t) log(1 - y)), logs clamped at -100,  dl/
   }
   template <class V>
   MLP_EXT_HOST_DEVICE V backward(V y, V t, V, V scale) const {
-    const V slope = y * (1 - y);
-    return (y - t) / where(slope < V(1e-12), V(1e-12), slope) * scale;
+    const V slope = y * (1 - y), least = 1e-12f;  // a float in torch, also in float64
+    return (y - t) / where(slope < least, least, slope) * scale;
   }
 };
 

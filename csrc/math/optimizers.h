@@ -127,8 +127,13 @@ struct RMSprop {
     if (maximize) gradient = -gradient;
     if (weight_decay != 0) gradient = gradient + K(weight_decay) * parameter;
     square = K(alpha) * square + K(1 - alpha) * gradient * gradient;
-    if (centered) mean = mean + K(1 - alpha) * (gradient - mean);
-    const V root = sqrt(centered ? square - mean * mean : square) + K(eps);
+    V variance = square;
+    if (centered) {
+      mean = mean + K(1 - alpha) * (gradient - mean);
+      variance = square - mean * mean;
+      variance = where(variance < 0, 0, variance);  // rounded states: torch's root is NaN
+    }
+    const V root = sqrt(variance) + K(eps);
     if (momentum > 0) {
       momentum_buffer = K(momentum) * momentum_buffer + gradient / root;
       parameter = parameter - K(lr) * momentum_buffer;
