@@ -2,8 +2,9 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from steps import Training, training
 from torch.utils import deterministic
 
 from mlp_ext import _C, TrainStep
+from mlp_ext_cli import main
 
 # They need packages of their own: `make clients`.
 collect_ignore = [] if find_spec("stable_baselines3") else ["clients"]
@@ -36,6 +38,32 @@ def once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one while a test runs; in it are a folder and a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("before")
+    return tmp_path
+
+
+@pytest.fixture
+def assert_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, str, str], None]:
+    """That mlp-ext prints one line, an error that begins with the message, and writes nothing."""
+
+    def run(command: str, args: str, message: str) -> None:
+        assert main([command, *args.split()]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"mlp-ext {command}: error: {message}")
+        assert (out, err.count("\n")) == ("", 1)
+        assert {path.name for path in folder.iterdir()} == {"folder", "file"}
+        assert (folder / "file").read_text() == "before"
+
+    return run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -557,27 +557,13 @@ ERRORS = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current one while a test runs; in it are a folder and a file."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("before")
-    return tmp_path
-
-
 @pytest.mark.parametrize(("args", "message"), ERRORS, ids=[args for args, _ in ERRORS])
 def test_error_is_one_line_before_training(
-    args: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    args: str, message: str, assert_refused: Callable[[str, str, str], None]
 ) -> None:
     if "--plot" in args:
         pytest.importorskip("matplotlib")
-    assert main(["train", *args.split()]) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith(f"mlp-ext train: error: {message}")
-    assert err.count("\n") == 1
-    assert out == ""
-    assert {path.name for path in folder.iterdir()} == {"folder", "file"}
+    assert_refused("train", args, message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

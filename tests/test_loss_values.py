@@ -67,8 +67,13 @@ def assert_as_eager(
         nn.HuberLoss,
         lambda **r: nn.HuberLoss(delta=1e38, **r),
         nn.BCEWithLogitsLoss,
+        lambda **r: nn.BCEWithLogitsLoss(pos_weight=torch.full_like(OUTPUTS, 0.25), **r),
+        lambda **r: nn.BCEWithLogitsLoss(pos_weight=torch.full_like(OUTPUTS, 4.0), **r),
     ],
-    ids=["mse", "l1", "smooth_l1", "wide", "beta_0", "huber", "delta", "bce_with_logits"],
+    ids=[
+        *("mse", "l1", "smooth_l1", "wide", "beta_0", "huber", "delta"),
+        *("bce_with_logits", "pos_weight_quarter", "pos_weight_4"),
+    ],
 )
 def test_extreme_outputs_and_targets(
     loss: Callable[..., nn.Module], rows: int, reduction: str
@@ -91,7 +96,9 @@ WEIGHT = torch.tensor([0.5, 2.0, 1.5])
 
 @pytest.mark.parametrize("rows", [1, 16], ids=["blocks", "lanes"])
 def test_bce_of_saturated_sigmoids_in_float64(rows: int) -> None:
-    model = nn.Sequential(model_of(torch.tensor([-40.0, -28.0, -27.0, 28.0])), nn.Sigmoid()).double()
+    model = nn.Sequential(
+        model_of(torch.tensor([-40.0, -28.0, -27.0, 28.0])), nn.Sigmoid()
+    ).double()
     x, target = torch.ones(rows, 1).double(), torch.full((rows, 4), 0.3).double()
     steps = {}
     for make in (sgd_step, TrainStep):

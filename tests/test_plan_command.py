@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -144,10 +145,10 @@ def test_plan_of_another_machine(machine: str, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_error_is_one_line(
-    args: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_refused: Callable[[str, str, str], None],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["plan", *args.split()]) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith(f"mlp-ext plan: error: {message}")
-    assert (out, err.count("\n")) == ("", 1)
+    assert_refused("plan", args, message)

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,15 +34,6 @@ SMALL = "--data breast_cancer --hidden 4 --epochs 3 --seeds 2"
 @pytest.fixture(autouse=True)
 def data_sets() -> None:
     load("digits")  # or skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current one while a test runs; in it are a folder and a file."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("before")
-    return tmp_path
 
 
 def sweep(args: str) -> list[dict[str, str]]:
@@ -365,17 +356,11 @@ ERRORS = [
 
 @pytest.mark.parametrize(("args", "message"), ERRORS, ids=[args for args, _ in ERRORS])
 def test_error_is_one_line_before_training(
-    args: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    args: str, message: str, assert_refused: Callable[[str, str, str], None]
 ) -> None:
     if "--plot" in args:
         pytest.importorskip("matplotlib")
-    assert main(["sweep", *args.split()]) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith(f"mlp-ext sweep: error: {message}")
-    assert err.count("\n") == 1
-    assert out == ""
-    assert {path.name for path in folder.iterdir()} == {"folder", "file"}
-    assert (folder / "file").read_text() == "before"
+    assert_refused("sweep", args, message)
 
 
 def test_folder_may_have_the_name_of_a_data_set(folder: Path) -> None:

@@ -54,18 +54,18 @@ struct BCEWithLogits {  // l = (1 - t) z + (1 + (w - 1) t) log(1 + exp(-z)),  dl
     using std::exp;
     using std::log1p;
     const V softplus = where(0 <= z, 0, -z) + log1p(exp(where(z < 0, z, -z)));  // exp(-z) itself may overflow
-    return (1 - t) * z + factor(t, w) * softplus;
+    return (1 - t) * z + factor(w, (w - 1) * t + 1) * softplus;
   }
   template <class V>
   MLP_EXT_HOST_DEVICE V backward(V z, V t, V w, V scale) const {
-    return (factor(t, w) * Sigmoid{}.forward(z) - w * t) * scale;
+    return (factor(w, w * t + 1 - t) * Sigmoid{}.forward(z) - w * t) * scale;
   }
 
  private:
-  // 1 + (w - 1) t, without 0 t where t is infinite
+  // 1 + (w - 1) t as torch orders it, which decides where infinite t give NaN; 1 without a weight.
   template <class V>
-  MLP_EXT_HOST_DEVICE V factor(V t, V w) const {
-    return 1 + where(w <= 1, where(1 <= w, 0, (w - 1) * t), (w - 1) * t);
+  MLP_EXT_HOST_DEVICE V factor(V w, V value) const {
+    return where(w <= 1, where(1 <= w, 1, value), value);
   }
 };
 
