@@ -110,7 +110,7 @@ RULES = (
          NO_TILES | {"library_weights": NEVER}),
     Rule("library_weights", "backward", FROM_OR_NEVER, "own, library", doubling(2**16, 2**22),
          "12x1024xq/1024 16xq/512x512 24x512xq/512",
-         NO_TILES | {"library_multiply_adds": NEVER}),
+         NO_TILES | {"library_multiply_adds": NEVER, "library_rows": 2}),
     Rule("library_rows", "backward", FROM, "own, library", halves(2, 512),
          "qx512x512 qx1024x1024 qx4096x1024",
          NO_TILES | {"library_multiply_adds": 0}),
