@@ -72,7 +72,7 @@ class FusionReport:
     `len(report)` is their number, and iterating yields each `Site`.
 
     Attributes:
-        sites (list of Site): the same as a list.
+        sites (list of Site): one for each Linear, in this order.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
@@ -107,7 +107,7 @@ def fuse(model: Model, level: Level = "layers") -> Model:
     Results stay the same, up to rounding. Children, Parameters, hooks and `state_dict` stay as they
     are, so an optimizer made before stays valid. Layers are found in every `nn.Sequential`, and in
     `forward` code that torch.fx can follow with certainty. Later changes of the model take effect
-    in the next call. Fusing again changes nothing, or the level.
+    in the next call. Calling it again with another level switches the level.
 
     Args:
         model (nn.Module): the model.

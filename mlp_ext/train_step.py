@@ -143,14 +143,16 @@ class TrainStep:
             TypeError: input or target is not a tensor, or classes are not int64 or uint8; also, as
                 ValueError, if the model, criterion or optimizer was changed to something that is
                 not supported.
-            IndexError: a class is out of range.
+            IndexError: a class is out of range. On a GPU this, and values outside [0, 1] with
+                `nn.BCELoss`, are a device-side assertion, as in PyTorch.
             RuntimeError: a shape, dtype or device does not match; input or target requires a
                 gradient; values are not in [0, 1] with `nn.BCELoss`; no Parameter learns; the
                 storage of a tensor was freed; memory runs out; or PyTorch is in a state that a step
                 does not support, such as no_grad or inference_mode ([full
                 list](train-step.md#pytorchs-global-state)).
 
-        After any of these errors, nothing has changed.
+        After any of these errors nothing has changed, except in [a few
+        cases](train-step.md#when-a-step-fails) on GPUs and with `accumulate` or `max_norm`.
 
         Examples:
             >>> model = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -262,14 +264,15 @@ class TrainStep:
                 one, the validation loss does.
             patience (int, optional): number of epochs without improvement after which training
                 stops. None runs all epochs.
-            restore_best (bool): whether `validation` ends with the Parameters of the best epoch in
-                the model. The optimizer's state stays that of the last epoch, and after an error or
-                Ctrl-C so do the Parameters. Default: True.
+            restore_best (bool): whether the model gets the Parameters of the best epoch at the end.
+                The optimizer's state stays that of the last epoch. After an error or Ctrl-C nothing
+                is restored. Default: True.
             scheduler (LRScheduler, optional): stepped after each epoch. `ReduceLROnPlateau` gets
                 the validation loss, the metric if its mode is "max", or without `validation` the
                 loss.
-            on_epoch (callable, optional): called after each epoch with its number, loss, validation
-                loss and metric, as far as there are such. Training stops if it returns True.
+            on_epoch (callable, optional): called after each epoch with its number and loss, then
+                the validation loss and the metric if there are any. Training stops if it returns
+                True.
 
         Shape:
             - input: `(n, *, K)`.

@@ -19,9 +19,9 @@ def add_info(commands: Any) -> None:
         commands,
         "info",
         "mlp_ext.commands.info:run",
-        help="show the build, and the names that mlp-ext train takes",
+        help="show the build, and the names that train and sweep take",
         description="Show how this package was built, what it uses on this machine, and the names\n"
-        "that the options of mlp-ext train take.",
+        "that the options of mlp-ext train and sweep take.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")

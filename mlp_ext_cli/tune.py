@@ -14,9 +14,9 @@ another, and write the limits that differ from the built-in ones.
 """
 EPILOG = """\
 On both sides of each limit the two paths run in turn on shapes near it. A limit
-moves only where another is faster beyond the noise. The picture has a panel for
-each limit: above 1 the path below the limit is faster, at points with whiskers
-from 20 % to 80 % of the rounds; dashed is the limit so far, solid the new one.
+moves only if another value is faster by more than the noise. The picture has a
+panel for each limit: above 1, the path below the limit is faster; whiskers are
+the 20% and 80% quantiles; dashed is the current limit, solid the new one.
 
 The file is used only where MLP_EXT_MACHINE names it when mlp_ext is imported.
 Training never measures anything. Leave the machine idle while it measures.
@@ -40,10 +40,16 @@ def add_tune(commands: Any) -> None:
     )
     add = parser.add_argument
     minutes = number(float, lambda n: 0 < n < float("inf"), "a number above 0")
-    add("--minutes", type=minutes, default=10.0, metavar="N", help="to measure (default: 10)")
+    add(
+        "--minutes",
+        type=minutes,
+        default=10.0,
+        metavar="N",
+        help="minutes to measure (default: 10)",
+    )
     add("--out", type=file, default="machine.json", metavar="FILE", help="(default: machine.json)")
     add("--plot", type=file, metavar="FILE.png", help="(default: as --out, ending in .png)")
-    add("--threads", type=count, metavar="N", help="of the CPU (default: as torch is set)")
+    add("--threads", type=count, metavar="N", help="CPU threads (default: torch's)")
     add(
         "--dtype",
         type=listed,

@@ -68,6 +68,7 @@ struct Limits {
   int64_t step_weights = 1 << 18;          // blocks: each thread packs them twice and has its own gradients
   int64_t step_rows = 32;                  // blocks: M per thread; below, adding the gradients costs more
   int64_t row_lane_weights = 1 << 8;       // lanes: weights; above, blocks fill vectors as well
+  int64_t row_lane_bytes = 64;             // lanes: M per thread, in bytes of a column; below, lanes are empty
   int64_t panel_rows = 32;                 // panels: fewest M
   int64_t panel_rows_per_empty_lane = 16;  // panels: M / empty lanes of the last vector
   int64_t panel_columns = 32;              // panels: columns of W per thread
@@ -118,6 +119,7 @@ constexpr Limit kLimits[] = {
     {"step_weights", &Limits::step_weights, 0, 1 << 22},
     {"step_rows", &Limits::step_rows, 1, kMostEach},
     {"row_lane_weights", &Limits::row_lane_weights, 0, 1 << 16},
+    {"row_lane_bytes", &Limits::row_lane_bytes, 0, kMostEach},
     {"panel_rows", &Limits::panel_rows, 1, kNever},
     {"panel_rows_per_empty_lane", &Limits::panel_rows_per_empty_lane, 0, 1 << 20},
     {"panel_columns", &Limits::panel_columns, 1, kMostEach},

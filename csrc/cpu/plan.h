@@ -258,8 +258,8 @@ inline StepPlan make_step_plan(int64_t M, std::span<const int64_t> widths, int64
   const bool rows_outweigh_sums = pieces == 1 || M >= pieces * limits.step_rows;
   const int64_t lanes = 64 / item_size, empty = ceil_div(M, lanes) * lanes - M;
   const bool some_layer = *std::min_element(widths.begin(), widths.end()) > 0;
-  const bool rows_fill_lanes =
-      item_size >= 4 && multiply_adds <= limits.row_lane_weights && M >= pieces * lanes && some_layer;
+  const bool rows_fill_lanes = item_size >= 4 && multiply_adds <= limits.row_lane_weights &&
+                               M * item_size >= pieces * limits.row_lane_bytes && some_layer;
   if (rows_fit && weights_stay_in_cache && rows_outweigh_sums) {
     if (rows_fill_lanes) return {StepPath::lanes, pieces};
     return {StepPath::blocks, pieces_of_rows(M, pieces)};

@@ -142,6 +142,8 @@ RULES = (
          "128-128-128@q*t 256-256-10@q*t 48-48-48-48-48@q*t"),
     Rule("row_lane_weights", "step", UP_TO, "lanes, blocks", doubling(2**5, 2**11),
          "8-q/16-8@64 16-q/32-16@64 16-q/16@64 16-q/17-1@128"),
+    Rule("row_lane_bytes", "step", FROM, "blocks, lanes", halves(16, 128),
+         "10-5-1@q/4 8-8-4@q/4 4-16-1@q/4"),
     Rule("panel_rows", "step", FROM, "layers, panels", EDGES,
          "784-256-10@q 784-512-256-10@q 1024-512-10@q",
          {"step_width": 0, "panel_rows_per_empty_lane": 0}),

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         return
     width = max(map(len, build)) + 2
     _print_table(build, width)
-    print("\nnames for the options of mlp-ext train:")
+    print("\nnames for the options of mlp-ext train and sweep:")
     _print_table(names, width)
 
 
