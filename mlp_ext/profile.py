@@ -21,8 +21,8 @@ from mlp_ext.step_text import positive
 from mlp_ext.train_step import TrainStep
 
 LEVEL_NAMES = dict(zip(LEVELS, ("fused", "stack"), strict=True))  # as `mlp-ext bench` has them
-# Of the step whose change of the weights gives TrainStep's gradients: large, so that rounding of
-# the weights is not seen.
+# Learning rate of the one SGD step from whose weight change TrainStep's gradients are computed:
+# large, so that rounding of the weights does not matter.
 CHECKED_LR = 1e4
 
 

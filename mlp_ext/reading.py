@@ -278,7 +278,7 @@ def _read_dropout(path: str, module: Any, reading: Reading) -> None:
 
 
 def _read_data_parallel(model: DistributedDataParallel, reading: Reading) -> None:
-    """Of DDP, a step averages the gradients; refuses what else DDP was told to do."""
+    """A step averages gradients as DDP does; refuses DDP's other features, such as no_sync()."""
     _check_code("model", model, _MODULE_HOOKS, reading)
     own = vars(model)
     settings = {

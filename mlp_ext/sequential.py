@@ -69,21 +69,21 @@ def forward(model: nn.Module, input: Any, level: str) -> Any:
     plan: Plan | None = vars(model).get("_plan")
     if plan is None or not plan.is_for(model):
         plan = vars(model)["_plan"] = _plan(model, level)
-    given = input
     modules: dict[str, Any] = model._modules
-    call: Any = None
-    try:
-        for call in plan.run:
-            input = (modules[call] if type(call) is str else call)(input)
-    except Untraceable:
-        return nn.Sequential.forward(model, given)  # type: ignore
-    except CAUGHT as error:
-        if isinstance(call, _C.MlpCall):  # other children raise their own errors
-            if getattr(input, "is_nested", False):
-                return nn.Sequential.forward(model, given)  # type: ignore
-            check_input("Sequential", input, call.weights[0])
-            rename(error, "Sequential")
-        raise
+    call: _C.MlpCall | None
+    for call, keys in plan.run:
+        if call is None:
+            input = modules[keys[0]](input)
+            continue
+        try:
+            input = call(input)
+        except (Untraceable, *CAUGHT) as error:
+            if not (isinstance(error, Untraceable) or getattr(input, "is_nested", False)):
+                check_input("Sequential", input, call.weights[0])
+                rename(error, "Sequential")
+                raise
+            for key in keys:
+                input = modules[key](input)
     return input
 
 
@@ -156,10 +156,13 @@ def _activation(child: nn.Module) -> Activation | None:
 def _plan(model: nn.Module, level: str) -> Plan:
     keys: list[str] = [*model._modules]
     children: list[Any] = [*model._modules.values()]
-    run: list[Any] = []
-    for indices, activations in find_steps(children, level):
+    run: list[Any] = []  # a call, or None, and the children that it covers
+    steps = find_steps(children, level)
+    ends = [*(step.indices[0] for step in steps[1:]), len(keys)]
+    for (indices, activations), end in zip(steps, ends, strict=False):  # none if it is empty
         layers = [children[index] for index in indices]
-        run.append(mlp_call(layers, [*activations]) if activations else keys[indices[0]])
+        call = mlp_call(layers, [*activations]) if activations else None
+        run.append((call, keys[indices[0] : end]))
     guards = GuardList()
     guards.children(model)
     for child in children:

@@ -144,7 +144,9 @@ class Training:
         return (total * LOSSES[self.output].of_loss(self.outputs) + penalty) / n
 
     def set_rate(self, rate: float) -> None:
-        """Of SGD, whose velocity in scikit-learn is -rate times the momentum_buffer of torch."""
+        """Sets SGD's rate. scikit-learn's velocity is -rate times torch's momentum_buffer, so that
+        this is rescaled.
+        """
         for state in self.optimizer.state.values():
             if (buffer := state.get("momentum_buffer")) is not None:
                 buffer *= self.rate / rate
@@ -157,8 +159,11 @@ class Training:
         return max(1, self.steps // STEPS_BEFORE) if is_adam else 1 << 62
 
     def _settings(self, batch: int, steps: int) -> None:
-        """Of the next steps. scikit-learn divides alpha by the rows of the batch, and adds epsilon
-        to the root of Adam's second moment before its bias correction, torch after."""
+        """Sets weight decay and eps for the next steps.
+
+        scikit-learn divides alpha by the rows of the batch, and adds epsilon to the root of Adam's
+        second moment before its bias correction, torch after.
+        """
         weights, biases = self.optimizer.param_groups
         weights["weight_decay"] = self.alpha / (batch * self.c)
         if isinstance(self.optimizer, torch.optim.Adam):

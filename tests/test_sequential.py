@@ -460,6 +460,33 @@ def test_exported_programs_have_pytorchs_operators(strict: bool) -> None:
     close(program.module()(x), native(x))
 
 
+class Counting(nn.Module):
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return input
+
+
+def test_fx_traces_each_child_once() -> None:
+    model, native = twins(nn.BatchNorm1d(10), *children())
+    traced = torch.fx.symbolic_trace(model)
+    modules = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert modules == [*"012345"]
+    x = torch.randn(6, 10)
+    close(traced(x), native(x))
+    close(model.state_dict(), native.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_children_before_a_nested_input_run_once() -> None:
+    model, native = twins(Counting(), nn.Linear(10, 5), nn.ReLU())
+    rows = [torch.randn(2, 10), torch.randn(3, 10)]
+    found = model(torch.nested.nested_tensor(rows))
+    close(torch.cat(found.unbind()), native(torch.cat(rows)))
+    assert model[0].calls == 1
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_trace_records_the_layers() -> None:
     model, native = twins()

@@ -15,6 +15,7 @@ from mlp_ext import _C
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OP = torch.ops.mlp_ext.mlp_train_step_.default
+MANY = torch.ops.mlp_ext.mlp_train_many_.default
 PLAIN = [0.1, 0.0, 0.0, 0.0, 0.0, 0.0]  # lr, momentum, dampening, weight_decay, nesterov, maximize
 MOMENTUM = [0.1, 0.9, 0.1, 0.01, 0.0, 0.0]
 
@@ -313,6 +314,10 @@ BAD: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
         lambda a: {"activations": ["relu", "elu"], "activation_parameters": [1.0, 2.0]},
         "parameters must be those of all activations, and 1 are left over",
     ),
+    "too few parameters of an activation": (
+        lambda a: {"activations": ["softplus", "relu"], "activation_parameters": [1.0]},
+        "parameters must be those of all activations, in order; softplus takes 2, and 1 are left",
+    ),
     "no parameters": (
         lambda a: {"parameters": [], "activations": [], "learning": [], "hyperparameters": []},
         "parameters must hold at least one weight [N, K]",
@@ -569,6 +574,31 @@ def test_what_is_only_read_may_share_memory() -> None:
         "hyperparameters": PLAIN * 2,
     }
     assert OP(**given).isfinite()
+
+
+@pytest.mark.parametrize("batch_size", [None, 2], ids=str)
+def test_index_beyond_the_parameters_is_an_error(batch_size: int | None) -> None:
+    given = arguments()
+    with pytest.raises((IndexError, ValueError, RuntimeError), match=r"^mlp_train_step_: learning"):
+        OP(**given | {"learning": [10**6], "hyperparameters": PLAIN}, batch_size=batch_size)
+
+
+def test_more_networks_than_parameters_are_an_error() -> None:
+    given = arguments()
+    with pytest.raises(RuntimeError, match=r"^mlp_train_many_: parameters must be as many"):
+        MANY(**given, orders=[], networks=7, epochs=1, batch_size=6)
+
+
+def test_steps_of_many_do_not_follow_autocast() -> None:
+    given = arguments() | {"dropout": [0.1, 0.0, 0.0]}
+    others = converted(given, lambda t: t.detach().clone())
+    settings: Arguments = {"orders": [], "networks": 1, "epochs": 1, "batch_size": 6}
+    torch.manual_seed(1)
+    expected = MANY(**given, **settings)
+    torch.manual_seed(1)
+    with torch.autocast("cpu"):
+        found = MANY(**others, **settings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -201,6 +201,18 @@ def test_watch_takes_dicts_and_lists_alone(container: object) -> None:
         _C.Guards([], [(container, 2)])
 
 
+@pytest.mark.parametrize("container", [[], None], ids=repr)
+def test_guards_of_what_is_no_longer_a_dict_do_not_hold(container: object) -> None:
+    """Also where a list now stands for it, and without a Python error left set."""
+    owner = nn.Module()
+    owner.entries = {"key": 1}
+    items = _C.Guards([((owner, "entries"), "key", owner.entries["key"])], [])
+    sizes = _C.Guards([], [((owner, "entries"), 1)])
+    assert items.holds() and sizes.holds()
+    owner.entries = container
+    assert not items.holds() and not sizes.holds()
+
+
 def test_state_may_be_a_plain_dict() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

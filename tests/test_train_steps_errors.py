@@ -337,13 +337,35 @@ def test_wrong_arguments_of_fit(case: str) -> None:
     assert unchanged(TrainSteps(*parts[:3]).fit, parts, {**data(), **wrong}).startswith(message)
 
 
-def test_classes_out_of_range() -> None:
-    models, _, optimizers, x, _ = three()
-    parts = Many(models, nn.CrossEntropyLoss(), optimizers, x, torch.tensor([0, 1, 0, 1, 1, 2]))
+WIDTHS = {"lanes": 5, "cores": 600}
+
+
+def classifiers(width: int, target: Tensor) -> Many:
+    models = [net(4, width, 3) for _ in range(2)]
+    return Many(models, nn.CrossEntropyLoss(), sgd(models), torch.randn(6, 4), target)
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_classes_out_of_range(width: int) -> None:
+    parts = classifiers(width, torch.tensor([[0, 1, 0, 1, 1, 2], [0, 1, 0, 1, 1, 3]]))
     steps = TrainSteps(*parts[:3])
     for call in (steps, steps.fit):
-        text = unchanged(call, parts, {"input": x, "target": parts.target})
-        assert re.match(r"IndexError: TrainSteps(.fit)?: target must be classes from 0 to 1", text)
+        text = unchanged(call, parts, {"input": parts.input, "target": parts.target})
+        assert re.match(r"IndexError: TrainSteps(.fit)?: target must be classes from 0 to 2", text)
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_rows_that_no_network_trains_on_may_have_any_class(width: int) -> None:
+    parts = classifiers(width, torch.tensor([0, 1, 2, 1, -1, 9]))
+    rows = 2 * [torch.arange(4)]
+    losses = TrainSteps(*parts[:3]).fit(parts.input, parts.target, epochs=2, rows=rows)
+    assert losses.isfinite().all()
+
+
+def test_data_without_rows_for_another_number_of_networks() -> None:
+    parts = three()
+    empty = {"input": torch.ones(5, 0, 4), "target": torch.ones(5, 0, 3)}
+    assert unchanged(TrainSteps(*parts[:3]), parts, empty).startswith("RuntimeError: TrainSteps: ")
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,7 @@ at::Tensor panels(int64_t lines, int64_t depth) {
   return empty_cached({tile_panels_bytes(lines, depth) / item_size(DType::bfloat16)}, at::kBFloat16);
 }
 
-// Piece i of n of [0, size), split at panels.
-Range piece_of_panels(int64_t i, int64_t n, int64_t size) {
-  const int64_t count = ceil_div(size, kPanelSide);
-  return {std::min(size, i * count / n * kPanelSide), std::min(size, (i + 1) * count / n * kPanelSide)};
-}
+Range piece_of_panels(int64_t i, int64_t n, int64_t size) { return piece_of_lines(i, n, size, kPanelSide); }
 
 // Runs f(rows, columns) for piece i of a grid over [rows, columns].
 template <class F>

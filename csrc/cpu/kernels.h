@@ -55,6 +55,7 @@ struct Forward {
   Matrix z;          // [M, N] or nullptr
   const Activation* activation;
   int64_t block_bytes = kMostBlockBytes;  // of packed B
+  bool y_past_caches = false;
 };
 
 // A parameter, updated in place.
@@ -78,6 +79,7 @@ struct Backward {
   // storing gradients.
   const Update *update_w = nullptr, *update_b = nullptr;
   int64_t block_bytes = kMostBlockBytes;
+  bool dx_past_caches = false, dw_past_caches = false;
 };
 
 // The loss of a network's outputs.
@@ -181,8 +183,8 @@ struct StepProblem {
 };
 
 struct StepKernels {
+  size_t (*scratch_bytes)(const StepProblem&);  // of rows()
   // Forward, loss and backward of a narrow network for some rows. Sums gradients into `sums`; returns the loss sum.
-  size_t (*scratch_bytes)(const StepProblem&);
   double (*rows)(const StepProblem&, Range rows, void* sums, void* scratch, bool& valid);
   // Loss and dy [M, N] of outputs y [M, N]. Scratch: (3 kLossRows + 1) N accumulators.
   double (*loss)(const Loss&, Range rows, int64_t N, const void* y, void* dy, void* scratch, bool& valid);

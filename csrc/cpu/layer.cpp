@@ -23,9 +23,8 @@ bool can_help() {
   }
 }
 
-Range piece_of_lines(int64_t i, int64_t n, int64_t size) {
-  constexpr int64_t line = 16;
-  const int64_t lines = (size + line - 1) / line;
+Range piece_of_lines(int64_t i, int64_t n, int64_t size, int64_t line) {
+  const int64_t lines = ceil_div(size, line);
   return {std::min(size, i * lines / n * line), std::min(size, (i + 1) * lines / n * line)};
 }
 
@@ -82,20 +81,29 @@ bool takes_library(int64_t M, int64_t K, int64_t N, DType dtype, bool update) {
 }
 
 // y = act(x W^T + b)
-void forward_layer(const Forward& problem, DType dtype) {
-  const int64_t M = problem.M, K = problem.K, N = problem.N;
+namespace {
+
+// Whether a result is written past the caches.
+bool is_streamed(int64_t rows, int64_t columns, int64_t depth, DType dtype) {
+  return rows * columns * item_size(dtype) >= kLargeBytes && depth <= limits_of(dtype).streamed_depth;
+}
+
+}  // namespace
+
+void forward_layer(const Forward& given, DType dtype) {
+  const int64_t M = given.M, K = given.K, N = given.N;
+  Forward f = given;
+  f.block_bytes = block_bytes(limits_of(dtype));
+  f.y_past_caches = is_streamed(M, N, K, dtype);
   const LayerKernels& kernels = variant().layer_kernels(dtype);
   const Plan plan = forward_plan(M, K, N, dtype);
-  if (plan.forward_path == Path::library) return forward_by_library(problem, kernels, dtype);
-  if (plan.forward_path == Path::amx) return forward_by_amx(problem, plan.forward, variant().tile_kernels());
-  if (plan.forward_path == Path::small)
-    return kernels.small_forward(problem, scratch(small_forward_scratch_bytes(K, N)));
+  if (plan.forward_path == Path::library) return forward_by_library(f, kernels, dtype);
+  if (plan.forward_path == Path::amx) return forward_by_amx(f, plan.forward, variant().tile_kernels());
+  if (plan.forward_path == Path::small) return kernels.small_forward(f, scratch(small_forward_scratch_bytes(K, N)));
   const bool narrow = plan.forward_path == Path::narrow || plan.forward_path == Path::one_input;
   const auto block = plan.forward_path == Path::dots ? kernels.forward_dots
                      : narrow                        ? kernels.forward_narrow
                                                      : kernels.forward;
-  Forward f = problem;
-  f.block_bytes = block_bytes(limits_of(dtype));
   run({{plan.forward, M, N, 1,
         [&](Range rows, Range columns, Range, int64_t) { block(f, rows, columns, scratch(kScratchBytes)); }}});
 }
@@ -192,7 +200,6 @@ void backward_packed(const Backward& problem, const Plan& plan, const LayerKerne
   const int64_t M = problem.M, K = problem.K, N = problem.N;
   const WeightSums sums(problem, plan.grad_weight.samples, kernels, dtype, problem.update_w, memory);
   Backward b = problem;
-  b.block_bytes = block_bytes(limits_of(dtype));
   if (!problem.update_w) b.update_b = nullptr;
   const auto dx_block = [&](Range rows, Range columns, Range, int64_t) {
     kernels.grad_input(b, rows, columns, scratch(kScratchBytes));
@@ -242,7 +249,11 @@ bool backward_allocates(const Backward& b, DType dtype) { return plan_of(b, dtyp
 int64_t backward_bytes(const Backward& b, DType dtype) { return bytes_of(b, plan_of(b, dtype), dtype); }
 
 // dz = act'(dy, saved);  dx = dz W;  dW = dz^T x;  db = sum over rows of dz
-void backward_layer(const Backward& problem, DType dtype, void* memory) {
+void backward_layer(const Backward& given, DType dtype, void* memory) {
+  Backward problem = given;
+  problem.block_bytes = block_bytes(limits_of(dtype));
+  problem.dx_past_caches = is_streamed(given.M, given.K, given.N, dtype);
+  problem.dw_past_caches = is_streamed(given.N, given.K, given.M, dtype);
   const LayerKernels& kernels = variant().layer_kernels(dtype);
   const Plan plan = plan_of(problem, dtype);
   const int64_t bytes = bytes_of(problem, plan, dtype);

@@ -26,6 +26,7 @@ constexpr int64_t kOneBreadth = 1 << 16;      // N of one_input, K of one_output
 constexpr int64_t kMostFewRows = 16;          // M of few_rows
 constexpr int64_t kNarrowBytes = 64;          // a row of x or z of narrow, as accumulated
 constexpr int64_t kDepthBytes = 2048;         // depth block of A; half of it writes partial sums twice as often
+constexpr int64_t kLargeBytes = 8 << 20;      // too large to stay in the caches until it is read
 constexpr int64_t kMostBlockBytes = 1 << 21;  // block of packed B
 constexpr int64_t kLeastBlockBytes = 1 << 17;
 constexpr int64_t kStepRowBytes = kDepthBytes;    // widest layer of StepPath::blocks; tiles cover the whole depth
@@ -52,7 +53,6 @@ struct Limits {
   // library, torch's GEMM, from these sizes on
   int64_t library_multiply_adds = kNever;  // M K N
   int64_t library_weights = kNever;        // N K; alternative to M K N for few rows
-  int64_t library_rows = 2;                // M
   int64_t library_inputs = 24;             // K; below, tall wins
   int64_t library_outputs = 16;            // N; below, tall wins
   int64_t library_forward_inputs = 1024;   // K; forward gains only from here
@@ -63,6 +63,8 @@ struct Limits {
   int64_t amx_backward_columns = 32;  // K and N of backward; below, tall reads each operand once
   // packed
   int64_t block_bytes = 0;  // of a block of packed B; 0: half of L2
+  // all
+  int64_t streamed_depth = kNever;  // terms of each sum of a large result; up to here it is written past the caches
   // training steps
   int64_t step_width = kStepRowBytes / 4;  // blocks: widest layer
   int64_t step_weights = 1 << 18;          // blocks: each thread packs them twice and has its own gradients
@@ -106,7 +108,6 @@ constexpr Limit kLimits[] = {
     {"few_rows", &Limits::few_rows, 0, kMostFewRows},
     {"library_multiply_adds", &Limits::library_multiply_adds, 0, kNever},
     {"library_weights", &Limits::library_weights, 0, kNever},
-    {"library_rows", &Limits::library_rows, 1, kNever},
     {"library_inputs", &Limits::library_inputs, 1, kNever},
     {"library_outputs", &Limits::library_outputs, 1, kNever},
     {"library_forward_inputs", &Limits::library_forward_inputs, 0, kNever},
@@ -115,6 +116,7 @@ constexpr Limit kLimits[] = {
     {"amx_outputs", &Limits::amx_outputs, 0, kNever},
     {"amx_backward_columns", &Limits::amx_backward_columns, 0, kNever},
     {"block_bytes", &Limits::block_bytes, 0, kMostBlockBytes},
+    {"streamed_depth", &Limits::streamed_depth, 0, kNever},
     {"step_width", &Limits::step_width, 0, kStepRowBytes / 4},
     {"step_weights", &Limits::step_weights, 0, 1 << 22},
     {"step_rows", &Limits::step_rows, 1, kMostEach},

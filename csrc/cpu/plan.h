@@ -22,12 +22,9 @@ enum class Path {
   amx,         // packed once for the tile unit
   library,     // torch's GEMMs, with one elementwise pass after (y) or before (dz, db)
 };
-constexpr int kPaths = 10;
-constexpr const char* path_name(Path path) {
-  constexpr const char* names[kPaths] = {"small",      "dots",     "narrow", "tall", "one_input",
-                                         "one_output", "few_rows", "packed", "amx",  "library"};
-  return names[static_cast<int>(path)];
-}
+constexpr const char* kPathNames[] = {"small",      "dots",     "narrow", "tall", "one_input",
+                                      "one_output", "few_rows", "packed", "amx",  "library"};
+constexpr const char* path_name(Path path) { return kPathNames[static_cast<int>(path)]; }
 
 // Number of pieces along the rows, columns and reduction of a GEMM; each piece is one thread's work.
 struct Grid {
@@ -150,8 +147,7 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
   plan.grad_weight.rows = std::max(plan.grad_weight.rows, bias_pieces);
 
   const bool is_small = multiply_adds <= limits.small_multiply_adds;
-  const bool fills_library = options.library && M >= limits.library_rows && K >= limits.library_inputs &&
-                             N >= limits.library_outputs &&
+  const bool fills_library = options.library && M >= 2 && K >= limits.library_inputs && N >= limits.library_outputs &&
                              (multiply_adds >= limits.library_multiply_adds || N * K >= limits.library_weights) &&
                              supports(Path::library, shape, true);
 

@@ -324,10 +324,8 @@ class Rows {
       target_ = unit_stride(target);
       loss_.target = {target_.const_data_ptr(), target_.stride(0)};
     }
-    if (training.loss_weight) {
-      weight_ = training.loss_weight->reshape(-1).expand({N_}).contiguous();
-      loss_.weight = weight_.const_data_ptr();
-    }
+    weight_ = weight_row(training);
+    if (weight_.defined()) loss_.weight = weight_.const_data_ptr();
     item_ = static_cast<int64_t>(input.element_size());
   }
 
@@ -361,7 +359,7 @@ class Rows {
     for (int64_t m = 0; m < M; ++m) {
       const int64_t c = loss.classes[m * loss.classes_stride];
       if (c == loss.ignore_index) continue;
-      if (c < 0 || c >= N_) check_classes(training_);  // throws
+      if (c < 0 || c >= N_) check_classes(training_, training_.target);  // throws
       total += w ? w[c] : 1;
     }
     return total;

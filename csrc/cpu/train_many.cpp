@@ -79,17 +79,12 @@ class Lanes {
     };
     for (const at::Tensor& t : many.inputs) inputs_.push_back(unit_stride(t));
     for (const at::Tensor& t : many.targets) targets_.push_back(unit_stride(t));
-    if (first_.target_is_classes)
-      for (size_t i = 0; i < many.targets.size(); ++i) check_classes(many.networks[i].training);
     for (const TrainedLayer& layer : first_.layers) {
       const at::Tensor& w = *layer.weight.value;
       layers_.push_back({w.size(1), w.size(0), &layer.activation, layer.bias.value != nullptr,
                          layer.weight.optimizer.has_value(), layer.bias.optimizer.has_value()});
     }
-    if (first_.loss_weight) {
-      const int64_t N = layers_.back().N;
-      loss_weight_ = first_.loss_weight->reshape(-1).expand({N}).contiguous();
-    }
+    loss_weight_ = weight_row(first_);
     parameters_.reserve(2 * layers_.size() * many.networks.size());
     for (const TrainedNetwork& network : many.networks) add(network);
   }
@@ -122,7 +117,7 @@ class Lanes {
     const auto of = [e](const auto& list) -> const at::Tensor& { return list[list.size() == 1 ? 0 : e]; };
     const auto matrix = [](const at::Tensor& t) { return ConstMatrix{t.const_data_ptr(), t.stride(0)}; };
     const at::Tensor &x = of(inputs_), &target = of(targets_);
-    LaneNetwork lane{&*parameters_.end(), matrix(x)};
+    LaneNetwork lane{parameters_.data() + parameters_.size(), matrix(x)};
     for (const TrainedLayer& layer : network.training.layers)
       for (const TrainedParameter* p : {&layer.weight, &layer.bias}) {
         LaneParameter parameter{};

@@ -81,7 +81,8 @@ inline void update_with(const Update& update, const void* gradient, int64_t size
              [&](int64_t begin, int64_t end) { kernels.update_rounded(update, gradient, 1, 0, {begin, end}); });
 }
 
-// The updates by the kernels, of what lies as they need it. All memory is taken before the first is written.
+// mlp_train_update_ on the CPU. Kernels update contiguous parameters, torch's operations the rest. Allocates everything
+// before the first write, so that running out of memory changes nothing.
 inline void update(at::ArrayRef<Gradient> gradients) {
   c10::SmallVector<Gradient, 16> dense, others;
   for (const Gradient& g : gradients) {

@@ -57,8 +57,8 @@ struct LossProblem {
   void* value;  // []
 };
 
-// Training steps of networks with the same layers. Batch i of an epoch has the rows of its order from i batch on, the
-// last one maybe fewer.
+// Training steps of networks with the same layers. Batch i of an epoch uses rows
+// order[i * batch : (i + 1) * batch]; the last batch may be smaller.
 struct StepLayerProblem {
   int64_t K, N;
   Activation activation;
@@ -86,7 +86,7 @@ struct StepParameterProblem {     // contiguous
 };
 struct StepNetworkProblem {
   int64_t rows;            // of an epoch
-  const int64_t* order;    // [epochs, rows], indices among the rows of x; nullptr: as they lie
+  const int64_t* order;    // [epochs, rows], indices among the rows of x; nullptr: rows in their own order
   ConstMatrix x;           // [input_rows, K]
   ConstMatrix target;      // [input_rows, N]; unread with classes
   const int64_t* classes;  // [input_rows] or nullptr

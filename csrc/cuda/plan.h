@@ -1,8 +1,8 @@
 // Which path a shape takes on a GPU. Pure: no tensors, no device, so tests can ask it anything.
 //
-// Measured on one H100: benchmarks/results/h100/paths-*.csv have each path of a layer alone, captured in CUDA graphs,
-// and layers-*.csv and train-*.csv what comes of it. Of float64,
-// TF32 and other GPUs no row is measured.
+// Measured on one H100 (benchmarks/results/h100): paths-*.csv times each path of a single layer in a CUDA graph;
+// layers-*.csv and train-*.csv time layers and training with the chosen paths. float64, TF32 and other GPUs are not
+// measured.
 #pragma once
 
 #include <atomic>
@@ -21,10 +21,8 @@ enum class Path {
   large,   // a library's GEMMs; around them grad_z and, without an epilogue, bias_act: pointwise.cuh
   native,  // torch's operations
 };
-constexpr const char* path_name(Path path) {
-  constexpr const char* names[] = {"small", "tall", "large", "native"};
-  return names[static_cast<int>(path)];
-}
+constexpr const char* kPathNames[] = {"small", "tall", "large", "native"};
+constexpr const char* path_name(Path path) { return kPathNames[static_cast<int>(path)]; }
 
 // A kernel is compiled for each of these activations, and once more for AnyActivation, which serves all others.
 using TunedActivations = TypeList<Identity, ReLU, Sigmoid, Tanh>;
@@ -83,7 +81,8 @@ constexpr bool narrow(const Case& c) {
   return 0 < c.K && c.K <= kTallWidth && 0 < c.N && c.N <= kTallWidth &&
          weights * accumulator_size(c.dtype) <= kTallWeightBytes;
 }
-// At most, of the backward kernel of tall.cuh: W, dz and x, and the rows under way.
+// Upper bound of the shared memory of tall.cuh's backward: W, dz and x as accumulators, and the staged rows of dy,
+// saved and x.
 constexpr int64_t tall_backward_shared(const Case& c) {
   const int64_t K = (c.K + 7) / 8 * 8, N = (c.N + 7) / 8 * 8, rows = accumulator_size(c.dtype) == 8 ? 32 : 64;
   return accumulator_size(c.dtype) * (K * N + rows * (N + 4) + rows * K) + item_size(c.dtype) * rows * (2 * N + K);
@@ -192,7 +191,8 @@ constexpr int kStepLayers = 8;                 // fit the kernel's argument
 constexpr int kStepRows = 32;                  // on chip at a time
 constexpr int64_t kStepOptimizerBytes = 2048;  // on chip
 constexpr double kStepMultiplyAdds = 1 << 18;  // 39 us for 303104, as for a graph of the layers
-// Of each of many networks, one to a processor: 0.5 ms at that rate, about six networks in turn. Not measured.
+// The same per network where each of many has a multiprocessor to itself: about 0.5 ms per step, as long as about six
+// steps layer by layer. Not measured.
 constexpr double kManyStepMultiplyAdds = 1 << 22;
 
 // On chip, of a row as wide: the bias beside W, a one beside x; odd, so that neighbouring rows begin in other banks.
@@ -214,8 +214,9 @@ constexpr bool few_step_multiply_adds(const StepCase& c) {
     products += static_cast<double>(c.batch) * static_cast<double>(c.widths[l]) * static_cast<double>(c.widths[l + 1]);
   return products <= (c.many ? kManyStepMultiplyAdds : kStepMultiplyAdds);
 }
-// At most: weights and their gradients, some rows of x, y and z of each layer, the optimizers, and what rounding up and
-// the sums of warps add. z is counted whether an activation needs it or not, so that widths alone tell the path.
+// Upper bound of the step kernel's shared memory: weights and their gradients, some rows of x, y and z of each layer,
+// the optimizers, and what rounding up and the sums of warps add. z is counted whether an activation needs it or not,
+// so that widths alone tell the path.
 constexpr int64_t step_shared_bytes(const StepCase& c) {
   int64_t elements = kStepRows * step_row_stride(c.widths[0]);
   for (int64_t l = 0; l < c.layers; ++l) {

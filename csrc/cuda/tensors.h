@@ -23,7 +23,7 @@ struct Guard {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCUDA};
 };
 
-// [*, columns] as [M, columns] of unit-stride rows; copied only where it does not lie so.
+// [*, columns] as [M, columns] with unit-stride rows; copies only if the strides differ.
 inline at::Tensor as_rows(const at::Tensor& t, int64_t M, int64_t columns) {
   const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
   return unit_stride ? t : t.contiguous().view({M, columns});
@@ -46,7 +46,7 @@ struct Properties {
   int64_t processor_shared, block_shared;  // bytes of shared memory that one may have
 };
 
-// Of the current device. Asked for once: the driver takes a tenth of a microsecond for each.
+// Of the current device. Queried once: each attribute costs the driver 0.1 us.
 inline const Properties& properties() {
   static const auto all = [] {
     std::vector<Properties> found(c10::cuda::device_count());

@@ -25,11 +25,6 @@ bool in_one_block(const Training& training, int64_t batch, bool many) {
   return plan.path == StepPath::one_block && training.dropout.empty() && !training.autocast && is_contiguous(training);
 }
 
-// loss_weight as [N]; undefined without one.
-at::Tensor weight_row(const Training& training, int64_t N) {
-  return training.loss_weight ? training.loss_weight->reshape({-1}).expand({N}).contiguous() : at::Tensor();
-}
-
 const void* const_data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
 // A count of steps on the CPU is a number of the launch, one on the GPU is read there.
@@ -103,7 +98,7 @@ StepNetworkProblem network_problem(const Training& training, int64_t rows, const
 // All steps in one launch; losses: [steps].
 void launch(const Training& training, int64_t rows, int64_t batch, const at::Tensor& losses) {
   const int64_t steps = losses.numel();
-  const at::Tensor weight = weight_row(training, training.layers.back().weight.value->size(0));
+  const at::Tensor weight = weight_row(training);
   c10::SmallVector<at::Tensor, 3> kept;
   const StepsProblem problem = steps_problem(training, 1, batch, steps, weight);
   C10_CUDA_CHECK(launch_train_steps(problem, network_problem(training, rows, training.order, losses, kept), gpu()));
@@ -116,7 +111,7 @@ LossAndGrad loss_and_grad(const Training& training, const at::Tensor& y) {
   if (is_of_rows_loss(training.loss) || y.numel() == 0) return loss_and_grad_native(training, y);
   const int64_t M = y.size(0), N = y.size(1);
   const at::Tensor outputs = as_rows(y, M, N), target = as_rows(training.target, M, N);
-  const at::Tensor weight = weight_row(training, N);
+  const at::Tensor weight = weight_row(training);
   LossAndGrad result{at::empty({}, y.options()), at::empty({M, N}, y.options())};
   const LossProblem problem{dtype_of(y),
                             training.loss,
@@ -152,7 +147,7 @@ at::Tensor train(const Training& training) {
 void launch_many(const TrainingOfMany& many, at::ArrayRef<size_t> which, const at::Tensor& losses) {
   const Training& first = many.networks[which[0]].training;
   const auto count = static_cast<int64_t>(which.size());
-  const at::Tensor weight = weight_row(first, first.layers.back().weight.value->size(0));
+  const at::Tensor weight = weight_row(first);
   const StepsProblem problem = steps_problem(first, many.epochs, many.batch_size, many.batches(), weight);
   // Pinned, so that the copy does not wait for the GPU; the allocator keeps it until the copy is done.
   const at::Tensor on_host =

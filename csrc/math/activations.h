@@ -6,7 +6,6 @@
 // values where PyTorch's operation and its derivatives are not.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "math/type_list.h"

@@ -6,7 +6,6 @@
 // the hyperparameters once per step, as Number: a Setting, or a tensor if the step count is a tensor on a device.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "math/type_list.h"

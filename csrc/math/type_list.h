@@ -64,7 +64,8 @@ std::string names_of(TypeList<Types...>) {
   return names;
 }
 
-// Calls f with the functor of that index, its parameters at their defaults. In device code f is of the device, too.
+// Calls f with the functor of that index, its parameters at their defaults. In device code, f must be a __device__
+// function.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif

@@ -33,10 +33,10 @@ Chosen<List> check_choice(const char* op, List list, std::string_view functor, a
   return visit(list, index, [&](auto chosen) {
     using Functor = decltype(chosen);
     constexpr size_t count = Functor::parameters.size();
-    std::array<double, count + 1> values{};
-    for (size_t i = 0; i < count; ++i) values[i] = numbers.empty() ? Functor::parameters[i].value : numbers[i];
     TORCH_CHECK_VALUE(numbers.empty() || numbers.size() == count, op, ": ", functor, " takes ", count,
                       " parameters, got ", numbers.size());
+    std::array<double, count + 1> values{};
+    for (size_t i = 0; i < count; ++i) values[i] = numbers.empty() ? Functor::parameters[i].value : numbers[i];
     return Chosen<List>(index, make<Functor>(values.data()));
   });
 }

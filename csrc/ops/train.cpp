@@ -324,12 +324,19 @@ bool is_contiguous(const Training& training) {
   return all;
 }
 
-void check_classes(const Training& training) {
+bool check_classes(const Training& training, const at::Tensor& classes, bool throws) {
   const int64_t ignore_index = ignore_index_of(training.loss), N = training.layers.back().weight.value->size(0);
-  const at::Tensor &t = training.target, ignored = t.eq(ignore_index);
-  const at::Tensor wrong = t.lt(0).logical_or(t.ge(N)).logical_and(ignored.logical_not());
-  TORCH_CHECK_INDEX(!wrong.any().item<bool>(), kTrainStep, ": target must be classes from 0 to ", N - 1,
-                    " or ignore_index ", ignore_index, ", got ", t.masked_select(wrong)[0].item<int64_t>());
+  const at::Tensor ignored = classes.eq(ignore_index);
+  const at::Tensor wrong = classes.lt(0).logical_or(classes.ge(N)).logical_and(ignored.logical_not());
+  const bool valid = !wrong.any().item<bool>();
+  TORCH_CHECK_INDEX(valid || !throws, kTrainStep, ": target must be classes from 0 to ", N - 1, " or ignore_index ",
+                    ignore_index, ", got ", classes.masked_select(wrong)[0].item<int64_t>());
+  return valid;
+}
+
+at::Tensor weight_row(const Training& training) {
+  const int64_t N = training.layers.back().weight.value->size(0);
+  return training.loss_weight ? training.loss_weight->reshape(-1).expand({N}).contiguous() : at::Tensor();
 }
 
 double count_of(const at::Tensor& step) {
@@ -398,6 +405,17 @@ void bump_versions(const TrainArgs& args) {
     for (const at::Tensor& t : tensors) bump(t);
 }
 
+void bump_versions(const Training& training) {
+  const auto bump = [](const at::Tensor* t) {
+    if (t) t->unsafeGetTensorImpl()->bump_version();
+  };
+  for_learning(training, [&](const TrainedParameter& p) {
+    if (p.optimizer->index != index_of(Accumulate<>::name, Optimizers{})) bump(p.value);
+    for (const at::Tensor* state : p.states) bump(state);
+    bump(p.step);
+  });
+}
+
 namespace {
 
 at::Tensor train_meta(const Training& training) {
@@ -408,26 +426,6 @@ at::Tensor train_meta(const Training& training) {
   return at::empty_symint({rows / *training.batch_size + in_last.min(1)}, options);
 }
 
-// Runs below autograd, like an update under no_grad: parameters that require a gradient are updated in place.
-at::Tensor train_autograd(const TrainArgs& args) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  try {
-    const at::Tensor losses = mlp_train_step_(args);
-    bump_versions(args);
-    return losses;
-  } catch (...) {
-    if (args.batch_size && *args.batch_size > 0) bump_versions(args);  // some steps may be done
-    throw;
-  }
-}
-
-void update_autograd(at::TensorList parameters, at::TensorList states, at::TensorList steps, at::TensorList gradients,
-                     std::string_view optimizer, at::ArrayRef<double> hyperparameters) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  mlp_train_update_({parameters, states, steps, gradients, optimizer, hyperparameters});
-  for (const at::TensorList tensors : {parameters, states, steps})
-    for (const at::Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
-}
 void update_meta(at::ArrayRef<Gradient>) {}
 
 void throw_renamed(const c10::OperatorHandle&, c10::Stack*) {
@@ -463,8 +461,8 @@ TORCH_LIBRARY_IMPL(mlp_ext, Meta, m) {
   m.impl("mlp_train_update_", update_kernel<update_meta>);
 }
 TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) {
-  m.impl("mlp_train_step_", with_args<train_autograd>);
-  m.impl("mlp_train_update_", update_autograd);
+  m.impl("mlp_train_step_", torch::CppFunction::makeFallthrough());
+  m.impl("mlp_train_update_", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace mlp_ext

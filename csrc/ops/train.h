@@ -2,6 +2,7 @@
 // update, and mlp_train_update_, an update alone. Interface of their backends.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -98,8 +99,10 @@ c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args);
 void check_memory(at::ArrayRef<const Training*> trainings);
 // Whether all parameters and states are contiguous, as the kernels need them.
 bool is_contiguous(const Training& training);
-// Throws if a target class is neither ignore_index nor in [0, N).
-void check_classes(const Training& training);
+// Whether all classes are in [0, N) or ignore_index; if not, throws or returns false.
+bool check_classes(const Training& training, const at::Tensor& classes, bool throws = true);
+// loss_weight as [N]; undefined without one.
+at::Tensor weight_row(const Training& training);
 // The error of losses of probabilities for outputs or targets outside [0, 1].
 [[noreturn]] void throw_not_a_probability();
 // A count of steps on the CPU, and a step more. By pointers: operators would take longer than a small network's step,
@@ -113,6 +116,9 @@ void for_learning(const Training& training, const F& f) {
     for (const TrainedParameter* p : {&layer.weight, &layer.bias})
       if (p->optimizer) f(*p);
 }
+
+// Autograd then knows that all that a step writes has changed, also where a later step fails.
+void bump_versions(const Training& training);
 
 struct LossAndGrad {
   at::Tensor loss, dy;
@@ -155,11 +161,18 @@ at::Tensor with_args(const at::Tensor& input, const at::Tensor& target, at::Tens
   return f({input, target, parameters, states, steps, activations, activation_parameters, loss, reduction, loss_weight,
             loss_parameters, optimizer, learning, hyperparameters, order, batch_size, dropout, autocast});
 }
+// As under no_grad, where parameters that require a gradient may be updated in place. Autocast is an argument: no
+// operation called below follows the state of the thread.
+struct UpdateGuard {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 template <at::Tensor (*run)(const Training&)>
 at::Tensor checked(const TrainArgs& args) {
-  // Autocast is an argument: no operation called below follows the state of the thread.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return run(check_training(args));
+  const UpdateGuard guard;
+  const Training training = check_training(args);
+  bump_versions(training);
+  return run(training);
 }
 // Makes a kernel of the operator from a function of checked arguments:
 //   m.impl("mlp_train_step_", train_kernel<run>)
@@ -170,7 +183,10 @@ constexpr auto* train_kernel = with_args<checked<run>>;
 template <void (*update)(at::ArrayRef<Gradient>)>
 void update_kernel(at::TensorList parameters, at::TensorList states, at::TensorList steps, at::TensorList gradients,
                    std::string_view optimizer, at::ArrayRef<double> hyperparameters) {
+  const UpdateGuard guard;
   const auto checked = check_update({parameters, states, steps, gradients, optimizer, hyperparameters});
+  for (const at::TensorList tensors : {parameters, states, steps})
+    for (const at::Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
   c10::SmallVector<Gradient, 16> all;
   for (size_t i = 0; i < checked.size(); ++i) all.push_back({&checked[i], gradients[i]});
   update(all);

@@ -1,10 +1,10 @@
 // The operator mlp_train_many_: schema, argument checks, composite of mlp_train_step_'s backends.
 #include "ops/train_many.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -75,6 +75,16 @@ void check_order(const at::Tensor& order, const TrainManyArgs& args, int64_t inp
                     " to ", most.item<int64_t>());
 }
 
+// Before any network is trained. Rows that none trains on may have any class.
+void check_classes(const TrainingOfMany& many) {
+  const Training& first = many.networks[0].training;
+  if (!first.target_is_classes || !first.target.is_cpu()) return;
+  const auto valid = [&](const at::Tensor& t) { return check_classes(first, t, false); };
+  if (std::all_of(many.targets.begin(), many.targets.end(), valid)) return;
+  for (const auto& [training, order] : many.networks)
+    check_classes(training, order ? training.target.index_select(0, order->flatten()) : training.target);
+}
+
 }  // namespace
 
 TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
@@ -88,12 +98,11 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
   const size_t count = args.parameters.size() / E, optimizer = index_of(args.optimizer, Optimizers{});
   TORCH_CHECK_VALUE(optimizer < Optimizers::size, kTrainMany, ": optimizer must be one of ", names_of(Optimizers{}),
                     ", got '", args.optimizer, "'");
-  const size_t numbers = args.learning.size() * visit(Optimizers{}, optimizer, [](auto functor) {
-                           return decltype(functor)::parameters.size();
-                         });
-  const size_t counts = visit(Optimizers{}, optimizer, [](auto functor) { return decltype(functor)::counts_steps; })
-                            ? args.learning.size()
-                            : 0;
+  const auto [each, has_steps] = visit(Optimizers{}, optimizer, [](auto functor) {
+    using Functor = decltype(functor);
+    return std::pair(Functor::parameters.size(), Functor::counts_steps);
+  });
+  const size_t numbers = args.learning.size() * each, counts = has_steps ? args.learning.size() : 0;
   const bool of_rows =
       is_of_rows_loss(LossFunction(check_choice(kTrainMany, Losses{}, args.loss, args.loss_parameters, "loss")));
   const int64_t target_dim = of_rows && args.target.scalar_type() == at::kLong ? 1 : 2;
@@ -129,6 +138,7 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
   states.check_all_taken();
   steps.check_all_taken();
   hyperparameters.check_all_taken();
+  check_classes(many);
   std::vector<const Training*> all;
   for (const TrainedNetwork& network : many.networks) all.push_back(&network.training);
   check_memory(all);
@@ -206,35 +216,6 @@ at::Tensor train_many_meta(const TrainingOfMany& many) {
                    many.inputs[0].options());
 }
 
-// Runs below autograd, like an update under no_grad: parameters that require a gradient are updated in place.
-at::Tensor train_many_autograd(const at::Tensor& input, const at::Tensor& target, at::TensorList parameters,
-                               at::TensorList states, at::TensorList steps, const Names& activations,
-                               at::ArrayRef<double> activation_parameters, std::string_view loss,
-                               std::string_view reduction, const std::optional<at::Tensor>& loss_weight,
-                               at::ArrayRef<double> loss_parameters, std::string_view optimizer,
-                               at::IntArrayRef learning, at::ArrayRef<double> hyperparameters, at::TensorList orders,
-                               int64_t networks, int64_t epochs, int64_t batch_size, at::ArrayRef<double> dropout) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const auto bump = [](const at::Tensor& t) { t.unsafeGetTensorImpl()->bump_version(); };
-  const auto bump_all = [&] {
-    const size_t count = parameters.size() / std::max<int64_t>(networks, 1);
-    for (size_t i = 0; i < parameters.size(); ++i)
-      if (std::find(learning.begin(), learning.end(), i % count) != learning.end()) bump(parameters[i]);
-    for (const at::TensorList tensors : {states, steps})
-      for (const at::Tensor& t : tensors) bump(t);
-  };
-  try {
-    const at::Tensor losses = mlp_train_many_(
-        {input, target, parameters, states, steps, activations, activation_parameters, loss, reduction, loss_weight,
-         loss_parameters, optimizer, learning, hyperparameters, orders, networks, epochs, batch_size, dropout});
-    bump_all();
-    return losses;
-  } catch (...) {
-    bump_all();  // some networks may be trained
-    throw;
-  }
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mlp_ext, m) {
@@ -250,6 +231,6 @@ TORCH_LIBRARY_IMPL(mlp_ext, CompositeExplicitAutograd, m) {
   m.impl("mlp_train_many_", train_many_kernel<train_many_native>);
 }
 TORCH_LIBRARY_IMPL(mlp_ext, Meta, m) { m.impl("mlp_train_many_", train_many_kernel<train_many_meta>); }
-TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) { m.impl("mlp_train_many_", train_many_autograd); }
+TORCH_LIBRARY_IMPL(mlp_ext, Autograd, m) { m.impl("mlp_train_many_", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace mlp_ext

@@ -119,9 +119,12 @@ at::Tensor train_many_kernel(const at::Tensor& input, const at::Tensor& target, 
                              at::ArrayRef<double> loss_parameters, std::string_view optimizer, at::IntArrayRef learning,
                              at::ArrayRef<double> hyperparameters, at::TensorList orders, int64_t networks,
                              int64_t epochs, int64_t batch_size, at::ArrayRef<double> dropout) {
-  return run(check_training_of_many({input, target, parameters, states, steps, activations, activation_parameters, loss,
-                                     reduction, loss_weight, loss_parameters, optimizer, learning, hyperparameters,
-                                     orders, networks, epochs, batch_size, dropout}));
+  const UpdateGuard guard;
+  const TrainingOfMany many = check_training_of_many(
+      {input, target, parameters, states, steps, activations, activation_parameters, loss, reduction, loss_weight,
+       loss_parameters, optimizer, learning, hyperparameters, orders, networks, epochs, batch_size, dropout});
+  for (const TrainedNetwork& network : many.networks) bump_versions(network.training);
+  return run(many);
 }
 
 }  // namespace mlp_ext

@@ -117,7 +117,7 @@ LossAndGrad native(const CrossEntropy& loss, const Operands& o) {
   const at::Tensor w = training.loss_weight ? *training.loss_weight : at::ones({N}, z.options());
   at::Tensor q, count, ignored;
   if (training.target_is_classes) {
-    if (!asserted_on_device(training)) check_classes(training);
+    if (!asserted_on_device(training)) check_classes(training, training.target);
     ignored = o.t.eq(ignore_index);
     const at::Tensor classes = o.t.masked_fill(ignored, 0);
     const at::Tensor weights = w.index_select(0, classes).masked_fill(ignored, 0);
@@ -141,7 +141,7 @@ LossAndGrad native(const CrossEntropy& loss, const Operands& o) {
 }
 
 LossAndGrad native(const NLL&, const Operands& o) {
-  if (!asserted_on_device(o.training)) check_classes(o.training);
+  if (!asserted_on_device(o.training)) check_classes(o.training, o.training.target);
   const auto weight = optional(o.training.loss_weight);
   const int64_t ignore_index = ignore_index_of(o.training.loss);
   const auto [loss, total] = at::nll_loss_forward(o.y, o.t, weight, o.reduction, ignore_index);

@@ -51,6 +51,7 @@ PyObject* item_of(PyObject* container, PyObject* key) {
     if (!found) PyErr_Clear();
   } else if (PyList_Check(container)) {
     const Py_ssize_t index = PyLong_AsSsize_t(key);
+    if (index < 0) PyErr_Clear();  // of a key that is no int
     if (index >= 0 && index < PyList_GET_SIZE(container)) found = PyList_GET_ITEM(container, index);
   }
   return found;
@@ -74,7 +75,9 @@ PyObject* Container::find() const {
   if (!attribute) return owner.ptr();
   PyObject* const object = referent(owner.ptr());
   PyObject* const attributes = object ? attributes_of(object) : nullptr;
-  return !attributes || attribute.is_none() ? attributes : item_of(attributes, attribute.ptr());
+  if (!attributes || attribute.is_none()) return attributes;
+  PyObject* const found = item_of(attributes, attribute.ptr());
+  return found && (PyDict_Check(found) || PyList_Check(found)) ? found : nullptr;
 }
 
 PyObject* Container::find(PyObject* key) const {

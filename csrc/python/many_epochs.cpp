@@ -20,8 +20,8 @@ namespace {
 constexpr auto kPerCall = std::chrono::milliseconds(15);  // then signals are handled
 // The networks of a call are a multiple of those in a vector's lanes.
 constexpr size_t kLanes = 16, kNetworksOnGpu = 1024;
-// Slabs of networks that train several epochs in turn: the operator's checks of a network, about a step of a small one,
-// are then paid once for these.
+// At most so many slabs train several epochs each before the next slab's turn. The operator checks each network once
+// per call, which costs about one step of a small network; more epochs per call spread that.
 constexpr size_t kSlabs = 16;
 constexpr int64_t kOrderBytes = int64_t(32) << 20;  // of a call, where that holds one epoch of a slab
 

@@ -1,5 +1,5 @@
-// The Python module mlp_ext._C: loading it registers the operators. It also reports the build and the plans, and binds
-// MlpCall, Guards and Trainer.
+// The Python module mlp_ext._C: loading it registers the operators. It also reports the build, machines and plans, and
+// binds Guards, MlpCall, Trainer and Trainers.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,7 +7,6 @@
 
 #include <deque>
 #include <initializer_list>
-#include <map>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -68,11 +67,17 @@ size_t parallel_for_threads() {
   return ids.size();
 }
 
-cpu::DotMode dot_mode(const std::string& name) {
-  const auto found = std::find(std::begin(cpu::kDotModes), std::end(cpu::kDotModes), name);
-  if (found == std::end(cpu::kDotModes)) throw py::value_error("mode must be fma, bf16_dot or amx, got '" + name + "'");
-  return static_cast<cpu::DotMode>(found - std::begin(cpu::kDotModes));
+// The enumerator of that name.
+template <class Enum, size_t count>
+Enum named(const char* what, const std::string& name, const char* const (&names)[count]) {
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  if (found != std::end(names)) return static_cast<Enum>(found - std::begin(names));
+  std::string known = names[0];
+  for (size_t i = 1; i < count; ++i) known += (i + 1 < count ? ", " : " or ") + std::string(names[i]);
+  throw py::value_error(std::string(what) + " must be " + known + ", got '" + name + "'");
 }
+
+cpu::DotMode dot_mode(const std::string& name) { return named<cpu::DotMode>("mode", name, cpu::kDotModes); }
 
 void check_sizes(std::initializer_list<int64_t> sizes) {
   for (const int64_t size : sizes)
@@ -151,16 +156,7 @@ void use_machine(const std::optional<py::dict>& own) {
 }
 
 std::optional<cpu::Path> cpu_path(const std::optional<std::string>& name) {
-  if (!name) return std::nullopt;
-  for (int i = 0; i < cpu::kPaths; ++i)
-    if (*name == cpu::path_name(static_cast<cpu::Path>(i))) return static_cast<cpu::Path>(i);
-  std::string known;
-  for (int i = 0; i < cpu::kPaths; ++i)
-    known += (i == 0                 ? ""
-              : i + 1 == cpu::kPaths ? " or "
-                                     : ", ") +
-             std::string(cpu::path_name(static_cast<cpu::Path>(i)));
-  throw py::value_error("path must be " + known + ", got '" + *name + "'");
+  return name ? std::optional(named<cpu::Path>("path", *name, cpu::kPathNames)) : std::nullopt;
 }
 
 py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t threads, const std::string& mode,
@@ -181,22 +177,10 @@ py::dict plan(int64_t M, int64_t K, int64_t N, int64_t item_size, int64_t thread
   return result;
 }
 
-DType dtype_named(const std::string& name) {
-  static const std::map<std::string, DType> dtypes{{"float32", DType::float32},
-                                                   {"float64", DType::float64},
-                                                   {"bfloat16", DType::bfloat16},
-                                                   {"float16", DType::float16}};
-  const auto found = dtypes.find(name);
-  if (found == dtypes.end())
-    throw py::value_error("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
-  return found->second;
-}
+DType dtype_named(const std::string& name) { return named<DType>("dtype", name, kDTypeNames); }
 
 std::optional<cuda::Path> cuda_path(const std::optional<std::string>& name) {
-  if (!name) return std::nullopt;
-  for (const auto path : {cuda::Path::small, cuda::Path::tall, cuda::Path::large, cuda::Path::native})
-    if (*name == cuda::path_name(path)) return path;
-  throw py::value_error("path must be small, tall, large or native, got '" + *name + "'");
+  return name ? std::optional(named<cuda::Path>("path", *name, cuda::kPathNames)) : std::nullopt;
 }
 
 void check_widths(const std::vector<int64_t>& widths, int64_t batch) {

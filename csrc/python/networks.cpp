@@ -59,8 +59,8 @@ at::TensorList Networks::range(at::TensorList all, size_t Member::* start, size_
   return all.slice(first, (end < size() ? members_[end].*start : all.size()) - first);
 }
 
-// Of data for all networks [rows, ...], or [networks, rows, ...]: those of the networks from begin to end.
-// dim: of data for all.
+// The part of t for networks begin to end: t itself if all share it (dim dimensions), else their slices of
+// [networks, rows, ...].
 Tensor Networks::of_range(const Tensor& t, int64_t dim, size_t begin, size_t end) const {
   if (t.dim() != dim + 1 || t.size(0) != static_cast<int64_t>(size())) return t;  // also what the operator refuses
   std::vector<int64_t> indices;
@@ -107,6 +107,7 @@ Tensor Networks::train(const StepData& data, const Work& work) {
 }
 
 Tensor Networks::step_without_rows(const StepData& data) {
+  check(data);
   std::vector<Tensor> losses;
   const auto step = [&](size_t i) {
     const Recipe& recipe = members_[i].trainer->recipe();

@@ -161,24 +161,10 @@ class Trainer {
   at::Tensor step_by_gradients(const at::Tensor& x, const at::Tensor& y, OptimizerState& now) {
     gradients_->begin_step(now);
     const c10::SmallVector<double, 16> scales(now.learning.size(), gradients_->scale());
-    TrainArgs sums{x,
-                   y,
-                   now.parameters,
-                   gradients_->views(),
-                   {},
-                   recipe_.activations,
-                   recipe_.activation_parameters,
-                   recipe_.loss,
-                   recipe_.reduction,
-                   recipe_.loss_weight,
-                   recipe_.loss_parameters,
-                   Accumulate<>::name,
-                   now.learning,
-                   scales,
-                   std::nullopt,
-                   std::nullopt,
-                   recipe_.dropout,
-                   autocast_dtype(x)};
+    TrainArgs sums = args(x, y, now, {});
+    sums.states = gradients_->views();
+    sums.optimizer = Accumulate<>::name;
+    sums.hyperparameters = scales;
     const at::Tensor loss = mlp_train_step_(sums);
     if (gradients_->end_step()) update(now);
     return loss;

@@ -74,7 +74,7 @@ def halves(least: int, most: int) -> tuple[int, ...]:
 OWN = {"library_multiply_adds": NEVER, "library_weights": NEVER}  # without torch's GEMM
 NO_TILES = {"amx_rows": NEVER}
 OF_MANY = ("lane_weights", "core_multiply_adds")  # of many networks: not measured
-IF_LIBRARY = ("library_rows", "library_inputs", "library_outputs", "library_forward_inputs")
+IF_LIBRARY = ("library_inputs", "library_outputs", "library_forward_inputs")
 EDGES = (16, 32, 48, 64, 96, 128, 192, 256)  # rows without empty lanes
 EMPTY = (5, 7, 9, 11, 15, 23, 31, 47, 63)  # rows over empty lanes
 # fmt: off
@@ -110,10 +110,7 @@ RULES = (
          NO_TILES | {"library_weights": NEVER}),
     Rule("library_weights", "backward", FROM_OR_NEVER, "own, library", doubling(2**16, 2**22),
          "12x1024xq/1024 16xq/512x512 24x512xq/512",
-         NO_TILES | {"library_multiply_adds": NEVER, "library_rows": 2}),
-    Rule("library_rows", "backward", FROM, "own, library", halves(2, 512),
-         "qx512x512 qx1024x1024 qx4096x1024",
-         NO_TILES | {"library_multiply_adds": 0}),
+         NO_TILES | {"library_multiply_adds": NEVER}),
     Rule("library_inputs", "backward", FROM, "own, library", halves(4, 64),
          "4096xqx64 4096xqx256 16384xqx32",
          NO_TILES | {"library_multiply_adds": 0, "library_outputs": 1}),
@@ -134,6 +131,9 @@ RULES = (
     Rule("block_bytes", "full", HALVED, "block, half", doubling(2**19, 2**21),
          "512x1024x1024 1024x1024x1024 256x4096x1024",
          NO_TILES | OWN, planned=False),
+    Rule("streamed_depth", "forward", UP_TO, "streamed, cached", halves(16, 1024),
+         "8192xqx256 4096xqx512 16384xqx128",
+         NO_TILES | OWN | {"dot_columns": 0}, planned=False),
     Rule("step_width", "step", UP_TO, "blocks, others", halves(16, 512),
          "q-q-q@1024 q-q-1@4096 q-q-q-q@512", {"step_weights": 2**22}),
     Rule("step_weights", "step", UP_TO, "blocks, others", doubling(2**12, 2**19),

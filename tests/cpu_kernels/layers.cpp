@@ -151,7 +151,7 @@ class LayerTest {
       if (in_pieces && path == "small") continue;
       Array<S> y(M_, N_, gap_of(N_)), z(M_, N_, gap_of(N_));
       Forward f = problem(y, z);
-      f.block_bytes = in_pieces ? 1 << 14 : kMostBlockBytes;
+      if (in_pieces) f.block_bytes = 1 << 14, f.y_past_caches = true;
       Scratch scratch(path == "small" ? small_forward_scratch_bytes(K_, N_) : kScratchBytes);
       const auto piece = path == "dots"     ? kernels_.forward_dots
                          : path == "narrow" ? kernels_.forward_narrow
@@ -201,7 +201,7 @@ class LayerTest {
     for (const bool in_pieces : {false, true}) {
       Array<S> dx(M_, K_, gap_of(K_));
       Backward b = problem(&dx, nullptr, nullptr);
-      if (in_pieces) b.block_bytes = 1 << 14;
+      if (in_pieces) b.block_bytes = 1 << 14, b.dx_past_caches = b.dw_past_caches = true;
       Scratch scratch(kScratchBytes);
       for (const Range rows : in_pieces ? pieces_of(M_) : std::vector<Range>{{0, M_}})
         for (const Range columns : in_pieces ? pieces_of(K_) : std::vector<Range>{{0, K_}})
@@ -228,7 +228,7 @@ class LayerTest {
       const auto parts = static_cast<int64_t>(samples.size());
       Array<T> dw(parts, N_ * K_), db(parts, N_);
       Backward b = problem(nullptr, nullptr, nullptr);
-      if (in_pieces) b.block_bytes = 1 << 14;
+      if (in_pieces) b.block_bytes = 1 << 14, b.dx_past_caches = b.dw_past_caches = true;
       Scratch scratch(kScratchBytes);
       for (int64_t p = 0; p < parts; ++p)
         for (const Range rows : in_pieces ? pieces_of(N_) : std::vector<Range>{{0, N_}})

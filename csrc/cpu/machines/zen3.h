@@ -14,11 +14,9 @@ constexpr Machine kZen3{
             .dot_rows = 8,          // 16x128x128 and 16x1024x512 packed
             .dot_rows_if_deep = 0,  // 32x784x128 packed
             .tall_weights = kZen4.fma.tall_weights,
-            .library_multiply_adds = 1 << 30,  // 1024x2048x512 library, 256x784x512 no gain
-            .library_rows = 512,               // 256x4096x4096 packed
-            .library_inputs = 1024,            // 8192x512x512 tall
-            .library_outputs = 256,
             .block_bytes = kZen4.fma.block_bytes,
+            .streamed_depth = 128,  // 65536x64x64 streamed, 16384x256x256 not
+            .row_lane_bytes = 32,   // a vector: 10-5-1 at 8 rows
             .panel_rows = kZen4.fma.panel_rows,
             .panel_rows_per_empty_lane = 5,
             .panel_columns = 12,

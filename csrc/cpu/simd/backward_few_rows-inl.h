@@ -113,7 +113,7 @@ struct FewRows {
       each([&](int r, int64_t k, V v, auto lanes) { store(dw + r * kStride + k, v, lanes); });
       pointwise_of<S>().update(*b.update_w, begin, b.K, {dw, kStride}, R, columns.size());
     } else {
-      const bool past_caches = b.N * b.K * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
+      const bool past_caches = b.dw_past_caches;
       S* const out = static_cast<S*>(b.dw) + begin;
       each([&](int r, int64_t k, V v, auto lanes) { store_result(out + r * b.K + k, v, lanes, past_caches); });
     }

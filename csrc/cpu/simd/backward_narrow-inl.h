@@ -115,7 +115,7 @@ struct NarrowBackward {
   }
 
   void write(int64_t m, int64_t count) const {
-    const bool one_row = b.dx.stride == b.K, past_caches = b.M * b.K * int64_t(sizeof(S)) >= kLargeResult;
+    const bool one_row = b.dx.stride == b.K, past_caches = b.dx_past_caches;
     for (int64_t r = 0; r < (one_row ? 1 : count); ++r)
       for_vectors<T>(one_row ? count * b.K : b.K, [&](int64_t k, auto some) {
         store_result(at<S>(b.dx, m + r, k), load(dx + r * b.K + k, some), some, past_caches);

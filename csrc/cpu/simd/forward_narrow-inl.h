@@ -137,7 +137,7 @@ struct Narrow {
     const auto act = [&](int64_t from, int64_t to, bool past_caches) {
       pointwise_of<S>().act(*f.activation, {z + from, N}, {y + from, f.y.stride}, rows, to - from, past_caches);
     };
-    if (!one_row || f.M * f.N * static_cast<int64_t>(sizeof(S)) < kLargeResult) return act(0, size, false);
+    if (!one_row || !f.y_past_caches) return act(0, size, false);
     constexpr auto line = static_cast<int64_t>(lanes * sizeof(S));  // aligned vectors may bypass the caches
     const int64_t past = reinterpret_cast<uintptr_t>(y) % line;
     const int64_t head = std::min(size, past ? (line - past) / static_cast<int64_t>(sizeof(S)) : 0);

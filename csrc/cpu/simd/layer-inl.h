@@ -40,10 +40,9 @@ inline Panels<T> in_place_if_read_once(const ConstMatrix& b, int64_t k, int64_t 
   return rows_of_a <= Tile<T>::rows ? in_place<S, T>(b, k, j) : Panels<T>{};
 }
 
-// Too large to stay in the caches until it is read.
 template <class S>
 inline bool is_large(int64_t rows, int64_t columns) {
-  return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
+  return rows * columns * static_cast<int64_t>(sizeof(S)) >= kLargeBytes;
 }
 
 // Epilogue for few sums: dispatches on the activation for every vector.
@@ -142,10 +141,9 @@ struct LayerOf {
     };
     const S* const bias = static_cast<const S*>(f.bias);
     S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
-    const bool past_caches = is_large<S>(f.M, f.N);
     with_act_in_registers(
-        *f.activation, [&](auto act) { run(BiasAct<S, decltype(act)>{bias, y, f.y.stride, past_caches}); },
-        [&] { run(BiasActTile<S>{f.activation, bias, y, z, f.y.stride, f.z.stride, past_caches}); });
+        *f.activation, [&](auto act) { run(BiasAct<S, decltype(act)>{bias, y, f.y.stride, f.y_past_caches}); },
+        [&] { run(BiasActTile<S>{f.activation, bias, y, z, f.y.stride, f.z.stride, f.y_past_caches}); });
   }
 
   // dx = dz W   (M,N)(N,K), dz is computed while packing
@@ -171,7 +169,7 @@ struct LayerOf {
       else
         pack_panels<S>(b.w, n0, depth, columns.begin + j, count, packed);
     };
-    const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, is_large<S>(b.M, b.K)};
+    const StoreSums<S> finish{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, b.dx_past_caches};
     T* const begin = static_cast<T*>(scratch);
     gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(b.N), pack_dz, pack_w,
                                  in_place_if_read_once<S, T>(b.w, 0, columns.begin, rows.size()),
@@ -286,7 +284,7 @@ struct LayerOf {
       if (b.dx.data)
         tiles<RowsOfA<T>, Single<T>, Tile<T>::rows>(
             dz, Panels<T>::packed(w, b.N), b.N, 0, count, b.K, Stage{true, true}, Partial<T>{},
-            StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride, is_large<S>(b.M, b.K)}, prefetcher);
+            StoreSums<S>{at<S>(b.dx, m0, 0), b.dx.stride, b.dx_past_caches}, prefetcher);
       if (!dw) continue;
       auto panels = in_place<S, T>(b.x, m0, 0);  // the block stays in L1 or L2
       if (!panels.data) {

@@ -252,7 +252,8 @@ class StepsInLanes {
 
   // ---- a step ----
 
-  // Of rows [begin, begin + M) of the epoch whose order starts at `epoch`; stores its losses at index `at`.
+  // One step on rows [begin, begin + M) of the epoch whose order starts at `epoch`; stores each network's loss at index
+  // `at`.
   void step(int64_t epoch, int64_t begin, int64_t M, int64_t done, int64_t at) {
     epoch_ = epoch;
     totals_of_losses_.fill(0);

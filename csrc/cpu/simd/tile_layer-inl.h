@@ -184,7 +184,6 @@ struct TileLayer {
     using Once = PackedOnce<pack_b_transposed, true>;
     const S* const bias = static_cast<const S*>(f.bias);
     S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
-    const bool past_caches = f.M * f.N * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
     float* const workspace = static_cast<float*>(scratch);
     Bits16* const panel = reinterpret_cast<Bits16*>(workspace + kSums);
     Bits16* const x = panel + kPanelOfPart;
@@ -201,11 +200,11 @@ struct TileLayer {
           *f.activation,
           [&](auto act) {
             run(FinishForward<decltype(act)>{bias ? bias + columns.begin : nullptr, y + m * f.y.stride + columns.begin,
-                                             f.y.stride, past_caches});
+                                             f.y.stride, f.y_past_caches});
           },
           [&] {
             run(FinishForwardByTiles{
-                BiasActTile<S, kSumsStride>{f.activation, bias, y, z, f.y.stride, f.z.stride, past_caches}.from(
+                BiasActTile<S, kSumsStride>{f.activation, bias, y, z, f.y.stride, f.z.stride, f.y_past_caches}.from(
                     m, columns.begin)});
           });
     }
@@ -228,13 +227,12 @@ struct TileLayer {
   };
   static void grad_input(const Backward& b, const void* dz_panels, const void* w_panels, Range rows, Range columns,
                          void* scratch) {
-    const bool past_caches = b.M * b.K * static_cast<int64_t>(sizeof(S)) >= kLargeResult;
     using Once = PackedOnce<pack_b, false>;
     float* const workspace = static_cast<float*>(scratch);
     Bits16* const panel = reinterpret_cast<Bits16*>(workspace + kSums);
     const auto with = [&](const auto& w) {
       multiply(step_of(const_cast<void*>(dz_panels), b.N, rows.begin, 0), w, rows.size(), columns.size(), b.N,
-               workspace, Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, past_caches});
+               workspace, Store{at<S>(b.dx, rows.begin, columns.begin), b.dx.stride, b.dx_past_caches});
     };
     w_panels ? with(before(w_panels, b.N, columns)) : with(Once{{at<S>(b.w, 0, columns.begin), b.w.stride}, panel});
     end_of_streams();

@@ -38,8 +38,8 @@ struct StepLoss {
   int64_t classes_stride, ignore_index;
   Pointer<const S> weight;  // [N] or nullptr
 };
-// What the networks of a launch share. Batch i of an epoch has the rows of its order from i batch on; the last one may
-// be short.
+// What the networks of a launch share. Batch i of an epoch uses rows order[i * batch : (i + 1) * batch]; the last
+// batch may be smaller.
 template <class S>
 struct Steps {
   int64_t epochs, batch;
@@ -54,7 +54,7 @@ struct Steps {
 template <class S>
 struct alignas(16) StepData {
   int64_t rows;                    // of an epoch
-  Pointer<const int64_t> order;    // [epochs, rows], indices among the input's rows; nullptr: as they lie
+  Pointer<const int64_t> order;    // [epochs, rows], indices among the input's rows; nullptr: rows in their own order
   Rows<const S> x;                 // [input_rows, K]
   Rows<const S> target;            // [input_rows, N]; unread with classes
   Pointer<const int64_t> classes;  // [input_rows] or nullptr
@@ -233,7 +233,7 @@ __device__ int64_t class_of(const Steps<S>& f, const StepData<S>& data, int64_t 
   return c;
 }
 
-// Of the classes of the rows of a batch that are this thread's.
+// This thread's share of the sum of class weights over a batch.
 template <class S, class T = Accumulator<S>>
 __device__ T weight_of_classes(const Steps<S>& f, const StepData<S>& data, int64_t begin, int64_t count) {
   T total = 0;

@@ -1,7 +1,7 @@
 // Narrow layers of many rows: W stays in shared memory, each row is read once and written once.
 //
-// As many blocks as the processors hold take row tiles in turn. While a tile is computed, the rows of the next are on
-// their way to a stage in shared memory, from which each thread takes what it asked for.
+// As many blocks as fit on the GPU loop over row tiles. While a tile is computed, cp.async copies the rows of the next
+// one to a stage in shared memory; each thread later reads only the elements that it copied.
 #pragma once
 
 #include "cuda/kernels/tile.cuh"
@@ -42,11 +42,11 @@ __host__ __device__ int stage_stride(int columns) {
   return static_cast<int>(round_up(columns, kVector<S>));
 }
 
-// Asks for the rows from `row` on of a matrix, columns from `column` on. By all threads of the block; fill with the
-// same V and number of columns takes them out, each thread its own.
+// Starts the asynchronous copy of rows from `row` on, columns from `column` on, to the stage. Call it with all threads
+// of the block. fill() with the same V and columns reads them, each thread the elements it copied.
 template <int V, class S>
-__device__ void ask(const Rows<S>& stage, int rows, int columns, const Rows<const S>& m, int64_t row, int64_t rows_end,
-                    int64_t column, int64_t columns_end) {
+__device__ void prefetch(const Rows<S>& stage, int rows, int columns, const Rows<const S>& m, int64_t row,
+                         int64_t rows_end, int64_t column, int64_t columns_end) {
   const int across = static_cast<int>(ceil_div(columns, V)), down = kThreads / across;
   const int c = threadIdx.x % across * V, first = threadIdx.x / across;
   if (first >= down || column + c >= columns_end) return;
@@ -191,11 +191,11 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
   const Rows<S> stage{shared.take<S>(tiles.rows * stage_stride), stage_stride};
   const bool x_vectors = in_vectors(f.x, f.K), y_vectors = tall::in_groups(f.y, f.N);
   const bool stores_z = kStoresZ<Act> && f.z.data, z_vectors = stores_z && tall::in_groups(f.z, f.N);
-  const auto ask = [&](int64_t m, int k0) {
+  const auto prefetch = [&](int64_t m, int k0) {
     if (x_vectors)
-      tall::ask<kVector<S>>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
+      tall::prefetch<kVector<S>>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
     else
-      tall::ask<1>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
+      tall::prefetch<1>(stage, tiles.rows, tiles.depth, f.x, m, f.M, k0, tiles.K);
   };
   const auto take = [&](int64_t m, int k0) {
     const Plain<S> source{{stage.data, stage.stride}};
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
       tall::fill<1>(x, tiles.x_stride, tiles.rows, tiles.depth, source, 0, f.M - m, 0, tiles.K - k0);
   };
   const int64_t first = blockIdx.x * int64_t{tiles.rows}, step = gridDim.x * int64_t{tiles.rows};
-  ask(first, 0);
+  prefetch(first, 0);
   const int depth = tiles.padded_depth(), bias = depth * tiles.w_stride;
   for (int i = threadIdx.x; i < bias; i += tall::kThreads) {
     const int k = i % depth, n = i / depth;  // neighbours along K, as W lies in memory
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>) tall_forward
       take(m, k0);
       __syncthreads();
       const bool more = k0 + tall::kDepth < tiles.K;
-      ask(more ? m : m + step, more ? k0 + tall::kDepth : 0);
+      prefetch(more ? m : m + step, more ? k0 + tall::kDepth : 0);
       if (!computes) continue;
       const AcrossDepth<T> b{w + (k0 * tiles.w_stride + column * kStep), tiles.w_stride, column_step};
 #pragma unroll 1
@@ -278,17 +278,17 @@ __global__ void __launch_bounds__(tall::kThreads, tall::kBlocks<S>)
       x_rows{shared.take<S>(tiles.rows * x_stage), x_stage};
   const bool dz_vectors = in_vectors(b.dy, b.N) && in_vectors(b.saved, b.N), x_vectors = in_vectors(b.x, b.K),
              dx_vectors = tall::in_groups(b.dx, b.K);
-  const auto ask = [&](const Rows<S>& stage, int columns, const Rows<const S>& from, int64_t m, bool vectors,
-                       int64_t end) {
+  const auto prefetch = [&](const Rows<S>& stage, int columns, const Rows<const S>& from, int64_t m, bool vectors,
+                            int64_t end) {
     if (vectors)
-      tall::ask<kVector<S>>(stage, tiles.rows, columns, from, m, b.M, 0, end);
+      tall::prefetch<kVector<S>>(stage, tiles.rows, columns, from, m, b.M, 0, end);
     else
-      tall::ask<1>(stage, tiles.rows, columns, from, m, b.M, 0, end);
+      tall::prefetch<1>(stage, tiles.rows, columns, from, m, b.M, 0, end);
   };
   const auto ask_all = [&](int64_t m) {
-    ask(dy_rows, tiles.depth, b.dy, m, dz_vectors, b.N);
-    if (reads_saved(act, b.saved)) ask(saved_rows, tiles.depth, b.saved, m, dz_vectors, b.N);
-    if (b.dw) ask(x_rows, tiles.width, b.x, m, x_vectors, b.K);
+    prefetch(dy_rows, tiles.depth, b.dy, m, dz_vectors, b.N);
+    if (reads_saved(act, b.saved)) prefetch(saved_rows, tiles.depth, b.saved, m, dz_vectors, b.N);
+    if (b.dw) prefetch(x_rows, tiles.width, b.x, m, x_vectors, b.K);
   };
   const auto take = [](const Pointer<T>& tile, int stride, int rows, int columns, const auto& source, int64_t rows_end,
                        int64_t columns_end, bool vectors) {

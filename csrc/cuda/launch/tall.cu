@@ -12,7 +12,7 @@ cudaError_t launch_tall_forward(const ForwardProblem& problem, const Gpu& gpu) {
   });
 }
 
-// Of each block its dW and db.
+// Each block has its own sums of dW and db.
 int64_t tall_backward_bytes(const BackwardProblem& problem, const Gpu& gpu) {
   return with_types(problem, [&](auto s, auto) {
     using S = decltype(s);
