@@ -51,9 +51,9 @@ constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows * std::max(RowsOf
 template <class T>
 constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
 
-constexpr int64_t kDepthToPrefetch = 256;   // depth of a tile that hides the latency of its partial sums
-constexpr int64_t kPageBytes = 4096;        // also the distance of addresses that share an L1 set
-constexpr int64_t kBytesInL1 = 16384;       // half of the usual 32 KiB
+constexpr int64_t kDepthToPrefetch = 256;  // depth of a tile that hides the latency of its partial sums
+constexpr int64_t kPageBytes = 4096;       // also the distance of addresses that share an L1 set
+constexpr int64_t kBytesInL1 = 16384;      // half of the usual 32 KiB
 
 // A block of B as panels of Tile::columns columns.
 template <class T>
