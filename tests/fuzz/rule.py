@@ -106,11 +106,14 @@ def _nudged(case: Case, i: int) -> Results:
     def noise(t: Tensor) -> Tensor:
         return unit * (drawn(t) * 2 - 1)
 
+    def nudged(t: Tensor) -> Tensor:
+        """Towards 0, subnormals upwards: BCELoss refuses what is not from 0 to 1."""
+        share = unit * drawn(t)
+        upwards = t + limits.smallest_normal * share
+        return upwards.where(t.abs() < limits.smallest_normal, t * (1 - share))
+
     def nudge_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        """Towards 0, since BCELoss refuses what is above 1; subnormals also away from it."""
-        nudged = output * (1 - unit * drawn(output))
-        subnormal = limits.smallest_normal * noise(output)
-        return nudged + subnormal.where(output.abs() < limits.smallest_normal, 0)
+        return nudged(output)
 
     def nudge_gradients(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
         for group in optimizer.param_groups:
@@ -126,7 +129,7 @@ def _nudged(case: Case, i: int) -> Results:
     ]
     try:
         return case.native(
-            {k: t * (1 + noise(t)) if t.is_floating_point() else t for k, t in tensors.items()}
+            {k: nudged(t) if t.is_floating_point() else t for k, t in tensors.items()}
         )
     finally:
         for hook in hooks:
