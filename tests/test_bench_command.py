@@ -86,7 +86,7 @@ def test_table_has_a_block_for_each_case(capsys: pytest.CaptureFixture[str]) -> 
         assert part[0] == case
         assert re.fullmatch(f"  native +{NUMBER}", part[1])
         assert re.fullmatch(f"  fused +{NUMBER} +{RATIO} +{RANGE}", part[2])
-        assert re.fullmatch(f"  step +{NUMBER} +{RATIO} +{RANGE}  blocks", part[3])
+        assert re.fullmatch(f"  step +{NUMBER} +{RATIO} +{RANGE}  (blocks|lanes)", part[3])
     assert lines[8] == "geometric mean"
     for name, line in zip(("fused", "step"), lines[9:11], strict=True):
         assert re.fullmatch(f"  {name} +{RATIO}  least {RATIO} at (10-5-1@10|3-2@4)", line)
