@@ -100,17 +100,16 @@ def _nudged(case: Case, i: int) -> Results:
     unit = 4 * limits.eps
     generator = torch.Generator().manual_seed(i)
 
-    def drawn(t: Tensor) -> Tensor:
-        return torch.rand(t.shape, generator=generator, dtype=torch.float64)
-
     def noise(t: Tensor) -> Tensor:
-        return unit * (drawn(t) * 2 - 1)
+        drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+        return unit * (drawn * 2 - 1)
 
     def nudged(t: Tensor) -> Tensor:
-        """Towards 0, subnormals upwards: BCELoss refuses what is not from 0 to 1."""
-        share = unit * drawn(t)
-        upwards = t + limits.smallest_normal * share
-        return upwards.where(t.abs() < limits.smallest_normal, t * (1 - share))
+        """Subnormals by absolute steps. What is from 0 to 1 stays so, as BCELoss wants it."""
+        share = noise(t)
+        is_subnormal = t.abs() < limits.smallest_normal
+        moved = torch.where(is_subnormal, t + limits.smallest_normal * share, t * (1 + share))
+        return moved.clamp(0, 1).where((t >= 0) & (t <= 1), moved)
 
     def nudge_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return nudged(output)
