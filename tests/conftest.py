@@ -56,6 +56,8 @@ def assert_refused(
     """That mlp-ext prints one line, an error that begins with the message, and writes nothing."""
 
     def run(command: str, args: str, message: str) -> None:
+        if "--plot" in args:
+            pytest.importorskip("matplotlib")
         assert main([command, *args.split()]) == 2
         out, err = capsys.readouterr()
         assert err.startswith(f"mlp-ext {command}: error: {message}")

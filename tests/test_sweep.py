@@ -358,8 +358,6 @@ ERRORS = [
 def test_error_is_one_line_before_training(
     args: str, message: str, assert_refused: Callable[[str, str, str], None]
 ) -> None:
-    if "--plot" in args:
-        pytest.importorskip("matplotlib")
     assert_refused("sweep", args, message)
 
 
