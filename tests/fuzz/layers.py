@@ -69,7 +69,7 @@ class Layer:
         return self._results(tensors, lambda linear, x: activation(linear(x)))
 
     def _results(self, tensors: Tensors, layer: Callable[[nn.Linear, Tensor], Tensor]) -> Results:
-        linear = nn.Linear(1, 1, device="meta")
+        linear = nn.Linear(1, 1)
         input, weight, bias = (
             nn.Parameter(tensors[name], learns) if name in tensors else None
             for name, learns in zip(OPERANDS[:3], self.learns, strict=True)

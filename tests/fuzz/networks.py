@@ -54,7 +54,7 @@ def children(
     """Linear and activation in turn, whose Parameters are these tensors."""
     found: list[nn.Module] = []
     for i, layer in enumerate(layers):
-        linear = nn.Linear(1, 1, device="meta")
+        linear = nn.Linear(1, 1)
         weight, bias = (tensors.get(f"{prefix}{i}.{name}") for name in ("weight", "bias"))
         assert weight is not None
         linear.weight = nn.Parameter(weight, layer.learns[0])
