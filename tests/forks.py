@@ -18,7 +18,8 @@ for variables in json.loads(cases):
             traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()
         os._exit(0)
-    os.wait()
+    if status := os.wait()[1]:
+        print(f"the process died: status {status}")
     print(end="\\0", flush=True)
 """
 
@@ -30,7 +31,8 @@ def in_forks(
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
 ) -> list[str]:
-    """What `code` prints or raises with each case's environment variables.
+    """What `code` prints or raises with each case's environment variables; a last line tells if it
+    died.
 
     options: of Python.
     """

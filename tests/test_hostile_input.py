@@ -27,11 +27,15 @@ def run_all(folder: Path) -> None:
     while after:
         cases = [{"TABLE": table, "AFTER": name} for table, name in after.items()]
         for table, text in zip([*after], in_forks(code, cases, env=env), strict=True):
-            for line in text.splitlines():
+            lines, died, status = text.partition("the process died")
+            for line in lines.splitlines():
                 assert line.startswith("["), text  # else the traceback of an import
                 name, *failure = json.loads(line)
-                found[table][name] = failure[0] if failure else "the process died"
+                found[table][name] = failure[0] if failure else "not finished"
                 after[table] = name
+            if died:
+                assert lines, text  # else the next child would die, too
+                found[table][name] = died + status.strip()
             if after[table] == [*hostile.rows(table)][-1]:
                 del after[table]
     (folder / "found.json").write_text(json.dumps(found))
@@ -63,4 +67,4 @@ def test_crash_is_attributed_to_its_row(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(hostile, "TABLES", ("crash",))
     run_all(tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found == {"crash": {"a": "", "b": "the process died", "c": ""}}
+    assert found == {"crash": {"a": "", "b": "the process died: status 11", "c": ""}}

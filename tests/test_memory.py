@@ -294,4 +294,5 @@ for count in (1, 2):
     print(_C.scratch_bytes() >> 20)
 """
     sizes = [int(line) for line in in_forks(code, [{}])[0].split()]
+    assert len(sizes) == 2
     assert all(size <= 512 for size in sizes)

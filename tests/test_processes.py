@@ -70,3 +70,8 @@ import mlp_ext
         "ImportError: mlp_ext needs the GIL, and this Python is free-threaded: "
         "use the ordinary build, such as python3.13 in place of 3.13t"
     )
+
+
+@pytest.mark.slow
+def test_a_child_that_dies_is_told() -> None:
+    assert in_forks("os.kill(os.getpid(), 11)", [{}]) == ["the process died: status 11\n"]
