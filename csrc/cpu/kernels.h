@@ -55,6 +55,7 @@ struct Forward {
   Matrix z;          // [M, N] or nullptr
   const Activation* activation;
   int64_t block_bytes = kMostBlockBytes;  // of packed B
+  bool x_in_place = false;                // not packed, where it need not be converted
   bool y_past_caches = false;
 };
 

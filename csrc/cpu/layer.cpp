@@ -94,6 +94,7 @@ void forward_layer(const Forward& given, DType dtype) {
   const int64_t M = given.M, K = given.K, N = given.N;
   Forward f = given;
   f.block_bytes = block_bytes(limits_of(dtype));
+  f.x_in_place = N <= limits_of(dtype).in_place_outputs;
   f.y_past_caches = is_streamed(M, N, K, dtype);
   const LayerKernels& kernels = variant().layer_kernels(dtype);
   const Plan plan = forward_plan(M, K, N, dtype);

@@ -62,7 +62,8 @@ struct Limits {
   int64_t amx_outputs = 4;            // N of forward; tiles are mostly empty, but dots read x as slowly
   int64_t amx_backward_columns = 32;  // K and N of backward; below, tall reads each operand once
   // packed
-  int64_t block_bytes = 0;  // of a block of packed B; 0: half of L2
+  int64_t in_place_outputs = 32;  // N of forward; up to here x is not packed, since each element is read once
+  int64_t block_bytes = 0;        // of a block of packed B; 0: half of L2
   // all
   int64_t streamed_depth = kNever;  // terms of each sum of a large result; up to here it is written past the caches
   // training steps
@@ -115,6 +116,7 @@ constexpr Limit kLimits[] = {
     {"amx_inputs", &Limits::amx_inputs, 0, kNever},
     {"amx_outputs", &Limits::amx_outputs, 0, kNever},
     {"amx_backward_columns", &Limits::amx_backward_columns, 0, kNever},
+    {"in_place_outputs", &Limits::in_place_outputs, 0, kNever},
     {"block_bytes", &Limits::block_bytes, 0, kMostBlockBytes},
     {"streamed_depth", &Limits::streamed_depth, 0, kNever},
     {"step_width", &Limits::step_width, 0, kStepRowBytes / 4},

@@ -14,6 +14,7 @@ constexpr Machine kZen3{
             .dot_rows = 8,          // 16x128x128 and 16x1024x512 packed
             .dot_rows_if_deep = 0,  // 32x784x128 packed
             .tall_weights = kZen4.fma.tall_weights,
+            .in_place_outputs = kNever,  // 4096x784xN and 1024x1024x1024 in place; tiles have 6 rows
             .block_bytes = kZen4.fma.block_bytes,
             .streamed_depth = 128,  // 65536x64x64 streamed, 16384x256x256 not
             .row_lane_bytes = 32,   // a vector: 10-5-1 at 8 rows

@@ -28,32 +28,36 @@ struct Blocking {  // cache blocking (zen4, 1024x1024x1024)
   static constexpr int columns = 32 * Tile<T>::columns;  // B: at most; see Limits::block_bytes
 };
 
-// Layouts of packed A: element (i, k) is at i / rows * panel + i % rows * row_step + k * depth_step.
+// Layouts of A: element (i, k) is at row(i) + k * depth_step, and rows of a tile are row_step apart.
 template <class T>
-struct RowsOfA {  // row-major; the stride is not a power of two
-  static constexpr int row_step = Blocking<T>::depth + Vec<T>::lanes, depth_step = 1;
-  static constexpr int64_t panel = Tile<T>::rows * row_step;
+struct RowsOfA {  // row-major; the stride of packed rows is not a power of two
+  static constexpr int depth_step = 1, packed_step = Blocking<T>::depth + Vec<T>::lanes;
+  int64_t row_step = packed_step;
+  int64_t row(int64_t i) const { return i * row_step; }
 };
 template <class T>
 struct ColumnsOfA {  // depth-major panels
   static constexpr int row_step = 1;
   static constexpr int depth_step = (Tile<T>::rows + Vec<T>::lanes - 1) / Vec<T>::lanes * Vec<T>::lanes;
   static constexpr int64_t panel = Blocking<T>::depth * depth_step;
+  static int64_t row(int64_t i) { return i / Tile<T>::rows * panel + i % Tile<T>::rows; }
 };
 template <class T>
-struct RowsOfATransposed {  // reads RowsOfA as its transpose
-  static constexpr int row_step = 1, depth_step = RowsOfA<T>::row_step;
-  static constexpr int64_t panel = Tile<T>::rows;
+struct RowsOfATransposed {  // reads packed RowsOfA as its transpose
+  static constexpr int row_step = 1, depth_step = RowsOfA<T>::packed_step;
+  static int64_t row(int64_t i) { return i; }
 };
 
 template <class T>
-constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows * std::max(RowsOfA<T>::panel, ColumnsOfA<T>::panel);
+constexpr int64_t kPackedA = Blocking<T>::rows / Tile<T>::rows *
+                             std::max<int64_t>(Tile<T>::rows * RowsOfA<T>::packed_step, ColumnsOfA<T>::panel);
 template <class T>
 constexpr int64_t kPackedB = Blocking<T>::depth * Blocking<T>::columns;
 
 constexpr int64_t kDepthToPrefetch = 256;  // depth of a tile that hides the latency of its partial sums
 constexpr int64_t kPageBytes = 4096;       // also the distance of addresses that share an L1 set
 constexpr int64_t kBytesInL1 = 16384;      // half of the usual 32 KiB
+constexpr int kWaysOfL1 = 8;               // addresses that share a set and stay in L1
 
 // A block of B as panels of Tile::columns columns.
 template <class T>
@@ -166,7 +170,7 @@ struct Bfloat16Pair {  // two bfloat16 in 32 bits, accumulated by VDPBF16PS
 // Micro-kernel: R rows of A by V vectors of B, the last with `lanes` lanes. Calls out(row, column, vector, lanes).
 template <class Layout, class Element, int R, int V, class T, class Lanes, class Out>
 __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __restrict__ b, int64_t b_step, int64_t depth,
-                                        Lanes lanes, const Out out) {
+                                        Layout layout, Lanes lanes, const Out out) {
   Vec<T> acc[R][V];
   for (int64_t k = 0; k < depth; ++k, a += Layout::depth_step, b += b_step) {
     Vec<T> bk[V];
@@ -175,7 +179,7 @@ __attribute__((noinline)) void multiply(const T* __restrict__ a, const T* __rest
     bk[V - 1] = load(b + (V - 1) * Vec<T>::lanes, lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const Vec<T> ai = a[i * Layout::row_step];
+      const Vec<T> ai = a[i * layout.row_step];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[i][v] = Element::accumulate(acc[i][v], ai, bk[v]);
     }
@@ -273,20 +277,20 @@ struct StoreSums {
 // A packed block of A times a block of B: full tiles of rows, then ever smaller tiles for the remaining rows.
 template <class Layout, class Element, int R, class T, class Finish>
 inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t rows, int64_t columns, Stage stage,
-                  Partial<T> partial, const Finish finish, Prefetcher& prefetcher) {
+                  Partial<T> partial, const Finish finish, Prefetcher& prefetcher, Layout layout = {}) {
   constexpr int whole = Tile<T>::rows, lanes = Vec<T>::lanes;
   static_assert(Tile<T>::vectors == 2);
   const bool complete = Finish::whole_depth || (stage.first && stage.last);
   alignas(kVectorBytes) T sums[R * Tile<T>::columns];
   for (; i + R <= rows; i += R) {  // a panel of A stays in L1 while those of B stream past
-    const T* const ai = a + i / whole * Layout::panel + i % whole * Layout::row_step;
+    const T* const ai = a + layout.row(i);
     const T* bj = b.data;
     for (int64_t j = 0; j < columns; j += Tile<T>::columns, bj += b.panel_step) {
       const int width = static_cast<int>(std::min<int64_t>(Tile<T>::columns, columns - j));
       prefetcher.issue();
       if constexpr (!takes_tiles<Finish> && (R == whole || Finish::whole_depth))
         if (complete && width == Tile<T>::columns) {  // epilogue in registers
-          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, finish.from(i, j));
+          multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, layout, AllLanes{}, finish.from(i, j));
           continue;
         }
       if (depth >= kDepthToPrefetch && !complete)
@@ -294,11 +298,11 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
           for (int v = 0; v < Tile<T>::vectors; ++v) __builtin_prefetch(partial.at(i + r, j) + v * lanes, 1);
       const StoreTile<T> store{sums};
       if (width == Tile<T>::columns)
-        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, AllLanes{}, store);
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, layout, AllLanes{}, store);
       else if (width > lanes)
-        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, width - lanes, store);
+        multiply<Layout, Element, R, 2>(ai, bj, b.depth_step, depth, layout, width - lanes, store);
       else
-        multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, width, store);
+        multiply<Layout, Element, R, 1>(ai, bj, b.depth_step, depth, layout, width, store);
       if constexpr (takes_tiles<Finish>)
         pass_on_tile(sums, R, width, i, j, stage, partial, finish);
       else if constexpr (R == whole)
@@ -309,7 +313,8 @@ inline void tiles(const T* a, Panels<T> b, int64_t depth, int64_t i, int64_t row
   }
   constexpr int next = R == whole ? (whole > 8 ? 8 : 4) : R / 2;
   if constexpr (next > 0)
-    if (i < rows) tiles<Layout, Element, next>(a, b, depth, i, rows, columns, stage, partial, finish, prefetcher);
+    if (i < rows)
+      tiles<Layout, Element, next>(a, b, depth, i, rows, columns, stage, partial, finish, prefetcher, layout);
 }
 
 // to += from, [rows, columns] each
@@ -333,10 +338,11 @@ constexpr int64_t kBlocksPerSum = 256;  // short depth blocks; the sums of more 
 //               that begins there. A copy, so that its pointers stay in registers although stores may alias.
 //   block_rows  rows of A packed at a time
 //   block_bytes of B packed at a time
+//   a, layout   A in place if it need not be packed, else nullptr
 template <class Layout, class Element, class T, class Finish>
 void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T> pack_b, Panels<T> b,
           Partial<T> partial, const Finish& finish, T* scratch, int64_t block_rows = Blocking<T>::rows,
-          int64_t block_bytes = kMostBlockBytes) {
+          int64_t block_bytes = kMostBlockBytes, const T* a = nullptr, Layout layout = {}) {
   using Block = Blocking<T>;
   T* const packed_a = scratch;
   T* const packed_b = scratch + kPackedA<T>;
@@ -366,12 +372,13 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, PackA<T> pack_a, PackB<T
       for (int64_t i0 = 0; i0 < rows; i0 += block_rows) {
         const int64_t mc = std::min(block_rows, rows - i0);
         Prefetcher prefetcher;
-        if (kc) pack_a(i0, mc, k0, kc, j0 == 0, packed_a, prefetcher);
+        if (kc && !a) pack_a(i0, mc, k0, kc, j0 == 0, packed_a, prefetcher);
+        const T* const block = a ? a + layout.row(i0) + k0 * Layout::depth_step : packed_a;
         prefetcher.pace(ceil_div(mc, Tile<T>::rows) * ceil_div(nc, Tile<T>::columns));
         const Partial<T> sums_so_far{partial.at(i0, partial.starts_over ? 0 : j0), partial.row_stride,
                                      partial.panel_step};
-        tiles<Layout, Element, Tile<T>::rows>(packed_a, panels, kc, 0, mc, nc, Stage{k0 == 0 || starts_over, last},
-                                              sums_so_far, finish.from(i0, j0), prefetcher);
+        tiles<Layout, Element, Tile<T>::rows>(block, panels, kc, 0, mc, nc, Stage{k0 == 0 || starts_over, last},
+                                              sums_so_far, finish.from(i0, j0), prefetcher, layout);
       }
       k0 += kc;
     } while (k0 < depth);

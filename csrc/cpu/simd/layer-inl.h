@@ -25,6 +25,15 @@ inline Partial<T> partial_sums(const Matrix& result, Range rows, Range columns, 
     return {scratch, Blocking<T>::columns, Tile<T>::columns, true};
 }
 
+// A unpacked; nullptr if it must be converted, or if more rows of a tile than L1 has ways share its sets.
+template <class S, class T>
+inline const T* rows_in_place(const ConstMatrix& a, int64_t i) {
+  const bool share_sets = a.stride * static_cast<int64_t>(sizeof(S)) % kPageBytes == 0;
+  if constexpr (std::is_same_v<S, T>)
+    if (Tile<T>::rows <= kWaysOfL1 || !share_sets) return at<S>(a, i, 0);
+  return nullptr;
+}
+
 // B unpacked; empty if it must be converted.
 template <class S, class T>
 inline Panels<T> in_place(const ConstMatrix& b, int64_t k, int64_t j) {
@@ -116,7 +125,7 @@ struct LayerOf {
     const auto pack_x = [&](int64_t i, int64_t count, int64_t k0, int64_t depth, bool, T* packed,
                             Prefetcher& prefetcher) {
       if (x_is_large) read_rows(f.x, rows.begin + i + count, next_block(rows.size() - i - count), 0, f.K, prefetcher);
-      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step) {
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::packed_step) {
         if constexpr (kPairs) {
           packed[depth - 1] = 0;
           std::memcpy(packed, at<S>(f.x, rows.begin + i + r, 2 * k0), 2 * std::min(2 * depth, f.K - 2 * k0));
@@ -134,10 +143,12 @@ struct LayerOf {
         pack_panels_transposed<S>(f.w, k0, depth, columns.begin + j, count, packed);
     };
     T* const begin = static_cast<T*>(scratch);
+    const T* const x = f.x_in_place ? rows_in_place<S, T>(f.x, rows.begin) : nullptr;
     const auto run = [&](const auto& finish) {
       gemm<RowsOfA<T>, Element, T>(rows.size(), columns.size(), elements(f.K), pack_x, pack_w, Panels<T>{},
                                    partial_sums<S>(f.y, rows, columns, begin + kPackedA<T> + kPackedB<T>),
-                                   finish.from(rows.begin, columns.begin), begin, Blocking<T>::rows, f.block_bytes);
+                                   finish.from(rows.begin, columns.begin), begin, Blocking<T>::rows, f.block_bytes, x,
+                                   x ? RowsOfA<T>{f.x.stride} : RowsOfA<T>{});
     };
     const S* const bias = static_cast<const S*>(f.bias);
     S *const y = static_cast<S*>(f.y.data), *const z = static_cast<S*>(f.z.data);
@@ -152,7 +163,7 @@ struct LayerOf {
       const Range block{rows.begin + i, rows.begin + i + count};
       if constexpr (kPairs) {
         alignas(kVectorBytes) T dz[2 * Blocking<T>::depth];
-        for (int64_t m = block.begin; m < block.end; ++m, packed += RowsOfA<T>::row_step) {
+        for (int64_t m = block.begin; m < block.end; ++m, packed += RowsOfA<T>::packed_step) {
           const int64_t size = std::min(2 * depth, b.N - 2 * n0);
           grad_z_rows<S>(b, {m, m + 1}, {2 * n0, 2 * n0 + size}, dz, 0);
           packed[depth - 1] = 0;
@@ -160,7 +171,7 @@ struct LayerOf {
           for_vectors<T>(size, [&](int64_t n, auto lanes) { store(rounded + n, load(dz + n, lanes), lanes); });
         }
       } else {
-        grad_z_rows<S>(b, block, {n0, n0 + depth}, packed, RowsOfA<T>::row_step);
+        grad_z_rows<S>(b, block, {n0, n0 + depth}, packed, RowsOfA<T>::packed_step);
       }
     };
     const auto pack_w = [&](int64_t n0, int64_t depth, int64_t j, int64_t count, T* packed) {
@@ -265,7 +276,7 @@ struct LayerOf {
   // and dW fit L2.
   static void backward_tall(const Backward& b, Range samples, void* dw, void* db, void* scratch) {
     T* const dz = static_cast<T*>(scratch);
-    T* const x = dz + Blocking<T>::rows * RowsOfA<T>::row_step;
+    T* const x = dz + Blocking<T>::rows * RowsOfA<T>::packed_step;
     T* const w = x + Blocking<T>::rows * round_up_columns<T>(b.K);
     T *const dw_sums = static_cast<T*>(dw), *const db_sums = static_cast<T*>(db);
     if (b.dx.data) pack_panels<S>(b.w, 0, b.N, 0, b.K, w);
@@ -273,7 +284,7 @@ struct LayerOf {
     bool first = true;
     for (int64_t m0 = samples.begin; first || m0 < samples.end; m0 += Blocking<T>::rows, first = false) {
       const int64_t count = std::clamp<int64_t>(samples.end - m0, 0, Blocking<T>::rows);
-      grad_z_and_db(b, {m0, m0 + count}, {0, b.N}, dz, RowsOfA<T>::row_step, db_sums ? db_totals : nullptr);
+      grad_z_and_db(b, {m0, m0 + count}, {0, b.N}, dz, RowsOfA<T>::packed_step, db_sums ? db_totals : nullptr);
       Prefetcher prefetcher;
       const int64_t next = m0 + count, next_rows = next_block(is_large<S>(b.M, b.K + b.N) ? samples.end - next : 0);
       read_rows(b.dy, next, next_rows, 0, b.N, prefetcher);
@@ -402,8 +413,8 @@ struct LayerOf {
   // Workspace of each path, in elements of T.
   static constexpr int64_t kPackedScratch =
       kPackedA<T> + kPackedB<T> + (std::is_same_v<S, T> ? 0 : kRowsPerPiece * Blocking<T>::columns);
-  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::row_step + kTallInputs) +    // dz, x
-                                          kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;  // W
+  static constexpr int64_t kTallScratch = Blocking<T>::rows * (RowsOfA<T>::packed_step + kTallInputs) +  // dz, x
+                                          kTallWeights + kTallRowBytes / sizeof(T) * Tile<T>::columns;   // W
   static constexpr int64_t kOneScratch = kOneBreadth * (7 + 2 * sizeof(double) / sizeof(T)) + kGradZInL1;
   static constexpr int64_t kWeightScratch = kPackedA<T> + kPackedB<T> + kBiasesPerPiece * sizeof(double) / sizeof(T);
   static_assert(sizeof(T) * std::max({kPackedScratch, kWeightScratch, kTallScratch, kOneScratch, FewRows<S>::kScratch,

@@ -117,7 +117,7 @@ struct PanelSteps {
     const auto pack_w = [&](int64_t i, int64_t count, int64_t k0, int64_t depth, bool, T* packed,
                             Prefetcher& prefetcher) {
       read_next(l, features, i, count, {0, l.K}, k0, depth, prefetcher);
-      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::row_step)
+      for (int64_t r = 0; r < count; ++r, packed += RowsOfA<T>::packed_step)
         for_vectors<T>(depth, [&](int64_t k, auto lanes) {
           store(packed + k, load(at<T>(l.w, features.begin + i + r, k0 + k), lanes), lanes);
         });
@@ -216,7 +216,7 @@ struct PanelSteps {
       for (int64_t m = 0; m < depth; m += width)
         for (int64_t r = 0; r < count; ++r)
           for_vectors<T>(std::min(width, depth - m), [&](int64_t c, auto lanes) {
-            store(packed + r * RowsOfA<T>::row_step + m + c,
+            store(packed + r * RowsOfA<T>::packed_step + m + c,
                   load(element(static_cast<const T*>(l.dz), l.N, n + r, m0 + m) + c, lanes), lanes);
           });
     };

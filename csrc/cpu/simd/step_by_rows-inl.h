@@ -19,12 +19,12 @@ namespace {
 template <class T, int width>
 struct RowsOfBlock {
   static constexpr int row_step = width + 64 / sizeof(T), depth_step = 1;
-  static constexpr int64_t panel = Tile<T>::rows * row_step;
+  static int64_t row(int64_t i) { return i * row_step; }
 };
 template <class T, int width>
 struct RowsOfBlockTransposed {
   static constexpr int row_step = 1, depth_step = RowsOfBlock<T, width>::row_step;
-  static constexpr int64_t panel = Tile<T>::rows;
+  static int64_t row(int64_t i) { return i; }
 };
 
 // GEMMs of a block in layout RowsOfBlock.
