@@ -98,6 +98,8 @@ def of_a_running_step() -> bool:
     """The child has a half-made step, and is told so."""
     net, x = model(), torch.rand(4096, 64)
     step = mlp_ext.TrainStep(net, nn.MSELoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+    weight = next(net.parameters()).detach()
+    before = weight.clone()
     thread = threading.Thread(target=lambda: step.fit(x, x, epochs=300, batch_size=512))
 
     def is_told() -> bool:
@@ -108,7 +110,8 @@ def of_a_running_step() -> bool:
         return False
 
     thread.start()
-    time.sleep(0.02)
+    while thread.is_alive() and torch.equal(weight, before):  # until a step is running
+        time.sleep(1e-4)
     found = in_child(is_told)
     thread.join()
     return found

@@ -259,24 +259,32 @@ def test_nothing_in_a_pipe_or_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def alarm() -> Iterator[None]:
-    """The alarm of the clock is Ctrl-C."""
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+def ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
     "options", [{"batch_size": 1000}, {"batch_size": 300, "shuffle": True}], ids=str
 )
-def test_ctrl_c_leaves_a_whole_number_of_steps(options: dict, alarm: None) -> None:
+def test_ctrl_c_leaves_a_whole_number_of_steps(options: dict, ctrl_c: None) -> None:
     part = training("33-64-20-7@1000", "classes", "nesterov", torch.float64)
     again = part.to(torch.float64)
+    weight = next(part.model.parameters()).detach()
+    before = weight.clone()
+
+    def interrupt() -> None:
+        while torch.equal(weight, before):  # until a step is running
+            time.sleep(1e-3)
+        signal.raise_signal(signal.SIGINT)
+
     torch.manual_seed(7)
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
         TrainStep(*part[:3]).fit(*part[3:], epochs=2**40, **options)
+    thread.join()
     found = part.state()
 
     torch.manual_seed(7)
@@ -314,19 +322,13 @@ def test_models_in_threads_are_as_alone() -> None:
 
 
 def test_other_threads_run_meanwhile() -> None:
-    """A fit that held the interpreter's lock would let this one count once or twice."""
+    """Beside a fit that held the interpreter's lock, this one would see no weight but the first and
+    the last."""
     part = training("10-5-1@10", "mse", "plain", torch.float32)
-    ended: list[float] = []
-
-    def fit() -> None:
-        TrainStep(*part[:3]).fit(*part[3:], epochs=50000)
-        ended.append(time.monotonic())
-
-    thread = threading.Thread(target=fit)
+    weight, step = next(part.model.parameters()).detach(), TrainStep(*part[:3])
+    thread = threading.Thread(target=lambda: step.fit(*part[3:], epochs=50000))
+    seen = {weight[0, 0].item()}
     thread.start()
-    counts = 0
-    while not ended:
-        counts += 1
-        time.sleep(1e-4)
-    thread.join()
-    assert counts > 20
+    while thread.is_alive():
+        seen.add(weight[0, 0].item())
+    assert len(seen) > 2

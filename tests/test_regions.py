@@ -80,13 +80,17 @@ def test_several_python_threads_have_regions_of_their_own(many_threads: None) ->
             assert all(torch.equal(found[name], expected[name]) for name in NETS)
 
 
-BUSY = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
+BUSY = "import time\nend = time.time() + 60\nprint(flush=True)\nwhile time.time() < end: pass"
 
 
 def test_beside_busy_cores_the_bits_are_the_same(many_threads: None) -> None:
     expected = {name: trained(name) for name in NETS}
-    busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2)]
+    command = [sys.executable, "-c", BUSY]
+    busy = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     try:
+        for process in busy:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has started
         for name, (losses, parameters) in expected.items():
             again, same = trained(name)
             assert torch.equal(again, losses)
@@ -94,4 +98,4 @@ def test_beside_busy_cores_the_bits_are_the_same(many_threads: None) -> None:
     finally:
         for process in busy:
             process.kill()
-            process.wait()
+            process.communicate()
