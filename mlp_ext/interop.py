@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from math import prod
 from types import ModuleType
 from typing import Any, NoReturn
@@ -152,15 +151,17 @@ class AfterImport:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        others = [getattr(f, "find_spec", None) for f in sys.meta_path if f is not self]
+        spec = next(filter(None, (find(name, path, target) for find in others if find)), None)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
-        def run_then(module: ModuleType) -> None:
+        def run_then(module: ModuleType) -> None:  # not for each spec: some only look for one
             run(module)
-            self.then()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.then()
 
         spec.loader.exec_module = run_then  # type: ignore[method-assign]
         return spec

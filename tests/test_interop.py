@@ -325,12 +325,13 @@ def test_script_is_refused_in_one_line(make: Callable[[], nn.Module]) -> None:
 @pytest.mark.slow
 def test_tools_are_not_imported_before_they_are_used() -> None:
     code = """
-import sys, torch
+import importlib.util, sys, torch
 before = set(sys.modules)
 import mlp_ext
 new = sorted(set(sys.modules) - before)
 slow = ("torch.onnx", "onnx", "torch.distributed.tensor", "torch._inductor", "torch._dynamo")
 assert not [name for name in new if name.startswith(slow)], new
+assert importlib.util.find_spec("torch.onnx")  # which does not import it
 import torch.distributed.tensor, torch.onnx
 from torch.onnx._internal.torchscript_exporter.registration import registry
 assert "mlp_ext::linear_act" in registry.all_functions()
