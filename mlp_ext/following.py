@@ -85,21 +85,20 @@ def follow(
         calling them.
     """
     reads = _Reads(module)
-    tracer = _Tracer(forward, signature, inlines)
+    tracer, guards = _Tracer(forward, signature, inlines), GuardList()
     try:
         with _LOCK, _NoTensors(), reads.recording():  # type: ignore[no-untyped-call]
             graph = tracer.trace(module)
+        reads.guard(guards)
+        for child in tracer.inlined:
+            guards.code(child)
     except Unfollowable:
-        reads.restore()
         raise
     except Exception as error:  # of the model's code, which saw a Proxy instead of a tensor
-        reads.restore()
         raise Unfollowable(_reason(error)) from None
-    guards = GuardList()
-    reads.guard(guards)
-    for child in tracer.inlined:
-        guards.code(child)
-    if reads.restore() or not guards.guards().holds():
+    finally:
+        has_changed = reads.restore()
+    if has_changed or not guards.guards().holds():
         raise Unfollowable("changes what it reads")
     return Followed(graph, guards)
 

@@ -247,7 +247,7 @@ class _Plans:
         for known, plan in self._plans:
             if known == signature and (plan is None or plan.is_for(module)):
                 return plan
-        if len(self._plans) == self.LIMIT or getattr(module, "_is_replica", False):
+        if len(self._plans) >= self.LIMIT or getattr(module, "_is_replica", False):
             return None
         try:
             plan = fuse_code(module, original.forward, signature, level).plan

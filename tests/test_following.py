@@ -36,6 +36,7 @@ class Base(nn.Module):
         self.scale, self.scales, self.kind = 2.0, [1.0, 2.0], "first"
         self.config = types.SimpleNamespace(scale=3.0)
         self.cache: list[Tensor] = []
+        self.flags = {"relu"}
         self.acts = [nn.ReLU()]
         self.register_buffer("count", torch.zeros(()))
         self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
@@ -191,6 +192,11 @@ def handles_errors(self: Any, x: Tensor) -> Tensor:
         return x
 
 
+def changes_an_item_and_reads_a_set(self: Any, x: Tensor) -> Tensor:
+    self.scales[0] += 1.0
+    return self.hidden(x) * self.scales[0] if "relu" in self.flags else x
+
+
 def prints(self: Any, x: Tensor) -> Tensor:
     print(end="")
     return self.hidden(x)
@@ -216,6 +222,7 @@ LEFT_ALONE = {
     asks_for_an_attribute: "asks for an attribute 'missing'",
     branches: "branches on its input",
     handles_errors: "handles exceptions",
+    changes_an_item_and_reads_a_set: "reads its flags, a set",
     prints: "calls print",
     calls_what_is_no_child: "cannot be traced by torch.fx: NameError",
 }
@@ -344,6 +351,17 @@ def test_constants_among_the_arguments(value: object) -> None:
     fused, x = mlp_ext.fuse(copy.deepcopy(native)), torch.randn(3, 4, dtype=torch.float64)
     for option in (0.0, value, -0.0):
         torch.testing.assert_close(fused(x, option), native(x, option))
+
+
+def test_no_plan_is_made_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that make plans at the same time may pass it."""
+    fused = mlp_ext.fuse(made(reads_attributes))
+    results(fused)
+    plans = vars(fused)["_plans"]
+    monkeypatch.setattr(type(plans), "LIMIT", len(plans._plans) - 1)
+    fused.scale = 5.0
+    results(fused)
+    assert len(plans._plans) == plans.LIMIT + 1
 
 
 def test_a_forward_that_always_changes_stays_right() -> None:
