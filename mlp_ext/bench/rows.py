@@ -131,7 +131,7 @@ def as_time(seconds: float) -> str:
     """As "1.64 ms", with three digits."""
     seconds = float(f"{seconds:.3g}")
     units = ((1, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
-    scale, unit = next((s, u) for s, u in units if seconds * s >= 1)
+    scale, unit = next((s, u) for s, u in units if seconds * s >= 1 or u == "ns")
     return f"{seconds * scale:{'.0f' if seconds >= 1e3 else '.3g'}} {unit}"
 
 
