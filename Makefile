@@ -192,7 +192,7 @@ CUDA_TESTS := $(addprefix tests/test_,build.py cuda.py cuda_plan.py dispatch.py 
 CUDA_ARCHS ?= 8.0 9.0
 cuda-check: $(CUDA)/tools
 	@echo "== compiling for CUDA (about four minutes), log in $(CUDA)/build.log"
-	rm -rf build
+	rm -rf build/temp.* build/lib.* build/bdist.* build/joined
 	PATH="$(CURDIR)/$(CUDA)/bin:$$PATH" MLP_EXT_CUDA=1 MLP_EXT_ISA=native TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-v \
 	    $(CUDA)/bin/pip install -v --no-build-isolation --no-deps --force-reinstall . > $(CUDA)/build.log 2>&1 \
 	    || { tail -50 $(CUDA)/build.log; exit 1; }
