@@ -1,8 +1,6 @@
 """Tensor parallel and DTensor: two processes compute as native ones do, with the same traffic."""
 
 import copy
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +110,10 @@ def check_operators(mesh: Any) -> None:
         close(whole(stack), expected)
 
 
-def process(rank: int, port: int) -> None:
+def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for check in (check_tensor_parallel, check_batch, check_operators):
         torch.manual_seed(1)
@@ -126,7 +124,4 @@ def process(rank: int, port: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_two_processes_compute_as_native(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(process, args=(port,), nprocs=2)
+    mp.spawn(process, args=(tmp_path,), nprocs=2)
