@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         return
     arguments.check_device(args.device, args.fail)
     arguments.check_picture(args.plot, args.fail)
+    arguments.check_files(args, csv=args.csv, json=args.json, plot=args.plot)
     setting = _setting(args, args.suite or "layers")
     requested = (args.suite, args.mode, args.cases, args.providers, args.csv, args.json, args.plot)
     if args.peak and not any((*requested, args.provider)):

@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> None:
         arguments.check_name("--dtype", dtype, DTYPES, args.fail)
     picture = args.plot or args.out.with_suffix(".png")
     arguments.check_picture(picture, args.fail)
-    if picture == args.out:
-        args.fail("argument --out: is the file of the picture; name another")
+    arguments.check_files(args, plot=picture, out=args.out)
     threads, before = args.threads or torch.get_num_threads(), _C.machine()
     place = f"{device_name('cpu')}, {as_threads(threads)}"
     print(place, flush=True)
