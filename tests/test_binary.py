@@ -69,4 +69,5 @@ def test_no_folder_of_the_build_is_told() -> None:
     assert b"csrc/cpu/train.cpp" in told
     folders = {ROOT, Path(torch.__file__).parents[1], Path(sys.prefix), Path.home()}
     folders |= {folder.resolve() for folder in folders}
+    folders -= {Path("/")}  # which is the home of some users
     assert [str(folder) for folder in folders if str(folder).encode() + b"/" in told] == []

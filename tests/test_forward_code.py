@@ -381,7 +381,7 @@ def test_other_batch_sizes(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", ["Functional", "Methods", "Loop"])
 def test_errors(name: str) -> None:
     fused = mlp_ext.fuse(EXAMPLES[name].model())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"weight must be \[N, K=9\]"):
         fused(torch.randn(4, 9))
     with pytest.raises((RuntimeError, TypeError), match="int64"):
         fused(torch.ones(4, 8, dtype=torch.int64))

@@ -350,15 +350,17 @@ def test_states_of_torch_do_not_matter(state: None) -> None:
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_arrays_of_any_layout() -> None:
     X, y = digits(100)
-    expected = MLPClassifier((8,), max_iter=2, random_state=0).fit(X, y)
+
+    def fitted(X: Any, shuffle: bool) -> MLPClassifier:
+        return MLPClassifier((8,), max_iter=2, random_state=0, shuffle=shuffle).fit(X, y)
+
+    expected = {shuffle: fitted(X, shuffle) for shuffle in (True, False)}
     read_only = X.copy()
     read_only.flags.writeable = False
     for other in (np.asfortranarray(X), X[::-1].copy()[::-1], read_only, X.astype(">f8")):
-        for shuffle in (True, False):
-            fitted = MLPClassifier((8,), max_iter=2, random_state=0, shuffle=shuffle).fit(other, y)
-            if shuffle:
-                np.testing.assert_array_equal(fitted.coefs_[0], expected.coefs_[0])
-        np.testing.assert_array_equal(expected.predict_proba(other), expected.predict_proba(X))
+        for shuffle, native in expected.items():
+            np.testing.assert_array_equal(fitted(other, shuffle).coefs_[0], native.coefs_[0])
+            np.testing.assert_array_equal(native.predict_proba(other), native.predict_proba(X))
 
 
 def test_diabetes_with_a_data_frame() -> None:

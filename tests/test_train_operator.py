@@ -603,10 +603,11 @@ def test_steps_of_many_do_not_follow_autocast() -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_argument_is_an_error_before_anything_changes(name: str) -> None:
-    given = arguments()
-    before = [p.clone() for p in given["parameters"]]
     change, message = BAD[name]
+    given = arguments()
+    given |= change(given)
+    before = [t.detach().clone() for t in tensors(given)]
     with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)) as caught:
-        OP(**{**given, **change(given)})
+        OP(**given)
     assert re.match(re.escape(f"mlp_train_step_: {message}"), str(caught.value)), caught.value
-    torch.testing.assert_close(given["parameters"], before, rtol=0, atol=0)
+    torch.testing.assert_close(tensors(given), before, rtol=0, atol=0)

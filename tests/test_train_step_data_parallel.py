@@ -127,6 +127,7 @@ def test_fit_of_two_processes_equals_one(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(found["fit"], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_stop_where_one_process_does(ranks: list[dict[str, Any]]) -> None:
     expected, state = stopped(model_of(0), slice(None))
     assert 0 < expected.best_epoch < len(expected.losses) - 1 < 29
@@ -137,6 +138,7 @@ def test_ranks_stop_where_one_process_does(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(rank["stopped"][1], state, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_else_ddp_does_is_refused(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         said = found["refused"]

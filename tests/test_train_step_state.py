@@ -134,7 +134,7 @@ TRACERS: dict[str, Callable[[nn.Module, Tensor], object]] = {
 
 @pytest.mark.parametrize("tracer", TRACERS)
 def test_tracers_are_refused(tracer: str, part: Training) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"^TrainStep: a \w+ is active"):
         TRACERS[tracer](Traced(TrainStep(*part[:3]), part.target), part.input)
 
 
