@@ -7,8 +7,8 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from references import Results, assert_as_accurate_as_native
-from steps import Training, training
+from references import Results
+from steps import Training, assert_runs_match, training
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep, TrainSteps
@@ -112,13 +112,4 @@ def assert_like_each_alone(
         copy = parts.to(of)
         results.append({"losses": run(copy), **copy.state()})
     reference, native, found = results
-    assert found.keys() == native.keys()
-    if dtype.itemsize == 2:  # each of the intermediate results is rounded, too
-        unit = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps / 4
-    else:
-        unit = steps
-    size = reference["losses"].nan_to_num().abs().max() if reference["losses"].numel() else 0
-    for name, expected in native.items():
-        exact = reference[name]
-        terms = unit * (exact.abs() + min(float(size), 1))
-        assert_as_accurate_as_native(found[name], expected, exact, terms, name)
+    assert_runs_match(found, native, reference, steps, dtype)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from forks import in_forks
 from levels import LEVELS, available
-from steps import NETS
 
 from mlp_ext import _C
 
@@ -24,7 +23,7 @@ def python(level: str, *arguments: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -45,22 +44,10 @@ def test_level_can_be_forced() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", available()[:-1])
-def test_values_and_gradients_match_native_at_lower_levels(level: str) -> None:
+def test_lower_levels_pass_the_tests_with_the_mark_isa(level: str) -> None:
     """The highest level is the one that this process runs the same tests in."""
-    names = ("test_values.py", "test_gradients.py", "test_library.py", "test_amx.py")
-    files = [str(HERE / name) for name in names]
+    files = [path for path in HERE.glob("test_*.py") if "mark.isa\n" in path.read_text()]
     options = ["-x", "-m", "isa", "-o", "addopts=", "-p", "no:cacheprovider"]
-    passed = re.search(r"(\d+) passed", python(level, "-m", "pytest", *options, *files))
+    passed = re.search(r"(\d+) passed", python(level, "-m", "pytest", *options, *map(str, files)))
     assert passed is not None
-    assert int(passed[1]) > 400
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("level", available()[:-1])
-def test_steps_match_eager_at_lower_levels(level: str) -> None:
-    options = ["-x", "-m", "isa", "-o", "addopts=", "-p", "no:cacheprovider"]
-    passed = re.search(
-        r"(\d+) passed", python(level, "-m", "pytest", *options, str(HERE / "test_train_step.py"))
-    )
-    assert passed is not None
-    assert int(passed[1]) >= 4 * len(NETS)
+    assert int(passed[1]) > 700
