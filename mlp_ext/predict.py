@@ -156,8 +156,6 @@ def _read(model: nn.Module) -> _Stack:
     if type(model) is DistributedDataParallel:
         model = model.module
     reading, guards = read_model(model), GuardList()
-    if not reading.layers:
-        raise TypeError("model has no Linear")
     if reading.dropout:
         raise ValueError("model has a Dropout in training mode; call its eval()")
     for module in model.modules():

@@ -115,17 +115,8 @@ class Read(NamedTuple):
 
 def read(
     model: nn.Module, criterion: Any, optimizer: torch.optim.Optimizer, gradients: Any = None
-) -> tuple[_C.Trainer, list[int] | None]:
-    """The Trainer, and widths: see Read."""
-    return read_all(model, criterion, optimizer, gradients)[:2]
-
-
-def read_all(
-    model: nn.Module, criterion: Any, optimizer: torch.optim.Optimizer, gradients: Any = None
 ) -> Read:
     reading = read_model(model)
-    if not reading.layers:
-        _refuse(TypeError, "model has no Linear")
     with _read_as("criterion"):
         loss = _read_criterion(criterion, reading)
     parameters = [p for layer in reading.layers for p in layer.parameters]
@@ -160,6 +151,8 @@ def read_model(model: nn.Module) -> Reading:
             _read_module("model.module", model.module, reading)
         else:
             _read_module("model", model, reading)
+    if not reading.layers:
+        _refuse(TypeError, "model has no Linear")
     return reading
 
 

@@ -108,16 +108,6 @@ class Graphs:
         return graph(input, target)
 
 
-class StepGraph:
-    """step(input, target) through graphs, with key() as their key."""
-
-    def __init__(self, step: Step, key: Callable[[], Hashable]) -> None:
-        self._step, self._key, self._graphs = step, key, Graphs()
-
-    def __call__(self, input: Tensor, target: Tensor) -> Tensor:
-        return self._graphs(self._step, self._key(), input, target)
-
-
 class _Way(NamedTuple):
     """How steps run on a GPU."""
 

@@ -20,8 +20,7 @@ from mlp_ext import _C, batches
 from mlp_ext.errors import CAUGHT, as_float, check_tensor, kind, rename
 from mlp_ext.fitting import FIT, Between, DataCheck, FitResult, Loader
 from mlp_ext.progress import AfterEpoch, progress_bar
-from mlp_ext.reading import Reading, criterion_module
-from mlp_ext.reading import read as _read
+from mlp_ext.reading import Reading, criterion_module, read
 from mlp_ext.step_graph import graphed
 from mlp_ext.step_text import criterion_text, model_text, optimizer_text, positive
 
@@ -94,7 +93,7 @@ class TrainStep:
         self._read()
 
     def _read(self) -> None:
-        trainer, widths = _read(*self._parts, self._gradients)
+        trainer, widths, _ = read(*self._parts, self._gradients)
         if not trainer.is_current():
             raise RuntimeError("TrainStep: model, criterion or optimizer changed while being read")
         self._trainer: Any = graphed(trainer, widths)
@@ -348,7 +347,7 @@ class TrainStep:
         self, between: Between, input: Any, target: Any, options: Any, show: AfterEpoch | None
     ) -> Tensor | FitResult:
         model, criterion, _ = self._parts
-        weight = next(model.parameters())
+        weight = next(model.parameters(), torch.empty(0))  # without one the first step raises
         mean = criterion_module(criterion, Reading()).reduction == "mean"
         may_be_pending = self._settings[1] > 1
         last: tuple[Tensor, Tensor] | None = None

@@ -30,7 +30,7 @@ from mlp_ext.networks import (
 )
 from mlp_ext.nn import type_name
 from mlp_ext.progress import progress_bar
-from mlp_ext.reading import LOSSES, Reading, criterion_module, read_all, read_model
+from mlp_ext.reading import LOSSES, Reading, criterion_module, read, read_model
 from mlp_ext.step_text import criterion_text, model_text, optimizer_text, positive
 from mlp_ext.train_step import TrainStep
 
@@ -105,7 +105,7 @@ class TrainSteps:
         models, criterion, optimizers = self._parts
         for i in self._trainers.stale():
             try:
-                found = read_all(models[i], criterion, optimizers[i])
+                found = read(models[i], criterion, optimizers[i])
             except CAUGHT as error:
                 raise of_network(NAME, error, i) from None
             self._of_each[i] = found.trainer

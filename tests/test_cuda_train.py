@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mlp_ext import _C, TrainStep
 from mlp_ext.commands import loop
 from mlp_ext.nn import Activation
-from mlp_ext.step_graph import WARM_UPS, StepGraph
+from mlp_ext.step_graph import WARM_UPS, Graphs
 
 if not torch.cuda.is_available():
     pytest.skip("torch finds no cuda device here", allow_module_level=True)
@@ -208,14 +208,13 @@ def test_a_graph_of_steps_is_the_steps(training: Training, loss: str, options: s
         for name in ("order", "batch_size"):
             there.pop(name)
         given.append({name: on_gpu(value) for name, value in there.items()})
-    graphed = StepGraph(
-        lambda input, target: OP(**given[0] | {"input": input, "target": target}), lambda: 0
-    )
+    graphs = Graphs()
     for _ in range(WARM_UPS + 5):
         data = batch_of(training)
         x, y = data.input.cuda(), data.target.cuda()
         expected = OP(**given[1] | {"input": x, "target": y})
-        assert torch.equal(graphed(x, y), expected)
+        found = graphs(lambda x, y: OP(**given[0] | {"input": x, "target": y}), 0, x, y)
+        assert torch.equal(found, expected)
     for name in ("parameters", "states", "steps"):
         for a, b in zip(given[0][name], given[1][name], strict=True):
             assert torch.equal(a, b)

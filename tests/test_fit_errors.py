@@ -19,6 +19,23 @@ def held_out(**changed: Any) -> tuple[Any, Any]:
     return tuple({**rows, **changed}.values())
 
 
+WITHOUT_LAYERS = {
+    "loader": lambda step, x, y: step.fit([(x, y)]),
+    "on_epoch": lambda step, x, y: step.fit(x, y, on_epoch=print),
+    "validation": lambda step, x, y: step.fit(x, y, validation=(x, y)),
+}
+
+
+@pytest.mark.parametrize("call", WITHOUT_LAYERS.values(), ids=WITHOUT_LAYERS)
+def test_a_model_that_lost_its_layers_is_an_error(call: Any, part: Training) -> None:
+    step = TrainStep(*part[:3])
+    layers = [*part.model]
+    del part.model[:]
+    with pytest.raises(TypeError, match=r"^TrainStep: model has no Linear"):
+        call(step, *part[3:])
+    part.model.extend(layers)
+
+
 PAIR = "must be a pair of tensors or a loader of \\(input, target\\)"
 ERRORS = [
     ({"metric": mean_error}, ValueError, r"metric needs validation=\(input, target\)"),

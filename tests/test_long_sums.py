@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import mlp_ext
 from mlp_ext import _C
-from mlp_ext.bench.providers import PATHS as PATHS_OF_DEVICES
+from mlp_ext.bench.plans import LAYER_PATHS
 
-PATHS_OF_LAYERS = PATHS_OF_DEVICES["cpu"]
 ROWS = 1 << 21
 TOLERANCE = 4 * torch.finfo(torch.float32).eps  # relative; plain sums in float32 are 4e-5 off
 PATHS = {  # of backward: K, N
@@ -123,7 +122,7 @@ def test_each_path_sums_a_million_terms_as_accurately_as_torch(
         return results(function, leaves, "identity", None if result == "output" else dy)[result]
 
     expected, exact = value(native), value(native, torch.float64)
-    for path in PATHS_OF_LAYERS:
+    for path in LAYER_PATHS:
         if _C.plan(M, K, N, 4, 1, forward=path, backward=path)[way] != path:
             continue
         _C.force_paths(path, path)

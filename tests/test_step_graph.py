@@ -13,8 +13,8 @@ from steps import training
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep, step_graph
+from mlp_ext.reading import read
 from mlp_ext.step_graph import COPIED, KEPT, WARM_UPS, Graphs, GraphTrainer, Step
-from mlp_ext.train_step import _read
 
 
 class Recorder:
@@ -160,7 +160,7 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def test_key_follows_the_optimizer() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer, _ = _read(model, nn.MSELoss(), optimizer)
+    trainer = read(model, nn.MSELoss(), optimizer).trainer
     calls = Calls()
 
     def key() -> bytes | None:
@@ -184,7 +184,7 @@ def test_key_follows_the_optimizer() -> None:
 def test_key_follows_the_precision_of_products() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer, _ = _read(model, nn.MSELoss(), optimizer)
+    trainer = read(model, nn.MSELoss(), optimizer).trainer
     calls = Calls()
     before = torch.get_float32_matmul_precision()
     try:
@@ -205,8 +205,8 @@ def test_fit_through_a_graph_is_fit(options: str, batch_size: int, shuffle: bool
     plain, calls, after = part.to(torch.float64), Calls(), []
     given = (4, batch_size, shuffle)
     drawn = [torch.Generator().manual_seed(3) for _ in range(3)]
-    expected = _read(*plain[:3])[0].fit(*plain[3:], *given, drawn[0], None)
-    trainer, _ = _read(*part[:3])
+    expected = read(*plain[:3]).trainer.fit(*plain[3:], *given, drawn[0], None)
+    trainer = read(*part[:3]).trainer
     losses = trainer.fit(*part[3:], *given, drawn[1], None, calls)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
     torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
@@ -230,9 +230,9 @@ def test_fit_through_a_graph_is_fit(options: str, batch_size: int, shuffle: bool
 def test_settings_are_those_of_the_start() -> None:
     part = training("3-17-5@100", "classes", "plain", torch.float64)
     plain = part.to(torch.float64)
-    _read(*plain[:3])[0].fit(*plain[3:], 3, 50, False, None, None)
+    read(*plain[:3]).trainer.fit(*plain[3:], 3, 50, False, None, None)
     calls = Calls(lambda call: part.optimizer.param_groups[0].update(lr=call))
-    _read(*part[:3])[0].fit(*part[3:], 3, 50, False, None, None, calls)
+    read(*part[:3]).trainer.fit(*part[3:], 3, 50, False, None, None, calls)
     torch.testing.assert_close(part.state(), plain.state(), rtol=0, atol=0)
 
 
@@ -241,8 +241,8 @@ def test_losses_of_many_epochs_of_one_batch() -> None:
     part = training("10-5-1@10", "mse", "plain", torch.float64)
     plain = part.to(torch.float64)
     given = (*part[3:], 4100, 10, False, None, None)
-    losses = _read(*part[:3])[0].fit(*given, Calls())
-    expected = _read(*plain[:3])[0].fit(*given)
+    losses = read(*part[:3]).trainer.fit(*given, Calls())
+    expected = read(*plain[:3]).trainer.fit(*given)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
 
 
@@ -275,7 +275,7 @@ def test_what_interrupts_leaves_whole_steps(
     plain = part.to(torch.float64)
     graph = Calls(lambda call: event(call) if call == calls else None)
     with pytest.raises(error):
-        _read(*part[:3])[0].fit(*part[3:], 9, 20, False, None, None, graph)
+        read(*part[:3]).trainer.fit(*part[3:], 9, 20, False, None, None, graph)
     step = TrainStep(*plain[:3])
     for rows in torch.arange(100).split(20)[: 1 + calls]:  # the first began momentum
         step(plain.input[rows], plain.target[rows])
@@ -290,7 +290,7 @@ def test_a_step_done_before_an_error_counts(
     """As where memory runs out for the copy of its loss."""
     part = training("10-5-1@10", "mse", options, torch.float64)
     plain = part.to(torch.float64)
-    trainer, _ = _read(*part[:3])
+    trainer = read(*part[:3]).trainer
     for graph in (None, Calls(), Calls(after=event), Calls(event), Calls()):
         raises = isinstance(graph, Calls) and event in (graph.event, graph.after)
         with pytest.raises(error) if raises else nullcontext():
@@ -306,7 +306,7 @@ def test_a_replay_counts_as_a_change(fit: bool) -> None:
     """As of any step, or a backward through what was saved before would give wrong gradients."""
     part = training("10-5-1@10", "mse", "momentum", torch.float64)
     part.model[0].bias.requires_grad_(False)
-    trainer, _ = _read(*part[:3])
+    trainer = read(*part[:3]).trainer
     trainer.step(*part[3:])
     tensors = [*part.model.parameters(), *momentum_buffers(part.optimizer)]
     before = [t._version for t in tensors]
@@ -339,7 +339,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[GraphTrainer, Recorder]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model = nn.Sequential(nn.Linear(64, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer, run = GraphTrainer(*_read(model, nn.MSELoss(), optimizer)), Recorder()
+    trainer, run = GraphTrainer(*read(model, nn.MSELoss(), optimizer)[:2]), Recorder()
     trainer.graphs = run.graphs
     return trainer, run
 

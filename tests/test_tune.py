@@ -18,8 +18,7 @@ import pytest
 import mlp_ext
 from mlp_ext import _C
 from mlp_ext.bench.cases import Layer
-from mlp_ext.bench.plans import paths, plan
-from mlp_ext.bench.providers import PATHS
+from mlp_ext.bench.plans import LAYER_PATHS, STEP_PATHS, paths, plan
 from mlp_ext.bench.tuning import IF_LIBRARY, NEVER, OF_MANY, RULES, Point, choose, measure, points
 from mlp_ext.commands import tune
 from mlp_ext_cli import main
@@ -29,7 +28,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = {"fma": "float32", "converted": "float16", "bf16_dot": "bfloat16", "amx": "bfloat16"}
 LIMITS = {rule.limit: rule for rule in RULES}
 TILES = {limit for limit in LIMITS if limit.startswith("amx")}
-STEP_PATHS = ("lanes", "blocks", "panels", "layers")
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +95,7 @@ def test_the_paths_take_all_shapes(table: str) -> None:
             for name, side in zip(names, (point.below, point.above), strict=True):
                 _C.use_machine(side)
                 case, setting = point.case, point.setting
-                if isinstance(case, Layer) and name in PATHS["cpu"]:
+                if isinstance(case, Layer) and name in LAYER_PATHS:
                     taken = paths(plan(case, setting, forced=name))
                     ways = [*taken] if setting.mode == "full" else [setting.mode]
                     assert all(taken[way] == name for way in ways), f"{limit}: {case}"
@@ -277,7 +275,7 @@ def test_interrupted_it_writes_nothing(in_folder: Path, monkeypatch: pytest.Monk
         ("--minutes 0", "argument --minutes: must be a number above 0, got '0'"),
         ("--minutes nan", "argument --minutes: must be a number above 0, got 'nan'"),
         ("--out none/own.json", "argument --out: cannot write 'none/own.json': No such file"),
-        ("--out own.png", "argument --out: is the file of the picture; name another"),
+        ("--out own.png", "argument --out: is the file of --plot; name another"),
         ("--plot own.txt", "argument --plot: the file must end in one of "),
         ("--dtype float64", "argument --dtype: must be one of float32, bfloat16, float16, got"),
     ],

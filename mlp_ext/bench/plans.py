@@ -13,7 +13,7 @@ from mlp_ext.bench.cases import Case, Layer, Nets, Setting
 # specifications per compute capability.
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
-PATHS = {  # of the CPU, in one line
+LAYER_PATHS = {  # of the CPU, in one line
     "small": "one thread, nothing is packed",
     "dots": "vector lanes along K, nothing is packed",
     "narrow": "several rows of y in a vector, nothing is packed but W",
@@ -24,6 +24,8 @@ PATHS = {  # of the CPU, in one line
     "packed": "blocked GEMMs on packed operands, with the activation in the same pass",
     "amx": "GEMMs on the tile unit, packed once, with the activation in the same pass",
     "library": "PyTorch's GEMM, and one pass for the rest",
+}
+STEP_PATHS = {
     "lanes": "as blocks, with a row in each lane of a vector",
     "blocks": "a block of rows runs through all layers, forward and backward",
     "panels": "layer by layer, on transposed activations and blocks of columns of W",

@@ -17,7 +17,7 @@ from mlp_ext.bench.cases import Case, Nets, Setting
 from mlp_ext.bench.compiled_step import compiled_step
 from mlp_ext.bench.jax_step import ACTIVATIONS as JAX_ACTIVATIONS
 from mlp_ext.bench.jax_step import JaxStep, JaxVmapStep
-from mlp_ext.bench.plans import capability, paths, plan
+from mlp_ext.bench.plans import LAYER_PATHS, capability, paths, plan
 from mlp_ext.bench.stacked import (
     Models,
     Optimizers,
@@ -28,7 +28,7 @@ from mlp_ext.bench.stacked import (
 from mlp_ext.bench.training import LAYERS, Step, sgd_step
 from mlp_ext.functional import linear_act
 from mlp_ext.nn import MODULES
-from mlp_ext.step_graph import StepGraph
+from mlp_ext.step_graph import Graphs
 from mlp_ext.train_step import TrainStep
 from mlp_ext.train_steps import TrainSteps
 
@@ -87,21 +87,7 @@ def _fused(setting: Setting) -> Function:
     return lambda input, weight, bias: linear_act(input, weight, bias, activation)
 
 
-PATHS = {  # of our kernels, by device
-    "cpu": (
-        "small",
-        "dots",
-        "narrow",
-        "tall",
-        "one_input",
-        "one_output",
-        "few_rows",
-        "packed",
-        "amx",
-        "library",
-    ),
-    "cuda": ("small", "tall", "large"),
-}
+PATHS = {"cpu": tuple(LAYER_PATHS), "cuda": ("small", "tall", "large")}  # of our kernels
 
 
 def _path_takes(forced: str) -> Callable[[Case, Setting], bool]:
@@ -132,7 +118,8 @@ def _compiled_model(model: nn.Module, *rest: Any) -> Step:
 
 def _captured_step(*parts: Any) -> Step:
     """The eager step as a CUDA graph."""
-    return StepGraph(sgd_step(*parts), lambda: parts[2].param_groups[0]["lr"])
+    step, graphs = sgd_step(*parts), Graphs()
+    return lambda input, target: graphs(step, parts[2].param_groups[0]["lr"], input, target)
 
 
 def _fit(make: Callable[..., Any], *parts: Any) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ import torch
 from mlp_ext import _C
 from mlp_ext.bench.cases import LARGEST, Case, Layer, Net, Setting, parse
 from mlp_ext.bench.machine import device_name
-from mlp_ext.bench.plans import PATHS, SHARED, capability, paths, plan
+from mlp_ext.bench.plans import LAYER_PATHS, SHARED, STEP_PATHS, capability, paths, plan
 from mlp_ext.bench.rows import as_threads
 from mlp_ext.commands import arguments
 from mlp_ext.ops import ACTIVATIONS
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{place}; a piece is the work of one thread")
     for way, path in paths(found).items():
         print(f"\n{way}: {path}{_split(way, path, found, case)}")
-        reason = found.get("reason") or found.get(f"{way}_reason") or PATHS[path]
+        reason = (
+            found.get("reason") or found.get(f"{way}_reason") or (LAYER_PATHS | STEP_PATHS)[path]
+        )
         print(fill(reason, WIDTH, initial_indent="  ", subsequent_indent="  "))
         ranges = _ranges(case, setting, planned, way)
         print("  for all sizes" if not ranges else "  for these sizes, changed one at a time:")
