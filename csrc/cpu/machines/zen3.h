@@ -6,33 +6,24 @@
 
 namespace mlp_ext::cpu {
 
-constexpr Machine kZen3{
-    .name = "zen3",
-    .bfloat16 = DotMode::fma,
-    .fma =
-        {
-            .dot_rows = 8,          // 16x128x128 and 16x1024x512 packed
-            .dot_rows_if_deep = 0,  // 32x784x128 packed
-            .tall_weights = kZen4.fma.tall_weights,
-            .in_place_outputs = kNever,  // 4096x784xN and 1024x1024x1024 in place; tiles have 6 rows
-            .block_bytes = kZen4.fma.block_bytes,
-            .streamed_depth = 128,  // 65536x64x64 streamed, 16384x256x256 not
-            .row_lane_bytes = 32,   // a vector: 10-5-1 at 8 rows
-            .panel_rows = kZen4.fma.panel_rows,
-            .panel_rows_per_empty_lane = 5,
-            .panel_columns = 12,
-            .elements_per_thread = 1 << 14,
-        },
-    .converted =
-        {
-            .dot_rows = 1,
-            .dot_rows_if_deep = kZen4.converted.dot_rows_if_deep,
-            .few_rows = 16,
-            .block_bytes = kZen4.converted.block_bytes,
-            .step_rows = 8,
-        },
-    .bf16_dot = kZen4.bf16_dot,
-    .amx = kZen4.amx,
-};
+constexpr Machine kZen3 = [] {
+  Machine m = kZen4;
+  m.name = "zen3";
+  m.bfloat16 = DotMode::fma;
+
+  m.fma.dot_rows = 8;               // 16x128x128 and 16x1024x512 packed
+  m.fma.dot_rows_if_deep = 0;       // 32x784x128 packed
+  m.fma.in_place_outputs = kNever;  // 4096x784x10 to 1024x1024x1024 in place
+  m.fma.streamed_depth = 128;       // 65536x64x64 streamed, 16384x256x256 not
+  m.fma.row_lane_bytes = 32;        // a vector: 10-5-1 at 8 rows
+  m.fma.panel_rows_per_empty_lane = 5;
+  m.fma.panel_columns = 12;
+  m.fma.elements_per_thread = 1 << 14;
+
+  m.converted.dot_rows = 1;
+  m.converted.few_rows = 16;
+  m.converted.step_rows = 8;
+  return m;
+}();
 
 }  // namespace mlp_ext::cpu
