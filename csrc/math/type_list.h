@@ -56,6 +56,12 @@ constexpr size_t index_of(std::string_view name, TypeList<Types...>) {
   return index;
 }
 
+// An array of f<Type>(), in the order of the list.
+template <class... Types, class F>
+constexpr auto table_of(TypeList<Types...>, F f) {
+  return std::array{f.template operator()<Types>()...};
+}
+
 // "identity, relu, ..." for messages.
 template <class... Types>
 std::string names_of(TypeList<Types...>) {

@@ -193,14 +193,10 @@ __attribute__((flatten)) void update_lanes(const LaneOptimizer<T>& chosen, const
   }
 }
 
-template <class T, class... Opt>
-void update_table(const LaneOptimizer<T>& optimizer, const LaneUpdate<T>& u, TypeList<Opt...>) {
-  static constexpr std::array table{&update_lanes<T, Opt>...};
-  table[optimizer.index](optimizer, u);
-}
 template <class T>
 void update(const LaneOptimizer<T>& optimizer, const LaneUpdate<T>& u) {
-  update_table(optimizer, u, LaneOptimizers<T>{});
+  static constexpr auto table = table_of(LaneOptimizers<T>{}, []<class Opt>() { return &update_lanes<T, Opt>; });
+  table[optimizer.index](optimizer, u);
 }
 
 // Leaves lanes that do not learn any more as they were. By the same code, since another may round otherwise.

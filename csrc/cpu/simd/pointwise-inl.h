@@ -344,37 +344,21 @@ __attribute__((flatten)) void update(const Update& update, int64_t begin, int64_
   }
 }
 
-// ---- tables ----
-
-template <class S, class... Act>
-void act_table(const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches,
-               TypeList<Act...>) {
-  static constexpr std::array table{&act<S, Act>...};
-  table[activation.index](activation, z, y, rows, columns, past_caches);
-}
-template <class S, class... Act>
-void grad_z_table(const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
-                  int64_t columns, TypeList<Act...>) {
-  static constexpr std::array table{&grad_z<S, Act>...};
-  table[activation.index](activation, dy, saved, dz, db, rows, columns);
-}
-template <class S, class... Opt>
-void update_table(const Update& u, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns,
-                  TypeList<Opt...>) {
-  static constexpr std::array table{&update<S, Opt>...};
-  table[u.optimizer->index](u, begin, stride, gradients, rows, columns);
-}
-
 template <class S>
 constexpr PointwiseKernels kPointwise{
     [](const Activation& activation, ConstMatrix z, Matrix y, int64_t rows, int64_t columns, bool past_caches) {
-      act_table<S>(activation, z, y, rows, columns, past_caches, Activations{});
+      static constexpr auto table = table_of(Activations{}, []<class Act>() { return &act<S, Act>; });
+      table[activation.index](activation, z, y, rows, columns, past_caches);
     },
     [](const Activation& activation, ConstMatrix dy, ConstMatrix saved, Matrix dz, void* db, int64_t rows,
-       int64_t columns) { grad_z_table<S>(activation, dy, saved, dz, db, rows, columns, Activations{}); },
+       int64_t columns) {
+      static constexpr auto table = table_of(Activations{}, []<class Act>() { return &grad_z<S, Act>; });
+      table[activation.index](activation, dy, saved, dz, db, rows, columns);
+    },
     loss<S>, loss_in_lanes<Accumulator<S>>,
-    [](const Update& update, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
-      update_table<S>(update, begin, stride, gradients, rows, columns, Optimizers{});
+    [](const Update& u, int64_t begin, int64_t stride, ConstMatrix gradients, int64_t rows, int64_t columns) {
+      static constexpr auto table = table_of(Optimizers{}, []<class Opt>() { return &update<S, Opt>; });
+      table[u.optimizer->index](u, begin, stride, gradients, rows, columns);
     }};
 
 }  // namespace
