@@ -36,6 +36,15 @@ def test_values_match_native(shape: Shape, dtype: torch.dtype, activation: str, 
     assert_matches_native(operands(shape, dtype, bias), activation)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])  # whose backward needs y, z
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_also_returns_z(shape: Shape, activation: str) -> None:
+    given = operands(shape)
+    y, z = torch.ops.mlp_ext._linear_act_forward(*given.values(), activation, [])
+    torch.testing.assert_close(z, native(**given, activation="identity"))
+    torch.testing.assert_close(y, native(**given, activation=activation))
+
+
 @pytest.mark.parametrize("shape", [ONE_ROW, SMALL, ODD, THREE_LEADING], ids=str)
 @pytest.mark.parametrize("operand", ["input", "weight", "bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -32,7 +32,7 @@ at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, colum
 
 void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-// y = act(x W^T + b), and z = x W^T + b into `z` if it is defined
+// y = act(x W^T + b), and z = x W^T + b into `z`, if defined, which holds for activations whose backward needs it alone
 void forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
              const Activation& activation, const at::Tensor& y, const at::Tensor& z) {
   const int64_t M = leading_size(input), K = weight.size(1), N = weight.size(0);
@@ -55,6 +55,7 @@ at::Tensor linear_act(const at::Tensor& input, const at::Tensor& weight, const s
 Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            std::string_view activation, at::ArrayRef<double> parameters) {
   const Activation act = check_linear_act(input, weight, bias, activation, parameters);
+  if (needs_of(act) != Needs::preactivation) return linear_then_act(input, weight, bias, act);
   const at::Tensor y = empty_rows_like(input, weight.size(0)), z = empty_rows_like(input, weight.size(0));
   forward(input, weight, bias, act, y, z);
   return {y, z};

@@ -14,10 +14,8 @@
 
 namespace mlp_ext::cuda {
 
-struct Gpu {  // where to launch
+struct Gpu : Device {  // where to launch
   cudaStream_t stream;
-  int processors;  // multiprocessors
-  int64_t shared;  // bytes of shared memory of each
 };
 
 // y = act(x W^T + b)

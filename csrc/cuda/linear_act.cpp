@@ -5,7 +5,6 @@
 #include <ATen/ops/_addmm_activation.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -28,7 +27,7 @@ at::Tensor empty_rows_like(const at::Tensor& t, int64_t columns) {  // [*, colum
 Plan plan(int64_t M, int64_t K, int64_t N, const at::Tensor& t, std::string_view activation, bool aligned) {
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   const bool tf32 = precision == at::Float32Precision::TF32;
-  const Properties& here = properties();
+  const Device& here = device();
   return make_plan({M, K, N, dtype_of(t), activation, here.arch, tf32, aligned, MLP_EXT_CUTLASS, here.block_shared,
                     forced_path.load()});
 }
@@ -41,12 +40,6 @@ bool aligned(const at::Tensor& t) {
   return begin && columns % elements == 0 && stride % elements == 0 && stride >= columns;
 }
 
-Outputs forward_native(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                       const Activation& activation) {
-  const at::Tensor z = at::linear(input, weight, bias);
-  return {activate(activation, z), z};
-}
-
 // y = act(x W^T + b), and z = x W^T + b if stores_z, which holds for activations whose backward needs it alone
 Outputs forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                 std::string_view name, const Activation& activation, bool stores_z) {
@@ -56,7 +49,7 @@ Outputs forward(const at::Tensor& input, const at::Tensor& weight, const std::op
   const bool whole = aligned(x) && aligned(w) && (!bias || aligned(b)) && N * x.element_size() % 16 == 0;
   const Plan chosen = plan(M, K, N, x, name, whole && std::max({M, K, N}) <= std::numeric_limits<int>::max());
   const bool empty_sum = K == 0;  // libraries refuse it, or leave the activation out
-  if (chosen.forward == Path::native || empty_sum) return forward_native(input, weight, bias, activation);
+  if (chosen.forward == Path::native || empty_sum) return linear_then_act(input, weight, bias, activation);
 
   const at::Tensor output = empty_rows_like(input, N);
   const at::Tensor preactivation = stores_z ? empty_rows_like(input, N) : at::Tensor();
@@ -108,7 +101,7 @@ at::Tensor linear_act(const at::Tensor& input, const at::Tensor& weight, const s
 Outputs linear_act_forward(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            std::string_view activation, at::ArrayRef<double> parameters) {
   const Activation act = check_linear_act(input, weight, bias, activation, parameters);
-  if (needs_of(act) != Needs::preactivation) return forward_native(input, weight, bias, act);
+  if (needs_of(act) != Needs::preactivation) return linear_then_act(input, weight, bias, act);
   return forward(input, weight, bias, activation, act, /*stores_z=*/true);
 }
 

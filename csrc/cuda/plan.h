@@ -42,13 +42,21 @@ constexpr const char* epilogue_name(Epilogue epilogue) {
   return names[static_cast<int>(epilogue)];
 }
 
+// What a launch is fitted to.
+struct Device {
+  int arch;              // 10 major + minor: 80, 90
+  int processors;        // multiprocessors
+  int64_t shared;        // bytes of shared memory of each
+  int64_t block_shared;  // bytes of it that a block may have
+};
+
 constexpr int64_t kBlockShared = 232448;  // bytes of shared memory that a block may have, on an H100
 
 struct Case {
   int64_t M, K, N;
   DType dtype;
   std::string_view activation;
-  int arch;                       // 10 major + minor: 80, 90
+  int arch;                       // as in Device
   bool tf32 = false;              // torch lets float32 products round their operands to TF32
   bool aligned = true;            // data and rows begin at multiples of 16 bytes
   bool cutlass = true;            // built with CUTLASS

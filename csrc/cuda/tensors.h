@@ -40,35 +40,25 @@ inline at::Tensor bytes(int64_t size, const at::Tensor& like) {
 
 inline void* data(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-struct Properties {
-  int arch;  // 10 major + minor
-  int processors;
-  int64_t processor_shared, block_shared;  // bytes of shared memory that one may have
-};
-
-// Of the current device. Queried once: each attribute costs the driver 0.1 us.
-inline const Properties& properties() {
+// The current one. Queried once: each attribute costs the driver 0.1 us.
+inline const Device& device() {
   static const auto all = [] {
-    std::vector<Properties> found(c10::cuda::device_count());
-    for (int device = 0; device < static_cast<int>(found.size()); ++device) {
-      const auto attribute = [device](cudaDeviceAttr which) {
+    std::vector<Device> found(c10::cuda::device_count());
+    for (int i = 0; i < static_cast<int>(found.size()); ++i) {
+      const auto attribute = [i](cudaDeviceAttr which) {
         int value = 0;
-        C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, i));
         return value;
       };
-      found[device] = {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-                       attribute(cudaDevAttrMultiProcessorCount),
-                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+      found[i] = {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+                  attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
     }
     return found;
   }();
   return all[c10::cuda::current_device()];
 }
 
-inline Gpu gpu() {
-  const Properties& p = properties();
-  return {c10::cuda::getCurrentCUDAStream(), p.processors, p.processor_shared};
-}
+inline Gpu gpu() { return {device(), c10::cuda::getCurrentCUDAStream()}; }
 
 }  // namespace mlp_ext::cuda

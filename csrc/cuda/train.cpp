@@ -19,7 +19,7 @@ bool in_one_block(const Training& training, int64_t batch, bool many) {
   c10::SmallVector<int64_t, 9> widths{training.input.size(1)};
   for (const TrainedLayer& layer : training.layers) widths.push_back(layer.weight.value->size(0));
   const int64_t layers = training.layers.size();
-  const Properties& here = properties();
+  const Device& here = device();
   const StepPlan plan =
       make_step_plan({widths.data(), layers, batch, dtype_of(training.input), here.arch, here.block_shared, many});
   return plan.path == StepPath::one_block && training.dropout.empty() && !training.autocast && is_contiguous(training);

@@ -50,6 +50,12 @@ at::Tensor activate(const Activation& activation, const at::Tensor& z) {
   });
 }
 
+Outputs linear_then_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                        const Activation& activation) {
+  const at::Tensor z = at::linear(input, weight, bias);
+  return {activate(activation, z), z};
+}
+
 namespace {
 
 at::Tensor activate_backward(const Activation& activation, const at::Tensor& dy, const at::Tensor& saved) {
@@ -164,9 +170,7 @@ namespace {
 Outputs linear_act_forward_native(const at::Tensor& input, const at::Tensor& weight,
                                   const std::optional<at::Tensor>& bias, std::string_view activation,
                                   at::ArrayRef<double> parameters) {
-  const Activation act = check_linear_act(input, weight, bias, activation, parameters);
-  const at::Tensor z = at::linear(input, weight, bias);
-  return {activate(act, z), z};
+  return linear_then_act(input, weight, bias, check_linear_act(input, weight, bias, activation, parameters));
 }
 
 // Meta kernels: the real checks on shapes and dtypes, with symbolic sizes.

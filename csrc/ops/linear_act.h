@@ -56,8 +56,10 @@ LayerGradients linear_act_backward_native(const at::Tensor& grad_output, const s
                                           const std::optional<at::Tensor>& weight, std::string_view activation,
                                           at::ArrayRef<double> parameters, std::array<bool, 3> output_mask);
 
-// act(z) by PyTorch's operations.
+// By PyTorch's operations: act(z), and y = act(z) with z = x W^T + b.
 at::Tensor activate(const Activation& activation, const at::Tensor& z);
+Outputs linear_then_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                        const Activation& activation);
 
 // Throw unless dtypes, devices and shapes fit; return the activation.
 Activation check_linear_act(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,

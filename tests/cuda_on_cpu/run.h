@@ -30,7 +30,7 @@ Rows<S> rows(const Buffer& b) {
   return {pointer<S>(b), b.stride};
 }
 inline Activation activation_of(const Problem& p) { return choose(Activations{}, p.activation, p.parameters); }
-inline Device device(const Problem& p) { return {static_cast<int>(p.processors), p.shared}; }
+inline Device device(const Problem& p) { return {.processors = static_cast<int>(p.processors), .shared = p.shared}; }
 
 template <class S>
 Forward<S> forward_of(const Problem& p) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/kernels/device.cuh"
+#include "cuda/plan.h"
 #include "math/activations.h"
 
 namespace mlp_ext::cuda {
@@ -66,12 +67,6 @@ __device__ bool reads_saved(const Act& act, const Rows<const S>& saved) {
   else
     return act.needs() != Needs::nothing;
 }
-
-// What a launch is fitted to.
-struct Device {
-  int processors;  // multiprocessors
-  int64_t shared;  // bytes of shared memory of each
-};
 
 // Blocks, threads of a block, bytes of dynamic shared memory. No blocks: nothing to launch.
 struct Launch {

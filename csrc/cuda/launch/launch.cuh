@@ -65,15 +65,14 @@ Backward<S> typed(const BackwardProblem& p) {
           static_cast<S*>(p.dw),
           static_cast<S*>(p.db)};
 }
-inline Device device(const Gpu& gpu) { return {gpu.processors, gpu.shared}; }
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& geometry, const Gpu& gpu,
                    const Arguments&... arguments) {
   if (geometry.blocks() == 0) return cudaSuccess;
   constexpr int64_t kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
-  if (geometry.shared > kUnasked) {
-    const auto shared = static_cast<int>(geometry.shared);
+  if (geometry.shared > kUnasked) {       // asks for the most, so that threads that launch it with other sizes agree
+    const auto shared = static_cast<int>(gpu.block_shared);
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (error != cudaSuccess) return error;
   }

@@ -12,7 +12,7 @@ cudaError_t launch_act(const ForwardProblem& problem, const Gpu& gpu) {
     const Rows<S> y = typed<S>(problem.y), z = problem.z.data ? typed<S>(problem.z) : y;
     const BiasAct<S> f{problem.M, problem.N, {z.data, z.stride}, nullptr, y};
     const auto kernel = bias_act_vector(f) == 1 ? bias_act<S, Act, 1> : bias_act<S, Act, kVector<S>>;
-    return launch(kernel, bias_act_launch(f, device(gpu)), gpu, f, act);
+    return launch(kernel, bias_act_launch(f, gpu), gpu, f, act);
   });
 }
 
@@ -32,7 +32,7 @@ int64_t grad_z_bytes(const BackwardProblem& problem, const Gpu& gpu) {
   if (!problem.db) return 0;
   return with_types(problem, [&](auto s, auto) {
     using S = decltype(s);
-    const Launch geometry = grad_z_launch(grad_z_problem<S>(problem, nullptr), device(gpu));
+    const Launch geometry = grad_z_launch(grad_z_problem<S>(problem, nullptr), gpu);
     return counter_bytes(geometry) + geometry.blocks_y * problem.N * static_cast<int64_t>(sizeof(Accumulator<S>));
   });
 }
@@ -42,7 +42,7 @@ cudaError_t launch_grad_z(const BackwardProblem& problem, void* dz, void* worksp
     using S = decltype(s);
     using Act = decltype(act);
     auto g = grad_z_problem<S>(problem, dz);
-    const Launch geometry = grad_z_launch(g, device(gpu));
+    const Launch geometry = grad_z_launch(g, gpu);
     if (g.db) {
       const int64_t counters = counter_bytes(geometry);
       g.finished = static_cast<unsigned*>(workspace);
@@ -77,7 +77,7 @@ constexpr int64_t kCounter = 16;  // bytes of a workspace before the blocks' sum
 int64_t element_loss_bytes(const LossProblem& problem, const Gpu& gpu) {
   return with_dtype(problem.dtype, [&](auto s) {
     using S = decltype(s);
-    const int64_t blocks = element_loss_launch(element_loss_of<S>(problem), device(gpu)).blocks();
+    const int64_t blocks = element_loss_launch(element_loss_of<S>(problem), gpu).blocks();
     return kCounter + blocks * static_cast<int64_t>(sizeof(Accumulator<S>));
   });
 }
@@ -91,7 +91,7 @@ cudaError_t launch_element_loss(const LossProblem& problem, void* workspace, con
     f.finished = static_cast<unsigned*>(workspace);
     f.sums = reinterpret_cast<Accumulator<S>*>(static_cast<char*>(workspace) + kCounter);
     const auto kernel = element_loss_vector(f) == 1 ? element_loss<S, 1> : element_loss<S, kVector<S>>;
-    return launch(kernel, element_loss_launch(f, device(gpu)), gpu, f);
+    return launch(kernel, element_loss_launch(f, gpu), gpu, f);
   });
 }
 

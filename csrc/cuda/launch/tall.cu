@@ -8,7 +8,7 @@ namespace mlp_ext::cuda {
 cudaError_t launch_tall_forward(const ForwardProblem& problem, const Gpu& gpu) {
   return with_types(problem, [&](auto s, auto act) {
     const auto f = typed<decltype(s)>(problem);
-    return launch(tall_forward<decltype(s), decltype(act)>, tall_forward_launch(f, device(gpu)), gpu, f, act);
+    return launch(tall_forward<decltype(s), decltype(act)>, tall_forward_launch(f, gpu), gpu, f, act);
   });
 }
 
@@ -17,7 +17,7 @@ int64_t tall_backward_bytes(const BackwardProblem& problem, const Gpu& gpu) {
   return with_types(problem, [&](auto s, auto) {
     using S = decltype(s);
     const auto b = typed<S>(problem);
-    const int64_t blocks = tall_backward_launch(b, device(gpu)).blocks();
+    const int64_t blocks = tall_backward_launch(b, gpu).blocks();
     return blocks * tall_backward_part(b) * static_cast<int64_t>(sizeof(Accumulator<S>));
   });
 }
@@ -27,7 +27,7 @@ cudaError_t launch_tall_backward(const BackwardProblem& problem, void* workspace
     using S = decltype(s);
     const auto b = typed<S>(problem);
     const auto parts = static_cast<Accumulator<S>*>(workspace);
-    const Launch rows = tall_backward_launch(b, device(gpu));
+    const Launch rows = tall_backward_launch(b, gpu);
     const auto error = launch(tall_backward<S, decltype(act)>, rows, gpu, b, act, parts);
     return error == cudaSuccess ? launch(sum_parts<S>, sum_parts_launch(b), gpu, parts, rows.blocks(), b) : error;
   });
