@@ -159,6 +159,22 @@ def test_a_step_that_fails_leaves_its_group_as_it_was() -> None:
     assert_equal(model.state_dict(), copy.state_dict())
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_norm": 1.0}, {"accumulate": 2}], ids=str)
+def test_states_that_share_memory_are_refused(settings: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    optimizer, (x, y) = adam(model.parameters()), torch.randn(2, 10, 4)
+    step = TrainStep(model, nn.MSELoss(), optimizer, **settings)
+    for _ in range(2):
+        step(x, y)
+    states = [optimizer.state[layer.weight] for layer in (model[0], model[2])]
+    states[0]["exp_avg"] = states[1]["exp_avg"]
+    before = deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="an optimizer state must not share memory with an opt"):
+        for _ in range(2):
+            step(x, y)
+    assert_equal(model.state_dict(), before)
+
+
 def test_a_copy_has_the_same_settings() -> None:
     model = net()
     step = TrainStep(model, nn.MSELoss(), sgd(model.parameters()), max_norm=0.1, accumulate=2)

@@ -160,13 +160,6 @@ void set_optimizer(const char* op, size_t index, at::ArrayRef<TrainedParameter*>
   }
 }
 
-size_t check_optimizer(const char* op, std::string_view name) {
-  const size_t index = index_of(name, Optimizers{});
-  TORCH_CHECK_VALUE(index < Optimizers::size, op, ": optimizer must be one of ", names_of(Optimizers{}), ", got '",
-                    name, "'");
-  return index;
-}
-
 c10::SmallVector<TrainedParameter*, 16> learning_of(Training& training, at::IntArrayRef learning) {
   c10::SmallVector<TrainedParameter*, 16> all, found;
   for (TrainedLayer& layer : training.layers) {
@@ -217,49 +210,65 @@ void check_batches(const TrainArgs& args) {
   check_allocated(kTrainStep, order, "order");
 }
 
-// The memory range of a tensor, from its first element to its last.
-struct Span {
-  const char *begin, *end;
-  const char* name;
-  bool is_written;
+// The memory of tensors, each from its first element to its last.
+class Spans {
+ public:
+  void add(const at::Tensor* t, const char* name, bool is_written) {
+    if (!t || !t->has_storage() || t->is_meta() || t->numel() == 0) return;
+    int64_t last = 0;  // element
+    for (int64_t d = 0; d < t->dim(); ++d) last += (t->size(d) - 1) * t->stride(d);
+    const char* const begin = static_cast<const char*>(t->const_data_ptr());
+    spans_.push_back({begin, begin + (last + 1) * static_cast<int64_t>(t->element_size()), name, is_written});
+  }
+  void add(const TrainedParameter& p) {
+    add(p.value, p.optimizer ? "a parameter that learns" : "a parameter", p.optimizer.has_value());
+    for (const at::Tensor* state : p.states) add(state, "an optimizer state", true);
+    add(p.step, "a count of steps", true);
+  }
+
+  void check(const char* op) {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    const Span *farthest = nullptr, *farthest_written = nullptr;  // among spans that begin before
+    for (const Span& span : spans_) {
+      const Span* const other = span.is_written ? farthest : farthest_written;
+      if (other && other->end > span.begin) {
+        const auto [first, second] = span.is_written ? std::pair(other, &span) : std::pair(&span, other);
+        TORCH_CHECK(false, op, ": ", first->name, " must not share memory with ", second->name, "; pass a clone()");
+      }
+      if (!farthest || span.end > farthest->end) farthest = &span;
+      if (span.is_written && (!farthest_written || span.end > farthest_written->end)) farthest_written = &span;
+    }
+  }
+
+ private:
+  struct Span {
+    const char *begin, *end;
+    const char* name;
+    bool is_written;
+  };
+  c10::SmallVector<Span, 40> spans_;
 };
 
 }  // namespace
 
 void check_memory(at::ArrayRef<const Training*> trainings) {
-  c10::SmallVector<Span, 40> spans;
-  const auto add = [&spans](const at::Tensor* t, const char* name, bool is_written) {
-    if (!t || !t->has_storage() || t->numel() == 0) return;
-    int64_t last = 0;  // element
-    for (int64_t d = 0; d < t->dim(); ++d) last += (t->size(d) - 1) * t->stride(d);
-    const char* const begin = static_cast<const char*>(t->const_data_ptr());
-    spans.push_back({begin, begin + (last + 1) * static_cast<int64_t>(t->element_size()), name, is_written});
-  };
+  Spans spans;
   for (const Training* training : trainings) {
-    if (training->input.is_meta()) return;
-    add(&training->input, "input", false);
-    add(&training->target, "target", false);
-    add(training->loss_weight, "loss_weight", false);
-    add(training->order, "order", false);
+    spans.add(&training->input, "input", false);
+    spans.add(&training->target, "target", false);
+    spans.add(training->loss_weight, "loss_weight", false);
+    spans.add(training->order, "order", false);
     for (const TrainedLayer& layer : training->layers)
-      for (const TrainedParameter* p : {&layer.weight, &layer.bias}) {
-        add(p->value, p->optimizer ? "a parameter that learns" : "a parameter", p->optimizer.has_value());
-        for (const at::Tensor* state : p->states) add(state, "an optimizer state", true);
-        add(p->step, "a count of steps", true);
-      }
+      for (const TrainedParameter* p : {&layer.weight, &layer.bias}) spans.add(*p);
   }
-  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  const Span *farthest = nullptr, *farthest_written = nullptr;  // among spans that begin before
-  for (const Span& span : spans) {
-    const Span* const other = span.is_written ? farthest : farthest_written;
-    if (other && other->end > span.begin) {
-      const auto [first, second] = span.is_written ? std::pair(other, &span) : std::pair(&span, other);
-      TORCH_CHECK(false, kTrainStep, ": ", first->name, " must not share memory with ", second->name,
-                  "; pass a clone()");
-    }
-    if (!farthest || span.end > farthest->end) farthest = &span;
-    if (span.is_written && (!farthest_written || span.end > farthest_written->end)) farthest_written = &span;
-  }
+  spans.check(kTrainStep);
+}
+
+size_t check_optimizer(const char* op, std::string_view name) {
+  const size_t index = index_of(name, Optimizers{});
+  TORCH_CHECK_VALUE(index < Optimizers::size, op, ": optimizer must be one of ", names_of(Optimizers{}), ", got '",
+                    name, "'");
+  return index;
 }
 
 Training check_training(const TrainArgs& args) {
@@ -304,8 +313,6 @@ Training check_training(const TrainArgs& args) {
   check_dropout(training);
   check_autocast(training);
   check_batches(args);
-  const Training* const all[] = {&training};
-  check_memory(all);
   for (const TrainedLayer& layer : training.layers) {
     if (layer.weight.optimizer || layer.bias.optimizer) break;
     ++training.lowest_learning;
@@ -387,6 +394,12 @@ c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args) {
     set_optimizer<decltype(functor)>(kTrainUpdate, optimizer, learning, args.hyperparameters, args.states, args.steps,
                                      args.parameters[0]);
   });
+  Spans spans;
+  for (size_t i = 0; i < count; ++i) {
+    spans.add(checked[i]);
+    spans.add(&args.gradients[i], "a gradient", false);
+  }
+  spans.check(kTrainUpdate);
   return checked;
 }
 

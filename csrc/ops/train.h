@@ -91,9 +91,10 @@ struct Training {
   int64_t rows() const { return order ? order->size(0) : input.size(0); }
 };
 
-// Throws if an argument is invalid.
+// Throws if an argument is invalid; check_memory checks the rest.
 Training check_training(const TrainArgs& args);
 c10::SmallVector<TrainedParameter, 16> check_update(const UpdateArgs& args);
+size_t check_optimizer(const char* op, std::string_view name);  // its index among Optimizers
 // Checks that no tensor the steps write overlaps another tensor they read or write. Interleaved views, such as two
 // halves of a matrix's columns, count as overlapping.
 void check_memory(at::ArrayRef<const Training*> trainings);
@@ -171,6 +172,8 @@ template <at::Tensor (*run)(const Training&)>
 at::Tensor checked(const TrainArgs& args) {
   const UpdateGuard guard;
   const Training training = check_training(args);
+  const Training* const all[] = {&training};
+  check_memory(all);
   bump_versions(training);
   return run(training);
 }

@@ -95,9 +95,7 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
                     args.batch_size);
   TORCH_CHECK(args.parameters.size() % E == 0, kTrainMany, ": parameters must be as many for each of ", E,
               " networks, got ", args.parameters.size());
-  const size_t count = args.parameters.size() / E, optimizer = index_of(args.optimizer, Optimizers{});
-  TORCH_CHECK_VALUE(optimizer < Optimizers::size, kTrainMany, ": optimizer must be one of ", names_of(Optimizers{}),
-                    ", got '", args.optimizer, "'");
+  const size_t count = args.parameters.size() / E, optimizer = check_optimizer(kTrainMany, args.optimizer);
   const auto [each, has_steps] = visit(Optimizers{}, optimizer, [](auto functor) {
     using Functor = decltype(functor);
     return std::pair(Functor::parameters.size(), Functor::counts_steps);
