@@ -44,7 +44,9 @@ def plan(
         ((1, 1, 31), "small", "small"),
         ((1, 1, 32), "one_input", "one_input"),
         ((0, 784, 256), "dots", "small"),
-        ((64, 0, 256), "small", "small"),
+        ((16, 0, 256), "small", "small"),  # no inputs: as one
+        ((17, 0, 256), "packed", "packed"),
+        ((4, 0, 2048), "dots", "packed"),
         ((16, 100, 256), "dots", "packed"),
         ((17, 100, 256), "packed", "packed"),
         ((32, 384, 256), "dots", "packed"),  # 12 times as deep as there are rows

@@ -16,7 +16,7 @@ int64_t backward_bytes(const Backward& problem, DType dtype);
 // Whether it allocates memory in spite of that, as torch's GEMM does.
 bool backward_allocates(const Backward& problem, DType dtype);
 
-// Whether a part of such a layer is left to torch's GEMM, which must not be called in a region.
+// Whether a part of such a layer is left to torch's GEMM, which runs on one thread in a region.
 bool takes_library(int64_t M, int64_t K, int64_t N, DType dtype, bool update);
 
 // Piece i of n of [0, size).

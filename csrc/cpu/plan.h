@@ -91,6 +91,7 @@ struct LayerShape {
   DotMode mode;
 
   int64_t multiply_adds() const { return M * K * N; }
+  int64_t unpacked() const { return M * std::max<int64_t>(K, 1) * N; }  // small: with the outputs of an empty sum
   int64_t row_bytes(int64_t columns) const { return columns * std::max<int64_t>(item_size, 4); }  // as accumulated
 };
 
@@ -100,7 +101,7 @@ inline bool supports(Path path, const LayerShape& s, bool forward) {
   const bool rows_in_whole_pairs = s.mode != DotMode::amx || (s.K % 2 == 0 && s.N % 2 == 0);
   switch (path) {
     case Path::small:
-      return s.multiply_adds() <= kMostSmallMultiplyAdds;
+      return s.unpacked() <= kMostSmallMultiplyAdds;
     case Path::dots:
       return forward;
     case Path::narrow:
@@ -146,7 +147,7 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
             at_once};
   plan.grad_weight.rows = std::max(plan.grad_weight.rows, bias_pieces);
 
-  const bool is_small = multiply_adds <= limits.small_multiply_adds;
+  const bool is_small = shape.unpacked() <= limits.small_multiply_adds;
   const bool fills_library = options.library && M >= 2 && K >= limits.library_inputs && N >= limits.library_outputs &&
                              (multiply_adds >= limits.library_multiply_adds || N * K >= limits.library_weights) &&
                              supports(Path::library, shape, true);
@@ -187,7 +188,7 @@ inline Plan make_plan(const LayerShape& shape, int64_t threads, const Machine& m
     plan.backward_path = Path::one_output;
   else if (supports(Path::one_input, shape, false))
     plan.backward_path = Path::one_input;
-  else if (M <= limits.few_rows)
+  else if (M <= limits.few_rows && supports(Path::few_rows, shape, false))
     plan.backward_path = Path::few_rows;
   else if (blocks_stay_in_cache && rows_outweigh_sums)
     plan.backward_path = Path::tall;

@@ -235,7 +235,7 @@ struct LayerOf {
         if (sums && first_columns) add_up(totals + i, db_block, count);
       }
     };
-    if (!dw) {  // db only
+    if (!dw || columns.size() == 0) {  // db only
       const int64_t depth = elements(samples.size());
       Prefetcher none;
       for (int64_t k = 0; sums && k < depth; k += Blocking<T>::depth)
