@@ -16,8 +16,9 @@ namespace {
 constexpr const char *kMlp = "mlp", *kMlpBackward = "_mlp_backward";
 
 // All checks of linear_act, before any layer is computed.
-void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases, const Names& activations,
-               Numbers parameters) {
+c10::SmallVector<LayerActivation, 8> check_mlp(const at::Tensor& input, at::TensorList weights,
+                                               const OptionalTensors& biases, const Names& activations,
+                                               Numbers parameters) {
   TORCH_CHECK(!weights.empty(), "mlp: weights must have one for each layer, at least one, got none");
   TORCH_CHECK(biases.size() == weights.size(), "mlp: biases must have one, or None, for each of the ", weights.size(),
               " weights, got ", biases.size());
@@ -25,11 +26,9 @@ void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTe
               " weights, got ", activations.size());
   check_dtype(kMlp, input, "input");
   TORCH_CHECK(input.dim() >= 1, "mlp: input must be [*, K], got a 0-dimensional tensor");
-  LayerParameters layer_parameters(kMlp, parameters);
+  const auto layers = layer_activations(activations, parameters);
   for (size_t l = 0; l < weights.size(); ++l) {
     const Element weight{"weights", l}, bias{"biases", l};
-    const std::string_view activation = name_at(activations, l);
-    check_activation(kMlp, activation, layer_parameters.next(activation), Element{"activations", l});
     if (l == 0) {
       check_layer(kMlp, weights[l], weight, biases[l], bias, input, input.sym_size(-1), "input ", input.sym_sizes());
     } else {
@@ -37,7 +36,7 @@ void check_mlp(const at::Tensor& input, at::TensorList weights, const OptionalTe
       check_layer(kMlp, weights[l], weight, biases[l], bias, input, K, "the ", K, " outputs of layer ", l - 1);
     }
   }
-  layer_parameters.check_all_taken();
+  return layers;
 }
 
 // Checks lengths of lists; each layer's backward checks the rest.
@@ -93,28 +92,27 @@ c10::SmallVector<LayerActivation, 8> layer_activations(const Names& activations,
     const Needs needs = needs_of(check_activation(kMlp, name, own, Element{"activations", l}));
     layers.push_back({name, own, needs, needs == Needs::preactivation ? next_z++ : l});
   }
+  layer_parameters.check_all_taken();
   return layers;
 }
 
 // y_l = act_l(y_(l-1) W_l^T + b_l)
 at::Tensor mlp_loop(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
                     const Names& activations, Numbers parameters) {
-  check_mlp(input, weights, biases, activations, parameters);
   at::Tensor y = input;
-  LayerParameters layer_parameters(kMlp, parameters);
-  for (size_t l = 0; l < weights.size(); ++l) {
-    const std::string_view activation = name_at(activations, l);
-    y = linear_act(y, weights[l], biases[l], activation, layer_parameters.next(activation));
+  size_t l = 0;
+  for (const auto& [name, own, needs, saved] : check_mlp(input, weights, biases, activations, parameters)) {
+    y = linear_act(y, weights[l], biases[l], name, own);
+    ++l;
   }
   return y;
 }
 
 std::vector<at::Tensor> mlp_forward_loop(const at::Tensor& input, at::TensorList weights, const OptionalTensors& biases,
                                          const Names& activations, Numbers parameters) {
-  check_mlp(input, weights, biases, activations, parameters);
   std::vector<at::Tensor> ys, zs;
   at::Tensor x = input;
-  for (const auto& [name, own, needs, saved] : layer_activations(activations, parameters)) {
+  for (const auto& [name, own, needs, saved] : check_mlp(input, weights, biases, activations, parameters)) {
     const size_t l = ys.size();
     if (needs == Needs::preactivation) {
       auto [y, z] = linear_act_forward(x, weights[l], biases[l], name, own);
