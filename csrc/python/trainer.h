@@ -221,8 +221,12 @@ class Trainer {
     add(static_cast<int64_t>(autocast_dtype(now.parameters[0]).value_or(at::kFloat)));
     for (const at::TensorList tensors : {at::TensorList(now.parameters), at::TensorList(now.states), steps}) {
       add(static_cast<int64_t>(tensors.size()));
-      for (const at::Tensor& t : tensors) add(reinterpret_cast<int64_t>(t.const_data_ptr()));
+      for (const at::Tensor& t : tensors) {
+        add(reinterpret_cast<int64_t>(t.const_data_ptr()));
+        for (const int64_t stride : t.strides()) add(stride);
+      }
     }
+    if (recipe_.loss_weight) add(reinterpret_cast<int64_t>(recipe_.loss_weight->const_data_ptr()));
     return key;
   }
 
