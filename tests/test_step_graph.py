@@ -181,6 +181,25 @@ def test_key_follows_the_optimizer() -> None:
     assert key() != first
 
 
+def test_key_follows_what_a_pointer_does_not_tell() -> None:
+    """A transposed weight has the data of before; the loss weight of before may be freed."""
+    model, criterion = nn.Sequential(nn.Linear(3, 3)), nn.CrossEntropyLoss(torch.rand(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = read(model, criterion, optimizer).trainer
+    calls = Calls()
+
+    def step() -> None:
+        trainer.step(torch.randn(4, 3), torch.randint(3, (4,)), calls)
+
+    step()
+    model[0].weight.data = model[0].weight.data.t()
+    step()
+    before = criterion.weight.data  # noqa: F841  keeps the memory, which would be given out again
+    criterion.weight.data = torch.rand(3)
+    step()
+    assert len(set(calls.keys)) == 3
+
+
 def test_key_follows_the_precision_of_products() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
