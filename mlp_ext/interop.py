@@ -152,7 +152,8 @@ class AfterImport:
         if name != self.module:
             return None
         others = [getattr(f, "find_spec", None) for f in sys.meta_path if f is not self]
-        spec = next(filter(None, (find(name, path, target) for find in others if find)), None)
+        specs = (find(name, path, target) for find in others if find)
+        spec: ModuleSpec | None = next(filter(None, specs), None)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
