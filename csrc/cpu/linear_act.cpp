@@ -18,9 +18,9 @@ struct UnitStrideRows {
 
   UnitStrideRows() = default;
   UnitStrideRows(const at::Tensor& t, int64_t columns) {
-    const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
-    tensor = unit_stride ? t : t.contiguous();
-    matrix = {tensor.const_data_ptr(), unit_stride ? t.stride(0) : columns};
+    const bool in_place = t.dim() == 2 && has_unit_stride(t);
+    tensor = in_place ? t : t.contiguous();
+    matrix = {tensor.const_data_ptr(), in_place ? t.stride(0) : columns};
   }
 };
 

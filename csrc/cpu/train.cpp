@@ -60,8 +60,7 @@ class BatchStep {
         dtype_(dtype_of(training.input)),
         kernels_(variant().step_kernels(dtype_)),
         limits_(limits_of(dtype_)) {
-    c10::SmallVector<int64_t, 9> widths{K_};
-    for (const TrainedLayer& layer : training.layers) widths.push_back(layer.weight.value->size(0));
+    const auto widths = training.widths();
     plan_ = make_step_plan(M_, {widths.data(), widths.size()}, item_size(dtype_), threads(), dot_mode_of(dtype_),
                            machine());
     if (plan_.path == StepPath::lanes) {
@@ -348,8 +347,6 @@ class Rows {
   }
 
  private:
-  static at::Tensor unit_stride(const at::Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous(); }
-
   // Checks the target's classes and sums their weights.
   double weight_of_classes(const Loss& loss, int64_t M) const {
     at::Tensor weights;
@@ -380,8 +377,7 @@ void put(const at::Tensor& losses, int64_t i, double loss) {
 
 // The rows of t at these indices. On one thread, since at::index_select would wake others and may wait for a busy core.
 at::Tensor gather(const at::Tensor& t, const at::Tensor& order, bool takes_threads) {
-  const bool unit_stride = t.dim() == 1 || t.stride(1) == 1 || t.size(1) == 1;
-  if (takes_threads || !unit_stride) return at::index_select(t, 0, order);
+  if (takes_threads || !has_unit_stride(t)) return at::index_select(t, 0, order);
   c10::SmallVector<int64_t, 3> sizes(t.sizes().begin(), t.sizes().end());
   sizes[0] = order.size(0);
   at::Tensor out = empty_cached(sizes, t.scalar_type());

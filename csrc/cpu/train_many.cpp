@@ -20,8 +20,7 @@ namespace {
 
 ManyPath path_of(const TrainingOfMany& many) {
   const Training& training = many.networks[0].training;
-  c10::SmallVector<int64_t, 9> widths{training.input.size(1)};
-  for (const TrainedLayer& layer : training.layers) widths.push_back(layer.weight.value->size(0));
+  const auto widths = training.widths();
   const DType dtype = dtype_of(training.input);
   return make_many_plan(many.batch_size, {widths.data(), widths.size()}, item_size(dtype), dot_mode_of(dtype),
                         machine());
@@ -74,9 +73,6 @@ class Lanes {
         kernels_(*variant().lane_kernels(dtype_)),
         losses_(zero_losses(many)),
         losses_per_epoch_(many.batches()) {
-    const auto unit_stride = [](const at::Tensor& t) {
-      return t.dim() == 1 || t.stride(1) == 1 || t.size(1) == 1 ? t : t.contiguous();
-    };
     for (const at::Tensor& t : many.inputs) inputs_.push_back(unit_stride(t));
     for (const at::Tensor& t : many.targets) targets_.push_back(unit_stride(t));
     for (const TrainedLayer& layer : first_.layers) {
@@ -123,8 +119,7 @@ class Lanes {
         LaneParameter parameter{};
         if (p->value)
           parameter.value = p->optimizer ? p->value->mutable_data_ptr() : const_cast<void*>(p->value->const_data_ptr());
-        for (size_t s = 0; s < kMaxStates; ++s)
-          parameter.states[s] = p->states[s] ? p->states[s]->mutable_data_ptr() : nullptr;
+        p->put_states(parameter.states);
         parameter.hyperparameters = p->hyperparameters;
         if (p->step && p->step->is_cpu()) parameter.count = count_of(*p->step);
         parameters_.push_back(parameter);

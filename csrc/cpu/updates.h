@@ -24,8 +24,7 @@ class Updates {
         Learning l{p->optimizer ? p : nullptr, {}, {}, 0};
         if (l.parameter) {
           l.update.parameter = p->value->mutable_data_ptr();
-          for (size_t s = 0; s < kMaxStates; ++s)
-            l.update.states[s] = p->states[s] ? p->states[s]->mutable_data_ptr() : nullptr;
+          p->put_states(l.update.states);
           if (p->step) l.steps = count_of(*p->step);
         }
         updates_.push_back(l);
@@ -99,7 +98,7 @@ inline void update(at::ArrayRef<Gradient> gradients) {
     const TrainedParameter& p = *parameter;
     const Optimizer ready = at_step(*p.optimizer, p.step ? count_of(*p.step) + 1 : 1);
     Update update{p.value->mutable_data_ptr(), {}, &ready};
-    for (size_t s = 0; s < kMaxStates; ++s) update.states[s] = p.states[s] ? p.states[s]->mutable_data_ptr() : nullptr;
+    p.put_states(update.states);
     update_with(update, gradient.const_data_ptr(), gradient.numel(), dtype_of(gradient));
   }
 }

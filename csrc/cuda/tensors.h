@@ -25,8 +25,7 @@ struct Guard {
 
 // [*, columns] as [M, columns] with unit-stride rows; copies only if the strides differ.
 inline at::Tensor as_rows(const at::Tensor& t, int64_t M, int64_t columns) {
-  const bool unit_stride = t.dim() == 2 && (t.stride(1) == 1 || columns == 1);
-  return unit_stride ? t : t.contiguous().view({M, columns});
+  return t.dim() == 2 && has_unit_stride(t) ? t : t.contiguous().view({M, columns});
 }
 
 inline ConstMatrix matrix(const at::Tensor& t) {

@@ -16,8 +16,7 @@ namespace mlp_ext::cuda {
 namespace {
 
 bool in_one_block(const Training& training, int64_t batch, bool many) {
-  c10::SmallVector<int64_t, 9> widths{training.input.size(1)};
-  for (const TrainedLayer& layer : training.layers) widths.push_back(layer.weight.value->size(0));
+  const auto widths = training.widths();
   const int64_t layers = training.layers.size();
   const Device& here = device();
   const StepPlan plan =
@@ -34,7 +33,7 @@ StepParameterProblem parameter(const TrainedParameter& p) {
   problem.value = p.value->data_ptr();
   if (!p.optimizer) return problem;
   problem.optimizer = *p.optimizer;
-  for (size_t s = 0; s < kMaxStates; ++s) problem.states[s] = p.states[s] ? p.states[s]->mutable_data_ptr() : nullptr;
+  p.put_states(problem.states);
   if (!p.step) return problem;
   if (p.step->is_cpu())
     problem.count = p.step->item<double>();

@@ -103,6 +103,10 @@ void check_dtype(const char* op, const at::Tensor& first, const Name& name) {
   check_allocated(op, first, name);
 }
 
+// Whether the elements of a row of [M, columns] are neighbours; those of [M] count as rows of one.
+inline bool has_unit_stride(const at::Tensor& t) { return t.dim() == 1 || t.stride(1) == 1 || t.size(1) == 1; }
+inline at::Tensor unit_stride(const at::Tensor& t) { return has_unit_stride(t) ? t : t.contiguous(); }
+
 // For tensors that passed check_dtype.
 inline DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {

@@ -35,10 +35,10 @@ struct TrainArgs {
   std::string_view optimizer;                    // a name in optimizers.h
   at::IntArrayRef learning;                      // ascending indices of the parameters to update
   at::ArrayRef<double> hyperparameters;          // all of the optimizer's, for each learning parameter
-  const std::optional<at::Tensor>& order;        // int64 row indices into input, batch after batch
-  std::optional<int64_t> batch_size;             // none: one step of all rows
-  at::ArrayRef<double> dropout;                  // of each layer's input, then of the output; empty: none
-  std::optional<at::ScalarType> autocast = std::nullopt;  // of float32 arguments: layers compute in this dtype
+  std::optional<at::Tensor> order = {};          // int64 row indices into input, batch after batch
+  std::optional<int64_t> batch_size = {};        // none: one step of all rows
+  at::ArrayRef<double> dropout = {};             // of each layer's input, then of the output; empty: none
+  std::optional<at::ScalarType> autocast = {};   // of float32 arguments: layers compute in this dtype
 };
 
 // Without batch_size: one step; returns the loss [] before the update. With it: one step per batch, on rows
@@ -66,6 +66,10 @@ struct TrainedParameter {
   const double* hyperparameters = nullptr;    // of the optimizer
   const at::Tensor* states[kMaxStates] = {};  // nullptr if the optimizer does not use that state
   const at::Tensor* step = nullptr;           // step count, if the optimizer has one
+
+  void put_states(void* (&to)[kMaxStates]) const {
+    for (size_t s = 0; s < kMaxStates; ++s) to[s] = states[s] ? states[s]->mutable_data_ptr() : nullptr;
+  }
 };
 struct TrainedLayer {
   TrainedParameter weight, bias;
@@ -89,6 +93,11 @@ struct Training {
   size_t lowest_learning = 0;              // the first layer that learns; layers.size() if none does
 
   int64_t rows() const { return order ? order->size(0) : input.size(0); }
+  c10::SmallVector<int64_t, 9> widths() const {  // of the input, then of each layer
+    c10::SmallVector<int64_t, 9> widths{input.size(1)};
+    for (const TrainedLayer& layer : layers) widths.push_back(layer.weight.value->size(0));
+    return widths;
+  }
 };
 
 // Throws if an argument is invalid; check_memory checks the rest.

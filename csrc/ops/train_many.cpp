@@ -88,7 +88,6 @@ void check_classes(const TrainingOfMany& many) {
 }  // namespace
 
 TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
-  static const std::optional<at::Tensor> no_order;
   const int64_t E = args.networks;
   TORCH_CHECK_VALUE(E >= 1 && args.epochs >= 1 && args.batch_size >= 1, kTrainMany,
                     ": networks, epochs and batch_size must be from 1 on, got ", E, ", ", args.epochs, " and ",
@@ -123,7 +122,7 @@ TrainingOfMany check_training_of_many(const TrainManyArgs& args) {
         {check_training({of(many.inputs), of(many.targets), parameters.next(count),
                          states.next(count_states(args.optimizer, own)), steps.next(counts), args.activations,
                          args.activation_parameters, args.loss, args.reduction, args.loss_weight, args.loss_parameters,
-                         args.optimizer, args.learning, own, no_order, std::nullopt, args.dropout}),
+                         args.optimizer, args.learning, own, std::nullopt, std::nullopt, args.dropout}),
          args.orders.empty() ? nullptr : &of(args.orders)});
     const Training &training = many.networks.back().training, &first = many.networks[0].training;
     for (size_t l = 0; l < training.layers.size(); ++l) {

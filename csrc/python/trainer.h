@@ -120,13 +120,8 @@ class Trainer {
  private:
   friend class TrainingRun;
 
-  TrainArgs args(const at::Tensor& input, const at::Tensor& target, const OptimizerState& now,
-                 at::TensorList steps) const {
-    static const std::optional<at::Tensor> no_order;
-    return args(input, target, now, steps, no_order, std::nullopt);
-  }
   TrainArgs args(const at::Tensor& input, const at::Tensor& target, const OptimizerState& now, at::TensorList steps,
-                 const std::optional<at::Tensor>& order, std::optional<int64_t> batch_size) const {
+                 const std::optional<at::Tensor>& order = {}, std::optional<int64_t> batch_size = {}) const {
     return {input,
             target,
             now.parameters,
