@@ -152,7 +152,7 @@ DATE := import calendar, sys, zipfile; print(calendar.timegm(zipfile.ZipFile(sys
 # its paths. SANITIZED: other tests. Python's own leaks are not reported; freed results stay in no cache. libstdc++ is loaded
 # first, since AddressSanitizer looks for its functions when it starts.
 SANITIZED     ?= $(addprefix tests/test_,guard_pages.py values.py gradients.py train_step.py train_steps.py)
-SANITIZED_TOO := $(addprefix tests/test_,activations.py fit.py library.py mlp.py narrow_steps.py predict.py regions.py train_operator.py)
+SANITIZED_TOO := $(addprefix tests/test_,activations.py fit.py library.py mlp.py narrow_steps.py predict.py regions.py train_operator.py train_operator_errors.py)
 SANITIZE  := MLP_EXT_SANITIZE=1 MLP_EXT_ISA=native MLP_EXT_CUDA=0
 sanitize-kernels: build
 	@echo "== the kernels without torch, with sanitizers"
@@ -187,7 +187,7 @@ $(VENV)/tools: pyproject.toml
 CUDA       := .venv-cuda
 CUDA_TORCH ?= torch==2.13.0
 CUDA_PIP   := PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= $(CUDA)/bin/pip install --quiet --disable-pip-version-check
-CUDA_TESTS := $(addprefix tests/test_,build.py cuda.py cuda_plan.py dispatch.py errors.py)
+CUDA_TESTS := $(addprefix tests/test_,build.py cuda.py cuda_plan.py dispatch.py errors.py import.py)
 
 CUDA_ARCHS ?= 8.0 9.0
 cuda-check: $(CUDA)/tools

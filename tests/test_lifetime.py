@@ -5,7 +5,6 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -129,34 +128,6 @@ def test_step_kept_on_its_model_is_freed(ran: bool) -> None:
     del model, optimizer
     gc.collect()
     assert [ref() for ref in seen if ref() is not None] == []
-
-
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_thousand_models_at_flat_memory(level: str) -> None:
-    def one() -> None:  # half a MiB of weights
-        first, second = (nn.utils.skip_init(nn.Linear, 256, 256) for _ in range(2))
-        model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-        with torch.no_grad():
-            for p in model.parameters():
-                p.zero_()
-        mlp_ext.fuse(model, level=level)(torch.zeros(1, 256))
-
-    for _ in range(20):
-        one()
-    gc.collect()
-    before = resident()
-    for index in range(1000):
-        one()
-        if index % 250 == 0:
-            gc.collect()
-    gc.collect()
-    assert resident() - before < 64 << 20
 
 
 # What belongs to one model

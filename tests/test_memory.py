@@ -217,6 +217,28 @@ def test_fused_and_unfused_a_thousand_times_at_flat_memory(level: mlp_ext.Level)
     assert settled() - before < 4 * MIB
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_heap")
+@pytest.mark.parametrize("level", ["layers", "stack"])
+def test_a_thousand_models_fused_and_dropped_at_flat_memory(level: mlp_ext.Level) -> None:
+    def one() -> None:  # half a MiB of weights
+        first, second = (nn.utils.skip_init(nn.Linear, 256, 256) for _ in range(2))
+        model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        mlp_ext.fuse(model, level=level)(torch.zeros(1, 256))
+
+    for _ in range(20):
+        one()
+    before = settled()
+    for index in range(1000):
+        one()
+        if index % 250 == 0:
+            gc.collect()
+    assert settled() - before < 64 * MIB
+
+
 # ---- given back ----
 
 
