@@ -69,16 +69,25 @@ class Eager:
         self.optimizer.step()
 
     def fit(
-        self, input: Tensor, target: Tensor, epochs: int, batch_size: int, shuffle: bool
-    ) -> Any:
-        losses = []
+        self,
+        input: Tensor,
+        target: Tensor,
+        epochs: int = 50,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        n, losses = len(input), []
         for _ in range(epochs):
-            order = torch.randperm(len(input)) if shuffle else torch.arange(len(input))
-            sums = [self(input[rows], target[rows]) * len(rows) for rows in order.split(batch_size)]
-            losses.append(torch.stack(sums).sum() / len(input))
+            order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+            batches = order.split(batch_size or max(n, 1))
+            each = torch.stack([self(input[rows], target[rows]) for rows in batches]).double()
+            if getattr(self.criterion, "reduction", "mean") == "mean":
+                each = each * torch.tensor([len(rows) for rows in batches]) / n
+            losses.append(each.sum())
         if self.count:
             self.update()
-        return torch.stack(losses)
+        return torch.stack(losses).to(torch.promote_types(input.dtype, torch.float32))
 
 
 def results(

@@ -11,7 +11,7 @@ from shapes import Shape, grad_output, operands
 
 import mlp_ext
 from mlp_ext import _C
-from mlp_ext.commands.loop import make_mlp
+from mlp_ext.bench.training import make_mlp
 
 SHAPES = [
     Shape((10,), 10, 5),

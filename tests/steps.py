@@ -10,7 +10,7 @@ from references import Results, assert_as_accurate_as_native
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep
-from mlp_ext.commands.loop import Step, sgd_step
+from mlp_ext.bench.training import Step, sgd_step
 
 NETS = {  # widths, and rows of a batch
     "10-5-1@10": ([10, 5, 1], 10),

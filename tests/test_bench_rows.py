@@ -3,6 +3,7 @@ pictures."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -154,6 +155,7 @@ NOISY = [
     ({"other_cpus": None, "share_of_bound": None, "ratio_q20": None}, 1, ""),
     ({"other_cpus": 1.1}, 2, ""),  # one thread leaves a CPU free
     ({"other_cpus": 1.3}, None, ""),
+    ({"other_cpus": math.nan}, 1, ""),
     (
         {"other_cpus": 1.3, "ratio_q20": 1.5},
         2,

@@ -13,10 +13,9 @@ import pytest
 
 import mlp_ext
 from mlp_ext.bench import cases
-from mlp_ext.bench.training import LOSSES, OPTIMIZERS
+from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS
 from mlp_ext.commands.data import DATASETS
 from mlp_ext.commands.distributed import WRAPPERS
-from mlp_ext.commands.loop import LAYERS
 from mlp_ext_cli import COMMANDS, arguments, main
 from mlp_ext_cli import bench as bench_arguments
 from mlp_ext_cli import train as train_arguments

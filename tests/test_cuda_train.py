@@ -21,7 +21,7 @@ from shapes import DTYPES
 from torch import Tensor, nn
 
 from mlp_ext import _C, TrainStep
-from mlp_ext.commands import loop
+from mlp_ext.bench.training import sgd_step
 from mlp_ext.nn import Activation
 from mlp_ext.step_graph import WARM_UPS, Graphs
 
@@ -164,7 +164,7 @@ def test_fit_goes_through_the_graphs_of_steps(shuffle: bool) -> None:
     nets = [model_of(training).cuda() for _ in range(2)]
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
     step = TrainStep(nets[0], nn.MSELoss(), optimizers[0])
-    eager = loop.sgd_step(nets[1], nn.MSELoss(), optimizers[1])
+    eager = sgd_step(nets[1], nn.MSELoss(), optimizers[1])
     drawn = [torch.Generator().manual_seed(5) for _ in nets]
 
     def same(found: Any, expected: Any) -> None:

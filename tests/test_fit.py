@@ -1,6 +1,5 @@
 """fit: the epochs and batches of an eager loop; progress, Ctrl-C, threads."""
 
-import io
 import signal
 import sys
 import threading
@@ -11,35 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from eager_steps import Eager
 from references import Results
 from steps import Training, training
-from torch import Tensor, nn
+from terminals import on_terminal
+from torch import nn
 
 from mlp_ext import TrainStep
-from mlp_ext.commands.loop import sgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def eager_fit(
-    part: Training,
-    epochs: int,
-    batch_size: int | None = None,
-    shuffle: bool = False,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    step, n = sgd_step(*part[:3]), len(part.input)
-    losses = []
-    for _ in range(epochs):
-        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-        batches = order.split(batch_size or n)
-        of_batches = [step(part.input[rows], part.target[rows]) for rows in batches]
-        if part.criterion.reduction == "mean":
-            sizes = zip(of_batches, batches, strict=True)
-            losses.append(sum(loss * len(rows) for loss, rows in sizes) / n)
-        else:
-            losses.append(sum(of_batches))
-    return torch.stack(losses)
 
 
 def both(part: Training, dtype: torch.dtype = torch.float64, **options) -> list[Results]:
@@ -54,7 +33,7 @@ def both(part: Training, dtype: torch.dtype = torch.float64, **options) -> list[
         if ours:
             losses = TrainStep(*copy[:3]).fit(*copy[3:], **options)
         else:
-            losses = eager_fit(copy, **options)
+            losses = Eager(*copy[:3]).fit(*copy[3:], **options)
         states = [torch.get_rng_state()]
         if seeded:
             states.append(options["generator"].get_state())
@@ -96,7 +75,8 @@ def test_rows_of_many_bytes_are_shuffled_in_parts() -> None:
 
 def test_default_is_fifty_epochs_of_one_batch() -> None:
     part = training("10-5-1@10", "mse", "momentum", torch.float64)
-    eager = eager_fit(part.to(torch.float64), 50)
+    copy = part.to(torch.float64)
+    eager = Eager(*copy[:3]).fit(*copy[3:], epochs=50)
     losses = TrainStep(*part[:3]).fit(*part[3:])
     torch.testing.assert_close(losses, eager)
 
@@ -215,44 +195,51 @@ def test_error_on_the_way_leaves_the_last_finished_step(options: str) -> None:
 # --- Progress ---
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, progress: bool = True) -> str:
-    monkeypatch.setattr(sys, "stderr", stream)
+def fit(progress: bool = True) -> None:
     part = training("10-5-1@10", "mse", "plain", torch.float32)
     TrainStep(*part[:3]).fit(*part[3:], epochs=30, progress=progress)
-    return stream.getvalue()
 
 
 def test_bar_where_tqdm_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
-    assert "30/30 [" in shown(monkeypatch, Terminal())
+    terminal = on_terminal(monkeypatch)
+    fit()
+    assert "30/30 [" in terminal.getvalue()
 
 
 def test_plain_text_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
     monkeypatch.setattr("mlp_ext.progress.find_spec", lambda name: None)
-    text = shown(monkeypatch, Terminal())
+    fit()
+    text = terminal.getvalue()
     assert text.startswith("\repoch: 0 loss: 0.")
     assert "\repoch: 29 loss: 0." in text
     assert text.endswith("\n")
 
 
-def test_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_in_a_notebook(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its stderr is not a terminal."""
     pytest.importorskip("tqdm.auto")  # which chooses its bar when it is imported: that of text
     kernel = SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
-    assert "30/30 [" in shown(monkeypatch, io.StringIO())
+    fit()
+    assert "30/30 [" in capsys.readouterr().err
     kernel.config.clear()  # IPython's own terminal
-    assert shown(monkeypatch, io.StringIO()) == ""
+    fit()
+    assert capsys.readouterr().err == ""
 
 
-def test_nothing_in_a_pipe_or_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown(monkeypatch, io.StringIO()) == ""
-    assert shown(monkeypatch, Terminal(), progress=False) == ""
+def test_nothing_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    fit()
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    fit(progress=False)
+    assert terminal.getvalue() == ""
 
 
 # --- Ctrl-C and threads ---

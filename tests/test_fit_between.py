@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from overfitting import Problem, mean_error
-from test_fit import Terminal
+from terminals import on_terminal
 from test_fit_validation import modes
 from torch.optim import lr_scheduler
 
@@ -114,12 +114,11 @@ def test_groups_go_on_over_epochs(shuffle: bool) -> None:
 
 
 def test_progress_shows_the_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, problem = Terminal(), Problem()
+    terminal, problem = on_terminal(monkeypatch), Problem()
     monkeypatch.setattr("mlp_ext.progress.find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "stderr", stream)
     problem.fit(2, validation=problem.held_out, metric=mean_error, progress=True)
     line = r"\repoch: 0 loss: [\d.]+ validation loss: [\d.]+ metric: -[\d.]+\r"
-    assert re.match(line, stream.getvalue())
+    assert re.match(line, terminal.getvalue())
 
 
 # --- Errors and Ctrl-C ---

@@ -14,7 +14,7 @@ from steps import assert_steps_match_eager, training
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep
-from mlp_ext.commands.loop import Step
+from mlp_ext.bench.training import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

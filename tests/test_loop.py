@@ -8,10 +8,10 @@ from samples import load
 from torch import Tensor, nn
 
 import mlp_ext
-from mlp_ext.bench.training import Layers
+from mlp_ext.bench.training import LAYERS, Layers, Step, make_mlp, sgd_step
 from mlp_ext.commands import loop
 from mlp_ext.commands.data import Dataset
-from mlp_ext.commands.loop import LAYERS, Step, TrainingRun, accuracy, make_mlp, sgd_step, train
+from mlp_ext.commands.loop import TrainingRun, accuracy, train
 from mlp_ext.nn import Activation, activation_of
 from mlp_ext.ops import PARAMETERS
 
@@ -33,10 +33,10 @@ def finish(
     return runs
 
 
-def counting_rows(n: int, device: str = "cpu") -> Dataset:
-    """Row i holds the number i, so that it can be followed through the batches."""
-    x = torch.arange(n, dtype=torch.float32).unsqueeze(1)
-    return Dataset("rows", x, x / n, x[:0], x[:0], classes=0)
+def counting_rows() -> Dataset:
+    """Each of ten rows holds its number, so that it can be followed through the batches."""
+    x = torch.arange(10.0).unsqueeze(1)
+    return Dataset("rows", x, x / 10, x[:0], x[:0], classes=0)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_model_given_stays_as_it_was() -> None:
 
 def test_kinds_see_the_same_batches_and_take_turns(watched) -> None:
     seen, *_ = [watched(kind) for kind in "abc"]
-    finish(["a", "b", "c"], make_mlp([1, 2, 1]), counting_rows(10), epochs=4, batch_size=4)
+    finish(["a", "b", "c"], make_mlp([1, 2, 1]), counting_rows(), epochs=4, batch_size=4)
     by_kind = {kind: [rows for k, rows in seen if k == kind] for kind in "abc"}
     assert len(by_kind["a"]) == 4 * 3
     assert by_kind["a"] == by_kind["b"] == by_kind["c"]
@@ -137,7 +137,7 @@ def test_kinds_see_the_same_batches_and_take_turns(watched) -> None:
 
 def test_an_epoch_is_every_row_once_in_new_order(watched) -> None:
     seen = watched("a")
-    finish(["a"], make_mlp([1, 2, 1]), counting_rows(10), epochs=3, batch_size=4)
+    finish(["a"], make_mlp([1, 2, 1]), counting_rows(), epochs=3, batch_size=4)
     batches = [rows for _, rows in seen]
     assert [len(rows) for rows in batches] == [4, 4, 2] * 3
     epochs = [[row for rows in batches[i : i + 3] for row in rows] for i in (0, 3, 6)]
@@ -148,7 +148,7 @@ def test_an_epoch_is_every_row_once_in_new_order(watched) -> None:
 @pytest.mark.parametrize("batch_size", [10, 11])
 def test_one_batch_stays_in_order(watched, batch_size: int) -> None:
     seen = watched("a")
-    finish(["a"], make_mlp([1, 2, 1]), counting_rows(10), epochs=2, batch_size=batch_size)
+    finish(["a"], make_mlp([1, 2, 1]), counting_rows(), epochs=2, batch_size=batch_size)
     assert [rows for _, rows in seen] == [list(range(10))] * 2
 
 

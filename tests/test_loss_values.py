@@ -13,7 +13,7 @@ from steps import LOSSES, Training, assert_steps_match_eager, make_net
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep, TrainSteps
-from mlp_ext.commands.loop import sgd_step
+from mlp_ext.bench.training import sgd_step
 
 pytestmark = pytest.mark.isa
 

@@ -2,12 +2,10 @@
 the best setting and the files say what the networks say."""
 
 import csv
-import io
 import json
 import math
 import re
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from samples import load
+from terminals import on_terminal
 
 from mlp_ext.bench import noise
 from mlp_ext.bench.training import LOSSES, make_mlp, sgd_step
@@ -396,17 +395,11 @@ def test_interrupted_sweep_leaves_nothing(
     assert (folder / "file").read_text() == before
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("shown", [True, False])
 def test_long_sweep_has_a_bar_on_a_terminal(shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
-    terminal = Terminal()
+    terminal = on_terminal(monkeypatch)
     monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
-    monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["sweep", *SMALL.split(), *["--quiet"] * (not shown)]) == 0
     assert ("/24 [" in terminal.getvalue()) is shown
     assert terminal.getvalue() == "" or shown

@@ -1,10 +1,8 @@
 """The command `mlp-ext train`: what it prints and writes."""
 
-import io
 import json
 import math
 import re
-import sys
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from terminals import on_terminal
 from torch import nn
 
 import mlp_ext
 from mlp_ext.bench import noise
-from mlp_ext.bench.training import LOSSES, OPTIMIZERS, Layers
+from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, Layers, sgd_step
 from mlp_ext.commands import loop, plots, progress
 from mlp_ext.commands import train as train_command
-from mlp_ext.commands.loop import LAYERS, TrainingRun, sgd_step
+from mlp_ext.commands.loop import TrainingRun
 from mlp_ext_cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -446,28 +445,21 @@ def test_code_that_loads_the_weights_is_printed(
     exec(textwrap.dedent(f"  model = {out}"), {"nn": nn, "torch": torch})
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_long_run_has_a_bar_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tqdm")
-    terminal = Terminal()
+    terminal = on_terminal(monkeypatch)
     monkeypatch.setattr(loop, "GROUP_SECONDS", 0.0)
     monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
-    monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["train", "--epochs", "20"]) == 0
     assert "/20 [" in terminal.getvalue()
     assert len(epoch_lines(capsys.readouterr().out)) == 11
 
 
 def test_short_run_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
+    terminal = on_terminal(monkeypatch)
     monkeypatch.setattr(progress, "BAR_AFTER", 1e9)
-    monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["train", "--epochs", "20"]) == 0
     assert terminal.getvalue() == ""
 
@@ -478,21 +470,6 @@ def test_long_run_has_no_bar_in_a_pipe(
     monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
     assert main(["train", "--layers", "step", "--epochs", "20"]) == 0
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("others", "threads", "says"),
-    [
-        (0.1, 4, False),
-        (0.5, 4, True),
-        (1.1, 3, False),  # beside our threads
-        (1.5, 3, True),
-        (math.nan, 4, False),
-    ],
-)
-def test_busy_machine_is_told(others: float, threads: int, says: bool) -> None:
-    text = f"other processes used {others:.1f} of 4 CPUs"
-    assert noise.busy(others, threads, 4) == (text if says else "")
 
 
 def test_short_run_is_not_called_unreliable(

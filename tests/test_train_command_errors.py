@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlp_ext.bench.training import Layers
+from mlp_ext.bench.training import LAYERS, Layers, Step, sgd_step
 from mlp_ext.commands import loop
-from mlp_ext.commands.loop import LAYERS, Step, sgd_step
 from mlp_ext_cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mlp_ext
 from mlp_ext import _C, TrainStep
-from mlp_ext.commands.loop import Step, sgd_step
+from mlp_ext.bench.training import Step, sgd_step
 from mlp_ext.nn import LinearAct
 
 pytestmark = pytest.mark.usefixtures("one_thread")

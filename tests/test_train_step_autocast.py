@@ -14,7 +14,7 @@ from test_train_operator import OP, arguments
 from torch import Tensor, nn
 
 from mlp_ext import TrainStep, TrainSteps
-from mlp_ext.commands.loop import Step
+from mlp_ext.bench.training import Step
 from mlp_ext.nn import LinearAct
 
 pytestmark = pytest.mark.usefixtures("one_thread")

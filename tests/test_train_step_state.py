@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlp_ext import TrainStep
-from mlp_ext.commands.loop import sgd_step
+from mlp_ext.bench.training import sgd_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

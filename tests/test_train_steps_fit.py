@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from many import Many, Run, assert_like_each_alone, many
+from terminals import on_terminal
 from torch import Tensor
 
 from mlp_ext import TrainStep, TrainSteps
@@ -164,21 +164,15 @@ def test_default_is_fifty_epochs_of_one_batch() -> None:
 # --- Progress and Ctrl-C ---
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_progress_shows_the_lowest_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
     monkeypatch.setattr("mlp_ext.progress.find_spec", lambda name: None)
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
     parts = many(3, "10-5-1@10", "mse-linear", "plain", torch.float32)
     with torch.no_grad():
         parts.models[1][0].weight.fill_(torch.nan)
     losses = TrainSteps(*parts[:3]).fit(*parts[3:], epochs=30, progress=True)
     lowest = losses[-1].nan_to_num(torch.inf).min()
-    assert stream.getvalue().endswith(f"epoch: 29 loss: {lowest:.4f}\n")
+    assert terminal.getvalue().endswith(f"epoch: 29 loss: {lowest:.4f}\n")
 
 
 CTRL_C = """
@@ -193,11 +187,9 @@ models = [nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 1)) for _ in r
 optimizers = [torch.optim.Adam(model.parameters()) for model in models]
 steps = mlp_ext.TrainSteps(models, nn.MSELoss(), optimizers)
 x, y = torch.randn({rows}, 10), torch.rand({rows}, 1)
-sent = []
 
 def interrupt():
     time.sleep(0.5)
-    sent.append(time.monotonic())
     os.kill(os.getpid(), signal.SIGINT)
 
 thread = threading.Thread(target=interrupt)

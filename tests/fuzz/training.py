@@ -119,17 +119,16 @@ class Training:
 
     def ours(self, tensors: Tensors) -> Results:
         with planned(self.plan):
-            return self._results(tensors, data.module_of, TrainStep, TrainStep.fit)
+            return self._results(tensors, data.module_of, TrainStep)
 
     def native(self, tensors: Tensors) -> Results:
-        return self._results(tensors, data.native_of, Eager, eager_fit)
+        return self._results(tensors, data.native_of, Eager)
 
     def _results(
         self,
         tensors: Tensors,
         activation: Callable[[data.Activation], nn.Module],
         make: Any,
-        fit: Any,
     ) -> Results:
         model = nn.Sequential(*children(self.layers, tensors, activation))
         optimizer, criterion = self.optimizer.make(model), self.loss.criterion(tensors)
@@ -137,7 +136,7 @@ class Training:
         x, y = tensors["input"], tensors["target"]
         if self.fit:
             data.seed(self.seed)
-            losses = fit(step, x, y, *self.fit)
+            losses = step.fit(x, y, *self.fit)
         else:
             losses = torch.stack([step(x[i:], y[i:]) for i in range(3)])
         return {"losses": losses} | trained(model, optimizer)
@@ -152,29 +151,6 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, prefix: str = ""
             if state is not None:
                 found[f"{prefix}{name} {i}"] = state
     return found
-
-
-def eager_fit(
-    step: Eager,
-    input: Tensor,
-    target: Tensor,
-    epochs: int,
-    batch_size: int | None,
-    shuffle: bool,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    n = len(input)
-    losses = []
-    for _ in range(epochs):
-        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
-        batches = order.split(batch_size or max(n, 1))
-        each = torch.stack([step(input[rows], target[rows]) for rows in batches]).double()
-        if step.criterion.reduction == "mean":
-            each = each * torch.tensor([len(rows) for rows in batches]) / n
-        losses.append(each.sum())
-    if step.count:
-        step.update()
-    return torch.stack(losses).to(torch.promote_types(input.dtype, torch.float32))
 
 
 # --- Many ---
@@ -264,7 +240,7 @@ class Many:
             if self.fit:
                 rows = self._rows()[e] if self.own_rows else torch.arange(len(x))
                 generator = torch.Generator().manual_seed(e)
-                losses.append(eager_fit(step, x[rows], y[rows], *self.fit, generator))
+                losses.append(step.fit(x[rows], y[rows], *self.fit, generator))
             else:
                 losses.append(torch.stack([step(x, y) for _ in range(2)]))
         return self._results(torch.stack(losses, 1), models, optimizers, torch.stack(outputs))
