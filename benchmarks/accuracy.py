@@ -13,7 +13,7 @@ import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from mlp_ext.bench.cases import Case, Layer, Net, Setting
 from mlp_ext.bench.machine import commit, device_name
 from mlp_ext.bench.plans import paths, plan
 from mlp_ext.bench.providers import PATHS, PROVIDERS
-from mlp_ext.bench.rows import replacing
+from mlp_ext.bench.rows import write_csv
 from mlp_ext.bench.training import LAYERS, make_mlp
 from mlp_ext.ops import build_info
 
@@ -177,10 +177,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     rows = list(measure())
-    with replacing(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+    write_csv(rows, path, Row)
     print(*tables(rows), sep="\n")
 
 

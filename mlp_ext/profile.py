@@ -3,7 +3,6 @@ how fast the model gets."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -178,7 +177,7 @@ def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 2
     if not isinstance(model, nn.Module):
         raise TypeError(f"profile: model must be a torch.nn.Module, got {type_name(model)}")
     from mlp_ext.bench.cases import Setting
-    from mlp_ext.bench.machine import cpus, device_name, now, other_cpu_seconds
+    from mlp_ext.bench.machine import cpus, device_name, now, other_cpus
     from mlp_ext.bench.noise import busy, wide
     from mlp_ext.bench.runner import in_turn, summarize
     from mlp_ext.bench.work import Work
@@ -211,14 +210,14 @@ def profile(model: nn.Module, *inputs: Any, train: bool = False, rounds: int = 2
                 left_out["step"] = _first_line(error)
         setting = Setting("profile", "", device=device.type, threads=torch.get_num_threads())
         works = {name: Work(partial(_same, call), dict) for name, call in calls.items()}
-        others, started = other_cpu_seconds(), time.perf_counter()
+        others = other_cpus()
         seconds = summarize(in_turn(works, rounds, partial(now, setting)))
-        others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
+        used = others()
     threads = setting.threads if device.type == "cpu" else 1
     spread = wide(
         (name, s.ratio_q20, s.ratio_q80) for name, s in seconds.items() if name != "native"
     )
-    noise = "; ".join(filter(None, (busy(others, threads, len(cpus())), spread)))
+    noise = "; ".join(filter(None, (busy(used, threads, len(cpus())), spread)))
 
     expected = results["native"]
 

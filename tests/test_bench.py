@@ -188,7 +188,7 @@ PEAK = Peak(2e3, {8: 1.0, 1 << 20: 0.5}, 0.5)
 def rows_of(seconds: dict[str, list[float]], peak: Peak | None = PEAK) -> dict[str, Row]:
     paths = dict.fromkeys(seconds, "")
     settings = dict.fromkeys(seconds, FULL)
-    rows = runner._rows(Layer(10, 10, 5), settings, measured(seconds), peak, paths, 0.123)
+    rows = runner._rows(Layer(10, 10, 5), settings, measured(seconds), peak, paths, 0.12)
     return {row.provider: row for row in rows}
 
 

@@ -1,6 +1,5 @@
 """The command `mlp-ext bench`: its arguments, its tables, its files."""
 
-import io
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from benching import TINY, run
+from terminals import on_terminal
 
 import mlp_ext
 from mlp_ext import _C
@@ -19,6 +19,7 @@ from mlp_ext.bench import machine, runner
 from mlp_ext.bench.cases import SUITES, Layer, Setting, parse, parse_all
 from mlp_ext.bench.providers import PROVIDERS, Provider
 from mlp_ext.bench.rows import COLUMNS, as_number, read_csv
+from mlp_ext.commands import progress
 from mlp_ext_cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -433,18 +434,11 @@ def test_interrupted_run_leaves_what_was_there(
     assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.slow
-def test_bar_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+    terminal = on_terminal(monkeypatch)
+    monkeypatch.setattr(progress, "BAR_AFTER", 0.0)
     assert run("--cases 4x3x2,5x3x2 --providers fused") == 0
     assert "/6 [" in terminal.getvalue()
     assert "4x3x2" in terminal.getvalue()

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import import_module
-from math import isnan, prod
-from pathlib import Path
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 
 from mlp_ext.bench.cases import Setting
-from mlp_ext.bench.machine import commit, device_name, other_cpu_seconds, torch_set
-from mlp_ext.bench.rows import replacing
+from mlp_ext.bench.machine import commit, device_name, other_cpus, torch_set
 from mlp_ext.bench.runner import summarize
 from mlp_ext.ops import build_info
 
@@ -115,9 +112,7 @@ def _estimator(case: Case, provider: str) -> Any:
     return GridSearchCV(estimator, SEARCH, cv=FOLDS, refit=False) if case.is_search else estimator
 
 
-def measure(
-    case: Case, rounds: int, threads: int, after_round: Callable[[], object] = lambda: None
-) -> list[EstimatorRow]:
+def measure(case: Case, rounds: int, threads: int) -> list[EstimatorRow]:
     """A row for each of PROVIDERS; rounds rotate their order."""
     import sklearn
 
@@ -130,7 +125,7 @@ def measure(
     with _quiet(threads):
         for name in names:  # warms up
             estimators[name].fit(inputs[name][0], y)
-        others, started = other_cpu_seconds(), time.perf_counter()
+        others = other_cpus()
         for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -140,8 +135,7 @@ def measure(
                 estimators[name].fit(inputs[name][0], y)
                 took = time.perf_counter() - before
                 seconds[name].append(took / (case.epochs * fits))
-            after_round()
-        others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
+        used = others()
         accuracy = {
             name: e.best_score_ if case.is_search else e.score(inputs[name][1], y_test)
             for name, e in estimators.items()
@@ -162,7 +156,7 @@ def measure(
             mlp_ext=build_info()["mlp_ext"],
             commit=commit(),
             timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            other_cpus=None if isnan(others) else round(max(0.0, others), 2),
+            other_cpus=used,
         )
         for name, summary in summarize(seconds).items()
     ]
@@ -181,12 +175,3 @@ def _quiet(threads: int) -> Iterator[None]:
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
-
-
-def write_csv(rows: Iterable[EstimatorRow], path: Path) -> None:
-    """Writes the file atomically. Raises OSError."""
-    with replacing(path) as part, part.open("w", newline="") as file:
-        names = [field.name for field in fields(EstimatorRow)]
-        table = csv.DictWriter(file, names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(map(asdict, rows))

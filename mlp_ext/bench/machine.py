@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +112,18 @@ def other_cpu_seconds() -> float:
             user, nice, system, _, _, irq, softirq, steal = map(int, ticks[:8])
             busy += user + nice + system + irq + softirq + steal
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def other_cpus() -> Callable[[], float | None]:
+    """A function that tells how many CPUs other processes have kept busy since; None outside
+    Linux."""
+    others, started = other_cpu_seconds(), time.perf_counter()
+
+    def used() -> float | None:
+        found = (other_cpu_seconds() - others) / (time.perf_counter() - started)
+        return None if isnan(found) else round(max(0.0, found), 2)
+
+    return used
 
 
 def cpus() -> set[int]:

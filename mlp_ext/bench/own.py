@@ -59,7 +59,7 @@ def own_provider(source: str, name: str) -> Provider:
 def first_line(error: BaseException) -> str:
     """As "KeyError: 'no such key'"."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
 
 
 def _load(file: str) -> ModuleType:

@@ -75,10 +75,12 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Writes the file atomically: COLUMNS, then a line per row. Raises OSError."""
+def write_csv(rows: Iterable[Any], path: Path, kind: type[Any] = Row) -> None:
+    """Writes the file atomically: the fields of the dataclass, then a line per row. Raises
+    OSError."""
     with replacing(path) as part, part.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        names = [field.name for field in fields(kind)]
+        table = csv.DictWriter(file, names, lineterminator="\n")
         table.writeheader()
         table.writerows(map(asdict, rows))
 
@@ -121,10 +123,12 @@ def _newer(row: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(NEWER, "") | {"bound": bound, "share_of_bound": share} | row
 
 
-def write_json(rows: Iterable[Row], path: Path) -> None:
-    """Writes the file atomically: a list of one object per row. Raises OSError."""
+def write_json(record: Any, path: Path) -> None:
+    """Writes the file atomically, with null for NaN and infinity, which JSON does not have. Raises
+    OSError."""
+    record = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
     with replacing(path) as part:
-        part.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        part.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def as_time(seconds: float) -> str:

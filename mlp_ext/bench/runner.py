@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
-from math import isnan
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +20,10 @@ from mlp_ext.bench.machine import (
     commit,
     device_name,
     now,
-    other_cpu_seconds,
+    other_cpus,
     torch_set,
 )
+from mlp_ext.bench.own import first_line
 from mlp_ext.bench.providers import Provider, path
 from mlp_ext.bench.rows import Row
 from mlp_ext.bench.work import Call, Work, set_up
@@ -67,9 +66,9 @@ def measure(
                 for threads in fewer_threads
                 for name, provider in providers.items()
             }
-            others, started = other_cpu_seconds(), time.perf_counter()
+            others = other_cpus()
             seconds = in_turn(works, rounds, partial(now, setting), after_round)
-            others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
+            used = others()
     finally:
         _forget()
     settings = dict.fromkeys(providers, setting)
@@ -78,8 +77,7 @@ def measure(
         less = replace(setting, threads=threads)
         settings |= {f"{name}@{threads}": less for name in providers}
         paths |= {f"{name}@{threads}": path(case, less, p) for name, p in providers.items()}
-    other_cpus = None if isnan(others) else max(0.0, others)
-    return _rows(case, settings, seconds, peak, paths, other_cpus)
+    return _rows(case, settings, seconds, peak, paths, used)
 
 
 def _with_threads(work: Work, threads: int) -> Work:
@@ -112,9 +110,8 @@ def _blaming(name: str, case: Case, setting: Setting) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        what = f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
-        raise WrongResult(f"{name} fails in {setting.name} {case}: {what}") from error
+        what = f"{name} fails in {setting.name} {case}: {first_line(error)}"
+        raise WrongResult(what) from error
 
 
 def check(works: Mapping[str, Work], case: Case, setting: Setting) -> None:
@@ -220,7 +217,7 @@ def _rows(
     seconds: Mapping[str, list[float]],
     peak: Peak | None,
     paths: Mapping[str, str],
-    other_cpus: float | None,
+    used: float | None,
 ) -> list[Row]:
     def short(value: float) -> float:
         return float(f"{value:.6g}")
@@ -246,7 +243,7 @@ def _rows(
                 bound=bound,
                 share_of_bound=None if least is None else short(least / summary.median_s),
                 path=paths[name],
-                other_cpus=None if other_cpus is None else round(other_cpus, 2),
+                other_cpus=used,
             )
         )
     return rows

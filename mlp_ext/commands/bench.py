@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from importlib.util import find_spec
+from dataclasses import asdict
 from textwrap import fill
-from typing import Any
 
 import torch
 
@@ -33,11 +32,11 @@ from mlp_ext.bench.rows import (
 from mlp_ext.bench.runner import WrongResult, measure
 from mlp_ext.bench.training import OPTIMIZERS
 from mlp_ext.commands import arguments, bench_sklearn
+from mlp_ext.commands.progress import Bar
+from mlp_ext.commands.summary import WIDTH
 from mlp_ext.ops import ACTIVATIONS
 from mlp_ext_cli.arguments import meant
 from mlp_ext_cli.bench import SKLEARN
-
-WIDTH = 79  # of a terminal; tables fit in it
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         if args.csv:
             write_csv(rows, args.csv)
         if args.json:
-            write_json(rows, args.json)
+            write_json([asdict(row) for row in rows], args.json)
         if args.plot:
             with replacing(args.plot) as path:
                 plot.ratios(rows).savefig(path)
@@ -166,26 +165,21 @@ def _measure(
     heading = f"{'':{width}}{'time':>9}{'speed':>8}{'20-80%':>13}{'of bound' * bool(peak):>10}"
     print(f"{heading}  path", flush=True)
     rows: list[Row] = []
-    bar = _progress_bar(len(cases) * args.rounds)
     try:
-        for case in cases:
-            if bar:
-                bar.set_description(str(case))
-            after_round = bar.update if bar else (lambda: None)
-            part = measure(case, setting, providers, args.rounds, peak, after_round, fewer)
-            rows += part
-            with bar.external_write_mode() if bar else nullcontext():
-                bound = peak.bound(case, setting) if peak else None
-                print(f"{case}" + (f", {bound[0]} bound: {as_time(bound[1])}" if bound else ""))
-                for row in part:
-                    print(_line(row, width), flush=True)
+        with Bar(len(cases) * args.rounds, unit="round") as bar:
+            for case in cases:
+                bar.describe(str(case))
+                part = measure(case, setting, providers, args.rounds, peak, bar.advance, fewer)
+                rows += part
+                with bar.aside():
+                    bound = peak.bound(case, setting) if peak else None
+                    print(f"{case}" + (f", {bound[0]} bound: {as_time(bound[1])}" if bound else ""))
+                    for row in part:
+                        print(_line(row, width), flush=True)
     except WrongResult as error:
         args.exit(1, f"{args.prog}: error: {error}\n")
     except RuntimeError as error:  # out of memory
         args.fail(f"argument --cases: {case}: {str(error).strip().splitlines()[0]}")
-    finally:
-        if bar:
-            bar.close()
     if len(cases) > 1:
         for line in _summary(rows, width):
             print(line)
@@ -227,12 +221,3 @@ def _peak(peak: Peak, setting: Setting) -> str:
         f"peak: {peak.flops / 1e9:.0f} GFLOP/s {setting.dtype}, "
         f"copy {copies[-1]} GB/s{cached}, call {as_time(peak.latency)}"
     )
-
-
-def _progress_bar(total: int) -> Any:
-    """None if stderr is not a terminal or tqdm is missing."""
-    if not (sys.stderr.isatty() and find_spec("tqdm")):
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="round", leave=False)

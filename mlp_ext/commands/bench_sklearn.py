@@ -7,15 +7,15 @@ from textwrap import fill
 
 import torch
 
-from mlp_ext.bench.estimators import CASES, PROVIDERS, EstimatorRow, measure, write_csv
+from mlp_ext.bench.estimators import CASES, PROVIDERS, EstimatorRow, measure
 from mlp_ext.bench.machine import cpus, device_name
 from mlp_ext.bench.noise import busy, wide
-from mlp_ext.bench.rows import as_number, as_range, as_threads, as_time
+from mlp_ext.bench.rows import as_number, as_range, as_threads, as_time, write_csv
 from mlp_ext.commands import arguments
+from mlp_ext.commands.summary import WIDTH
 from mlp_ext_cli.arguments import meant
 from mlp_ext_cli.bench import SKLEARN
 
-WIDTH = 79  # of a terminal
 ABOUT = f"{SKLEARN}: cases {', '.join(CASES)}; native is scikit-learn's"
 OTHERS = (  # options of the other suites
     *("mode", "providers", "provider", "optimizer", "json", "plot", "peak", "beside_load"),
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         print(fill(f"timings unreliable: {'; '.join(found)}: measure again", WIDTH))
     if args.csv:
         try:
-            write_csv(rows, args.csv)
+            write_csv(rows, args.csv, EstimatorRow)
         except OSError as error:
             args.fail(str(error))
 

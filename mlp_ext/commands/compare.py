@@ -13,8 +13,8 @@ from typing import NamedTuple
 from mlp_ext.bench.noise import noise
 from mlp_ext.bench.rows import Row, as_number, as_range, geometric_mean
 from mlp_ext.commands.arguments import read_rows
+from mlp_ext.commands.summary import WIDTH
 
-WIDTH = 79  # of a terminal
 Rows = Mapping[tuple[str, str, str], Row]  # by settings, case and provider
 
 

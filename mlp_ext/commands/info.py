@@ -10,6 +10,7 @@ from typing import Any
 
 from mlp_ext.bench.training import LOSSES, OPTIMIZERS
 from mlp_ext.commands.data import DATASETS
+from mlp_ext.commands.summary import WIDTH
 from mlp_ext.ops import ACTIVATIONS, build_info
 
 
@@ -34,6 +35,6 @@ def _print_table(table: Mapping[str, Any], width: int) -> None:
     for name, value in table.items():
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value or "")
         lines = textwrap.wrap(
-            text or "none", 79 - width, break_long_words=False, break_on_hyphens=False
+            text or "none", WIDTH - width, break_long_words=False, break_on_hyphens=False
         )
         print(name.ljust(width) + f"\n{' ' * width}".join(lines))

@@ -12,26 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, Step, make_mlp, sgd_step
+from mlp_ext.bench.training import LAYERS, LOSSES, OPTIMIZERS, Step
 from mlp_ext.commands.data import Dataset
 from mlp_ext.commands.distributed import ALONE, Processes
 from mlp_ext.fitting import Best
-
-__all__ = [
-    "LAYERS",
-    "Step",
-    "TrainingRun",
-    "accuracy",
-    "make_mlp",
-    "make_optimizer",
-    "sgd_step",
-    "share_correct",
-    "start",
-    "test_loss",
-    "train",
-    "unscaled_state",
-]
-
 
 # A turn is a group of epochs if they are short: `fit` runs it in one call.
 GROUP_SECONDS = 1e-3  # of the fastest kind

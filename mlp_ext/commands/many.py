@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mlp_ext.bench.training import LOSSES
+from mlp_ext.bench.training import LOSSES, make_mlp
 from mlp_ext.commands.data import Dataset
-from mlp_ext.commands.loop import TrainingRun, make_mlp, make_optimizer, share_correct, train
+from mlp_ext.commands.loop import TrainingRun, make_optimizer, share_correct, train
 from mlp_ext.predict import predict
 from mlp_ext.train_steps import TrainSteps
 

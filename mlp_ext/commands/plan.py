@@ -18,12 +18,12 @@ from mlp_ext.bench.machine import device_name
 from mlp_ext.bench.plans import LAYER_PATHS, SHARED, STEP_PATHS, capability, paths, plan
 from mlp_ext.bench.rows import as_threads
 from mlp_ext.commands import arguments
+from mlp_ext.commands.summary import WIDTH
 from mlp_ext.ops import ACTIVATIONS
 
 Plans = Callable[[Case, Setting], dict[str, Any]]
 
 MOST_THREADS = 1024  # that limits are searched for
-WIDTH = 79  # of a terminal
 SHOWN = 4  # ranges, those with the nearest limits
 NEIGHBORS = 64  # sizes tried one by one: some limits are multiples
 STEP = 1.02  # then by this factor

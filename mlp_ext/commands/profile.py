@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import textwrap
 
 import torch
 from torch import nn
 
 from mlp_ext.bench.own import first_line, imported
-from mlp_ext.bench.rows import replacing
+from mlp_ext.bench.rows import write_json
 from mlp_ext.commands import arguments
-from mlp_ext.commands.summary import fastest
+from mlp_ext.commands.summary import WIDTH, fastest
 from mlp_ext.nn import type_name
 from mlp_ext.profile import Profile, profile
 
@@ -29,14 +28,11 @@ def run(args: argparse.Namespace) -> None:
         except (TypeError, ValueError, RuntimeError) as error:
             args.fail(str(error).strip().splitlines()[0].removeprefix("profile: "))
     for line in str(found).splitlines():  # only reasons are long
-        print(textwrap.fill(line, 79, subsequent_indent="    "))
-    print("", textwrap.fill(_sentence(found), 79), sep="\n")
+        print(textwrap.fill(line, WIDTH, subsequent_indent="    "))
+    print("", textwrap.fill(_sentence(found), WIDTH), sep="\n")
     if args.json:
-        # JSON has no NaN and no infinity: writes null.
-        record = json.loads(json.dumps(found.to_dict()), parse_constant=lambda _: None)
         try:
-            with replacing(args.json) as path:
-                path.write_text(json.dumps(record, indent=2) + "\n")
+            write_json(found.to_dict(), args.json)
         except OSError as error:
             args.fail(str(error))
 

@@ -1,4 +1,4 @@
-"""The progress bar of commands that train for long."""
+"""The progress bar of commands that run for long."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
-BAR_AFTER = 2.0  # seconds of training after which the bar is shown
+BAR_AFTER = 2.0  # seconds after which the bar is shown
 
 
 class Bar:
-    """A bar of epochs in long runs on a terminal, if tqdm is installed; closed after a with."""
+    """A bar in long runs on a terminal, if tqdm is installed; closed after a with."""
 
-    def __init__(self, total: int, shown: bool = True) -> None:
-        self._total, self._done = total, 0
+    def __init__(self, total: int, shown: bool = True, unit: str = "epoch") -> None:
+        self._total, self._done, self._unit = total, 0, unit
+        self._text = ""
         self._may_show = shown and sys.stderr.isatty() and bool(find_spec("tqdm"))
         self._started = time.monotonic()
         self._bar: Any = None
@@ -27,14 +28,21 @@ class Bar:
         if self._bar:
             self._bar.close()
 
-    def advance(self, epochs: int) -> None:
-        self._done += epochs
+    def advance(self, count: int = 1) -> None:
+        self._done += count
         if self._bar:
-            self._bar.update(epochs)
+            self._bar.update(count)
         elif self._may_show and time.monotonic() - self._started > BAR_AFTER:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self._total, initial=self._done, unit="epoch", leave=False)
+            options: Any = {"initial": self._done, "unit": self._unit, "leave": False}
+            self._bar = tqdm(total=self._total, desc=self._text or None, **options)
+
+    def describe(self, text: str) -> None:
+        """Says before the bar what runs."""
+        self._text = text
+        if self._bar:
+            self._bar.set_description(text)
 
     def aside(self) -> AbstractContextManager[Any]:
         """A with in which lines may be printed."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlp_ext.bench.noise import SPREAD
 
+WIDTH = 79  # of a terminal
 Speed = tuple[Any, Any, Any]  # torch's time / its own: median, 20% and 80% quantile
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mlp_ext.bench.machine import cpus, other_cpu_seconds
+from mlp_ext.bench.machine import cpus, other_cpus
 from mlp_ext.bench.noise import busy
 from mlp_ext.bench.rows import as_time, replacing
 from mlp_ext.commands import arguments, plots
@@ -33,10 +33,9 @@ from mlp_ext.commands.many import (
     train_many,
 )
 from mlp_ext.commands.progress import Bar
-from mlp_ext.commands.summary import aligned, moments
+from mlp_ext.commands.summary import WIDTH, aligned, moments
 
 MOST = 10**6  # networks
-WIDTH = 79  # of a terminal
 SHORTEST = 1.0  # seconds; the system's clock ticks are too coarse to judge less
 
 AXES = {"hidden": "hidden", "batch_size": "batch size", "lr": "lr", "weight_decay": "weight decay"}
@@ -122,7 +121,7 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     if shown:
         lines = [textwrap.fill(line, WIDTH) for line in title.splitlines()]
         print(*lines, "", sep="\n", flush=True)
-    others, started = other_cpu_seconds(), time.perf_counter()
+    others, started = other_cpus(), time.perf_counter()
     mine = every[processes.rank :: processes.count]
     with Bar(len(mine) * args.epochs, shown) as bar:
         try:
@@ -151,10 +150,9 @@ def _sweep_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     except OSError as error:
         args.fail(str(error))
     alone = one_after_another(sweep, every)
-    elapsed = time.perf_counter() - started
-    noise = ""
+    noise, elapsed = "", time.perf_counter() - started
     if args.device == "cpu" and processes.count == 1 and elapsed > SHORTEST:
-        noise = busy((other_cpu_seconds() - others) / elapsed, torch.get_num_threads(), len(cpus()))
+        noise = busy(others(), torch.get_num_threads(), len(cpus()))
     print(*_times(every, seconds, alone, noise), *_advice(args, source, best, metric), sep="\n")
 
 

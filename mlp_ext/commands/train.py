@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlp_ext.bench.machine import cpus, other_cpu_seconds
+from mlp_ext.bench.machine import cpus, other_cpus
 from mlp_ext.bench.noise import busy
-from mlp_ext.bench.rows import as_number, as_range, as_time, replacing
+from mlp_ext.bench.rows import as_number, as_range, as_time, replacing, write_json
 from mlp_ext.bench.runner import summarize
 from mlp_ext.bench.training import LAYERS, LOSSES, make_mlp
 from mlp_ext.commands import arguments, plots
@@ -25,7 +23,7 @@ from mlp_ext.commands.data import Dataset, held_out
 from mlp_ext.commands.distributed import Processes, joined
 from mlp_ext.commands.loop import TrainingRun, accuracy, test_loss, train, unscaled_state
 from mlp_ext.commands.progress import Bar
-from mlp_ext.commands.summary import aligned, fastest
+from mlp_ext.commands.summary import WIDTH, aligned, fastest
 from mlp_ext.ops import build_info
 
 OPTIONS = (  # recorded in the JSON file
@@ -102,7 +100,7 @@ def _train_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     title = _title(args, data, validation, widths, processes.count)
     shown = processes.rank == 0 and not args.quiet
     if shown:
-        print(*(textwrap.fill(line, 79) for line in title.splitlines()), sep="\n", flush=True)
+        print(*(textwrap.fill(line, WIDTH) for line in title.splitlines()), sep="\n", flush=True)
         if min(args.batch_size, len(data.x)) % processes.count:
             print("batches cannot be split evenly: each process trains on all rows")
     kinds = [kind for kind in LAYERS if args.layers in ("all", kind)]
@@ -112,9 +110,9 @@ def _train_in(processes: Processes, args: argparse.Namespace, source: Path | Non
     stopping = {"validation": validation, "patience": args.patience}
     epochs = train(kinds, model, data, **settings, **stopping, processes=processes)
     every = args.log_every or math.ceil(args.epochs / LINES)
-    others, started = other_cpu_seconds(), time.perf_counter()
+    others = other_cpus()
     runs = _follow(epochs, args.epochs, every, shown)
-    others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
+    used = others()
 
     native = runs[0] if len(runs) > 1 else None
     results = {run.kind: _result(run, native, data, args.loss) for run in runs}
@@ -123,12 +121,12 @@ def _train_in(processes: Processes, args: argparse.Namespace, source: Path | Non
         return
     noise = ""
     if args.device == "cpu" and sum(sum(run.seconds) for run in runs) > SHORTEST:
-        noise = busy(others, torch.get_num_threads(), len(cpus()))
-    sentence = textwrap.fill(_sentence(results, noise) + _ending(results, args.patience), 79)
+        noise = busy(used, torch.get_num_threads(), len(cpus()))
+    sentence = textwrap.fill(_sentence(results, noise) + _ending(results, args.patience), WIDTH)
     print(*[""] * shown, *_table(results), "", sentence, sep="\n", flush=True)
     try:
         if args.json:
-            _write_json(args, processes.count, data, results)
+            write_json(_record(args, processes.count, data, results), args.json)
         if args.plot:
             with replacing(args.plot) as path:
                 plots.loss_curves(runs, title).savefig(path)
@@ -302,7 +300,7 @@ def _loading(args: argparse.Namespace, model: nn.Sequential, data: Dataset) -> l
     elif data.names:
         what = "probability" if isinstance(model[-1], nn.Sigmoid) else "logit"
         lines.append(f"  # output: {what} of {data.names[1]}")
-    return [textwrap.fill(line, 79, subsequent_indent="      ") for line in lines]
+    return [textwrap.fill(line, WIDTH, subsequent_indent="      ") for line in lines]
 
 
 def _code(module: nn.Module) -> str:
@@ -319,10 +317,10 @@ def _advice(losses: Sequence[float]) -> str:
     return "" if math.isfinite(losses[-1]) else " The loss is not finite: try a smaller --lr."
 
 
-def _write_json(
+def _record(
     args: argparse.Namespace, processes: int, data: Dataset, results: dict[str, dict[str, Any]]
-) -> None:
-    record = {
+) -> dict[str, Any]:
+    return {
         "args": {name: getattr(args, name) for name in OPTIONS},
         "processes": processes,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -330,7 +328,3 @@ def _write_json(
         "classes": [*data.names],
         "results": results,
     }
-    # JSON has no NaN and no infinity: writes null.
-    record = json.loads(json.dumps(record, default=str), parse_constant=lambda _: None)
-    with replacing(args.json) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n")

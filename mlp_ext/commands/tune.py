@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from textwrap import fill
 
@@ -13,14 +12,13 @@ import torch
 
 from mlp_ext import _C, machine
 from mlp_ext.bench.cases import Setting
-from mlp_ext.bench.machine import cpus, device_name, other_cpu_seconds, torch_set
+from mlp_ext.bench.machine import cpus, device_name, other_cpus, torch_set
 from mlp_ext.bench.noise import busy
 from mlp_ext.bench.rows import as_number, as_threads, replacing
 from mlp_ext.bench.tuning import Choice, Machine, choose_all, measure, points
 from mlp_ext.commands import arguments, plots
+from mlp_ext.commands.summary import WIDTH
 from mlp_ext_cli.tune import DTYPES
-
-WIDTH = 79  # of a terminal
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
         with torch_set(Setting("layers", "full", threads=threads)):
             found = points(before, args.dtype, threads)
             print(f"{len(found)} points near limits, {args.minutes:g} minutes", flush=True)
-            others, started = other_cpu_seconds(), time.perf_counter()
+            others = other_cpus()
             measure(found, 60 * args.minutes, progress=_progress)
-            others = (other_cpu_seconds() - others) / (time.perf_counter() - started)
+            used = others()
         choices = choose_all(found, before)
         _C.use_machine(None)
         own = _own(before, choices, _C.machine())
@@ -52,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
     finally:
         _C.use_machine(before)
     _report(choices)
-    if used := busy(others, threads, len(cpus())):
-        print(fill(f"timings unreliable: {used}: stop other programs and measure again", WIDTH))
+    if noise := busy(used, threads, len(cpus())):
+        print(fill(f"timings unreliable: {noise}: stop other programs and measure again", WIDTH))
     count = sum(len(limits) for limits in own.values() if isinstance(limits, dict))
     what = f"{count} limit{'s' * (count != 1)} to {args.out} and the picture {picture}"
     print(f"Wrote {what}; to use them: MLP_EXT_MACHINE={args.out} python ...")
