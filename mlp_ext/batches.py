@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mlp_ext.errors import check_tensor, kind
 
 Batch = tuple[Tensor, Tensor]
+FIT = "TrainStep.fit"
 KEPT = 256  # losses on the device before they are read
 
 
@@ -32,12 +33,12 @@ def check_rows(name: str, input: Any, target: Any) -> None:
         raise ValueError(f"{name}: input has {len(input)} rows, target {len(target)}")
 
 
-def check_loader(name: str, argument: str, loader: Any, epochs: int) -> None:
-    check = f"{name}: {argument}"
+def check_loader(argument: str, loader: Any, epochs: int) -> None:
+    check = f"{FIT}: {argument}"
     if is_pair(loader):
         raise TypeError(f"{check} is a pair; pass input and target")
     if type(loader).__name__ in ("ndarray", "DataFrame"):
-        check_tensor(name, argument, loader)
+        check_tensor(FIT, argument, loader)
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(f"{check} is a Dataset; pass DataLoader({argument}, batch_size=...)")
     is_one_batch = isinstance(loader, (Tensor, str, dict))
@@ -52,18 +53,18 @@ def check_loader(name: str, argument: str, loader: Any, epochs: int) -> None:
         raise ValueError(f"{check} has no batches")
 
 
-def check_unset(name: str, **options: Any) -> None:
+def check_unset(**options: Any) -> None:
     """Refuses options that are the loader's."""
     for option, value in options.items():
         if value:
             where = f"DataLoader(..., {option}=...)"
-            raise ValueError(f"{name}: {option} is for tensors; with a loader, set it in {where}")
+            raise ValueError(f"{FIT}: {option} is for tensors; with a loader, set it in {where}")
 
 
-def check_no_loader(name: str, loader: Any, target: Any) -> None:
+def check_no_loader(loader: Any, target: Any) -> None:
     if isinstance(loader, DataLoader) and target is not None:
         what = f"target must be None with a loader, got {kind(target)}"
-        raise TypeError(f"{name}: {what}; options such as epochs= are keywords")
+        raise TypeError(f"{FIT}: {what}; options such as epochs= are keywords")
 
 
 def of_loader(name: str, loader: Iterable[Any]) -> Iterator[Batch]:
@@ -112,9 +113,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         yield x, y
 
 
-def train(
-    name: str, step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], mean: bool
-) -> float:
+def train(step: Callable[[Tensor, Tensor], Tensor], batches: Iterator[Batch], mean: bool) -> float:
     """The loss of an epoch: the mean over its rows (NaN if there are none), or the sum."""
     total, rows, count = 0.0, 0, 0
     losses: list[Tensor] = []
@@ -135,6 +134,6 @@ def train(
             losses.clear()
             sizes.clear()
     if not count:
-        raise ValueError(f"{name}: input has no batches; each epoch iterates over it anew")
+        raise ValueError(f"{FIT}: input has no batches; each epoch iterates over it anew")
     total = read()
     return total / rows if mean and rows else torch.nan if mean else total

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from mlp_ext.batches import check_loader, is_pair, of_loader, on_device
+from mlp_ext.batches import FIT, check_loader, is_pair, of_loader, on_device
 from mlp_ext.errors import check_input, check_target, kind
 from mlp_ext.predict import outputs
 from mlp_ext.reading import LOSSES, Reading, average, criterion_module, read_model
 from mlp_ext.step_text import positive
 
-FIT = "TrainStep.fit"
 VALIDATION = f"{FIT}: validation"
 Loader = Iterable[Any]
 Reason = Literal["epochs", "patience", "on_epoch"]
@@ -122,7 +121,7 @@ class Validation:
         self._model, self._criterion, self._metric = model, criterion, metric
         self._rows, self._is_pair = rows, is_pair(rows)
         if not self._is_pair:
-            check_loader(FIT, "validation", rows, epochs)
+            check_loader("validation", rows, epochs)
         check = DataCheck(model, criterion)
         known = [rows] if self._is_pair else rows if isinstance(rows, (tuple, list)) else []
         is_copied = next(model.parameters()).is_cuda and not self._is_pair

@@ -125,8 +125,8 @@ def _effect_between(first: Node, last: Node) -> bool:
 def find_runs(
     graph: Graph,
     is_linear: Callable[[Node], bool],
-    activation: Callable[[Node], Activation | None] = activation_of_node,
-    one_layer: bool = False,
+    activation: Callable[[Node], Activation | None],
+    one_layer: bool,
 ) -> list[list[Pair]]:
     """The pairs, or runs of layers in which each alone reads the output of the one before.
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlp_ext import _C, batches
+from mlp_ext.batches import FIT
 from mlp_ext.errors import CAUGHT, as_float, check_tensor, kind, rename
-from mlp_ext.fitting import FIT, Between, DataCheck, FitResult, Loader
+from mlp_ext.fitting import Between, DataCheck, FitResult, Loader
 from mlp_ext.progress import AfterEpoch, progress_bar
 from mlp_ext.reading import Reading, criterion_module, read
 from mlp_ext.step_graph import graphed
@@ -303,13 +304,13 @@ class TrainStep:
         """
         is_loader = target is None and not isinstance(input, Tensor)
         if is_loader:
-            batches.check_unset(FIT, batch_size=batch_size, shuffle=shuffle, generator=generator)
+            batches.check_unset(batch_size=batch_size, shuffle=shuffle, generator=generator)
         else:
-            batches.check_no_loader(FIT, input, target)
+            batches.check_no_loader(input, target)
             _check_fit(input, target, shuffle, generator)
         epochs = positive(FIT, "epochs", epochs)
         if is_loader:
-            batches.check_loader(FIT, "input", input, epochs)
+            batches.check_loader("input", input, epochs)
         rows = 1 if is_loader else len(input)  # type: ignore[arg-type]
         if batch_size is not None:
             batch_size = min(positive(FIT, "batch_size", batch_size), rows)
@@ -362,7 +363,7 @@ class TrainStep:
                 found = batches.on_device(batches.of_loader(FIT, input), weight.device)
             else:
                 found = batches.of_tensors(input, target, *options)
-            return batches.train(FIT, step, found, mean)
+            return batches.train(step, found, mean)
 
         def in_one_call() -> float:
             loss: float = self._epochs(input, target, 1, *options, None)[0]

@@ -322,7 +322,6 @@ add(
 ROWS["expanded weight"] = ROWS["expanded weight"]._replace(
     message="unsupported operation: more than one"
 )
-NO_PARAMETER = "not exactly an nn.Parameter"
 for name, change, error, message in (
     (
         "all frozen",

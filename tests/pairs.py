@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +52,11 @@ class _Pairs(TorchFunctionMode):
         return result
 
 
-def found_by_fuse(example: Example, level: str = "layers") -> int:
+def found_by_fuse(example: Example) -> int:
     """How many pairs run fused after mlp_ext.fuse, in training mode."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fuse changed nothing")
-        model = mlp_ext.fuse(example.model(), level=level)
+        model = mlp_ext.fuse(example.model())
     with _Operators() as mode:
         model.train()(*example.batch())
     return mode.count
@@ -115,12 +114,12 @@ class Row(NamedTuple):
         return max(self.by_fuse, self.by_compile or 0)
 
 
-def yardstick(compiled: Callable[[Example], int] = found_by_compile) -> list[Row]:
+def yardstick() -> list[Row]:
     """The pairs found in each example: by fuse, or by the backend where fuse finds fewer."""
     rows = []
     for name, example in EXAMPLES.items():
         by_fuse = found_by_fuse(example)
-        by_compile = compiled(example) if by_fuse < example.pairs else None
+        by_compile = found_by_compile(example) if by_fuse < example.pairs else None
         rows.append(Row(name, example.group, example.pairs, by_fuse, by_compile))
     return rows
 

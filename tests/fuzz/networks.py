@@ -163,7 +163,6 @@ def fitting(case: Network) -> Network:
     return replace(case, leading=(rows % 21,))
 
 
-BOTH = (True, True)
 layers = st.lists(
     st.builds(
         Dense,
