@@ -404,6 +404,10 @@ def widened(parts: Many) -> None:
     parts.optimizers[1].param_groups[0]["params"][:] = parts.models[1].parameters()
 
 
+def emptied(parts: Many) -> None:
+    del parts.models[0][:]
+
+
 def thawed_less(parts: Many) -> None:
     parts.models[1][0].bias.requires_grad_(False)
 
@@ -425,6 +429,7 @@ REFUSED_LATER: dict[Callable[[Many], None], str] = {
     hooked: r"models\[1\] has forward hooks",
     hooked_parameter: r"models\[1\].0.weight has hooks",
     widened: r"models must be alike, and widths: 4-5-2 in models\[1\]",
+    emptied: r"models\[0\] has no Linear",
     thawed_less: r"models must be alike, and parameters that learn: \[0, 2, 3\] in models\[1\]",
     tied: "must not share memory with",
     text_as_lr: r"optimizers\[1\].param_groups has lr = str; it must be a number",
