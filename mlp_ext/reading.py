@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
 from torch.optim import optimizer as optim_optimizer
 
 from mlp_ext import _C
@@ -171,9 +172,11 @@ _GLOBAL_HOOKS: dict[str, Any] = {
 
 def _check_own_code(path: str, thing: object) -> None:
     for name in MODULE_CODE if isinstance(thing, nn.Module) else ("step",):
-        own = vars(thing).get(name)
-        # LR schedulers wrap optimizer.step only to see whether it is called.
-        if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+        own: Any = vars(thing).get(name)
+        # LR schedulers wrap the class's step only to see whether it is called.
+        is_wrapper = getattr(own, "__globals__", None) is vars(lr_scheduler)
+        is_unchanged = is_wrapper and own.__wrapped__ is getattr(type(thing), name)
+        if own is not None and not is_unchanged:
             _refuse(ValueError, f"{path} has a {name} of its own")
 
 
@@ -427,7 +430,8 @@ def _read_optimizer(
     if not isinstance(groups, list):
         what = f"optimizer.param_groups is a {type_name(groups)}"
         _refuse(TypeError, what, "make it a list, as torch.optim does")
-    reading.guard(vars(optimizer), ["param_groups"])
+    own = vars(optimizer)
+    reading.guard(own, ["param_groups", *({"step"} & own.keys())])
     reading.guard(groups, range(len(groups)))
     reading.guard_size(groups)
     for index, group in enumerate(groups):

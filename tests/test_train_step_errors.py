@@ -1,13 +1,16 @@
 """What TrainStep does not take: each an error that names it and what to use instead."""
 
+import functools
 import re
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
 from steps import Training, training
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mlp_ext
@@ -329,6 +332,20 @@ def replaced_step(parameters) -> torch.optim.SGD:
     return optimizer
 
 
+def replaced_then_scheduled(parameters) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(parameters)
+    optimizer.step = MethodType(hook, optimizer)
+    lr_scheduler.StepLR(optimizer, 100)
+    return optimizer
+
+
+def scheduled_then_replaced(parameters) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(parameters)
+    lr_scheduler.StepLR(optimizer, 100)
+    optimizer.step = functools.wraps(optimizer.step)(lambda: None)  # has the wrapper's attributes
+    return optimizer
+
+
 class Wrapped(torch.optim.Optimizer):
     """As Lightning and accelerate wrap one."""
 
@@ -373,6 +390,8 @@ OPTIMIZERS = {
         f"optimizer has optimizer step post hooks; {LOOP}",
     ),
     "own step": (replaced_step, ValueError, f"optimizer has a step of its own; {LOOP}"),
+    "own, then a scheduler": (replaced_then_scheduled, ValueError, "optimizer has a step of its"),
+    "own after a scheduler": (scheduled_then_replaced, ValueError, "optimizer has a step of its"),
     "differentiable": (
         lambda parameters: torch.optim.SGD(parameters, differentiable=True),
         ValueError,
@@ -487,6 +506,18 @@ def test_change_to_what_is_refused_is_seen(change: str, fit: bool) -> None:
         with pytest.raises((TypeError, ValueError), match="^TrainStep: " + re.escape(message)):
             call(*part[3:])
     assert torch.equal(weight, before)
+
+
+def test_own_step_after_a_scheduler_is_seen() -> None:
+    """The optimizer has as many attributes as before."""
+    part = training("10-5-1@10", "mse", "momentum", torch.float32)
+    for scheduler in (lr_scheduler.ConstantLR, lr_scheduler.LinearLR):
+        scheduler(part.optimizer)
+    step = TrainStep(*part[:3])
+    step(*part[3:])
+    part.optimizer.step = functools.wraps(part.optimizer.step)(lambda: None)
+    with pytest.raises(ValueError, match="optimizer has a step of its own"):
+        step(*part[3:])
 
 
 def test_hooks_may_come_and_go() -> None:
