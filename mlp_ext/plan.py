@@ -37,7 +37,7 @@ class GuardList:
         self.items: list[tuple[Any, Any, object]] = []
         self.sizes: list[tuple[Any, int]] = [(hooks, len(hooks)) for hooks in HOOKS_OF_ALL]
         self.types: list[tuple[object, type]] = []
-        self.tensors: list[tuple[Any, str]] = []
+        self.tensors: list[tuple[Any, Any]] = []
         self.class_items: list[tuple[object, str, object]] = []
 
     def guards(self) -> _C.Guards:

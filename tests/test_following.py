@@ -1,6 +1,7 @@
 """What a forward reads is a constant to torch.fx: fuse guards it, or leaves the forward alone."""
 
 import copy
+import functools
 import math
 import random
 import re
@@ -9,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,41 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
+np.random.seed(0)  # numpy.random is loaded when it is first used
+
 FLAG = True
 TABLE: dict[str, Callable[[Tensor], Tensor]] = {"activation": torch.relu}
 SETTINGS = types.SimpleNamespace(scale=1.0)
+
+
+class Options:
+    scale, scales, bias = 1.5, {"first": 2.0}, None
+
+    class Inner:
+        scale = 0.5
+
+    @classmethod
+    def doubled(cls) -> float:
+        return 2 * cls.scale
+
+
+class Scaler:
+    factor = 2.0
+
+    def __init__(self) -> None:
+        self.scale = 3.0
+
+    def times(self, x: Tensor) -> Tensor:
+        return x * self.scale * self.factor
+
+
+def scaled(x: Tensor, by: dict[str, float] = {"factor": 1.0}) -> Tensor:  # noqa: B006
+    return x * by["factor"] * scaled.scale  # type: ignore[attr-defined, no-any-return]
+
+
+scaled.scale = 2.0  # type: ignore[attr-defined]
+SCALER = Scaler()
+TIMES, HALF = SCALER.times, functools.partial(scaled, by={"factor": 0.5})
 
 
 class Base(nn.Module):
@@ -38,6 +72,7 @@ class Base(nn.Module):
         self.cache: list[Tensor] = []
         self.flags = {"relu"}
         self.acts = [nn.ReLU()]
+        self.numbers = iter([1.0] * 200)
         self.register_buffer("count", torch.zeros(()))
         self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
 
@@ -62,6 +97,23 @@ def reads_a_config(self: Any, x: Tensor) -> Tensor:
 
 def reads_globals(self: Any, x: Tensor) -> Tensor:
     return TABLE["activation"](self.fc(x)) if FLAG else x
+
+
+def reads_classes(self: Any, x: Tensor) -> Tensor:
+    h = self.hidden(x) * Options.scale * Options.scales["first"] * Options.Inner.scale
+    return h * Options.doubled() if Options.bias is None else h
+
+
+def calls_a_method_of_an_object(self: Any, x: Tensor) -> Tensor:
+    return TIMES(self.hidden(x))
+
+
+def calls_functions_that_hold_values(self: Any, x: Tensor) -> Tensor:
+    return HALF(scaled(self.hidden(x)))
+
+
+def computes_with_numpy(self: Any, x: Tensor) -> Tensor:
+    return self.hidden(x) * float(np.sqrt(np.pi))
 
 
 def reads_the_mode(self: Any, x: Tensor) -> Tensor:
@@ -115,7 +167,8 @@ def slices_a_list(self: Any, x: Tensor) -> Tensor:
 FOLLOWED = [
     *(reads_attributes, reads_a_config, reads_globals, reads_the_mode, reads_sizes),
     *(returns_a_dict, changes_its_input, changes_an_output, uses_a_function, loops),
-    *(draws_for_its_input, calls_the_base, slices_a_list),
+    *(draws_for_its_input, calls_the_base, slices_a_list, reads_classes),
+    *(calls_a_method_of_an_object, calls_functions_that_hold_values, computes_with_numpy),
 ]
 
 # ---- what is left alone ----
@@ -144,6 +197,14 @@ def counts_in_a_buffer(self: Any, x: Tensor) -> Tensor:
 
 def draws(self: Any, x: Tensor) -> Tensor:
     return self.hidden(x) * random.random()
+
+
+def draws_by_numpy(self: Any, x: Tensor) -> Tensor:
+    return self.hidden(x) * np.random.random()
+
+
+def takes_the_next(self: Any, x: Tensor) -> Tensor:
+    return self.hidden(x) * next(self.numbers)
 
 
 def draws_a_tensor(self: Any, x: Tensor) -> Tensor:
@@ -212,6 +273,8 @@ LEFT_ALONE = {
     sets_an_attribute: "calls __setattr__",
     counts_in_a_buffer: "calls __setattr__",
     draws: "calls random",
+    draws_by_numpy: "uses random, a cython_function_or_method",
+    takes_the_next: "uses numbers, a list_iterator",
     draws_a_tensor: "computes with tensors that do not come from its input",
     is_without_gradients: "handles exceptions",
     casts: "handles exceptions",
@@ -236,6 +299,7 @@ def results(model: nn.Module, rows: int = 5) -> list[Any]:
     """Outputs, the input after the call, and gradients, with fixed random numbers."""
     torch.manual_seed(1)
     random.seed(1)
+    np.random.seed(1)
     leaf = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
     x = leaf * 1
     model.zero_grad()
@@ -270,6 +334,16 @@ def changes(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[Callable[
         lambda m: setattr(m, "hidden", lambda x: 2 * m.fc(x)),
         lambda m: monkeypatch.setattr(Base, "factor", 11.0),
         lambda m: monkeypatch.setattr(SETTINGS, "scale", 13.0),
+        lambda m: monkeypatch.setattr(Options, "scale", 3.0),
+        lambda m: monkeypatch.setitem(Options.scales, "first", 5.0),
+        lambda m: monkeypatch.setattr(Options, "bias", 1.0),
+        lambda m: monkeypatch.setattr(Options.Inner, "scale", 0.75),
+        lambda m: monkeypatch.setattr(SCALER, "scale", 5.0),
+        lambda m: monkeypatch.setattr(Scaler, "factor", 7.0),
+        lambda m: monkeypatch.setattr(scaled, "scale", 0.5),
+        lambda m: monkeypatch.setitem(scaled.__defaults__[0], "factor", 3.0),  # type: ignore[index]
+        lambda m: monkeypatch.setitem(HALF.keywords["by"], "factor", 0.25),
+        lambda m: monkeypatch.setitem(HALF.keywords, "by", {"factor": 0.125}),
         lambda m: monkeypatch.setitem(TABLE, "activation", torch.tanh),
         lambda m: monkeypatch.setattr(here, "FLAG", False),
     ]
@@ -315,6 +389,7 @@ def test_the_report_says_why_it_is_not(forward: Callable[..., Any]) -> None:
     assert re.fullmatch(f"in a Net, whose forward {re.escape(LEFT_ALONE[forward])}.*", reason)
     assert vars(model).keys() == before.keys()
     assert not model.cache and model.scales == [1.0, 2.0]
+    assert len([*model.numbers]) == 200
 
 
 def test_other_threads_go_on_while_a_forward_is_followed() -> None:

@@ -135,8 +135,11 @@ bool Guards::holds() const {
   }
   for (const auto& [object, name, expected] : class_items_) {
     PyObject* const found = referent(object.ptr());
-    if (!found || _PyType_Lookup(Py_TYPE(found), name.ptr()) != expected.ptr()) return false;
-    PyObject* const attributes = attributes_of(found);
+    if (!found) return false;
+    const bool is_class = PyType_Check(found);
+    PyTypeObject* const type = is_class ? reinterpret_cast<PyTypeObject*>(found) : Py_TYPE(found);
+    if (_PyType_Lookup(type, name.ptr()) != expected.ptr()) return false;
+    PyObject* const attributes = is_class ? nullptr : attributes_of(found);
     if (attributes && PyDict_Contains(attributes, name.ptr()) != 0) return false;
   }
   return true;
