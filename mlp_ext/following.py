@@ -12,12 +12,10 @@ import enum
 import functools
 import gc
 import itertools
-import numbers
 import operator
 import sys
 import threading
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,12 +24,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlp_ext.guarding import (
+    MOST_ITEMS,
+    SETTINGS,
+    Unfollowable,
+    Values,
+    check_watched,
+    is_library,
+)
 from mlp_ext.nn import find_override
 from mlp_ext.plan import GuardList
-
-
-class Unfollowable(Exception):
-    """Why a forward cannot be followed with certainty."""
 
 
 class Signature(NamedTuple):
@@ -291,7 +293,7 @@ class _Reads:
         self._keep(name, value)
 
     def _keep(self, name: str, value: Any) -> None:
-        _check_watched(name, value)
+        check_watched(name, value)
         if isinstance(value, (list, dict)) and id(value) not in self._ids:
             self._ids.add(id(value))
             self._copies.append((value, value.copy()))
@@ -335,7 +337,7 @@ class _Reads:
             if isinstance(value, types.ModuleType):
                 self._globals[id(content), name] = content
                 self._read_module(value, names)
-            elif not _is_library(module.__name__) or isinstance(value, _SETTINGS):
+            elif not is_library(module.__name__) or isinstance(value, SETTINGS):
                 self._globals[id(content), name] = content
                 self._keep(name, value)
 
@@ -374,12 +376,12 @@ class _Reads:
 
     def guard(self, guards: GuardList) -> None:
         """Guards everything that was read. Raises Unfollowable if something has no guard."""
-        values = _Values(guards, {name for code in self._seen for name in code.co_names})
+        values = Values(guards, {name for code in self._seen for name in code.co_names})
         for (_, name), module in self._attributes.items():
             values.attribute(module, name)
         for (_, name), container in self._globals.items():
             values.item(container, name, container[name], f"the global {name}")
-        if len(guards.items) + len(guards.class_items) > _MOST_ITEMS:
+        if len(guards.items) + len(guards.class_items) > MOST_ITEMS:
             raise Unfollowable("reads too many values to guard")
 
 
@@ -387,154 +389,3 @@ def _identities(container: list[Any] | dict[Any, Any]) -> list[int]:
     if isinstance(container, dict):
         container = [*itertools.chain(*container.items())]
     return [*map(id, container)]
-
-
-_MOST_ITEMS = 500  # each costs about 10 ns in every call
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum,
-          types.BuiltinFunctionType, types.ModuleType, nn.Module, range)  # fmt: skip
-_SETTINGS = (type(None), bool, int, float, str, list, dict)  # of the modules of libraries
-_STATIC = 1 << 9  # unset in __flags__ of the classes of C
-_MISSING = object()
-
-
-def _is_library(name: str | None) -> bool:
-    return (name or "").partition(".")[0] in ("torch", *sys.stdlib_module_names)
-
-
-def _of_numpy(value: object) -> bool:
-    """Whether it is one of NumPy's functions that compute with their arguments alone."""
-    return type(value).__module__ == "numpy" and callable(value)
-
-
-def _check_watched(name: str, value: Any) -> None:
-    """Raises Unfollowable for iterators, and for what runs unseen by the profiler, such as the
-    functions of Cython, which may draw random numbers."""
-    while isinstance(value, (functools.partial, types.MethodType)):
-        value = value.func if isinstance(value, functools.partial) else value.__func__
-    kind = type(value)
-    if isinstance(value, type):
-        is_watched = value.__flags__ & _STATIC or issubclass(value, numbers.Number)
-        is_watched = is_watched or _is_library(value.__module__)
-    else:
-        is_watched = not hasattr(kind, "__next__") and (
-            not callable(value)
-            or isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
-            or isinstance(_class_attribute(kind, "__call__"), types.FunctionType)
-            or _is_library(kind.__module__)
-            or _of_numpy(value)
-        )
-    if not is_watched:
-        raise Unfollowable(f"uses {name}, a {kind.__name__}")
-
-
-def _class_attribute(kind: type, name: str) -> Any:
-    return next((vars(c)[name] for c in kind.__mro__ if name in vars(c)), _MISSING)
-
-
-class _Values(NamedTuple):
-    """Guards values, and what code with these names may read of them."""
-
-    guards: GuardList
-    names: set[str]
-
-    def attribute(self, module: nn.Module, name: str) -> None:
-        guards, ref, own = self.guards, weakref.ref(module), vars(module)
-        if name == "_modules":
-            guards.children(module)
-        elif name in own:
-            self.item((ref, None), name, own[name], f"its {name}")
-        elif name in own["_modules"]:
-            child = own["_modules"][name]
-            expected = None if child is None else weakref.ref(child)
-            guards.items.append(((ref, "_modules"), name, expected))
-        elif name in own["_parameters"]:
-            guards.parameters(module, [name])
-        elif name in own["_buffers"]:
-            if own["_buffers"][name] is None:
-                guards.items.append(((ref, "_buffers"), name, None))
-            else:
-                guards.tensors.append(((ref, "_buffers"), name))
-        elif (raw := _class_attribute(type(module), name)) is _MISSING:
-            raise Unfollowable(f"asks for an attribute {name!r}")
-        else:
-            self.class_item(ref, name, raw, f"its {name}", 0)
-
-    def item(self, container: Any, key: Any, value: Any, what: str, depth: int = 0) -> None:
-        if isinstance(value, Tensor):
-            self.guards.tensors.append((container, key))
-            return
-        expected: object = weakref.ref(value) if isinstance(value, nn.Module) else value
-        self.guards.items.append((container, key, expected))
-        self.contents(value, what, depth)
-
-    def class_item(self, owner: object, name: str, raw: Any, what: str, depth: int) -> None:
-        """An attribute of a class: of the owner, or of the owner's class. Code is watched."""
-        self.guards.class_items.append((owner, name, raw))
-        if isinstance(raw, types.FunctionType) or not hasattr(type(raw), "__get__"):
-            self.contents(raw, what, depth)
-
-    def contents(self, value: Any, what: str, depth: int) -> None:
-        """What the value contains, by whatever it is reached."""
-        guards = self.guards
-        is_code = isinstance(value, (type, types.FunctionType))
-        if isinstance(value, _PLAIN) or _of_numpy(value):
-            return
-        if is_code and _is_library(value.__module__):
-            return
-        if depth == 4:
-            raise Unfollowable(f"reads {what}, which is deeply nested")
-        if isinstance(value, Tensor):
-            guards.tensors.append(([value], 0))
-        elif isinstance(value, (list, dict)):
-            guards.sizes.append((value, len(value)))
-            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
-                self.item(value, k, v, what, depth + 1)
-        elif isinstance(value, type):
-            self._class(value, value, what, depth)
-        elif parts := _constant_parts(value):
-            for part in parts:
-                self.contents(part, what, depth + 1)
-        elif not (isinstance(value, (tuple, frozenset)) or is_code):
-            if not _is_simple(value):
-                raise Unfollowable(f"reads {what}, a {type(value).__name__}")
-            attributes = vars(value)
-            guards.types.append((value, type(value)))
-            guards.sizes.append((attributes, len(attributes)))
-            for k, v in attributes.items():
-                self.item(attributes, k, v, what, depth + 1)
-            self._class(value, type(value), what, depth)
-
-    def _class(self, owner: object, kind: type, what: str, depth: int) -> None:
-        """What may be read of a class: the owner, or the owner's class."""
-        if owner is kind and type(kind) is not type and self.names & vars(type(kind)).keys():
-            raise Unfollowable(f"reads {what}, which has a metaclass")
-        for name in self.names:
-            raw = _class_attribute(kind, name)
-            if raw is not _MISSING and (owner is kind or name not in vars(owner)):
-                self.class_item(owner, name, raw, what, depth + 1)
-
-
-def _constant_parts(value: Any) -> tuple[Any, ...]:
-    """What a value refers to as long as it is the same."""
-    if isinstance(value, types.MethodType):
-        return value.__self__, value.__func__
-    if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
-    if isinstance(value, types.FunctionType):
-        parts = value.__defaults__, value.__kwdefaults__, vars(value)
-        return tuple(part for part in parts if part)
-    return tuple(value) if isinstance(value, (tuple, frozenset)) else ()
-
-
-def _is_simple(value: object) -> bool:
-    """Whether its attributes are all that it has, such as a dataclass or a namespace."""
-    names = {"__getattr__", "__getattribute__", "__len__", "__iter__"}
-    parts = [item for kind in type(value).__mro__ for item in vars(kind).items()]
-    return (
-        hasattr(value, "__dict__")
-        and not callable(value)
-        and not any(
-            isinstance(v, property) or (isinstance(v, types.FunctionType) and name in names)
-            for name, v in parts
-        )
-    )

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mlp_ext.following import Signature, Unfollowable, follow
+from mlp_ext.following import Signature, follow
+from mlp_ext.guarding import Unfollowable
 from mlp_ext.graph import (
     Pair,
     activation_of_node,

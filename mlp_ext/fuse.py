@@ -27,8 +27,9 @@ import torch
 from torch import nn
 
 from mlp_ext.errors import kind
-from mlp_ext.following import TENSOR, Signature, Unfollowable, signature_of
+from mlp_ext.following import TENSOR, Signature, signature_of
 from mlp_ext.forward_code import fuse_code
+from mlp_ext.guarding import Unfollowable
 from mlp_ext.nn import Activation, LinearAct, activation_of, find_override, type_name
 from mlp_ext.plan import HOOKS_OF_ALL, Plan, find_obstacle, without_plans
 from mlp_ext.sequential import Sequential, find_steps, is_layer
