@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mlp_ext.following import Signature, follow
-from mlp_ext.guarding import Unfollowable
 from mlp_ext.graph import (
     Pair,
     activation_of_node,
@@ -18,6 +17,7 @@ from mlp_ext.graph import (
     linear_operands,
     replace_run,
 )
+from mlp_ext.guarding import Unfollowable
 from mlp_ext.nn import Activation, LinearAct, activation_of, find_special
 from mlp_ext.plan import GuardList, Plan, call_mlp, find_obstacle, mlp_call
 from mlp_ext.sequential import is_layer
