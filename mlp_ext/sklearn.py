@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 try:
@@ -83,10 +83,16 @@ class Training:
 
     def __init__(self, estimator: Any) -> None:
         e = estimator
-        self.layers = [_linear(*pair) for pair in zip(e.coefs_, e.intercepts_, strict=True)]
+        dtype = getattr(torch, np.result_type(np.float32, *e.coefs_, *e.intercepts_).name)
+        self.layers = [
+            nn.Linear(K, N, device="meta", dtype=dtype).to_empty(device="cpu")
+            for K, N in (coef.shape for coef in e.coefs_)
+        ]
         self.output, self.outputs = e.out_activation_, e.n_outputs_
         self.c = LOSSES[self.output].of_gradient(self.outputs)
-        self.rate = float(e.learning_rate_init)
+        self.first_rate = self.rate = float(e.learning_rate_init)
+        self.schedule = e.learning_rate if e.solver == "sgd" else "constant"
+        self.power_t = e.power_t
         self.epsilon, self.beta_2 = float(e.epsilon), float(e.beta_2)
         self.steps = 0
         groups = [{"params": [getattr(layer, name) for layer in self.layers]} for name in _NAMES]
@@ -106,14 +112,20 @@ class Training:
         """Takes over the estimator's weights, activation and alpha; its weights become views."""
         e = estimator
         self.alpha = float(e.alpha)
-        for layer, coef, intercept in zip(self.layers, e.coefs_, e.intercepts_, strict=True):
-            for parameter, array in ((layer.weight, coef.T), (layer.bias, intercept)):
-                own = parameter.detach().numpy()
-                if not np.may_share_memory(own, array):  # after pickle, or set by the user
-                    own[...] = array
         weights, biases = ([getattr(layer, name) for layer in self.layers] for name in _NAMES)
-        e.coefs_ = [weight.detach().numpy().T for weight in weights]
-        e.intercepts_ = [bias.detach().numpy() for bias in biases]
+        own = [weight.detach().numpy().T for weight in weights]
+        own += [bias.detach().numpy() for bias in biases]
+        arrays = [*e.coefs_, *e.intercepts_]
+        _check_shapes(e, [array.shape for array in own])
+        # Others were set by the user, or come from pickle. All are copied before any is written.
+        others = [
+            (mine, array.copy())
+            for mine, array in zip(own, arrays, strict=True)
+            if mine.__array_interface__ != array.__array_interface__
+        ]
+        for mine, array in others:
+            mine[...] = array
+        e.coefs_, e.intercepts_ = own[: len(weights)], own[len(weights) :]
         self.weights = [weight.detach().flatten() for weight in weights]
         self.squares = self._squares()  # the sum of those of all weights
         modules = chain(*((layer, ACTIVATIONS[e.activation][0]()) for layer in self.layers))
@@ -178,12 +190,12 @@ class Training:
 _NAMES = ("weight", "bias")
 
 
-def _linear(coef: Any, intercept: Any) -> nn.Linear:
-    """A layer in the memory of the arrays, where they are contiguous and writable."""
-    layer = nn.Linear(coef.shape[0], coef.shape[1], device="meta")
-    for name, array in zip(_NAMES, (coef.T, intercept), strict=True):
-        setattr(layer, name, nn.Parameter(_tensor(array)))
-    return layer
+def _check_shapes(estimator: Any, expected: list[tuple[int, ...]]) -> None:
+    """Raises where coefs_ and intercepts_ have other shapes."""
+    shapes = [array.shape for array in (*estimator.coefs_, *estimator.intercepts_)]
+    if shapes != expected:
+        what = f"this training needs coefs_ and intercepts_ of shapes {expected}, got {shapes}"
+        raise ValueError(f"{type(estimator).__name__}: {what}")
 
 
 def _tensor(array: Any) -> Tensor:
@@ -225,12 +237,15 @@ class Rows:
 class _TrainedBySteps:
     """What the two estimators replace."""
 
-    def fit(self, X: Any, y: Any, **unsupported: Any) -> Any:
+    # Not named sample_weight: BaggingClassifier and others pass weights where fit has that name.
+    def fit(self, X: Any, y: Any, *weights: Any, **unsupported: Any) -> Any:
         """Trains on all rows, for at most `max_iter` epochs.
 
         Args:
             X (array): inputs, dense. float32 is trained in float32, all else in float64.
             y (array): classes, an indicator matrix of labels, or numbers.
+            *weights: none, or the `sample_weight` None.
+            **unsupported: what only scikit-learn's own estimator has.
 
         Shape:
             - X: `(n_samples, n_features)`.
@@ -242,16 +257,16 @@ class _TrainedBySteps:
         Raises:
             ValueError: a parameter, X or y is not supported.
         """
-        _check(self, X, unsupported)
-        return super().fit(X, y)  # type: ignore[misc]
+        _check(self, X, unsupported | dict(zip(["sample_weight"], weights, strict=False)))
+        return super().fit(X, y, *weights)  # type: ignore[misc]
 
-    def partial_fit(self, X: Any, y: Any, **unsupported: Any) -> Any:
+    def partial_fit(self, X: Any, y: Any, sample_weight: None = None) -> Any:
         """Trains for one epoch, beginning where the last call ended.
 
         Args:
             X (array): inputs, dense.
             y (array): targets, as in `fit`.
-            **unsupported: what only scikit-learn's own estimator has, such as `sample_weight`.
+            sample_weight: not supported.
 
         Shape:
             - X: `(n_samples, n_features)`.
@@ -263,7 +278,7 @@ class _TrainedBySteps:
         Raises:
             ValueError: a parameter, X or y is not supported.
         """
-        _check(self, X, unsupported)
+        _check(self, X, {"sample_weight": sample_weight})
         return super().partial_fit(X, y)  # type: ignore[misc]
 
     def _fit_stochastic(self: Any, X: Any, y: Any, sample_weight: Any, *rest: Any) -> None:
@@ -279,13 +294,15 @@ class _TrainedBySteps:
         batch_size = min(200 if self.batch_size == "auto" else self.batch_size, n)
         if self.batch_size not in ("auto", batch_size):
             _warn(f"Got `batch_size` {self.batch_size}, more than the {n} rows. It is clipped.")
-        dtype = self.coefs_[0].dtype
-        y = y.argmax(1) if self.out_activation_ == "softmax" else y.astype(dtype)
-        rows = Rows(X.astype(dtype, copy=False), y, batch_size, self.shuffle)
+        widths = [X.shape[1], *(coef.shape[-1] for coef in self.coefs_[:-1]), y.shape[1]]
+        _check_shapes(self, [*pairwise(widths), *((N,) for N in widths[1:])])
         with _usual_state():
             if not (is_incremental and hasattr(self, "_training")):
                 self._training = Training(self)
             self._training.begin(self)
+            dtype = self.coefs_[0].dtype
+            y = y.argmax(1) if self.out_activation_ == "softmax" else y.astype(dtype)
+            rows = Rows(X.astype(dtype, copy=False), y, batch_size, self.shuffle)
             try:
                 self._train(rows, batch_size, X_val, y_val, is_incremental)
             except KeyboardInterrupt:
@@ -326,8 +343,8 @@ class _TrainedBySteps:
             if self.verbose:
                 print(f"Iteration {self.n_iter_}, loss = {self.loss_:.8f}")
             self._update_no_improvement_count(self.early_stopping, X_val, y_val, None)
-            if self.solver == "sgd" and self.learning_rate == "invscaling":
-                training.set_rate(self.learning_rate_init / (self.t_ + 1) ** self.power_t)
+            if training.schedule == "invscaling":
+                training.set_rate(training.first_rate / (self.t_ + 1) ** training.power_t)
             if self._no_improvement_count > self.n_iter_no_change and self._stops(training):
                 break
             if is_incremental:
@@ -341,7 +358,7 @@ class _TrainedBySteps:
 
     def _stops(self: Any, training: Training) -> bool:
         """Whether training ends after epochs without improvement; else the rate was lowered."""
-        is_adaptive = self.solver == "sgd" and self.learning_rate == "adaptive"
+        is_adaptive = training.schedule == "adaptive"
         ends, does = True, "Stopping."
         if is_adaptive and training.rate > 1e-6:
             training.set_rate(training.rate / 5)
@@ -401,11 +418,12 @@ def _check(estimator: Any, X: Any, unsupported: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _usual_state() -> Iterator[None]:
-    """That of torch: steps refuse no_grad, inference_mode and autocast."""
+    """That of torch: steps refuse no_grad, inference_mode, autocast and anomaly detection."""
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
+        torch.autograd.set_detect_anomaly(False),
     ):
         yield
 
@@ -420,6 +438,7 @@ class MLPClassifier(_TrainedBySteps, neural_network.MLPClassifier):  # type: ign
     - Rounding; and Adam's `epsilon` is off by up to 2%, since a call of many steps has one.
     - In `loss_curve_`, the share of `alpha` is computed from the weights at both ends of an epoch,
       not before each batch.
+    - The log loss is not clipped, which matters where the network is very sure and wrong.
     - `coefs_` and `intercepts_` are views of the network that `partial_fit` and `warm_start` train.
 
     As with scikit-learn, inputs of float32 are trained in float32, all others in float64. Pass
@@ -434,12 +453,15 @@ class MLPClassifier(_TrainedBySteps, neural_network.MLPClassifier):  # type: ign
         True
     """
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None, **unsupported: Any) -> MLPClassifier:
+    def partial_fit(
+        self, X: Any, y: Any, sample_weight: None = None, classes: Any = None
+    ) -> MLPClassifier:
         """Trains for one epoch, beginning where the last call ended.
 
         Args:
             X (array): inputs, dense.
             y (array): their classes, or an indicator matrix of labels.
+            sample_weight: not supported.
             classes (array, optional): all classes; required in the first call.
 
         Shape:
@@ -452,7 +474,7 @@ class MLPClassifier(_TrainedBySteps, neural_network.MLPClassifier):  # type: ign
         Raises:
             ValueError: a parameter, X or y is not supported.
         """
-        _check(self, X, unsupported)
+        _check(self, X, {"sample_weight": sample_weight})
         found: MLPClassifier = super(_TrainedBySteps, self).partial_fit(X, y, classes=classes)
         return found
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +27,7 @@ from sklearn.datasets import (
     make_multilabel_classification,
     make_regression,
 )
+from sklearn.ensemble import BaggingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -244,6 +247,74 @@ def test_partial_fit_after_fit_and_with_another_activation() -> None:
     assert_same(*fitted)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"learning_rate": "invscaling"}),
+        ({"learning_rate": "invscaling"}, {"learning_rate": "constant"}),
+        ({"learning_rate": "invscaling"}, {"learning_rate_init": 0.01, "power_t": 0.1}),
+        ({"learning_rate": "adaptive"}, {"learning_rate": "constant"}),
+        ({"solver": "adam"}, {"solver": "sgd", "learning_rate": "invscaling"}),
+    ],
+    ids=["invscaling", "constant", "rate", "not-adaptive", "sgd"],
+)
+def test_an_optimizer_keeps_its_settings(before: Any, after: Any) -> None:
+    """A fit makes another, partial_fit does not."""
+    options = {"solver": "sgd", "learning_rate_init": 0.1, "alpha": 0.0, "max_iter": 3} | before
+    fitted = both("MLPClassifier", digits(200), tol=1.0, n_iter_no_change=1, **options)
+    for estimator in fitted:
+        estimator.set_params(**after)
+        for _ in range(4):
+            estimator.partial_fit(*digits(200))
+    assert_same(*fitted)
+
+
+def reverse(e: Any) -> None:
+    e.coefs_[0] = e.coefs_[0][:, ::-1]
+
+
+def swap(e: Any) -> None:
+    e.coefs_[1], e.coefs_[2] = e.coefs_[2], e.coefs_[1]
+
+
+def prune(e: Any) -> None:
+    e.coefs_[0], e.coefs_[1] = e.coefs_[0][:, :4], e.coefs_[1][:4]
+    e.intercepts_[0] = e.intercepts_[0][:4]
+
+
+def float32(e: Any) -> None:
+    e.coefs_[0] = e.coefs_[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize("change", [reverse, swap, prune, float32])
+def test_coefs_that_are_assigned(change: Any, method: str) -> None:
+    """Also views of the old ones. partial_fit keeps an optimizer, which has shapes."""
+    options = {"hidden_layer_sizes": (8, 8, 8), "solver": "sgd", "alpha": 0.0, "max_iter": 3}
+    fitted = both("MLPRegressor", numbers(2), warm_start=True, **options)
+    for estimator in fitted:
+        change(estimator)
+        if (change, method) == (prune, "partial_fit"):
+            with pytest.raises(ValueError, match="shapes"):
+                estimator.partial_fit(*numbers(2))
+        else:
+            getattr(estimator, method)(*numbers(2))
+    theirs, ours = fitted
+    if change is float32:  # scikit-learn rounds updates to float32
+        np.testing.assert_allclose(ours.coefs_[0], theirs.coefs_[0], rtol=1e-3, atol=1e-5)
+    elif (change, method) != (prune, "partial_fit"):
+        assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_another_number_of_outputs(method: str, outputs: int) -> None:
+    regressor = MLPRegressor(hidden_layer_sizes=(8,), warm_start=True).fit(*numbers(2))
+    message = rf"^MLPRegressor: this training needs .*\(8, {outputs}\).*, got .*\(8, 2\)"
+    with pytest.raises(ValueError, match=message):
+        getattr(regressor, method)(*numbers(outputs))
+
+
 def test_warm_start() -> None:
     options = {"solver": "sgd", "max_iter": 3, "warm_start": True, "alpha": 0.0}
     fitted = both("MLPClassifier", digits(), **options)
@@ -318,6 +389,26 @@ def test_errors(
     assert str(raised.value).endswith(f"sklearn.neural_network.{estimator.__name__}")
 
 
+def test_arguments_are_in_the_order_of_scikit_learn() -> None:
+    (X, y), weights = cancer(), np.ones(569)
+    for name in NAMES:
+        ours, theirs = globals()[name](), getattr(neural_network, name)
+        assert signature(ours.partial_fit).parameters.keys() == (
+            signature(theirs().partial_fit).parameters.keys()
+        )
+        for method in (ours.fit, ours.partial_fit):
+            with pytest.raises(TypeError, match="sample_weight is not supported; use sklearn"):
+                method(X, y, weights)
+    assert [*MLPClassifier().partial_fit(X, y, None, [0, 1, 2]).classes_] == [0, 1, 2]
+    MLPClassifier(max_iter=1).fit(X, y, None)
+
+
+def test_ensembles_that_weigh_rows_draw_them() -> None:
+    """They pass weights to a fit with an argument sample_weight."""
+    model = BaggingClassifier(MLPClassifier((8,), max_iter=5), 2, random_state=0)
+    assert model.fit(*cancer()).score(*cancer()) > 0.5
+
+
 def test_other_errors() -> None:
     X, y = cancer()
     with pytest.raises(ValueError, match="The 'solver' parameter of MLPClassifier must be"):
@@ -332,17 +423,19 @@ def test_other_errors() -> None:
         MLPRegressor(solver="sgd", learning_rate_init=1e30).fit(X * 1e20, y)
 
 
-@pytest.fixture(params=["no_grad", "inference_mode", "autocast"])
+@pytest.fixture(params=["no_grad", "inference_mode", "autocast", "anomaly"])
 def state(request: pytest.FixtureRequest) -> Iterator[None]:
     contexts: dict[str, Any] = {
-        "no_grad": torch.no_grad(),
-        "inference_mode": torch.inference_mode(),
-        "autocast": torch.autocast("cpu"),
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "autocast": partial(torch.autocast, "cpu"),
+        "anomaly": torch.autograd.detect_anomaly,
     }
-    with contexts[request.param]:
+    with contexts[request.param]():
         yield
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_states_of_torch_do_not_matter(state: None) -> None:
     assert_same(*both("MLPClassifier", digits(), solver="sgd", max_iter=2, alpha=0.0))
 
