@@ -22,8 +22,13 @@ HANGS = 30  # seconds
 
 
 def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    """Made without torch's own generator: a child may find its lock held by another thread."""
+    first, last = (nn.utils.skip_init(nn.Linear, 64, 64) for _ in range(2))
+    made = nn.Sequential(first, nn.ReLU(), last)
+    generator = torch.Generator().manual_seed(0)
+    for p in made.parameters():
+        nn.init.uniform_(p, -0.1, 0.1, generator)
+    return made
 
 
 def computed() -> list[Tensor]:
