@@ -146,6 +146,8 @@ def write_csv(folder: Path, header: str, *rows: str) -> Path:
         ([str(value) for value in range(20)], 20, 20, tuple(map(str, range(20)))),
         ([str(value) for value in range(21)], 0, 1, ()),
         (["1.5", "2", "3"], 0, 1, ()),
+        (["1.0", "2.0"], 2, 1, ("1", "2")),
+        (["1_1", "2_1"], 2, 1, ("1_1", "2_1")),  # Python's float reads 11 and 21
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -208,6 +210,7 @@ GOOD = ["1,2,0", "4,5,1", "7,8,1", "1,1,1", "2,2,0", "3,3,0"]
         ("a,b,y", [*GOOD, "x,1,1"], "{}, line 8: column 'a' must be a finite number, got 'x'"),
         ("a,b,y", [*GOOD, "1,nan,1"], "{}, line 8: column 'b' must be a finite number, got 'nan'"),
         ("a,b,y", [*GOOD, "inf,1,1"], "{}, line 8: column 'a' must be a finite number, got 'inf'"),
+        ("a,b,y", [*GOOD, "1_5,1,1"], "{}, line 8: column 'a' must be a finite number, got '1_5'"),
         ("a,b,y", [*GOOD, "", ",1,1"], "{}, line 9: column 'a' is empty"),
         ("a,b,y", [*GOOD, "1,1,"], "{}, line 8: column 'y' is empty"),
         ("a,b,y", [*GOOD, "1,1,NA"], "{}, line 8: column 'y' must be a finite number, got 'NA'"),

@@ -206,8 +206,8 @@ def _targets(
     else:
         values = [_number(path, line, column, cell) for line, cell in cells]
         known = sorted(set(values))
-        whole = all(cell.lstrip("+-").isdigit() for cell in texts)
-        if regression or (known != [0, 1] and not (whole and len(known) <= MOST_CLASSES)):
+        is_class = len(known) <= MOST_CLASSES and all(value.is_integer() for value in known)
+        if regression or not is_class:
             return values, ()
         names = tuple(f"{value:.0f}" for value in known)
         found = [known.index(value) for value in values]
@@ -218,7 +218,7 @@ def _targets(
 
 def _as_number(cell: str) -> float | None:
     try:
-        return float(cell)
+        return None if "_" in cell else float(cell)  # float reads 1_5 as 15
     except ValueError:
         return None
 
