@@ -59,5 +59,5 @@ def test_model(level: str, name: str) -> None:
         model.reset_parameters()
         torch.manual_seed(3)
         for p in model.parameters():
-            nn.init.normal_(p)
+            nn.init.normal_(p, std=0.3)  # results of size 1, whose rounding is below the tolerance
     close(results(models[1], edges, False), results(models[0], edges, False), rtol=1e-4, atol=1e-4)
