@@ -24,7 +24,7 @@ MOST_ITEMS = 500  # each costs about 10 ns in every call
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum,
           types.BuiltinFunctionType, types.ModuleType, nn.Module, range)  # fmt: skip
 SETTINGS = (type(None), bool, int, float, str, list, dict)  # of the modules of libraries
-_STATIC = 1 << 9  # unset in __flags__ of the classes of C
+_HEAP_TYPE = 1 << 9  # in __flags__ of a class: it is no static class of C
 _MISSING = object()
 
 
@@ -44,7 +44,7 @@ def check_watched(name: str, value: Any) -> None:
         value = value.func if isinstance(value, functools.partial) else value.__func__
     kind = type(value)
     if isinstance(value, type):
-        is_watched = value.__flags__ & _STATIC or issubclass(value, numbers.Number)
+        is_watched = value.__flags__ & _HEAP_TYPE or issubclass(value, numbers.Number)
         is_watched = is_watched or is_library(value.__module__)
     else:
         is_watched = not hasattr(kind, "__next__") and (
